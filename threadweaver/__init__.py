@@ -1,0 +1,1 @@
+"""ThreadWeaver: train and run language models that think in parallel threads."""

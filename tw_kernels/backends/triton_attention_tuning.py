@@ -1,0 +1,144 @@
+"""Block sizes, warps and pipeline stages of the Triton kernels.
+
+Each kernel has a few candidates. On a GPU they are timed once per device model, head dim and dtype,
+on one fixed trie, and the fastest is kept while the process lives; TW_AUTOTUNE=0 takes the first of
+each instead. The interpreter always runs INTERPRETED.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple, cast
+
+import torch
+import triton.testing
+from torch import Tensor
+
+from tw_kernels.backends import triton_attention_bwd as bwd
+from tw_kernels.backends import triton_attention_fwd as fwd
+from tw_kernels.backends import triton_interpreter
+from tw_kernels.backends.triton_attention_fwd import Config
+from tw_kernels.trie import TrieLayout
+
+
+class Configs(NamedTuple):
+    """What each kernel runs with."""
+
+    forward: Config
+    dq: Config
+    dkv: Config
+
+
+# Unequal on purpose: a schedule used for the wrong kernel, or with its sides swapped, shows.
+INTERPRETED = Configs(Config(32, 16, 4, 1, 1), Config(16, 32, 4, 1, 1), Config(32, 64, 4, 1, 1))
+
+
+class Candidates(NamedTuple):
+    """Configurations to choose from, the default first."""
+
+    forward: tuple[Config, ...]
+    dq: tuple[Config, ...]
+    dkv: tuple[Config, ...]
+
+
+# By bytes per element and the largest head dim they serve. Up to head dim 128 none spills a
+# register when compiled for sm_90 (test_triton_compile.py). float32 multiplies outside the tensor
+# cores, for exactness; its one configuration is what fits.
+CANDIDATES = {
+    (2, 64): Candidates(
+        forward=(
+            Config(128, 64, 8, 3, 2),
+            Config(128, 64, 4, 3, 1),
+            Config(128, 128, 8, 3, 1),
+            Config(64, 64, 4, 3, 2),
+        ),
+        dq=(Config(128, 64, 8, 3, 2), Config(128, 128, 8, 2, 1), Config(64, 64, 4, 3, 2)),
+        dkv=(Config(64, 128, 8, 3, 2), Config(128, 128, 8, 2, 1), Config(64, 64, 4, 3, 2)),
+    ),
+    (2, 128): Candidates(
+        forward=(
+            Config(128, 64, 8, 3, 2),
+            Config(128, 128, 8, 2, 1),
+            Config(64, 64, 4, 3, 1),
+        ),
+        dq=(Config(128, 64, 8, 3, 2), Config(64, 64, 4, 3, 1)),
+        dkv=(Config(64, 128, 8, 3, 1), Config(32, 128, 8, 3, 2)),
+    ),
+    (2, 256): Candidates(
+        forward=(Config(128, 32, 8, 2, 1), Config(64, 32, 4, 2, 1)),
+        dq=(Config(128, 32, 8, 2, 1),),
+        dkv=(Config(32, 64, 8, 2, 1), Config(32, 32, 8, 2, 1)),
+    ),
+    (4, 64): Candidates(*[(Config(32, 32, 8, 2, 1),)] * 3),
+    (4, 128): Candidates(*[(Config(16, 32, 8, 2, 1),)] * 3),
+    (4, 256): Candidates(*[(Config(16, 16, 8, 1, 1),)] * 3),
+}
+
+
+def candidates_for(dtype: torch.dtype, head_dim: int) -> Candidates:
+    largest = min(d for _, d in CANDIDATES if d >= head_dim)
+    return CANDIDATES[dtype.itemsize, largest]
+
+
+def configs_for(q: Tensor) -> Configs:
+    """The configurations that calls with this q [N, Hq, D] run with in this process."""
+    if triton_interpreter.is_on():
+        return INTERPRETED
+    if os.environ.get("TW_AUTOTUNE") == "0":
+        return Configs(*(options[0] for options in candidates_for(q.dtype, q.shape[-1])))
+    with torch.cuda.device(q.device):
+        return _fastest(torch.cuda.get_device_name(), q.dtype, q.shape[-1])
+
+
+@cache
+def _fastest(device_name: str, dtype: torch.dtype, head_dim: int) -> Configs:
+    """Times the candidates on the current device, of that name."""
+    device = torch.device("cuda")
+    options = candidates_for(dtype, head_dim)
+    layout = TrieLayout(fork_join_subtree_ends().to(device))
+    num_tokens, scale = layout.num_tokens, head_dim**-0.5
+    q, out, dout = torch.randn(3, num_tokens, 16, head_dim, dtype=dtype, device=device)
+    k, v = torch.randn(2, num_tokens, 4, head_dim, dtype=dtype, device=device)
+    lse2, delta = bwd.row_stats(dout, out, torch.zeros(16, num_tokens, device=device))
+
+    def forward(config: Config) -> object:
+        schedule = layout.block_schedule(config.block_q, config.block_kv)
+        return fwd.forward(q, k, v, layout.subtree_ends, schedule, scale, config)
+
+    def gradient(of: Callable[..., object]) -> Callable[[Config], object]:
+        def run(config: Config) -> object:
+            schedule = layout.block_schedule(config.block_q, config.block_kv)
+            return of(dout, q, k, v, lse2, delta, layout.subtree_ends, schedule, scale, config)
+
+        return run
+
+    return Configs(
+        _fastest_of(options.forward, forward),
+        _fastest_of(options.dq, gradient(bwd.grad_q)),
+        _fastest_of(options.dkv, gradient(bwd.grad_kv)),
+    )
+
+
+def _fastest_of(options: tuple[Config, ...], run: Callable[[Config], object]) -> Config:
+    if len(options) == 1:
+        return options[0]
+
+    def milliseconds(config: Config) -> float:
+        return cast(float, triton.testing.do_bench(lambda: run(config)))
+
+    return min(options, key=milliseconds)
+
+
+def fork_join_subtree_ends() -> Tensor:
+    """The trie that is timed: a prefix, five threads of 768 tokens, a join after the first one.
+
+    int32 [8192]. The joined context continues the first thread (fact 7), so that thread's tokens
+    see down to the join's end; the other four stand beside it.
+    """
+    prefix, thread, join = 2048, 768, 2304
+    ends = [8192] * prefix + [prefix + thread + join] * (thread + join)
+    for _ in range(4):
+        ends += [len(ends) + thread] * thread
+    return torch.tensor(ends, dtype=torch.int32)
