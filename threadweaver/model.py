@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -45,7 +46,8 @@ def _attend(module, query, key, value, attention_mask, scaling, dropout=0.0, **k
         raise ValueError(
             f"{type(module).__name__}: no dropout, soft cap or sinks in trie attention"
         )
-    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    # Under autocast, norms and rotary embeddings leave queries and keys in float32.
+    q, k, v = (x.squeeze(0).transpose(0, 1).to(value.dtype) for x in (query, key, value))
     return trie_attention(q, k, v, layout, scaling).unsqueeze(0), None
 
 
@@ -139,8 +141,8 @@ def new_model(
             pad_token_id=tokenizer.pad_token_id,
             **fields,
         )
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"model.arch: {str(error).splitlines()[0]}") from error
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ValueError(f"model.arch: {' '.join(str(error).split())}") from error
     check_supported(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

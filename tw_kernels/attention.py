@@ -13,6 +13,7 @@ Which backend runs, unless `backend` or the environment variable TW_BACKEND name
 from __future__ import annotations
 
 import os
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -25,6 +26,27 @@ from tw_kernels.trie import TrieLayout
 CALL_COST = 1.6e6
 
 
+@overload
+def trie_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: TrieLayout,
+    scale: float | None = None,
+    backend: str | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def trie_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: TrieLayout,
+    scale: float | None = None,
+    backend: str | None = None,
+    *,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def trie_attention(
     q: Tensor,
     k: Tensor,

@@ -1,0 +1,218 @@
+"""Hugging Face models over tries: the same loss and gradients as their calls one by one."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config
+
+from threadweaver import model as model_module
+from threadweaver.model import (
+    check_supported,
+    cross_entropy_sum,
+    load_model,
+    new_model,
+    save_model,
+    supervised_tokens,
+    trie_hidden_states,
+    trie_loss,
+)
+from threadweaver.tasks.multiplication import question, trajectory
+from threadweaver.tokenizer import build_tokenizer
+from threadweaver.trajectory import Codec, extract_calls, loss_paths
+from tw_kernels import Trie
+
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+ARCHS = {
+    "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True, **TINY},
+    "llama": {"model_type": "llama", "tie_word_embeddings": False, **TINY},
+}
+TOKENIZER = build_tokenizer()
+CODEC = Codec.from_tokenizer(TOKENIZER)
+
+
+def encode(factors, parallel=True) -> tuple[list[int], int]:
+    """Ids of a worked multiplication and the length of its prompt."""
+    prompt = CODEC.encode(question(factors))
+    answer = CODEC.encode(trajectory(factors, parallel=parallel))
+    return [*prompt, *answer, CODEC.eos_id], len(prompt)
+
+
+def make_trie(trajectories, loss):
+    tries = []
+    for ids, prompt_length in trajectories:
+        unrolled = loss_paths(ids, CODEC, prompt_length, loss)
+        tries.append(Trie.from_paths(unrolled.paths, unrolled.weights))
+    return Trie.pack(tries)
+
+
+def loss_of_unrolled_calls(model, trajectories, loss):
+    """Every call run as its own sequence by plain SDPA; tokens that calls share count once."""
+    model.set_attn_implementation("sdpa")
+    total = torch.zeros(())
+    for ids, prompt_length in trajectories:
+        counted = set()
+        for call in extract_calls(ids, CODEC, prompt_length):
+            path = call.path
+            first = len(call.context)
+            if loss == "response" and call.kind == "sequential":
+                first = prompt_length
+            logprobs = model(input_ids=torch.tensor([path])).logits[0].log_softmax(-1)
+            for i in range(first, len(path)):
+                if tuple(path[: i + 1]) not in counted:
+                    counted.add(tuple(path[: i + 1]))
+                    total = total - logprobs[i - 1, path[i]]
+    model.set_attn_implementation("trie")
+    return total
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("loss", ["completions", "response"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_trie_loss_and_gradients_equal_those_of_the_unrolled_calls(arch, loss):
+    model = new_model(TOKENIZER, ARCHS[arch], seed=1)
+    trajectories = [encode((47, 86)), encode((3, 508, 21)), encode((9, 12), parallel=False)]
+    got = trie_loss(model, make_trie(trajectories, loss))
+    want = loss_of_unrolled_calls(model, trajectories, loss)
+    assert got.item() == pytest.approx(want.item(), rel=1e-6)
+    got, want = gradients(model, got), gradients(model, want)
+    for name, gradient in got.items():
+        assert (gradient - want[name]).norm() <= 1e-5 * want[name].norm(), name
+
+
+def test_response_loss_covers_the_joined_path_and_completions_do_not():
+    ids, prompt_length = encode((47, 86))
+    supervised = {
+        loss: supervised_tokens(make_trie([(ids, prompt_length)], loss)).numel()
+        for loss in ("completions", "response")
+    }
+    calls = extract_calls(ids, CODEC, prompt_length)
+    threads = [call for call in calls if call.kind == "thread"]
+    # calls[0] and the threads share no completion token; thread 1 lies on the joined path
+    assert supervised["completions"] == sum(len(c.completion) for c in calls)
+    assert supervised["response"] == (
+        len(ids) - prompt_length + sum(len(c.completion) for c in threads[1:])
+    )
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    model = new_model(TOKENIZER, ARCHS["qwen3"], seed=2).train()
+    trie = make_trie([encode((47, 86))], "response")
+    want = gradients(model, trie_loss(model, trie))
+    model.gradient_checkpointing_enable()
+    got = gradients(model, trie_loss(model, trie))
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_a_compiled_model_gives_the_same_hidden_states():
+    model = new_model(TOKENIZER, ARCHS["qwen3"], seed=3)
+    compiled = torch.compile(model.base_model, backend="aot_eager", fullgraph=True, dynamic=True)
+    for factors in ((47, 86), (12, 345)):
+        trie = make_trie([encode(factors)], "response")
+        layout = trie.layout()
+        want = trie_hidden_states(model, trie, layout)
+        got = compiled(
+            input_ids=trie.tokens[None],
+            position_ids=trie.positions[None],
+            trie_layout=layout,
+            use_cache=False,
+        ).last_hidden_state[0]
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_bfloat16_autocast_stays_close_to_float32():
+    model = new_model(TOKENIZER, ARCHS["llama"], seed=4)
+    trie = make_trie([encode((47, 86))], "response")
+    want = trie_loss(model, trie)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = trie_loss(model, trie)
+    assert got.dtype == torch.float32
+    assert got.item() == pytest.approx(want.item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["linear_cross_entropy", "pieces"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_loss_in_pieces_equals_that_of_whole_logits(fused, bias, monkeypatch):
+    if not fused:
+        monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+    monkeypatch.setattr(model_module, "MANY_LOGITS", 500)
+    torch.manual_seed(0)
+    hidden = torch.randn(67, 24, requires_grad=True)
+    head = torch.nn.Linear(24, 90, bias=bias)
+    targets = torch.randint(0, 90, (67,))
+    want = F.cross_entropy(head(hidden), targets, reduction="sum")
+    want_grads = torch.autograd.grad(want, (hidden, head.weight))
+    got = cross_entropy_sum(hidden, head, targets)
+    torch.testing.assert_close(got, want)
+    got_grads = torch.autograd.grad(got, (hidden, head.weight))
+    torch.testing.assert_close(got_grads, want_grads)
+
+
+def test_a_saved_model_loads_in_plain_transformers_with_identical_logits(tmp_path):
+    model = new_model(TOKENIZER, ARCHS["qwen3"], seed=5)
+    save_model(model, TOKENIZER, tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ours, tokenizer = load_model(tmp_path)
+    ids = torch.tensor([encode((47, 86))[0]])
+    model.set_attn_implementation("sdpa")
+    ours.set_attn_implementation("sdpa")
+    want = model(input_ids=ids).logits
+    assert torch.equal(plain(input_ids=ids).logits, want)
+    assert torch.equal(ours(input_ids=ids).logits, want)
+    assert tokenizer("<Thread>\n1:").input_ids == TOKENIZER("<Thread>\n1:").input_ids
+
+
+def test_same_seed_same_weights():
+    first, second = (new_model(TOKENIZER, ARCHS["qwen3"], seed=6) for _ in range(2))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (MistralConfig(sliding_window=128), "mistral: layer type 'sliding_attention'"),
+        (
+            Qwen3Config(num_hidden_layers=2, layer_types=["full_attention", "linear_attention"]),
+            "qwen3: layer type 'linear_attention' is not supported",
+        ),
+        (Qwen3Config(attention_dropout=0.1), r"qwen3: config\.attention_dropout must be 0"),
+    ],
+)
+def test_models_a_trie_cannot_use_are_refused_by_name(config, message):
+    with pytest.raises(ValueError, match=message):
+        check_supported(config)
+
+
+def test_a_model_called_without_a_trie_says_what_to_do():
+    model = new_model(TOKENIZER, ARCHS["qwen3"])
+    with pytest.raises(ValueError, match="call it with trie_layout"):
+        model(input_ids=torch.tensor([[1, 2]]))
+
+
+def test_a_path_without_a_model_says_what_was_expected(tmp_path):
+    with pytest.raises(ValueError, match=r"no model here; expected a Hugging Face folder"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arch, message",
+    [
+        ({"model_type": "qwen33"}, r"model\.arch: .*qwen33"),
+        ({**ARCHS["qwen3"], "hidden_size": "large"}, r"model\.arch: "),
+    ],
+)
+def test_an_unknown_architecture_is_refused(arch, message):
+    with pytest.raises(ValueError, match=message):
+        new_model(TOKENIZER, arch)

@@ -1,0 +1,1 @@
+"""Where prompts and answers come from. One module a task."""

@@ -1,0 +1,162 @@
+"""Text to token ids and back, for one tokenizer that knows the tags."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from threadweaver.trajectory.tags import BLOCK_TAGS, TAGS, THREAD_HEADER
+from threadweaver.trajectory.vocabulary import missing_tags
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_FORCED_HEADER = re.compile(f"(?<=<Thread>){THREAD_HEADER.pattern}")
+_HEADER_SO_FAR = re.compile(r"\s*(?:[0-9]+(?:\.[0-9]+)*\.?\s*)?")
+_ROUND_TRIP = "1\n<Thread>\n1:1</Thread>\n"
+
+
+class Vocabulary(Protocol):
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class Codec:
+    """Maps tags and text to ids.
+
+    Attributes:
+        tag_ids: tag -> id; at least the tags of a block.
+        tags: id -> tag, the same pairs.
+        eos_id: id that ends a completion.
+        newline_ids: ids of the newline that the state machine writes after a join; empty for a
+            character vocabulary without a newline.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        tag_ids: Mapping[str, int],
+        eos_id: int,
+        newline_ids: Sequence[int],
+    ):
+        missing = [tag for tag in BLOCK_TAGS if tag not in tag_ids]
+        if missing:
+            raise ValueError(f"the vocabulary lacks the tags {', '.join(missing)}")
+        self.tag_ids = dict(tag_ids)
+        self.tags = {id: tag for tag, id in self.tag_ids.items()}
+        self.eos_id = eos_id
+        self.newline_ids = tuple(newline_ids)
+        self._vocabulary = vocabulary
+        self._texts: dict[int, str] = {}
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> Codec:
+        """Codec of a Hugging Face tokenizer in which every tag is one token.
+
+        Raises:
+            ValueError: a tag is missing or is split up, there is no end-of-sequence token, or
+                decoding does not give back the text.
+        """
+        missing = missing_tags(tokenizer)
+        if missing:
+            raise ValueError(
+                f"the tokenizer has no single token for {', '.join(missing)}: "
+                "threadweaver.trajectory.add_tags(tokenizer, model) adds them"
+            )
+        if not isinstance(tokenizer.eos_token_id, int):
+            raise ValueError("the tokenizer has no eos_token: set it to the token that ends a turn")
+        vocab = tokenizer.get_vocab()
+        text = _TokenizerVocabulary(tokenizer)
+        tag_ids = {tag: vocab[tag] for tag in TAGS}
+        codec = cls(text, tag_ids, tokenizer.eos_token_id, text.encode("\n"))
+        decoded = codec.decode(codec.encode(_ROUND_TRIP))
+        if decoded != _ROUND_TRIP:
+            raise ValueError(
+                f"the tokenizer decodes {_ROUND_TRIP!r} to {decoded!r}: it must keep every "
+                "character (a byte-level tokenizer does)"
+            )
+        return codec
+
+    @classmethod
+    def from_vocab(cls, vocab: Mapping[str, int], *, eos_id: int) -> Codec:
+        """Codec of a vocabulary of single characters, and tags or other special strings, by hand.
+
+        Decoding an id that is not in the vocabulary gives U+FFFD.
+
+        Raises:
+            ValueError: a tag of a block is missing.
+        """
+        tag_ids = {tag: vocab[tag] for tag in TAGS if tag in vocab}
+        newline_ids = [vocab["\n"]] if "\n" in vocab else []
+        return cls(_CharacterVocabulary(vocab), tag_ids, eos_id, newline_ids)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, with thread headers as the state machine forces them.
+
+        A header is encoded by itself, so that no token straddles its colon: a model is trained on
+        the very ids it is continued from. Nothing is added in front or behind.
+        """
+        ends = [header.end() for header in _FORCED_HEADER.finditer(text)]
+        pieces = [text[i:j] for i, j in zip([0, *ends], [*ends, len(text)], strict=True)]
+        return [id for piece in pieces if piece for id in self._vocabulary.encode(piece)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, tags and special tokens included."""
+        return self._vocabulary.decode(ids)
+
+    def header_end(self, ids: Sequence[int], start: int, end: int) -> int:
+        """Where the header that begins at ids[start], right after <Thread>, is over.
+
+        The header is the shortest run of tokens that reads a number and a colon. Without a colon
+        (malformed) it is the longest run that could still become one.
+        """
+        text = ""
+        for i in range(start, end):
+            text += self._text(ids[i])
+            if THREAD_HEADER.match(text):
+                return i + 1
+            if not _HEADER_SO_FAR.fullmatch(text):
+                return i
+        return end
+
+    def _text(self, id: int) -> str:
+        if id not in self._texts:
+            self._texts[id] = self._vocabulary.decode([id])
+        return self._texts[id]
+
+
+class _TokenizerVocabulary:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text = self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)  # a list comes back only for a batch
+        return text
+
+
+class _CharacterVocabulary:
+    def __init__(self, vocab: Mapping[str, int]):
+        self._ids = dict(vocab)
+        self._texts = {id: text for text, id in vocab.items()}
+        longest_first = sorted(vocab, key=len, reverse=True)
+        self._symbol = re.compile("|".join(map(re.escape, longest_first)))
+
+    def encode(self, text: str) -> list[int]:
+        ids, end = [], 0
+        for symbol in self._symbol.finditer(text):
+            if symbol.start() > end:
+                break
+            ids.append(self._ids[symbol[0]])
+            end = symbol.end()
+        if end < len(text):
+            raise ValueError(f"the vocabulary lacks {text[end]!r}, character {end} of the text")
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(self._texts.get(id, "\ufffd") for id in ids)

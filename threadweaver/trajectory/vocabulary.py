@@ -1,0 +1,79 @@
+"""Adds the tags to a tokenizer and a model that lack them (SPEC, "Trajectory")."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from threadweaver.trajectory.tags import TAGS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_ROWS_MULTIPLE = 64
+
+
+def add_tags(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> list[str]:
+    """Makes every tag one special token, in place; gives the model rows to start from.
+
+    The embedding of a new tag, and its output row if the two tables are untied, starts as the mean
+    of the rows of the bare word's tokens: "Thread" for <Thread> and </Thread>. The tables grow to a
+    multiple of 64 rows and never shrink; rows that no token uses get the mean of the old table.
+    Tags that are there already keep their ids and rows.
+
+    Returns:
+        The tags that were added to the tokenizer.
+    """
+    from transformers import AddedToken
+
+    missing = missing_tags(tokenizer)
+    tokens: list[str | AddedToken] = [
+        AddedToken(tag, special=True, normalized=False) for tag in missing
+    ]
+    tokenizer.add_tokens(tokens, special_tokens=True)
+    if model is not None:
+        _extend_model(model, tokenizer, missing)
+    return missing
+
+
+def missing_tags(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The tags that are not one token wherever they stand in a text."""
+    vocab = tokenizer.get_vocab()
+    return [
+        tag
+        for tag in TAGS
+        if tag not in vocab
+        or vocab[tag] not in tokenizer.encode(f"1{tag}1", add_special_tokens=False)
+    ]
+
+
+def _extend_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, added: list[str]
+) -> None:
+    import torch
+
+    vocab = tokenizer.get_vocab()
+    old_rows = _tables(model)[0].shape[0]
+    rows = -(-max(old_rows, max(vocab.values()) + 1) // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
+    # A tag may be new to the model though the tokenizer came with it.
+    new_tags = [tag for tag in TAGS if tag in added or vocab[tag] >= old_rows]
+    if rows != old_rows:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        for table in _tables(model):
+            mean = table[:old_rows].mean(dim=0, dtype=torch.float32)
+            table[old_rows:] = mean.to(table.dtype)
+            for tag in new_tags:
+                word = tokenizer.encode(tag.strip("</>"), add_special_tokens=False)
+                # A small vocabulary may have no token for the word at all.
+                start = table[word].mean(dim=0, dtype=torch.float32) if word else mean
+                table[vocab[tag]] = start.to(table.dtype)
+
+
+def _tables(model: PreTrainedModel) -> list[Tensor]:
+    """The embedding table and, if it is not the same tensor, the output table; [rows, width]."""
+    tables = [model.get_input_embeddings().weight]
+    output = model.get_output_embeddings()
+    if output is not None and output.weight is not tables[0]:
+        tables.append(output.weight)
+    return cast("list[Tensor]", tables)
