@@ -103,6 +103,7 @@ def dq_kernel(
     row_start = tl.load(row_ptr + q_block)
     first_partial = tl.load(full_end + q_block)
     row_end = tl.load(row_ptr + q_block + 1)
+    # As in the forward, `block` is read one iteration ahead.
     block = tl.load(kv_blocks + row_start)
     for i in range(row_start, first_partial):
         next_block = tl.load(kv_blocks + tl.minimum(i + 1, row_end - 1))

@@ -121,6 +121,8 @@ def forward_kernel(
     row_start = tl.load(row_ptr + q_block)
     first_partial = tl.load(full_end + q_block)
     row_end = tl.load(row_ptr + q_block + 1)
+    # `block` is always read one iteration ahead: an address that waits for a load in the same
+    # iteration would cost the pipeline a stage.
     block = tl.load(kv_blocks + row_start)
     for i in range(row_start, first_partial):
         next_block = tl.load(kv_blocks + tl.minimum(i + 1, row_end - 1))

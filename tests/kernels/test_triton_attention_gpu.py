@@ -1,0 +1,68 @@
+"""What only a GPU shows of the Triton backend: every candidate configuration, and tuning."""
+
+import pytest
+import torch
+
+from tests.kernels.tries import oracle, relative_error, visible
+
+pytestmark = pytest.mark.gpu
+pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_candidate_gives_the_right_answer(dtype, head_dim):
+    from tw_kernels.backends import triton_attention_bwd as bwd
+    from tw_kernels.backends import triton_attention_fwd as fwd
+    from tw_kernels.backends.triton_attention_tuning import candidates_for
+    from tw_kernels.trie import TrieLayout
+
+    n, scale = 700, head_dim**-0.5
+    ends = torch.tensor([n] * 150 + [400] * 250 + [n] * 300, dtype=torch.int32)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dout = (
+        torch.randn(n, h, head_dim, generator=generator).to("cuda", dtype) for h in (4, 2, 2, 4)
+    )
+    wide_q, wide_k, wide_v = (x.cpu().double().requires_grad_() for x in (q, k, v))
+    want_out, want_lse = oracle(wide_q, wide_k, wide_v, visible(ends), scale)
+    want_dq, want_dk, want_dv = torch.autograd.grad(
+        want_out, (wide_q, wide_k, wide_v), dout.cpu().double()
+    )
+    tolerance = 1e-5 if dtype == torch.float32 else 8e-3 if dtype == torch.bfloat16 else 2e-3
+
+    def check(got, want):
+        assert relative_error(got.cpu(), want.detach()) <= tolerance
+
+    layout = TrieLayout(ends.cuda())
+    candidates = candidates_for(dtype, head_dim)
+    out = lse = torch.empty(0)
+    for config in candidates.forward:
+        schedule = layout.block_schedule(config.block_q, config.block_kv)
+        out, lse = fwd.forward(q, k, v, layout.subtree_ends, schedule, scale, config)
+        check(out, want_out)
+        check(lse, want_lse)
+    shared = dout, q, k, v, *bwd.row_stats(dout, out, lse), layout.subtree_ends
+    for config in candidates.dq:
+        schedule = layout.block_schedule(config.block_q, config.block_kv)
+        check(bwd.grad_q(*shared, schedule, scale, config), want_dq)
+    for config in candidates.dkv:
+        schedule = layout.block_schedule(config.block_q, config.block_kv)
+        dk, dv = bwd.grad_kv(*shared, schedule, scale, config)
+        check(dk, want_dk)
+        check(dv, want_dv)
+
+
+def test_tuning_picks_candidates_once_and_can_be_switched_off(monkeypatch):
+    import triton.testing
+
+    from tw_kernels.backends import triton_attention_tuning as tuning
+
+    q = torch.empty(1, 1, 64, dtype=torch.bfloat16, device="cuda")
+    candidates = tuning.candidates_for(q.dtype, 64)
+    monkeypatch.delenv("TW_AUTOTUNE", raising=False)
+    chosen = tuning.configs_for(q)
+    assert all(c in options for c, options in zip(chosen, candidates, strict=True))
+    monkeypatch.setattr(triton.testing, "do_bench", lambda run: pytest.fail("timed again"))
+    assert tuning.configs_for(q) == chosen
+    monkeypatch.setenv("TW_AUTOTUNE", "0")
+    assert tuning.configs_for(q) == tuple(options[0] for options in candidates)
