@@ -1,7 +1,13 @@
-"""GPU tests run where there is a GPU and are skipped, with the reason, elsewhere."""
+"""Triton's kernels run in its interpreter where there is no GPU; tests that need one are skipped."""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton reads it when it is first imported, which any test file may be the one to do.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items):

@@ -70,11 +70,13 @@ def trie_attention(
         out [N, Hq, D] in q's dtype; with return_lse, (out, lse [Hq, N], float32, natural log).
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together, or a backend that cannot
-            run the call, with the reason.
+        ValueError: shapes, dtypes or devices that do not fit together, a scale that is not above 0,
+            or a backend that cannot run the call, with the reason.
     """
     _check(q, k, v, layout)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if scale <= 0:
+        raise ValueError(f"scale must be above 0, got {scale}")
     name = backend or os.environ.get("TW_BACKEND") or ""
     out, lse = torch.ops.tw_kernels.trie_attention(q, k, v, layout.subtree_ends, scale, name)
     return (out, lse) if return_lse else out

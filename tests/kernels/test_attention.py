@@ -318,6 +318,13 @@ def test_tensors_that_do_not_fit_are_refused(change, message):
         trie_attention(q, k, v, layout)
 
 
+def test_a_scale_that_is_not_positive_is_refused():
+    layout = random_layout(14)
+    q, k, v, _ = inputs(layout.num_tokens, torch.float32)
+    with pytest.raises(ValueError, match="scale must be above 0, got 0"):
+        trie_attention(q, k, v, layout, scale=0.0)
+
+
 def test_backends_says_what_can_run_here():
     reasons = backends("trie_attention")
     assert reasons["dense"] is None

@@ -1,0 +1,68 @@
+"""Where a result was measured: enough to judge it by, and to repeat it."""
+
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "triton", "numpy", "transformers")
+HOUSE = Path(__file__).parent.parent
+
+
+def environment(device: str) -> dict[str, Any]:
+    """The `env` record of a result file."""
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_model(),
+        "device_type": device,
+        "cpu": _cpu_model(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        if device == "cuda"
+        else None,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {package: _version(package) for package in PACKAGES},
+        "commit": _output("git", "rev-parse", "HEAD"),
+        "dirty": bool(_output("git", "status", "--porcelain")),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python", "-m", *_module(), *sys.argv[1:]]),
+    }
+
+
+def _module() -> list[str]:
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return [spec.name] if spec else [Path(sys.argv[0]).name]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints; None if it fails or is not there."""
+    try:
+        done = subprocess.run(command, cwd=HOUSE, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())

@@ -1,0 +1,313 @@
+"""The frame every benchmark stands in.
+
+A suite yields setups (one case with its inputs) and names its peers once. For each setup every peer
+is prepared, its results on every set of inputs it will be timed on are checked, and only what
+was right is timed: after a warm-up, in interleaved repeats (one sample of each peer in turn, each
+round starting at another peer), so that a slow spell of the machine hits all alike.
+
+A row's `status`:
+    ok       right, and timed
+    wrong    some result differs from the reference; not timed; `reason` says where
+    skipped  the peer does not do this here; `reason` says why
+    failed   an exception; `reason` is its first line
+"""
+
+import fnmatch
+import gc
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Literal, Protocol, TypeVar
+
+import numpy as np
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
+from rich.console import Console
+from rich.table import Table
+
+from bench.environment import environment
+from bench.meter import CpuMeter, CudaMeter, meter_for
+
+Row = dict[str, Any]
+
+MIN_REPEATS, MAX_REPEATS = 3, 50
+# A call slower than this many budgets is timed once: its relative noise is small, its cost is not.
+ONE_SHOT = 5
+
+QUICK_HELP = "few small cases and few repeats, to see that everything works"
+ONLY_HELP = (
+    "run only rows that match, e.g. --only 'case=star*' 'peer=ours*'; keys as in the table's title,"
+    " and peer; several globs of one key are alternatives"
+)
+
+
+class Skip(Exception):  # noqa: N818 - not an error
+    """Raised by a peer that does not do this setup; the message is the reason."""
+
+
+class UsageError(ValueError):
+    """Options that cannot be met; the message names the option."""
+
+
+class Setup(Protocol):
+    """One case with its inputs; what all peers of one comparison share."""
+
+    input_sets: int  # calls are numbered modulo this, so that inputs rotate
+
+    @property
+    def key(self) -> Row:
+        """What identifies the comparison: case, dtype, pass, … Cheap: filters read it first."""
+        ...
+
+    def check(self, peer: str, result: Any, inputs: int) -> str | None:
+        """None if a peer's result on this set of inputs is right, else what is wrong with it."""
+        ...
+
+    def figures(self, peer: str, seconds: float) -> Row:
+        """What follows from the time: throughputs, say."""
+        ...
+
+
+S = TypeVar("S", bound=Setup)
+
+
+@dataclass(frozen=True)
+class Peer(Generic[S]):
+    """Something to time. `prepare(setup)` returns the call to time, given the number of the inputs;
+    what it does itself is not timed. It raises Skip where the peer does not do the setup."""
+
+    name: str
+    prepare: Callable[[S], Callable[[int], Any]]
+    ours: bool = False
+
+
+@dataclass
+class Options:
+    """Options of every benchmark.
+
+    Args:
+        device: where to run.
+        quick, only: see QUICK_HELP and ONLY_HELP.
+        json: write {"env": ..., "rows": [...]} to this file; rewritten after every case.
+        budget: seconds of timing per row. Default: 2, or 0.1 with --quick.
+    """
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    quick: bool = False
+    json: Path | None = None
+    only: list[str] = field(default_factory=list)
+    budget: float | None = None
+
+
+O = TypeVar("O", bound=Options)  # noqa: E741 - the options type beside S, the setup type
+
+
+@dataclass(frozen=True)
+class Suite(Generic[O, S]):
+    """A benchmark: what it runs on, what it compares, and what its table shows.
+
+    Attributes:
+        setups: the setups for these options; large things in them are built when first used.
+        relate: fills in what follows from several rows of one setup (ratios).
+        columns: row key -> heading; a float is shown to three digits.
+    """
+
+    name: str
+    options: type[O]
+    setups: Callable[[O], Iterable[S]]
+    peers: Sequence[Peer[S]]
+    relate: Callable[[list[Row]], None]
+    columns: dict[str, str]
+
+
+def measure(
+    setup: S, peers: Sequence[Peer[S]], meter: CpuMeter | CudaMeter, budget: float
+) -> list[Row]:
+    """One row for each peer, in order."""
+    rows, timed = [], []
+    for peer in peers:
+        row: Row = {**setup.key, "peer": peer.name, "ours": peer.ours, "status": "ok"}
+        row |= dict.fromkeys(("reason", "ms", "iqr_ms", "repeats", "peak_bytes"))
+        rows.append(row)
+        try:
+            call = peer.prepare(setup)
+            for i in range(setup.input_sets):
+                if wrong := setup.check(peer.name, call(i), i):
+                    row |= {"status": "wrong", "reason": f"{wrong} (inputs {i})"}
+                    break
+            else:
+                timed.append(_Timing(row, call, setup.input_sets, meter))
+        except Skip as reason:
+            row |= {"status": "skipped", "reason": str(reason)}
+        except Exception as error:
+            line = (str(error).strip().splitlines() or [""])[0]
+            row |= {"status": "failed", "reason": f"{type(error).__name__}: {line}"}
+    gc.collect()
+    gc.disable()  # as timeit does: a peer pays for its own objects, not for everybody's
+    try:
+        for timing in timed:
+            timing.warm_up(budget)
+        for round_ in range(MAX_REPEATS):
+            shift = round_ % len(timed) if timed else 0
+            for timing in timed[shift:] + timed[:shift]:
+                timing.sample()
+    finally:
+        gc.enable()
+    for timing in timed:
+        timing.finish()
+        timing.row |= setup.figures(timing.row["peer"], timing.row["ms"] / 1e3)
+    return rows
+
+
+class _Timing:
+    """The samples of one row."""
+
+    def __init__(
+        self,
+        row: Row,
+        call: Callable[[int], Any],
+        input_sets: int,
+        meter: CpuMeter | CudaMeter,
+    ):
+        self.row, self._call, self._input_sets, self._meter = row, call, input_sets, meter
+        self._count, self._calls, self._repeats = 0, 1, 1
+        self._samples: list[float] = []
+
+    def warm_up(self, budget: float) -> None:
+        """One call for its memory, one for its time, from which the number of repeats follows."""
+        self.row["peak_bytes"] = self._meter.peak_bytes(self._next)
+        seconds = self._seconds()
+        if seconds > ONE_SHOT * budget:
+            self._samples.append(seconds)
+            return
+        self._calls = self._meter.calls_in_sample(seconds)
+        fits = int(budget / (self._calls * seconds))
+        self._repeats = min(max(fits, MIN_REPEATS), MAX_REPEATS)
+
+    def _next(self) -> Any:
+        self._count += 1
+        return self._call(self._count % self._input_sets)
+
+    def _seconds(self) -> float:
+        return self._meter.seconds(self._next, self._calls)
+
+    def sample(self) -> None:
+        if len(self._samples) < self._repeats:
+            self._samples.append(self._seconds())
+
+    def finish(self) -> None:
+        low, median, high = (1e3 * np.percentile(self._samples, (25, 50, 75))).tolist()
+        self.row |= {"ms": median, "iqr_ms": high - low, "repeats": len(self._samples)}
+
+
+class Only:
+    """The --only filters: KEY=GLOB, alternatives within a key, all keys must hold."""
+
+    def __init__(self, texts: Sequence[str]):
+        self.globs: dict[str, list[str]] = {}
+        for text in texts:
+            key, equals, glob = text.partition("=")
+            if not equals:
+                raise UsageError(f"--only: {text!r} is not of the form KEY=GLOB")
+            self.globs.setdefault(key, []).append(glob)
+
+    def admits(self, row: Row) -> bool:
+        """Looks at the keys that the row has."""
+        return all(
+            any(fnmatch.fnmatchcase(str(row[key]), glob) for glob in globs)
+            for key, globs in self.globs.items()
+            if key in row
+        )
+
+
+def run(suite: Suite[O, S], options: O, console: Console) -> list[Row]:
+    """Runs a suite, shows it, and writes the result file if one is named.
+
+    Raises:
+        UsageError: options that cannot be met; says which.
+    """
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    if options.json and not options.json.parent.is_dir():
+        raise UsageError(f"--json: there is no folder {options.json.parent}")
+    only = Only(options.only)
+    setups = list(suite.setups(options))
+    keys = {"peer", *(setups[0].key if setups else ())}
+    if unknown := sorted(set(only.globs) - keys):
+        raise UsageError(f"--only: no key {unknown[0]!r}; one of {', '.join(sorted(keys))}")
+    setups = [setup for setup in setups if only.admits(setup.key)]
+    peers = [peer for peer in suite.peers if only.admits({"peer": peer.name})]
+    if not setups or not peers:
+        raise UsageError(f"--only {' '.join(options.only)}: nothing matches")
+
+    budget = options.budget or (0.1 if options.quick else 2.0)
+    env = {"benchmark": suite.name, **environment(options.device)}
+    meter = meter_for(options.device)
+    rows: list[Row] = []
+    while setups:
+        setup = setups.pop(0)  # and with it go its inputs
+        new = measure(setup, peers, meter, budget)
+        suite.relate(new)
+        rows += new
+        console.print(_table(suite, setup.key, new))
+        if options.json:
+            write(options.json, env, rows)
+    return rows
+
+
+def write(path: Path, env: Row, rows: list[Row]) -> None:
+    """Replaces a result file in one step, so that it is whole at any moment."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps({"env": env, "rows": rows}, indent=1) + "\n")
+    partial.replace(path)
+
+
+def _table(suite: Suite, key: Row, rows: list[Row]) -> Table:
+    title = "  ".join(f"{name} {_show(value)}" for name, value in key.items())
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("peer", overflow="fold")
+    for heading in ("ms", "± IQR", "n", "peak MB", *suite.columns.values()):
+        table.add_column(heading, justify="right")
+    table.add_column("note", overflow="fold")
+    for row in rows:
+        mb = None if row["peak_bytes"] is None else row["peak_bytes"] / 1e6
+        values = [row["ms"], row["iqr_ms"], row["repeats"], mb, *(map(row.get, suite.columns))]
+        note = "" if row["status"] == "ok" else f"{row['status']}: {row['reason']}"
+        style = {"ok": "bold" if row["ours"] else "", "skipped": "dim"}.get(row["status"], "red")
+        table.add_row(row["peer"], *map(_show, values), note, style=style)
+    return table
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, float):
+        return f"{value:,}" if isinstance(value, int) else str(value)
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{min(digits, 5)}f}"
+
+
+def main(suite: Suite[O, S], arguments: list[str] | None = None) -> int:
+    """The command line. Returns the exit code: 1 if any row is wrong or one of ours failed."""
+    console = Console(width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", 160)))
+    parser = ArgumentParser(prog=f"python -m bench.{suite.name}", exit_on_error=False)
+    parser.add_argument("--quick", action="store_true", help=QUICK_HELP)
+    parser.add_argument("--only", nargs="+", default=[], metavar="KEY=GLOB", help=ONLY_HELP)
+    parser.add_class_arguments(suite.options, skip={"quick", "only"})
+    try:
+        options = suite.options(**vars(parser.parse_args(arguments)))
+        rows = run(suite, options, console)
+    except (ArgumentError, UsageError) as error:
+        print(f"bench.{suite.name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    bad = [r for r in rows if r["status"] == "wrong" or (r["status"] == "failed" and r["ours"])]
+    for row in bad:
+        label = " ".join(str(v) for v in row.values() if isinstance(v, str))
+        print(f"bench.{suite.name}: {label}", file=sys.stderr)
+    return 1 if bad else 0

@@ -1,0 +1,263 @@
+"""The frame and both benchmarks, in their --quick form."""
+
+import functools
+import itertools
+import json
+
+import pytest
+import torch
+
+from bench import attention, layout, shapes
+from bench.frame import Options, Peer, Skip, Suite, main, measure
+from bench.meter import CpuMeter
+from bench.oracle import TOLERANCE, reference, worst_row
+from bench.peers import DENSE, visible
+from tw_kernels.backends import dense
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Doubling:
+    """A setup whose right answer is 2 x, on two sets of inputs."""
+
+    input_sets = 2
+    key = {"case": "doubling"}  # noqa: RUF012 - never written to
+
+    def check(self, peer, result, inputs):
+        return None if result == 2 * inputs else f"{result} is not {2 * inputs}"
+
+    def figures(self, peer, seconds):
+        return {"rate": 1 / seconds}
+
+
+def _counted(answer):
+    calls = []
+
+    def prepare(_setup):
+        def call(inputs):
+            calls.append(inputs)
+            return answer(inputs)
+
+        return call
+
+    return prepare, calls
+
+
+def _rows(*peers):
+    rows = measure(Doubling(), list(peers), CpuMeter(), budget=0.01)
+    return {row["peer"]: row for row in rows}
+
+
+def test_a_wrong_peer_is_reported_wrong_and_never_timed():
+    right, right_calls = _counted(lambda x: 2 * x)
+    # Right on the first inputs: every set that is timed must be checked.
+    wrong, wrong_calls = _counted(lambda x: 3 * x)
+    rows = _rows(Peer("right", right), Peer("planted", wrong))
+    assert rows["planted"]["status"] == "wrong"
+    assert rows["planted"]["reason"] == "3 is not 2 (inputs 1)"
+    assert rows["planted"]["ms"] is None and "rate" not in rows["planted"]
+    assert wrong_calls == [0, 1]
+    assert rows["right"]["status"] == "ok" and rows["right"]["ms"] > 0
+    assert rows["right"]["rate"] > 0 and len(right_calls) > 2
+
+
+def test_an_absent_peer_says_why_and_a_failing_one_does_not_stop_the_others():
+    def absent(_setup):
+        raise Skip("not installed")
+
+    def failing(_setup):
+        raise RuntimeError("no such kernel\nmore lines")
+
+    right, _ = _counted(lambda x: 2 * x)
+    rows = _rows(Peer("absent", absent), Peer("failing", failing), Peer("right", right))
+    assert (rows["absent"]["status"], rows["absent"]["reason"]) == ("skipped", "not installed")
+    assert rows["failing"]["status"] == "failed"
+    assert rows["failing"]["reason"] == "RuntimeError: no such kernel"
+    assert rows["right"]["status"] == "ok"
+
+
+def test_repeats_are_interleaved_and_inputs_rotate():
+    order = []
+
+    def peer(name):
+        def prepare(_setup):
+            def call(inputs):
+                order.append((name, inputs))
+                torch.mm(torch.ones(300, 300), torch.ones(300, 300))
+                return 2 * inputs
+
+            return call
+
+        return Peer(name, prepare)
+
+    _rows(peer("a"), peer("b"))
+    names = "".join(name for name, _ in order[8:])  # after the checks and the warm-up
+    assert "ab" in names and "ba" in names
+    for name in "ab":
+        inputs = [i for n, i in order if n == name]
+        assert all(a != b for a, b in itertools.pairwise(inputs[2:]))
+
+
+def test_peak_memory_sees_what_a_call_holds_at_once():
+    peak = CpuMeter().peak_bytes(lambda: torch.ones(8_000_000).sum())
+    if peak is None:
+        pytest.skip("no /proc/self/clear_refs here")
+    assert 31e6 < peak < 40e6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "case"], "--only: 'case' is not of the form KEY=GLOB"),
+        (["--only", "colour=red"], "--only: no key 'colour'"),
+        (["--only", "case=nothing"], "nothing matches"),
+        (["--json", "/no/such/folder/x.json"], "--json: there is no folder"),
+        (["--device", "tpu"], "device"),
+        (["--device", "cuda"], "--device cuda"),
+    ],
+)
+def test_a_bad_option_exits_2_with_one_line(arguments, message, capsys):
+    assert main(layout.SUITE, ["--quick", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_wrong_row_makes_the_command_exit_1(capsys):
+    wrong, _ = _counted(lambda x: 2 * x + 1)
+    suite = Suite("t", Options, lambda o: [Doubling()], [Peer("bad", wrong)], lambda rows: None, {})
+    assert main(suite, []) == 1
+    assert "bad" in capsys.readouterr().err
+
+
+def _check_schema(path, benchmark):
+    record = json.loads(path.read_text())
+    assert set(record) == {"env", "rows"}
+    env = record["env"]
+    assert env["benchmark"] == benchmark and env["threads"] == 1
+    assert {"device", "cpu", "versions", "commit", "dirty", "date"} <= set(env)
+    for row in record["rows"]:
+        assert row["status"] in ("ok", "skipped"), row
+        if row["status"] == "ok":
+            assert row["ms"] > 0 and row["iqr_ms"] >= 0 and row["repeats"] >= 1
+        else:
+            assert row["ms"] is None and row["reason"]
+    return record["rows"]
+
+
+def test_bench_layout_quick(tmp_path):
+    assert main(layout.SUITE, ["--quick", "--json", str(tmp_path / "l.json")]) == 0
+    rows = _check_schema(tmp_path / "l.json", "layout")
+    assert {row["peer"] for row in rows} == {peer.name for peer in layout.SUITE.peers}
+    ours = [row for row in rows if row["peer"] == layout.SCHEDULED]
+    assert all(row["x_dict"] > 0 and row["x_block_mask"] > 0 for row in ours)
+    # A trie takes O(N): 36 bytes a token at every size, and 4 for each path.
+    tries = [row for row in rows if row["peer"] == layout.OURS]
+    assert all(36 <= row["bytes_per_token"] < 36.3 for row in tries)
+
+
+def test_bench_attention_quick(tmp_path):
+    path = tmp_path / "a.json"
+    arguments = ["--quick", "--only", "dtype=float32", "--json", str(path)]
+    assert main(attention.SUITE, arguments) == 0
+    rows = _check_schema(path, "attention")
+    assert {row["peer"] for row in rows} == {peer.name for peer in attention.SUITE.peers}
+    for row in rows:
+        if row["peer"] in (attention.OURS, DENSE, "SDPA causal"):
+            assert row["status"] == "ok" and row["tflops"] > 0 and row["x_dense"] > 0
+            assert row["roofline"] > 0 and len(row["checked_heads"]) == 9
+        if row["peer"] == attention.OURS:
+            assert row["backend"] in attention.TRIE_ATTENTION
+        if row["peer"].startswith("Flex") and row["pass"] == "fwd+bwd":
+            assert row["reason"] == "FlexAttention has no backward on a CPU"
+
+
+def _setup(case, dtype=torch.float32, heads=4, kv_heads=2):
+    problem = attention.Problem(case, "cpu", heads, kv_heads, 32)
+    return attention.AttentionSetup(problem, dtype, backward=True)
+
+
+@pytest.mark.parametrize("wrong", ["neighbour", "head", "nan"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_attention_check_catches_one_wrong_column_head_or_value(wrong, dtype):
+    setup = _setup(shapes.trajectory(300, 2), dtype)
+    q, k, v, dout = setup.inputs(0)
+    mask = visible(setup.layout.subtree_ends)
+    if wrong == "neighbour":  # one row sees one column that it should not
+        row = 200
+        mask[row, (~mask[row, :row]).nonzero()[0]] = True
+
+    def attend(q, k, v):
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, enable_gqa=True
+        )
+        return out[0].transpose(0, 1)
+
+    out, *grads = setup.run(attend, q, k, v, dout)
+    if wrong == "head":
+        out = out[:, [1, 0, 2, 3]]
+    if wrong == "nan":
+        out = out.clone()
+        out[250, 3, 7] = float("nan")
+    assert "off by" in (setup.check("planted", (out, *grads), 0) or "")
+
+
+def test_the_reference_agrees_with_the_dense_backend_in_float64():
+    setup = _setup(shapes.trajectory(1200, 3))  # more than two chunks, a ragged last one
+    values = setup.problem.values[0]
+    expected = reference(*values, setup.layout.subtree_ends, [0, 1])
+    q, k, v, dout = (x.double() for x in values)
+    plan = dense.plan(setup.layout, q)
+    out, lse = dense.forward(q, k, v, plan, 32**-0.5)
+    grads = dense.backward(dout, q, k, v, out, lse, plan, 32**-0.5)
+    for got, name in zip((out, *grads), ("out", "dq", "dk", "dv"), strict=True):
+        assert worst_row(got, getattr(expected, name)) < 1e-11, name
+    assert TOLERANCE[torch.float32] < TOLERANCE[torch.bfloat16]
+
+
+def test_the_layout_check_catches_a_moved_token_and_a_wrong_block():
+    setup = layout.LayoutSetup(shapes.trajectory(512, 2))
+    flat = layout.dict_trie(setup.case.paths)
+    assert setup.check("planted", flat, 0) is None
+    tokens = flat.tokens.clone()
+    tokens[[3, 4]] = tokens[[4, 3]]
+    assert setup.check("planted", flat._replace(tokens=tokens), 0) == "tokens differ"
+    schedule = setup.case.trie.layout().block_schedule(layout.BLOCK_Q, layout.BLOCK_KV)
+    assert setup.check("planted", schedule, 0) is None
+    row = int((schedule.full_end > schedule.row_ptr[:-1]).nonzero()[0])
+    full_end = schedule.full_end.clone()
+    full_end[row] -= 1
+    wrong = setup.check("planted", schedule._replace(full_end=full_end), 0)
+    assert wrong == "the full blocks differ"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        shapes.star(1000),
+        shapes.pack(8, 64),
+        *(shapes.trajectory(n, blocks) for n, blocks in ((100, 1), (512, 2), (8192, 4))),
+        shapes.tree_of_thoughts("sorting128ToT", 17),
+        shapes.tree_of_thoughts("docmergeToT", 4),
+    ],
+    ids=lambda case: case.name,
+)
+def test_a_case_has_the_size_its_name_says(case):
+    trie = case.trie
+    name, _, size = case.name.partition("-")
+    tree = functools.partial(shapes._trees().__getitem__, name)
+    n = eval(size.replace("x", "*")) if name not in shapes._trees() else None
+    assert len(trie) == (n or sum(tree()[int(size)]["sizes"]))
+    assert not n or name != "star" or abs(trie.layout().density - 0.242) < 0.002
+
+
+def test_the_long_trajectory_unrolls_to_194k():
+    case = shapes.trajectory(34408, 6)
+    assert len(case.trie) == 34408
+    assert abs(case.unrolled - 194_000) < 1000
