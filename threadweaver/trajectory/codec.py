@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _FORCED_HEADER = re.compile(f"(?<=<Thread>){THREAD_HEADER.pattern}")
 _HEADER_SO_FAR = re.compile(r"\s*(?:[0-9]+(?:\.[0-9]+)*\.?\s*)?")
+_MAX_HEADER_TOKENS = 32
 _ROUND_TRIP = "1\n<Thread>\n1:1</Thread>\n"
 
 
@@ -110,9 +111,11 @@ class Codec:
         """Where the header that begins at ids[start], right after <Thread>, is over.
 
         The header is the shortest run of tokens that reads a number and a colon. Without a colon
-        (malformed) it is the longest run that could still become one.
+        (malformed) it is the longest run that could still become one, of at most 32 tokens: a
+        thread of nothing but digits must not cost quadratic time.
         """
         text = ""
+        end = min(end, start + _MAX_HEADER_TOKENS)
         for i in range(start, end):
             text += self._text(ids[i])
             if THREAD_HEADER.match(text):

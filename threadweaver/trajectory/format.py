@@ -94,7 +94,7 @@ class _Check:
         if len(block.threads) != len(numbers):
             counts = f"{len(numbers)} outlines but {len(block.threads)} threads"
             self._report(self._tags[block.first_tag].start, f"{name} has {counts}")
-        numbers += range(len(numbers) + 1, len(block.threads) + 1)
+        numbers += map(str, range(len(numbers) + 1, len(block.threads) + 1))
         for i, (thread, number) in enumerate(zip(block.threads, numbers, strict=False), 1):
             self._thread(thread, f"{name}, thread {i}", number, depth)
         for left, right in pairwise(block.threads):
@@ -123,7 +123,7 @@ class _Check:
             self._report(self._tags[block.first_tag].start, problem)
         return previous == "</Parallel>"
 
-    def _outline_numbers(self, block: Block, name: str) -> list[int]:
+    def _outline_numbers(self, block: Block, name: str) -> list[str]:
         """Numbers of the outlines of a block whose parts are in order; checks each outline."""
         tags = [part for part in self._parts(block) if isinstance(part, Tag)]
         opened = [tag for tag in tags if tag.name == "<Outline>"]
@@ -138,17 +138,18 @@ class _Check:
             if not outline:
                 found = self._quote(left.end, right.start)
                 self._report(left.start, f"{where} must read '{i}: text', found {found}")
-            elif int(outline[1]) != i:
-                problem = f"{where} is numbered {outline[1]}: outlines count 1, 2, 3, ..."
+            elif outline[1] != str(i):
+                found = self._quote(*outline.span(1))
+                problem = f"{where} is numbered {found}: outlines count 1, 2, 3, ..."
                 self._report(left.start, problem)
             elif not outline[2].strip():
                 self._report(left.start, f"{where} has no text after '{i}:'")
-            numbers.append(int(outline[1]) if outline else i)
+            numbers.append(outline[1] if outline else str(i))
         return numbers
 
-    def _thread(self, thread: Thread, name: str, number: int, depth: int) -> None:
+    def _thread(self, thread: Thread, name: str, number: str, depth: int) -> None:
         header = _HEADER.match(self._text, thread.body_start, thread.body_end)
-        if not header or int(header[1]) != number:
+        if not header or header[1] != number:
             found = self._quote(thread.body_start, thread.body_end)
             self._report(thread.start, f"{name} must begin with '{number}:', found {found}")
         inner = self._tags_outside_blocks(thread, thread.first_tag + 1, thread.last_tag - 1)

@@ -1,0 +1,117 @@
+import pickle
+
+import pytest
+from byte_tokenizer import byte_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from trajectories import CODEC, EXAMPLE, VOCAB, Trajectory, trajectories, unhurried
+from transformers import AddedToken
+
+from threadweaver.trajectory import TAGS, Codec, add_tags, extract_calls
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = byte_tokenizer()
+    add_tags(tokenizer)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def codec(tokenizer):
+    return Codec.from_tokenizer(tokenizer)
+
+
+def test_a_tag_is_one_token_anywhere_in_a_text(codec: Codec):
+    for tag in TAGS:
+        for text in (tag, f"a{tag}b", f" {tag} ", f"\n{tag}\n", f"<{tag}>", tag + tag):
+            ids = codec.encode(text)
+            assert ids.count(codec.tag_ids[tag]) == text.count(tag)
+            assert codec.decode(ids) == text
+
+
+@unhurried
+@given(st.text(max_size=30))
+def test_decoding_gives_back_the_text(codec: Codec, text: str):
+    for whole in (text, f"{EXAMPLE}{text}<Thread>\n1:{text}</Thread>"):
+        assert codec.decode(codec.encode(whole)) == whole
+
+
+def test_no_token_straddles_the_colon_of_a_thread_header(codec: Codec, tokenizer):
+    assert len(tokenizer.encode(":\n")) == 1
+    ids = codec.encode("<Thread>\n1:\nwork</Thread>")
+    assert ids == [
+        codec.tag_ids["<Thread>"],
+        *codec.encode("\n1:"),
+        *codec.encode("\nwork"),
+        codec.tag_ids["</Thread>"],
+    ]
+    assert codec.encode("a:\n") == tokenizer.encode("a:\n")
+
+
+@unhurried
+@given(trajectories())
+def test_calls_agree_whatever_the_tokenizer(codec: Codec, t: Trajectory):
+    prompt_ids = codec.encode(t.prompt)
+    ids = prompt_ids + codec.encode(t.response.removesuffix("<eos>"))
+    calls = extract_calls(ids, codec, len(prompt_ids))
+    expected = [(context, completion.removesuffix("<eos>")) for context, completion in t.calls]
+    assert [(codec.decode(c.context), codec.decode(c.completion)) for c in calls] == [
+        (context, completion) for context, completion in expected if completion
+    ]
+
+
+def test_a_header_straddled_by_a_token_is_context(codec: Codec, tokenizer):
+    ids = tokenizer.encode("<Parallel><Outlines></Outlines>\n<Thread>\n1:\nwork</Thread>")
+    thread = extract_calls(ids, codec)[1]
+    assert codec.decode(thread.context).endswith("<Thread>\n1:\n")
+    assert codec.decode(thread.completion) == "work</Thread>"
+
+
+def test_missing_tags_are_named_with_the_remedy():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([tag for tag in TAGS if tag != "</Thread>"], special_tokens=True)
+    with pytest.raises(ValueError, match=r"no single token for </Thread>: .*add_tags"):
+        Codec.from_tokenizer(tokenizer)
+
+
+def test_a_tokenizer_without_eos_is_refused():
+    tokenizer = byte_tokenizer()
+    add_tags(tokenizer)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no eos_token"):
+        Codec.from_tokenizer(tokenizer)
+
+
+def test_a_tokenizer_that_loses_characters_is_refused():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([tag for tag in TAGS if tag != "<Thread>"], special_tokens=True)
+    greedy = AddedToken("<Thread>", lstrip=True, rstrip=True, special=True)
+    tokenizer.add_tokens([greedy], special_tokens=True)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="it must keep every character"):
+        Codec.from_tokenizer(tokenizer)
+
+
+def test_ids_outside_the_vocabulary_decode(codec: Codec):
+    assert codec.decode([10**6]) == ""
+    assert CODEC.decode([VOCAB["a"], 999]) == "a\ufffd"
+
+
+def test_a_character_vocabulary_names_what_it_lacks():
+    with pytest.raises(ValueError, match="lacks 'Z', character 2 of the text"):
+        CODEC.encode("abZ")
+    with pytest.raises(ValueError, match="lacks the tags <Parallel>, "):
+        Codec.from_vocab({"a": 1}, eos_id=2)
+
+
+def test_character_vocabulary_round_trip():
+    text = "12: ab\n<Thread>\n1:</Thread><eos>"
+    assert CODEC.decode(CODEC.encode(text)) == text
+    assert CODEC.encode("<Thread>1<eos>") == [VOCAB["<Thread>"], VOCAB["1"], 120]
+    assert CODEC.newline_ids == (VOCAB["\n"],)
+
+
+def test_a_codec_survives_pickling(codec: Codec):
+    for original in (codec, CODEC):
+        copy = pickle.loads(pickle.dumps(original))
+        assert copy.encode("1\n<Thread>\n1:") == original.encode("1\n<Thread>\n1:")
