@@ -12,7 +12,7 @@ demo: .venv/package
 	$(BIN)/python -m threadweaver.train sft --config configs/sft-demo.yaml
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 
 setup: .venv/tools
 

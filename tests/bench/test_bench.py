@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from bench import attention, layout, shapes
+from bench import attention, layout, shapes, train_step
 from bench.frame import Options, Peer, Skip, Suite, main, measure
 from bench.meter import CpuMeter
 from bench.oracle import TOLERANCE, reference, worst_row
@@ -175,6 +175,13 @@ def test_bench_attention_quick(tmp_path):
             assert row["backend"] in attention.TRIE_ATTENTION
         if row["peer"].startswith("Flex") and row["pass"] == "fwd+bwd":
             assert row["reason"] == "FlexAttention has no backward on a CPU"
+
+
+def test_bench_train_step_quick_has_equal_gradients_and_less_work(tmp_path):
+    assert main(train_step.SUITE, ["--quick", "--json", str(tmp_path / "t.json")]) == 0
+    ours, unrolled = _check_schema(tmp_path / "t.json", "train_step")
+    assert ours["status"] == unrolled["status"] == "ok"
+    assert ours["token_ratio"] > 2 and ours["x_unrolled"] > 1
 
 
 def _setup(case, dtype=torch.float32, heads=4, kv_heads=2):
