@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "trie/bindings_decode.h"
 #include "trie/radix.h"
 #include "trie/schedule.h"
 
@@ -139,4 +140,5 @@ PYBIND11_MODULE(_C, m) {
       py::arg("subtree_ends"));
   m.def("block_schedule", &block_schedule, py::arg("subtree_ends"), py::arg("block_q"),
         py::arg("block_kv"));
+  tw::bind_decode_plan(m);
 }

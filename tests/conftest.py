@@ -1,4 +1,4 @@
-"""Triton's kernels run in its interpreter where there is no GPU; tests that need one are skipped."""
+"""Where there is no GPU, Triton runs in its interpreter and tests that need a GPU are skipped."""
 
 import os
 

@@ -90,6 +90,19 @@ std::vector<int32_t> RadixBuilder::preorder() const {
   }
 }
 
+std::vector<RadixBuilder::Run> RadixBuilder::runs() const {
+  const std::vector<int32_t> order = preorder();
+  std::vector<Run> runs;
+  runs.reserve(order.size());
+  std::vector<int32_t> parent(nodes_.size(), -1);
+  for (const int32_t id : order) {
+    const int32_t index = static_cast<int32_t>(runs.size());
+    runs.push_back(Run{nodes_[id].offset, nodes_[id].length, parent[id]});
+    for (int32_t c = nodes_[id].first_child; c >= 0; c = nodes_[c].next_sibling) parent[c] = index;
+  }
+  return runs;
+}
+
 FlatTrie RadixBuilder::flatten() const {
   const size_t n = pool_.size();
   FlatTrie flat;

@@ -30,6 +30,16 @@ public:
   FlatTrie flatten() const;
   size_t num_tokens() const { return pool_.size(); }
 
+  // A node as tokens [offset, offset + length) of the pool; `parent` is an index into the same list
+  // of runs, -1 at a root.
+  struct Run {
+    int32_t offset, length, parent;
+  };
+  std::vector<Run> runs() const; // preorder
+  const std::vector<int32_t> &pool() const { return pool_; }
+  // Pool index of the last token of every path; it is the last token of a run.
+  const std::vector<int32_t> &path_ends() const { return path_ends_; }
+
 private:
   struct Node {
     int32_t offset, length;

@@ -1,0 +1,9 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace tw {
+
+void bind_decode_plan(pybind11::module_ &m);
+
+} // namespace tw
