@@ -1,0 +1,109 @@
+"""A run small enough for a test: a model of about 30,000 parameters on one-digit products."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from threadweaver.data import save_rows
+from threadweaver.tasks.multiplication import make_rows, split_problems
+from threadweaver.train.__main__ import main
+
+ARCH = {
+    "model_type": "qwen3",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(autouse=True)
+def restore_torch_settings():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def data_files(tmp_path_factory) -> tuple[Path, Path]:
+    """Files of 24 training and 6 validation rows, half of them parallel."""
+    folder = tmp_path_factory.mktemp("data")
+    halves = split_problems(train=24, validation=6, digits=1, factors=2, seed=0)
+    paths = folder / "train.jsonl", folder / "validation.jsonl"
+    for path, problems in zip(paths, halves, strict=True):
+        save_rows(list(make_rows(problems, parallel_share=0.5, seed=0)), path)
+    return paths
+
+
+class Run:
+    """The settings of one run, and the command that makes it."""
+
+    def __init__(self, folder: Path, train: Path, validation: Path):
+        self.folder = folder
+        self.config = folder.with_name(f"{folder.name}.yaml")
+        self.settings = {
+            "run_dir": str(folder),
+            "model": {"arch": ARCH},
+            "data": {"train": str(train), "validation": str(validation)},
+            "optimization": {
+                "max_steps": 6,
+                "batch_tokens": 512,
+                "accumulation": 2,
+                "learning_rate": 3e-3,
+            },
+            "compute": {"device": "cpu", "precision": "fp32", "threads": 1},
+            "report": {"validate_every": 3, "checkpoint_every": 2},
+        }
+
+    def arguments(self, *extra: str) -> list[str]:
+        self.config.write_text(yaml.safe_dump(self.settings))
+        return ["sft", "--config", str(self.config), *extra]
+
+    def __call__(self, *extra: str) -> int:
+        """Runs in this process; returns the exit code."""
+        return main(self.arguments(*extra))
+
+    def metrics(self) -> list[dict]:
+        """All records, without what was measured with a clock."""
+        text = (self.folder / "metrics.jsonl").read_text()
+        return [
+            {k: v for k, v in json.loads(line).items() if k not in CLOCK}
+            for line in text.splitlines()
+        ]
+
+    def summary(self) -> dict:
+        return json.loads((self.folder / "summary.json").read_text())
+
+    def weights(self, step: int) -> bytes:
+        return (self.folder / f"checkpoints/step-{step}/model.safetensors").read_bytes()
+
+
+CLOCK = ("seconds", "tokens_per_second")
+
+
+@pytest.fixture
+def new_run(tmp_path, data_files):
+    """Makes a Run in a folder of that name."""
+    return lambda name="run": Run(tmp_path / name, *data_files)
+
+
+@pytest.fixture
+def fails(capsys):
+    """Checks that a run ends with this exit code and one line on stderr; returns the line."""
+
+    def check(exit_code: int, code: int) -> str:
+        error = capsys.readouterr().err
+        assert exit_code == code, error
+        assert error.startswith("error: ") and error.count("\n") == 1, error
+        return error
+
+    return check

@@ -1,0 +1,115 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from threadweaver.model import new_model
+from threadweaver.tokenizer import build_tokenizer
+from threadweaver.train import checkpoint as checkpoints
+from threadweaver.train.checkpoint import (
+    all_checkpoints,
+    check_shapes,
+    load_state,
+    save_checkpoint,
+)
+from threadweaver.train.config import ConfigError
+
+from .conftest import ARCH
+
+TOKENIZER = build_tokenizer()
+MODEL = new_model(TOKENIZER, ARCH, seed=0)
+
+
+def save(folder, step, keep=9, value=0):
+    return save_checkpoint(folder, step, MODEL, TOKENIZER, {"value": value}, keep)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_newest_checkpoints_stay_by_step_number(tmp_path):
+    for step in (8, 9, 10, 11):
+        save(tmp_path, step, keep=2)
+    assert [p.name for p in all_checkpoints(tmp_path)] == ["step-10", "step-11"]
+    assert names(tmp_path) == ["step-10", "step-11"]
+
+
+def test_a_checkpoint_is_a_plain_hugging_face_folder(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = save(tmp_path, 1)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    for name, parameter in MODEL.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name))
+    text = "<think>\n12</think>"
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    assert tokenizer.encode(text) == TOKENIZER.encode(text)
+
+
+@pytest.mark.parametrize("dies_in", ["save_model", "_sync"])
+def test_a_write_that_dies_leaves_no_checkpoint_and_its_leftovers_go(
+    tmp_path, monkeypatch, dies_in
+):
+    save(tmp_path, 1)
+    whole = getattr(checkpoints, dies_in)
+
+    def write_and_die(*arguments):
+        whole(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoints, dies_in, write_and_die)
+        save(tmp_path, 2)
+    assert [p.name for p in all_checkpoints(tmp_path)] == ["step-1"]
+    assert names(tmp_path) == [".step-2.partial", "step-1"]
+    save(tmp_path, 2, value=7)
+    assert names(tmp_path) == ["step-1", "step-2"]
+    assert load_state(tmp_path / "step-2")["value"] == 7
+
+
+def test_a_deletion_that_dies_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def die(path):
+        (path / "config.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoints.shutil, "rmtree", die)
+        save(tmp_path, 2, keep=1)
+    assert [p.name for p in all_checkpoints(tmp_path)] == ["step-2"]
+    save(tmp_path, 3)
+    assert names(tmp_path) == ["step-2", "step-3"]
+
+
+def test_every_file_is_on_disk_before_the_checkpoint_has_its_name(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(
+        os, "fsync", lambda file: synced.append(str(Path(f"/proc/self/fd/{file}").readlink()))
+    )
+    path = save(tmp_path, 1)
+    partial = tmp_path / ".step-1.partial"
+    before = {str(partial / p.name) for p in path.iterdir()} | {str(partial)}
+    assert before <= set(synced[:-1])
+    assert synced[-1] == str(tmp_path)
+
+
+def test_a_damaged_state_is_named_with_a_way_out(tmp_path):
+    path = save(tmp_path, 1)
+    state = path / "trainer_state.pt"
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(ConfigError, match=r"step-1/trainer_state\.pt: cannot be read.*delete"):
+        load_state(path)
+    state.unlink()
+    with pytest.raises(ConfigError, match=r"step-1/trainer_state\.pt: cannot be read.*delete"):
+        load_state(path)
+
+
+def test_a_state_of_another_shape_names_the_parameter(tmp_path):
+    path = save(tmp_path, 1)
+    other = new_model(TOKENIZER, {**ARCH, "intermediate_size": 96}, seed=0)
+    with pytest.raises(ConfigError, match=r"down_proj.*\[32, 64\] there and \[32, 96\]"):
+        check_shapes(path, load_state(path), other)
+    check_shapes(path, load_state(path), MODEL)

@@ -1,0 +1,104 @@
+from argparse import ArgumentError
+from pathlib import Path
+
+import pytest
+
+from threadweaver.train.config import ConfigError, SFTConfig, explain, sft_parser
+
+ROOT = Path(__file__).parents[2]
+NEEDED = ["--run_dir", "r", "--data.train", "t.jsonl", "--model.path", "m"]
+
+
+def parse(*arguments: str) -> SFTConfig:
+    parser = sft_parser()
+    settings = parser.instantiate(parser.parse_args([*NEEDED, *arguments]))
+    return SFTConfig(**{name: getattr(settings, name) for name in SFTConfig.__dataclass_fields__})
+
+
+def test_defaults_are_the_published_ones():
+    o = parse().optimization
+    assert (o.epochs, o.learning_rate, o.weight_decay, o.warmup) == (8, 1e-5, 1e-4, 0.05)
+    assert (o.betas, o.batch_tokens, o.gradient_clip) == ((0.9, 0.95), 40960, 1.0)
+
+
+def test_options_win_over_the_file(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("optimization: {learning_rate: 3e-4, epochs: 2}\n")
+    o = parse("--config", str(file), "--optimization.epochs", "5").optimization
+    assert (o.learning_rate, o.epochs) == (3e-4, 5)
+
+
+@pytest.mark.parametrize("name", ["sft-demo.yaml", "sft-qwen3-8b.yaml"])
+def test_the_files_in_configs_are_valid(name):
+    parser = sft_parser()
+    settings = parser.instantiate(parser.parse_args(["--config", str(ROOT / "configs" / name)]))
+    SFTConfig(**{field: getattr(settings, field) for field in SFTConfig.__dataclass_fields__})
+
+
+def error_of(*arguments: str) -> str:
+    with pytest.raises(ArgumentError) as error:
+        parse(*arguments)
+    return explain(str(error.value), sft_parser().get_defaults())
+
+
+def test_typo_on_the_command_line_names_the_nearest_setting():
+    line = error_of("--optimization.learning_rte", "1e-3")
+    assert line == (
+        "unknown setting 'optimization.learning_rte': did you mean 'optimization.learning_rate'?"
+    )
+
+
+def test_typo_in_a_file_names_the_nearest_setting(new_run, fails):
+    run = new_run()
+    run.settings["optimization"]["gradient_clp"] = 2.0
+    line = fails(run(), 2)
+    assert "'optimization.gradient_clp': did you mean 'optimization.gradient_clip'?" in line
+
+
+def test_typo_in_a_section_names_the_nearest_setting(new_run, fails):
+    run = new_run()
+    run.settings["optimisation"] = {"epochs": 3}
+    line = fails(run(), 2)
+    assert "did you mean 'optimization.epochs'?" in line
+
+
+def test_a_value_of_the_wrong_type_names_the_setting(new_run, fails):
+    assert "optimization.epochs" in fails(new_run()("--optimization.epochs", "many"), 2)
+
+
+def test_a_choice_that_does_not_exist_lists_those_that_do(new_run, fails):
+    line = fails(new_run()("--data.loss", "all"), 2)
+    assert "data.loss" in line and "completions" in line
+
+
+def test_a_missing_config_file_is_named(fails, tmp_path):
+    from threadweaver.train.__main__ import main
+
+    path = str(tmp_path / "none.yaml")
+    assert path in fails(main(["sft", "--config", path]), 2)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("optimization.epochs", "0"),
+        ("optimization.max_steps", "0"),
+        ("optimization.learning_rate", "-1"),
+        ("optimization.learning_rate", ".nan"),
+        ("optimization.betas", "[0.9, 1.0]"),
+        ("optimization.warmup", "1.5"),
+        ("optimization.gradient_clip", "0"),
+        ("compute.threads", "0"),
+        ("report.keep_checkpoints", "0"),
+    ],
+)
+def test_a_value_out_of_range_names_the_setting_and_the_range(setting, value):
+    with pytest.raises(ConfigError, match=f"^{setting} is .*: it must be "):
+        parse(f"--{setting}", value)
+
+
+def test_model_is_either_a_path_or_an_architecture():
+    with pytest.raises(ConfigError, match="exactly one"):
+        parse("--model.arch", "{model_type: qwen3}")
+    with pytest.raises(ConfigError, match="exactly one"):
+        parse("--model.path", "null")

@@ -1,0 +1,226 @@
+"""Settings of a training run: their names, their defaults, and what a mistake in them reads like.
+
+Every field is a command-line option of the same name (`--optimization.learning_rate 3e-4`) and a
+key of the YAML file given as `--config`; options win. Defaults are the published ones (SPEC,
+"Stages and published defaults").
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser, Namespace
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names the field and says what to do."""
+
+
+@dataclass
+class ModelConfig:
+    """What is trained. Exactly one of `path` and `arch`.
+
+    Args:
+        path: Hugging Face folder (config, safetensors, tokenizer), .gguf file, or smollm2. Tags
+            that its tokenizer lacks are added.
+        arch: fields of a Hugging Face config (`model_type`, `hidden_size`, ...) of a new model,
+            initialised from the seed; it gets ThreadWeaver's own small tokenizer.
+    """
+
+    path: str | None = None
+    arch: dict[str, Any] | None = None
+
+
+@dataclass
+class DataConfig:
+    """What it is trained on.
+
+    Args:
+        train: JSON lines or parquet file of trajectories.
+        validation: a file like it, for the validation loss.
+        loss: response: every response token but forced headers; completions: only what the model
+            itself would sample (SPEC, "Calls, tries, loss").
+        malformed: what to do with a trajectory that breaks the format: error, or drop and count.
+    """
+
+    train: str
+    validation: str | None = None
+    loss: Literal["response", "completions"] = "response"
+    malformed: Literal["error", "drop"] = "error"
+
+
+@dataclass
+class OptimizationConfig:
+    """How it is trained: AdamW, linear warm-up, cosine decay to zero.
+
+    Args:
+        epochs: passes over the training data.
+        max_steps: number of optimizer steps, however many epochs that takes; overrides epochs.
+        batch_tokens: most tokens of a trie, and of the pack of tries of one micro-batch.
+        accumulation: micro-batches in a step.
+        learning_rate: its peak, at the end of the warm-up.
+        betas: AdamW's decay rates of the two moments.
+        weight_decay: AdamW's, on matrices (embeddings too) and not on norms and biases.
+        warmup: share of all steps in which the learning rate climbs.
+        gradient_clip: largest norm of the gradient.
+    """
+
+    epochs: int = 8
+    max_steps: int | None = None
+    batch_tokens: int = 40960
+    accumulation: int = 1
+    learning_rate: float = 1e-5
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 1e-4
+    warmup: float = 0.05
+    gradient_clip: float = 1.0
+
+
+@dataclass
+class ComputeConfig:
+    """What it is trained with.
+
+    Args:
+        device: auto takes the GPU if there is one.
+        precision: bf16: bfloat16 autocast over float32 weights; fp32: everything in float32.
+        gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
+        compile: run the model through torch.compile.
+        threads: CPU threads of PyTorch; default: as many as PyTorch takes, or, in a resumed run, as
+            many as before.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["bf16", "fp32"] = "bf16"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    threads: int | None = None
+
+
+@dataclass
+class ReportConfig:
+    """How often something is shown or saved, in steps.
+
+    Args:
+        log_every: progress lines when the output is no terminal. metrics.jsonl has every step.
+        validate_every: validation losses; default: at the end of each epoch. Always at the end.
+        checkpoint_every: checkpoints. Always at the end, and when interrupted.
+        keep_checkpoints: how many of the newest checkpoints stay.
+    """
+
+    log_every: int = 10
+    validate_every: int | None = None
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+
+
+@dataclass
+class EvaluateConfig:
+    """Solve problems with the trained model, at the end, one token after another.
+
+    Args:
+        data: file of prompts with ground truths; none: no evaluation.
+        problems: how many of its rows, from the first on.
+        max_new_tokens: most tokens of an answer.
+        batch_size: problems decoded at once.
+    """
+
+    data: str | None = None
+    problems: int = 200
+    max_new_tokens: int = 1024
+    batch_size: int = 64
+
+
+@dataclass
+class SFTConfig:
+    """Supervised fine-tuning on finished trajectories.
+
+    Args:
+        run_dir: folder of this run: config.yaml, metrics.jsonl, summary.json, TensorBoard events,
+            checkpoints.
+        seed: of a new model's weights and of the order of the data.
+    """
+
+    run_dir: str
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    seed: int = 0
+
+    def __post_init__(self):
+        if (self.model.path is None) == (self.model.arch is None):
+            raise ConfigError(
+                "model.path, model.arch: set exactly one: path for a model on disk, arch for a new "
+                "one"
+            )
+        for name in AT_LEAST_ONE:
+            value = attrgetter(name)(self)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}: it must be at least 1")
+        o = self.optimization
+        for name, valid, rule in (
+            ("learning_rate", o.learning_rate > 0, "above 0"),
+            ("betas", all(0 <= beta < 1 for beta in o.betas), "in [0, 1)"),
+            ("weight_decay", o.weight_decay >= 0, "at least 0"),
+            ("warmup", 0 <= o.warmup <= 1, "between 0 and 1"),
+            ("gradient_clip", o.gradient_clip > 0, "above 0"),
+        ):
+            if not valid:
+                raise ConfigError(f"optimization.{name} is {getattr(o, name)}: it must be {rule}")
+
+
+AT_LEAST_ONE = (
+    "optimization.epochs",
+    "optimization.max_steps",
+    "optimization.batch_tokens",
+    "optimization.accumulation",
+    "compute.threads",
+    "report.log_every",
+    "report.validate_every",
+    "report.checkpoint_every",
+    "report.keep_checkpoints",
+    "evaluate.problems",
+    "evaluate.max_new_tokens",
+    "evaluate.batch_size",
+)
+
+# What a resumed run may change: nothing that reaches the weights.
+FREE_ON_RESUME = (
+    "run_dir",
+    "data.train",  # compared by content
+    "data.validation",
+    "compute.device",
+    "compute.threads",
+    "report",
+    "evaluate",
+)
+
+
+def sft_parser() -> ArgumentParser:
+    """Parser of `sft`; raises argparse.ArgumentError instead of leaving the process."""
+    parser = ArgumentParser(exit_on_error=False, description=SFTConfig.__doc__)
+    parser.add_argument("--config", action="config", help="YAML file of settings.")
+    parser.add_argument(
+        "--resume", action="store_true", help="Continue the run in run_dir where it was stopped."
+    )
+    parser.add_class_arguments(SFTConfig, None)
+    return parser
+
+
+def explain(message: str, known: Namespace) -> str:
+    """An argument error in one line; an unknown option with the nearest one there is."""
+    line = " ".join(message.split()).replace("Parser key ", "").replace('": ', ": ").strip('"')
+    unknown = re.search(r"unrecognized arguments: --([^\s=]+)|does not accept option '(.+?)'", line)
+    if not unknown:
+        return line
+    name = unknown[1] or unknown[2]
+    # The last part weighs double: a typo is compared with its neighbours before other sections.
+    near = difflib.get_close_matches(name, list(known.keys()), n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'?" if near else "see --help for all settings"
+    return f"unknown setting '{name}': {hint}"
