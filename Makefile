@@ -9,7 +9,7 @@ SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find c
 .PHONY: demo test setup lint
 demo: .venv/package
 	$(BIN)/python -m threadweaver.tasks multiplication --out data/multiplication
-	$(BIN)/python -m threadweaver.train sft --config configs/sft-demo.yaml
+	$(BIN)/python -m threadweaver.train sft --config configs/sft-demo.yaml $(if $(wildcard runs/demo),--resume)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2

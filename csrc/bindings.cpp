@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/bindings_cpu.h"
 #include "trie/bindings_decode.h"
 #include "trie/radix.h"
 #include "trie/schedule.h"
@@ -141,4 +142,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("block_schedule", &block_schedule, py::arg("subtree_ends"), py::arg("block_q"),
         py::arg("block_kv"));
   tw::bind_decode_plan(m);
+  tw::bind_cpu(m);
 }

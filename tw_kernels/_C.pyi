@@ -19,3 +19,48 @@ def node_segments(subtree_ends: NDArray[np.int32]) -> NDArray[np.int32]: ...
 def block_schedule(
     subtree_ends: NDArray[np.int32], block_q: int, block_kv: int
 ) -> tuple[NDArray[np.int32], ...]: ...
+def decode_plan(
+    page_tables: Any,
+    lengths: NDArray[Any],
+    new_tokens: NDArray[Any],
+    page_size: int,
+    num_workers: int,
+    tile_rows: int,
+    share: bool,
+    capacity: tuple[int, int, int, int] | None,
+) -> tuple[NDArray[np.int32], tuple[int, int, int, int]]: ...
+
+# Addresses, then strides of the rows and of the heads in elements (csrc/cpu/trie_attention.h).
+_Strided = tuple[int, int, int]
+
+def trie_attention_forward(
+    sizes: tuple[int, int, int, int],  # tokens, heads, KV heads, head dim
+    dtype: int,
+    scale: float,
+    threads: int,
+    subtree_ends: int,
+    q: _Strided,
+    k: _Strided,
+    v: _Strided,
+    out: int,
+    lse: int,
+    /,
+) -> None: ...
+def trie_attention_backward(
+    sizes: tuple[int, int, int, int],
+    dtype: int,
+    scale: float,
+    threads: int,
+    subtree_ends: int,
+    q: _Strided,
+    k: _Strided,
+    v: _Strided,
+    out: int,
+    lse: int,
+    dout: _Strided,
+    dq: int,
+    dk: int,
+    dv: int,
+    /,
+) -> None: ...
+def cpu_instruction_sets() -> list[str]: ...

@@ -2,6 +2,17 @@
 
 from tw_kernels.attention import trie_attention
 from tw_kernels.backends import backends
+from tw_kernels.decode import DecodePlan, PagedKV, PlanSizes, trie_decode
 from tw_kernels.trie import BlockSchedule, Trie, TrieLayout
 
-__all__ = ["BlockSchedule", "Trie", "TrieLayout", "backends", "trie_attention"]
+__all__ = [
+    "BlockSchedule",
+    "DecodePlan",
+    "PagedKV",
+    "PlanSizes",
+    "Trie",
+    "TrieLayout",
+    "backends",
+    "trie_attention",
+    "trie_decode",
+]

@@ -6,8 +6,9 @@ find what else they need through the TrieLayout that owns that tensor.
 Which backend runs, unless `backend` or the environment variable TW_BACKEND names one:
 
     CUDA  triton if it can run the call, else segments, else dense.
-    CPU   dense or segments, whichever costs less by this count: the pairs (query, key) that the
-          backend computes, masked or not, times Hq x D, plus CALL_COST for each library call.
+    CPU   native if it can run the call (all but float64), else segments. In bfloat16 only up to
+          NATIVE_PAIRS visible pairs: beyond, ATen's kernels behind segments win by their bfloat16
+          matrix instructions, which native has not.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from torch import Tensor
 from tw_kernels.backends import TRIE_ATTENTION
 from tw_kernels.trie import TrieLayout
 
-# What one more library call costs on a CPU, as multiply-adds it could have done instead
-# (forward and backward; 55 us a call against 30 G pair-dims/s on two Xeon cores).
-CALL_COST = 1.6e6
+# Visible pairs at which segments overtakes native in bfloat16 (two Xeon cores with AMX, 9 heads of
+# 64, forward and backward: native 1.4x faster at 0.3 M pairs, even at 4 M, 0.8x at 17 M).
+NATIVE_PAIRS = 4_000_000
 
 
 @overload
@@ -63,7 +64,7 @@ def trie_attention(
         k, v: [N, Hkv, D], Hq a multiple of Hkv (grouped heads).
         layout: the trie's geometry, on q's device.
         scale: default 1 / sqrt(D).
-        backend: "dense", "segments" or "triton"; default: see the module's docstring.
+        backend: "native", "triton", "segments" or "dense"; default: see the module's docstring.
         return_lse: also return the log-sum-exp of each softmax. It carries no gradient.
 
     Returns:
@@ -107,23 +108,16 @@ def choose_backend(q: Tensor, k: Tensor, v: Tensor, layout: TrieLayout, name: st
         if reason := TRIE_ATTENTION[name].why_not(q, k, v):
             raise ValueError(f"trie_attention cannot run on backend {name!r}: {reason}")
         return name
-    candidates = ("segments", "dense") if q.device.type == "cpu" else TRIE_ATTENTION
-    reasons = {n: TRIE_ATTENTION[n].why_not(q, k, v) for n in candidates}
-    usable = [n for n in candidates if reasons[n] is None]
-    if not usable:
+    order = ["triton", "segments", "dense"]
+    if q.device.type == "cpu":
+        many = q.dtype == torch.bfloat16 and layout.visible_pairs > NATIVE_PAIRS
+        order = ["segments", "native"] if many else ["native", "segments"]
+    reasons = {n: TRIE_ATTENTION[n].why_not(q, k, v) for n in order}
+    usable = next((n for n in order if reasons[n] is None), None)
+    if usable is None:
         why = "; ".join(f"{n}: {reason}" for n, reason in reasons.items())
         raise ValueError(f"no backend of trie_attention can run this call: {why}")
-    if q.device.type == "cpu":
-        return min(usable, key=lambda n: _cpu_cost(n, q, layout))
-    return usable[0]
-
-
-def _cpu_cost(name: str, q: Tensor, layout: TrieLayout) -> float:
-    key = "work", name
-    if key not in layout.memo:
-        layout.memo[key] = TRIE_ATTENTION[name].work(layout)
-    pairs, calls = layout.memo[key]
-    return pairs * q.shape[1] * q.shape[2] + calls * CALL_COST
+    return usable
 
 
 # Defined by schema: torch.library.custom_op checks every call for aliasing, which at a hundred

@@ -265,12 +265,19 @@ def test_a_layout_dropped_before_backward_is_rebuilt():
         assert torch.equal(a, b)
 
 
-def test_cpu_rule_sends_packs_of_tiny_tries_and_one_large_trie_to_different_backends():
+def test_cpu_rule_takes_native_but_for_float64_and_large_bfloat16_tries():
     tiny = Trie.from_paths([[t] * 8 for t in range(64)]).layout()
-    large = Trie.from_paths([[0] * 1024 + [t] * 384 for t in range(1, 9)]).layout()
-    q = torch.empty(1, 9, 64)
-    assert choose_backend(q, q, q, large) == "segments"
-    assert choose_backend(q, q, q, tiny) != "segments"
+    large = Trie.from_paths([[0] * 2048 + [t] * 768 for t in range(1, 9)]).layout()
+    for layout, dtype, backend in (
+        (tiny, torch.float32, "native"),
+        (large, torch.float32, "native"),
+        (tiny, torch.bfloat16, "native"),
+        (large, torch.bfloat16, "segments"),
+        (large, torch.float16, "native"),
+        (tiny, torch.float64, "segments"),
+    ):
+        q = torch.empty(1, 9, 64, dtype=dtype)
+        assert choose_backend(q, q, q, layout) == backend
 
 
 def test_named_backend_and_environment_override_the_rule(monkeypatch):

@@ -7,23 +7,41 @@ A trie-attention backend is a module with four functions:
     forward(q, k, v, plan, scale)                     -> out, lse
     backward(dout, q, k, v, out, lse, plan, scale)    -> dq, dk, dv
 
-`dense` and `segments` also say what a call costs: work(layout) -> (pairs computed, library calls).
 Shapes: q, out, dout, dq [N, Hq, D]; k, v, dk, dv [N, Hkv, D]; lse [Hq, N] (natural logarithm,
-float32, or float64 for float64 inputs). A plan that costs something
-to build is kept in `layout.memo`, so it is built once per trie.
+float32, or float64 for float64 inputs). A plan that costs something to
+build is kept in `layout.memo`, so it is built once per trie.
+
+A trie-decode backend is a module with two:
+
+    why_not(q, kv)                                    None if it can run this call, else the reason
+    forward(q, kv, plan, scale, new_k, new_v)         -> out; new_k and new_v, tensors or None,
+                                                      are written to their pages first
+Shapes: q, out [Q, Hq, D]; new_k, new_v [Q, Hkv, D]; kv a PagedKV, plan a DecodePlan.
 """
 
 from types import ModuleType
 
 import torch
 
-from tw_kernels.backends import dense, segments, triton_attention
+from tw_kernels.backends import (
+    decode_reference,
+    dense,
+    native,
+    segments,
+    triton_attention,
+    triton_decode,
+)
 
-# In the order in which an accelerator prefers them.
 TRIE_ATTENTION: dict[str, ModuleType] = {
+    "native": native,
     "triton": triton_attention,
     "segments": segments,
     "dense": dense,
+}
+
+TRIE_DECODE: dict[str, ModuleType] = {
+    "triton": triton_decode,
+    "reference": decode_reference,
 }
 
 
@@ -33,8 +51,14 @@ def backends(op: str) -> dict[str, str | None]:
     Raises:
         ValueError: no op of that name.
     """
-    if op != "trie_attention":
-        raise ValueError(f"no op {op!r}: trie_attention")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     q = torch.empty(1, 1, 64, dtype=torch.bfloat16, device=device)
-    return {name: backend.why_not(q, q, q) for name, backend in TRIE_ATTENTION.items()}
+    if op == "trie_attention":
+        return {name: backend.why_not(q, q, q) for name, backend in TRIE_ATTENTION.items()}
+    if op == "trie_decode":
+        from tw_kernels.decode import PagedKV
+
+        pages = q.new_empty(1, 16, 1, 64)
+        kv = PagedKV(pages, pages)
+        return {name: backend.why_not(q, kv) for name, backend in TRIE_DECODE.items()}
+    raise ValueError(f"no op {op!r}: trie_attention, trie_decode")

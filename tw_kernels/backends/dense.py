@@ -25,12 +25,6 @@ def buckets(layout: TrieLayout) -> list[list[tuple[int, int]]]:
     return list(groups.values())
 
 
-def work(layout: TrieLayout) -> tuple[int, int]:
-    """(query, key) pairs computed, and library calls, of a forward or a backward."""
-    groups = buckets(layout)
-    return sum(len(g) * max(end - start for start, end in g) ** 2 for g in groups), len(groups)
-
-
 def plan(layout: TrieLayout, q: Tensor) -> list[Tensor]:
     """Three tensors for each bucket of B roots padded to length L.
 

@@ -17,12 +17,6 @@ def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return aten_flash.why_not(q)
 
 
-def work(layout: TrieLayout) -> tuple[int, int]:
-    """(query, key) pairs computed, and library calls, of a forward or a backward."""
-    start, end, subtree_end = layout.nodes.astype(np.int64).T
-    return int(((end - start) * (subtree_end - start)).sum()), int((1 + (end < subtree_end)).sum())
-
-
 def plan(layout: TrieLayout, q: Tensor) -> list[Tensor]:
     """One int32 tensor [M, 3] on the CPU: the node segments."""
     return [torch.from_numpy(layout.nodes)]

@@ -1,0 +1,76 @@
+#include "bindings_cpu.h"
+
+#include <pybind11/stl.h>
+
+#include <array>
+#include <string>
+#include <vector>
+
+#include "isa.h"
+#include "trie_attention.h"
+
+namespace py = pybind11;
+
+namespace tw {
+
+namespace {
+
+using Strided = std::array<int64_t, 3>; // address, row stride, head stride
+using Sizes = std::array<int64_t, 4>;   // tokens, heads, KV heads, head dim
+
+template <class T> T *pointer(int64_t address) { return reinterpret_cast<T *>(address); }
+
+Heads strided(const Strided &x) { return {pointer<void>(x[0]), x[1], x[2]}; }
+
+Heads contiguous(int64_t address, int64_t heads, int64_t head_dim) {
+  return {pointer<void>(address), heads * head_dim, head_dim};
+}
+
+TrieAttentionArgs arguments(const Sizes &sizes, int dtype, float scale, int64_t subtree_ends,
+                                const Strided &q, const Strided &k, const Strided &v, int64_t out,
+                                int64_t lse) {
+  TrieAttentionArgs a{};
+  a.tokens = sizes[0], a.heads = sizes[1], a.kv_heads = sizes[2], a.head_dim = sizes[3];
+  a.dtype = static_cast<Dtype>(dtype);
+  a.scale = scale;
+  a.subtree_ends = pointer<const int32_t>(subtree_ends);
+  a.q = strided(q), a.k = strided(k), a.v = strided(v);
+  a.out = contiguous(out, a.heads, a.head_dim);
+  a.lse = pointer<float>(lse);
+  return a;
+}
+
+void forward(const Sizes &sizes, int dtype, float scale, int threads, int64_t subtree_ends,
+             const Strided &q, const Strided &k, const Strided &v, int64_t out, int64_t lse) {
+  trie_attention_forward(arguments(sizes, dtype, scale, subtree_ends, q, k, v, out, lse),
+                             threads);
+}
+
+void backward(const Sizes &sizes, int dtype, float scale, int threads, int64_t subtree_ends,
+              const Strided &q, const Strided &k, const Strided &v, int64_t out, int64_t lse,
+              const Strided &dout, int64_t dq, int64_t dk, int64_t dv) {
+  TrieAttentionArgs a = arguments(sizes, dtype, scale, subtree_ends, q, k, v, out, lse);
+  a.dout = strided(dout);
+  a.dq = contiguous(dq, a.heads, a.head_dim);
+  a.dk = contiguous(dk, a.kv_heads, a.head_dim);
+  a.dv = contiguous(dv, a.kv_heads, a.head_dim);
+  trie_attention_backward(a, threads);
+}
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const Isa isa : {Isa::avx512, Isa::avx2, Isa::portable})
+    if (is_supported(isa)) names.push_back(name(isa));
+  return names;
+}
+
+} // namespace
+
+void bind_cpu(py::module_ &m) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def("trie_attention_forward", &forward, release());
+  m.def("trie_attention_backward", &backward, release());
+  m.def("cpu_instruction_sets", &instruction_sets);
+}
+
+} // namespace tw

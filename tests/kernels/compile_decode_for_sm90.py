@@ -1,0 +1,65 @@
+"""Compiles for sm_90, with no GPU, every configuration of the decode kernels; prints JSON rows.
+
+As compile_for_sm90.py, whose driver and figures it uses; run it without TRITON_INTERPRET.
+
+    python -m tests.kernels.compile_decode_for_sm90 bfloat16 64 128
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+
+import torch
+
+from tests.kernels.compile_for_sm90 import compile_instead_of_launching, figures
+from tw_kernels import DecodePlan, PagedKV
+from tw_kernels.backends import triton_decode_kernels as kernels
+
+PAGE_SIZES = (16, 64)
+
+
+def launches(dtype: torch.dtype, head_dim: int, page_size: int) -> Iterator[object]:
+    """Launches each kernel, partial once narrow and once wide; yields what tells the calls apart.
+
+    All for 8 query heads on 2 KV heads, one sequence of one new token (narrow) or 32 (wide).
+    """
+    pages = torch.zeros(4, page_size, 2, head_dim, dtype=dtype)
+    kv = PagedKV(pages, pages.clone())
+    for new in (1, 32):
+        plan = DecodePlan.build([[0, 1, 2, 3]], [3 * page_size], [new], page_size)
+        q = torch.zeros(new, 8, head_dim, dtype=dtype)
+        new_kv = torch.zeros(new, 2, head_dim, dtype=dtype)
+        config = kernels.config_for(q, kv, plan)
+        out, lse = kernels.partial(q, kv, plan, 0.1, config)
+        yield config
+        if new > 1:
+            continue
+        kernels.write(kv, plan, new_kv, new_kv)
+        yield None
+        kernels.merge(plan, out, lse, q)
+        yield None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("dtype")
+    parser.add_argument("head_dims", nargs="+", type=int)
+    args = parser.parse_args()
+    compiled = compile_instead_of_launching()
+    for head_dim in args.head_dims:
+        for page_size in PAGE_SIZES:
+            for config in launches(getattr(torch, args.dtype), head_dim, page_size):
+                kernel = compiled[-1]
+                row = {
+                    "kernel": kernel.name,
+                    "head_dim": head_dim,
+                    "page_size": page_size,
+                    "config": config,
+                }
+                print(json.dumps(row | figures(kernel)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

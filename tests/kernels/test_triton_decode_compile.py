@@ -1,0 +1,66 @@
+"""The decode kernels compiled ahead of time for sm_90: what the compiler made of them.
+
+Run with `pytest -s` to see the table of figures.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[2]
+SHARED_LIMIT = 227 * 1024  # bytes that a block on sm_90 can have
+KERNELS = {"write_kernel", "partial_kernel", "merge_kernel"}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """One row per kernel, page size and configuration, bfloat16, head dims 64 and 128."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    module = "tests.kernels.compile_decode_for_sm90"
+    command = [sys.executable, "-m", module, "bfloat16", "64", "128"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    table = [json.loads(line) for line in done.stdout.splitlines()]
+    print("\n" + "  ".join(f"{name:>16}" for name in table[0]))
+    for row in table:
+        print("  ".join(f"{value!s:>16}" for value in row.values()))
+    return table
+
+
+@pytest.fixture
+def products(rows):
+    return [r for r in rows if r["kernel"] == "partial_kernel"]
+
+
+def test_every_kernel_is_compiled_at_both_head_dims_and_page_sizes(rows):
+    assert {(r["kernel"], r["head_dim"], r["page_size"]) for r in rows} == {
+        (k, d, p) for k in KERNELS for d in (64, 128) for p in (16, 64)
+    }
+
+
+def test_no_kernel_spills_registers(rows):
+    assert [r for r in rows if r["spills"] or r["stack"]] == []
+
+
+def test_two_blocks_share_a_multiprocessor(rows, products):
+    assert [r for r in rows if r["shared"] >= SHARED_LIMIT] == []
+    # While one waits for its pages the other multiplies: shared memory and registers for both.
+    assert [r for r in products if 2 * (r["shared"] + 1024) > 228 * 1024] == []
+    assert [r for r in products if 2 * r["registers"] * 32 * r["config"][2] > 65536] == []
+
+
+def test_wide_items_run_on_warpgroup_tensor_cores_and_narrow_ones_on_warp_tensor_cores(products):
+    assert {r["config"][0] for r in products} == {16, 64}
+    for r in products:
+        wide = r["config"][0] == 64
+        assert (r["HGMMA"] > 0, r["HMMA"] > 0) == (wide, not wide), r
+
+
+def test_pages_arrive_by_wide_asynchronous_copies(products):
+    assert [r for r in products if not r["async_copies"]] == []

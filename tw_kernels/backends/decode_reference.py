@@ -1,0 +1,99 @@
+"""trie_decode by gathering: every row's keys and values side by side, then PyTorch's SDPA.
+
+The definition of what a plan's arrays mean: it reads them row by row and shares nothing. Any
+device; float64 too, for tests.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from tw_kernels.decode import DecodePlan, PagedKV
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Gather(NamedTuple):
+    """Rows that get their keys from the same items, and those keys."""
+
+    rows: Tensor  # int64 [R], in the caller's order
+    keys: Tensor  # int64 [K], page * page_size + offset
+    visible: Tensor  # bool [R, K]
+
+
+def why_not(q: Tensor, kv: PagedKV) -> str | None:
+    """None if this call can run, else the reason in one line."""
+    return None if q.dtype in DTYPES else f"{q.dtype} is not one of {', '.join(map(str, DTYPES))}"
+
+
+def forward(
+    q: Tensor,
+    kv: PagedKV,
+    plan: DecodePlan,
+    scale: float,
+    new_k: Tensor | None,
+    new_v: Tensor | None,
+) -> Tensor:
+    """out [Q, Hq, D]; writes new_k and new_v to their slots first."""
+    if new_k is not None and new_v is not None:
+        write(kv, plan, new_k, new_v)
+    if "reference" not in plan.memo:
+        plan.memo["reference"] = _gathers(plan)
+    num_kv_heads = kv.k_pages.shape[2]
+    group = q.shape[1] // num_kv_heads
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    for rows, keys, visible in plan.memo["reference"]:
+        where = keys // plan.page_size, keys % plan.page_size
+        k, v = (pages[where].transpose(0, 1) for pages in (kv.k_pages, kv.v_pages))
+        # The grouped heads are more rows of the same keys: [Hkv, R * group, D].
+        heads = q[rows].unflatten(1, (num_kv_heads, group)).transpose(0, 1).flatten(1, 2)
+        mask = visible.repeat_interleave(group, 0)
+        mixed = F.scaled_dot_product_attention(heads[None], k[None], v[None], mask, scale=scale)[0]
+        out[rows] = mixed.unflatten(1, (-1, group)).transpose(0, 1).flatten(1, 2)
+    return out
+
+
+def write(kv: PagedKV, plan: DecodePlan, new_k: Tensor, new_v: Tensor) -> None:
+    """Puts the rows of new_k and new_v [Q, Hkv, D] in their slots."""
+    real = plan.size.rows
+    rows, slots = plan.rows[:real].long(), plan.slots[:real].long()
+    where = slots // plan.page_size, slots % plan.page_size
+    kv.k_pages[where] = new_k[rows]
+    kv.v_pages[where] = new_v[rows]
+
+
+def _gathers(plan: DecodePlan) -> list[Gather]:
+    items = plan.items[: plan.size.items].cpu().numpy()
+    pages, positions = plan.pages.cpu().numpy(), plan.positions.cpu().numpy()
+    rows = plan.rows.cpu().numpy()
+    merge_ptr, merge_slots = plan.merge_ptr.cpu().numpy(), plan.merge_slots.cpu().numpy()
+    item_of_slot = np.empty(plan.size.slots, dtype=np.int32)
+    for i, (_, _, _, first_row, end_row, first_slot) in enumerate(items):
+        item_of_slot[first_slot : first_slot + end_row - first_row] = i
+    items_of_row = [
+        item_of_slot[merge_slots[merge_ptr[row] : merge_ptr[row + 1]]].tobytes()
+        for row in range(plan.size.rows)
+    ]
+
+    gathers = []
+    for own, members in groupby(range(plan.size.rows), items_of_row.__getitem__):
+        group = list(members)
+        keys, key_positions = [], []
+        for first_page, num_keys, first_position, *_ in items[np.frombuffer(own, np.int32)]:
+            offsets = np.arange(num_keys)
+            page = pages[first_page + offsets // plan.page_size].astype(np.int64)
+            keys.append(page * plan.page_size + offsets % plan.page_size)
+            key_positions.append(first_position + offsets)
+        visible = np.concatenate(key_positions) <= positions[group][:, None]
+        # Keys that no row of the group sees may hold anything, NaN too.
+        seen = visible.any(0)
+        parts = rows[group].astype(np.int64), np.concatenate(keys)[seen], visible[:, seen]
+        gathers.append(Gather(*(torch.from_numpy(x).to(plan.buffer.device) for x in parts)))
+    return gathers

@@ -1,0 +1,59 @@
+"""trie_decode in Triton: the door to the kernels.
+
+    triton_decode_kernels.py    write, partial and merge kernels; their block sizes
+
+Triton is imported by the first call that needs it. On a CPU the kernels run in Triton's
+interpreter, which must be on (TRITON_INTERPRET=1) before anything imports triton.
+
+Nothing here waits for the device, and every grid and buffer follows from the plan's capacity and
+the shapes alone, so a call can be captured in a CUDA graph and replayed on a plan that another was
+copied into. A NaN in a key or value that one row of an item sees can reach rows beside it that do
+not, as in any flash attention; finite values never do, and what no row sees is not read.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tw_kernels.backends import triton_attention
+
+if TYPE_CHECKING:
+    from tw_kernels.decode import DecodePlan, PagedKV
+
+PAGE_SIZES = (8, 16, 32, 64, 128, 256)
+
+
+def why_not(q: Tensor, kv: PagedKV) -> str | None:
+    """None if this call can run, else the reason in one line."""
+    if kv.page_size not in PAGE_SIZES:
+        return f"page size {kv.page_size} is not one of {', '.join(map(str, PAGE_SIZES))}"
+    return triton_attention.why_not(q, q, q)
+
+
+def forward(
+    q: Tensor,
+    kv: PagedKV,
+    plan: DecodePlan,
+    scale: float,
+    new_k: Tensor | None,
+    new_v: Tensor | None,
+) -> Tensor:
+    """out [Q, Hq, D] in q's dtype; writes new_k and new_v to their slots first."""
+    from tw_kernels.backends import triton_decode_kernels as kernels
+
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if q.shape[0] == 0:
+        return out
+    if new_k is not None and new_v is not None:
+        kernels.write(kv, plan, _rows_contiguous(new_k), _rows_contiguous(new_v))
+    config = kernels.config_for(q, kv, plan)
+    kernels.merge(plan, *kernels.partial(_rows_contiguous(q), kv, plan, scale, config), out)
+    return out
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    """x if each of its rows of D numbers lies in one piece, else a contiguous copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()

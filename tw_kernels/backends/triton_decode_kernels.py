@@ -1,0 +1,288 @@
+"""The Triton kernels of trie_decode: write, partial, merge.
+
+partial runs one program per item, KV head and tile of matrix rows. The matrix rows of an item are
+its query rows times the query heads that share the KV head, so that one fetch of a tile of keys
+feeds them all; it leaves a normalised output and a base-2 log-sum-exp per slot. merge weighs the
+slots of each row, in the plan's order, so the result does not depend on scheduling.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tw_kernels.backends import triton_interpreter
+
+if TYPE_CHECKING:
+    from tw_kernels.decode import DecodePlan, PagedKV
+
+LOG2E = tl.constexpr(math.log2(math.e))
+
+
+class Config(NamedTuple):
+    """Sizes of the partial kernel. block_m: matrix rows of a program, at least 16."""
+
+    block_m: int
+    block_kv: int
+    num_warps: int
+    num_stages: int
+
+
+INTERPRETED = Config(32, 32, 4, 1)
+NARROW = 16  # the fewest rows of a product
+
+# For items of many matrix rows, and of at most NARROW; by bytes per element and the largest head
+# dim they serve. 64 rows are one warpgroup's product on sm_90; a tile of keys is 16 or 32 KiB with
+# its values, three in flight. float32 multiplies outside the tensor cores, for exactness.
+WIDE_CONFIGS = {
+    (2, 64): Config(64, 128, 4, 3),
+    (2, 128): Config(64, 64, 4, 3),
+    (2, 256): Config(64, 32, 8, 3),
+    (4, 64): Config(32, 32, 8, 2),
+    (4, 128): Config(32, 16, 8, 2),
+    (4, 256): Config(16, 16, 8, 2),
+}
+NARROW_CONFIGS = {
+    (2, 64): Config(NARROW, 128, 4, 3),
+    (2, 128): Config(NARROW, 64, 4, 3),
+    (2, 256): Config(NARROW, 32, 4, 3),
+    (4, 64): Config(NARROW, 32, 4, 2),
+    (4, 128): Config(NARROW, 16, 4, 2),
+    (4, 256): Config(NARROW, 16, 4, 2),
+}
+
+
+def config_for(q: Tensor, kv: PagedKV, plan: DecodePlan) -> Config:
+    """What the partial kernel runs with; follows from shapes and capacity alone."""
+    if triton_interpreter.is_on():
+        return INTERPRETED
+    narrow = _matrix_rows(q, kv, plan) <= NARROW
+    configs = NARROW_CONFIGS if narrow else WIDE_CONFIGS
+    largest = min(d for _, d in configs if d >= q.shape[-1])
+    return configs[q.dtype.itemsize, largest]
+
+
+def _matrix_rows(q: Tensor, kv: PagedKV, plan: DecodePlan) -> int:
+    """Of the largest item that the plan has room for."""
+    return min(plan.tile_rows, plan.capacity.rows) * (q.shape[1] // kv.k_pages.shape[2])
+
+
+def _launch(kernel: Any, programs: Any, *args: object, **constants: Any) -> None:
+    """Runs a kernel on the device of its first argument."""
+    assert isinstance(args[0], Tensor)
+    with torch.cuda.device_of(args[0]):
+        kernel[(programs,)](*args, **constants)
+
+
+@triton.jit
+def write_kernel(
+    new_k, new_v, k_pages, v_pages, rows, slots, stride_kn, stride_kh, stride_vn, stride_vh,
+    stride_page, stride_slot, stride_head, PAGE: tl.constexpr, H: tl.constexpr,
+    BLOCK_H: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    slot = tl.load(slots + tl.program_id(0))
+    if slot < 0:
+        return
+    row = tl.load(rows + tl.program_id(0)).to(tl.int64)
+    heads = tl.arange(0, BLOCK_H)[:, None]
+    dims = tl.arange(0, D)[None, :]
+    inside = heads < H
+    to = (slot // PAGE).to(tl.int64) * stride_page + slot % PAGE * stride_slot
+    to += heads * stride_head + dims
+    k = tl.load(new_k + row * stride_kn + heads * stride_kh + dims, mask=inside)
+    v = tl.load(new_v + row * stride_vn + heads * stride_vh + dims, mask=inside)
+    tl.store(k_pages + to, k, mask=inside)
+    tl.store(v_pages + to, v, mask=inside)
+
+
+def write(kv: PagedKV, plan: DecodePlan, new_k: Tensor, new_v: Tensor) -> None:
+    """Puts the rows of new_k and new_v [Q, Hkv, D], last dimension contiguous, in their slots."""
+    _, page_size, num_kv_heads, head_dim = kv.k_pages.shape
+    _launch(
+        write_kernel, plan.capacity.rows,
+        new_k, new_v, kv.k_pages, kv.v_pages, plan.rows, plan.slots,
+        *new_k.stride()[:2], *new_v.stride()[:2], *kv.k_pages.stride()[:3],
+        PAGE=page_size, H=num_kv_heads, BLOCK_H=triton.next_power_of_2(num_kv_heads), D=head_dim,
+    )  # fmt: skip
+
+
+@triton.jit
+def _page_of(pages, start, num_keys, PAGE: tl.constexpr, BLOCK_KV: tl.constexpr):
+    """The page of each key of a tile from `start`: one number where all keys share a page."""
+    keys = start if PAGE >= BLOCK_KV else start + tl.arange(0, BLOCK_KV)
+    return tl.load(pages + tl.minimum(keys, num_keys - 1) // PAGE).to(tl.int64)
+
+
+@triton.jit
+def _attend(
+    acc, row_max, row_sum, q, k_head, v_head, page, start, num_keys, visible_keys, qk_scale,
+    stride_page, stride_slot: tl.constexpr, PAGE: tl.constexpr, BLOCK_KV: tl.constexpr,
+    D: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One online-softmax step over a tile of keys.
+
+    Invariant: acc and row_sum are relative to 2^row_max. A row that has seen no key yet keeps the
+    finite start value of row_max, so that 2^(-inf - row_max) is 0 and never NaN.
+    """
+    keys = tl.arange(0, BLOCK_KV)
+    if PAGE >= BLOCK_KV:
+        tile = page * stride_page + start % PAGE * stride_slot
+        tile += (keys * stride_slot)[:, None] + tl.arange(0, D)[None, :]
+    else:
+        tile = page[:, None] * stride_page
+        tile += (keys % PAGE * stride_slot)[:, None] + tl.arange(0, D)[None, :]
+    if MASKED:
+        inside = (start + keys < num_keys)[:, None]
+        k = tl.load(k_head + tile, mask=inside, other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        s = tl.where((start + keys)[None, :] < visible_keys[:, None], s, float("-inf"))
+        v = tl.load(v_head + tile, mask=inside, other=0.0)
+    else:
+        k = tl.load(k_head + tile)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        v = tl.load(v_head + tile)
+    new_max = tl.maximum(row_max, tl.max(s, 1) * qk_scale)
+    p = tl.exp2(s * qk_scale - new_max[:, None])
+    alpha = tl.exp2(row_max - new_max)
+    row_sum = row_sum * alpha + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+    return acc, new_max, row_sum
+
+
+@triton.jit
+def partial_kernel(
+    q, k_pages, v_pages, partial_out, partial_lse, rows, positions, pages, items, scale,
+    stride_qn, stride_qh, stride_page, stride_slot: tl.constexpr, stride_head,
+    HKV: tl.constexpr, GROUP: tl.constexpr, ROW_TILES: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_KV: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    # Row tiles run fastest: those of one item fetch the same pages, all but the first from L2.
+    first_m = tl.program_id(0) % ROW_TILES * BLOCK_M
+    head = tl.program_id(0) // ROW_TILES % HKV
+    item = items + tl.program_id(0) // (ROW_TILES * HKV) * 6
+    first_row = tl.load(item + 3)
+    num_m = (tl.load(item + 4) - first_row) * GROUP
+    if first_m >= num_m:
+        return
+    pages += tl.load(item)
+    num_keys = tl.load(item + 1)
+    first_position = tl.load(item + 2)
+    first_slot = tl.load(item + 5)
+
+    m = first_m + tl.arange(0, BLOCK_M)
+    inside = m < num_m
+    row = first_row + m // GROUP
+    q_head = head * GROUP + m % GROUP
+    dims = tl.arange(0, D)[None, :]
+    q_row = tl.load(rows + row, mask=inside, other=0).to(tl.int64)
+    q_tile = q + (q_row * stride_qn + q_head * stride_qh)[:, None] + dims
+    q_rows = tl.load(q_tile, mask=inside[:, None], other=0.0)
+
+    # Row i sees keys [0, visible_keys[i]); every row sees all keys below `num_full`.
+    visible_keys = tl.load(positions + row, mask=inside, other=-1) + 1 - first_position
+    visible_keys = tl.minimum(visible_keys, num_keys)
+    num_keys = tl.max(visible_keys, 0)
+    least = tl.min(tl.where(inside, visible_keys, num_keys), 0)
+    num_full = tl.maximum(least, 0) // BLOCK_KV * BLOCK_KV
+
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    row_max = tl.full([BLOCK_M], -1.0e30, tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    k_head = k_pages + head.to(tl.int64) * stride_head
+    v_head = v_pages + head.to(tl.int64) * stride_head
+    qk_scale = scale * LOG2E
+    if num_keys > 0:
+        # `page` is always read one iteration ahead: an address that waits for a load in the same
+        # iteration would cost the pipeline a stage.
+        page = _page_of(pages, 0, num_keys, PAGE, BLOCK_KV)
+        for start in range(0, num_full, BLOCK_KV):
+            next_page = _page_of(pages, start + BLOCK_KV, num_keys, PAGE, BLOCK_KV)
+            acc, row_max, row_sum = _attend(
+                acc, row_max, row_sum, q_rows, k_head, v_head, page, start, num_keys, visible_keys,
+                qk_scale, stride_page, stride_slot, PAGE, BLOCK_KV, D, MASKED=False,
+            )  # fmt: skip
+            page = next_page
+        for start in range(num_full, num_keys, BLOCK_KV):
+            next_page = _page_of(pages, start + BLOCK_KV, num_keys, PAGE, BLOCK_KV)
+            acc, row_max, row_sum = _attend(
+                acc, row_max, row_sum, q_rows, k_head, v_head, page, start, num_keys, visible_keys,
+                qk_scale, stride_page, stride_slot, PAGE, BLOCK_KV, D, MASKED=True,
+            )  # fmt: skip
+            page = next_page
+
+    seen = row_sum > 0
+    slot = (first_slot + m // GROUP).to(tl.int64) * (HKV * GROUP) + q_head
+    out_rows = acc / tl.where(seen, row_sum, 1.0)[:, None]
+    tl.store(partial_out + slot[:, None] * D + dims, out_rows, mask=inside[:, None])
+    log_sums = tl.where(seen, row_max + tl.log2(tl.where(seen, row_sum, 1.0)), float("-inf"))
+    tl.store(partial_lse + slot, log_sums, mask=inside)
+
+
+def partial(
+    q: Tensor, kv: PagedKV, plan: DecodePlan, scale: float, config: Config
+) -> tuple[Tensor, Tensor]:
+    """Attention of every item: outputs [slots, Hq, D] and base-2 log-sum-exps [slots, Hq], float32.
+
+    A row that sees no key of an item gets 0 and -inf there. q's last dimension is contiguous.
+    """
+    _, num_heads, head_dim = q.shape
+    _, page_size, num_kv_heads, _ = kv.k_pages.shape
+    slots = plan.capacity.slots
+    out = torch.empty(slots, num_heads, head_dim, dtype=torch.float32, device=q.device)
+    lse = torch.empty(slots, num_heads, dtype=torch.float32, device=q.device)
+    row_tiles = triton.cdiv(_matrix_rows(q, kv, plan), config.block_m)
+    _launch(
+        partial_kernel, plan.capacity.items * num_kv_heads * row_tiles,
+        q, kv.k_pages, kv.v_pages, out, lse, plan.rows, plan.positions, plan.pages, plan.items,
+        scale, *q.stride()[:2], *kv.k_pages.stride()[:3],
+        HKV=num_kv_heads, GROUP=num_heads // num_kv_heads, ROW_TILES=row_tiles, PAGE=page_size,
+        BLOCK_M=config.block_m, BLOCK_KV=config.block_kv, D=head_dim,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return out, lse
+
+
+@triton.jit
+def merge_kernel(
+    partial_out, partial_lse, out, rows, merge_ptr, merge_slots, stride_on, stride_oh,
+    HQ: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) // HQ
+    head = tl.program_id(0) % HQ
+    dims = tl.arange(0, D)
+    acc = tl.zeros([D], tl.float32)
+    max_lse = -1.0e30
+    total = 0.0
+    end = tl.load(merge_ptr + row + 1)
+    for start in range(tl.load(merge_ptr + row), end, BLOCK_S):
+        index = start + tl.arange(0, BLOCK_S)
+        inside = index < end
+        slot = tl.load(merge_slots + index, mask=inside, other=0).to(tl.int64) * HQ + head
+        lse = tl.load(partial_lse + slot, mask=inside, other=float("-inf"))
+        parts = tl.load(
+            partial_out + slot[:, None] * D + dims[None, :], mask=inside[:, None], other=0.0
+        )
+        new_max = tl.maximum(max_lse, tl.max(lse, 0))
+        weights = tl.exp2(lse - new_max)
+        alpha = tl.exp2(max_lse - new_max)
+        acc = acc * alpha + tl.sum(weights[:, None] * parts, 0)
+        total = total * alpha + tl.sum(weights, 0)
+        max_lse = new_max
+    merged = acc / tl.where(total > 0, total, 1.0)  # padding rows have nothing to merge
+    to = out + tl.load(rows + row).to(tl.int64) * stride_on + head * stride_oh + dims
+    tl.store(to, merged.to(out.dtype.element_ty))
+
+
+def merge(plan: DecodePlan, partial_out: Tensor, partial_lse: Tensor, out: Tensor) -> None:
+    """Fills out [Q, Hq, D] from the partial results; each row goes to its caller's place."""
+    num_rows, num_heads, head_dim = out.shape
+    _launch(
+        merge_kernel, num_rows * num_heads,
+        partial_out, partial_lse, out, plan.rows, plan.merge_ptr, plan.merge_slots,
+        *out.stride()[:2], HQ=num_heads, D=head_dim, BLOCK_S=16, num_warps=2,
+    )  # fmt: skip
