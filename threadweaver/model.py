@@ -118,7 +118,7 @@ def load_model(
         folder, dtype=dtype, attn_implementation=ATTENTION, **options
     )
     # A GGUF file was dequantised on the way in: what is saved is an ordinary model.
-    model.hf_quantizer = None
+    model.__dict__["hf_quantizer"] = None
     model.config.__dict__.pop("quantization_config", None)
     return model, tokenizer
 

@@ -13,6 +13,7 @@ Which backend runs, unless `backend` or the environment variable TW_BACKEND name
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Literal, overload
 
@@ -23,8 +24,8 @@ from tw_kernels.backends import TRIE_ATTENTION
 from tw_kernels.trie import TrieLayout
 
 # Visible pairs at which segments overtakes native in bfloat16 (two Xeon cores with AMX, 9 heads of
-# 64, forward and backward: native 1.4x faster at 0.3 M pairs, even at 4 M, 0.8x at 17 M).
-NATIVE_PAIRS = 4_000_000
+# 64, forward and backward: native 2.6x faster at 0.3 M pairs, 1.1x at 4 M, 0.9x at 16 M).
+NATIVE_PAIRS = 8_000_000
 
 
 @overload
@@ -75,7 +76,8 @@ def trie_attention(
             or a backend that cannot run the call, with the reason.
     """
     _check(q, k, v, layout)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[-1])
     if scale <= 0:
         raise ValueError(f"scale must be above 0, got {scale}")
     name = backend or os.environ.get("TW_BACKEND") or ""

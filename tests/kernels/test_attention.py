@@ -267,7 +267,7 @@ def test_a_layout_dropped_before_backward_is_rebuilt():
 
 def test_cpu_rule_takes_native_but_for_float64_and_large_bfloat16_tries():
     tiny = Trie.from_paths([[t] * 8 for t in range(64)]).layout()
-    large = Trie.from_paths([[0] * 2048 + [t] * 768 for t in range(1, 9)]).layout()
+    large = Trie.from_paths([[0] * 4096 + [t] * 512 for t in range(1, 9)]).layout()
     for layout, dtype, backend in (
         (tiny, torch.float32, "native"),
         (large, torch.float32, "native"),

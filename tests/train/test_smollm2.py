@@ -40,7 +40,7 @@ def test_smollm2_gets_tags_learns_and_reloads_in_plain_transformers(tmp_path):
     plain = AutoModelForCausalLM.from_pretrained(checkpoint)
     ours, _ = load_model(checkpoint)
     ours.set_attn_implementation("sdpa")
-    assert plain.get_input_embeddings().weight.shape[0] % 64 == 0
+    assert plain.config.vocab_size % 64 == 0
     ids = tokenizer("7*8=?\n<think>\n<Parallel>", return_tensors="pt").input_ids
     with torch.no_grad():
         assert torch.equal(plain(input_ids=ids).logits, ours(input_ids=ids).logits)

@@ -5,7 +5,6 @@ them: one causal square and one full rectangle a node. Forward merges the pieces
 log-sum-exp; backward runs each piece with the row's final (out, lse) and sums.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 
