@@ -215,13 +215,14 @@ def cross_entropy_sum(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tenso
     else:
         dtype = hidden.dtype
     hidden, weight = hidden.to(dtype), head.weight.to(dtype)
+    rows = max(1, MANY_LOGITS // head.out_features)
     if head.bias is None and hasattr(F, "linear_cross_entropy"):
         from torch.nn import LinearCrossEntropyOptions
 
-        return F.linear_cross_entropy(
-            hidden, weight, targets, reduction="sum", options=LinearCrossEntropyOptions()
-        ).float()
-    rows = max(1, MANY_LOGITS // head.out_features)
+        # Left to itself it takes far smaller pieces, 3 to 7 times slower on a CPU.
+        options = LinearCrossEntropyOptions(batch_chunk_size=rows)
+        loss = F.linear_cross_entropy(hidden, weight, targets, reduction="sum", options=options)
+        return loss.float()
     pieces = [
         checkpoint(_cross_entropy_piece, h, weight, head.bias, t, use_reentrant=False)
         for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
