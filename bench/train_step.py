@@ -46,7 +46,7 @@ class StepSetup:
 
     @cached_property
     def paths(self) -> list[list[int]]:
-        """The case's paths in a small vocabulary; they branch where they did (checked in `trie`)."""
+        """The case's paths in a small vocabulary, branching where they did (`trie` checks it)."""
         return [[token % VOCABULARY for token in path] for path in self.case.paths]
 
     @cached_property
