@@ -32,7 +32,10 @@ def test_options_win_over_the_file(tmp_path):
 def test_the_files_in_configs_are_valid(name):
     parser = sft_parser()
     settings = parser.instantiate(parser.parse_args(["--config", str(ROOT / "configs" / name)]))
-    SFTConfig(**{field: getattr(settings, field) for field in SFTConfig.__dataclass_fields__})
+    fields = {field: getattr(settings, field) for field in SFTConfig.__dataclass_fields__}
+    config = SFTConfig(**fields)
+    assert Path(config.run_dir).parts[0] == "runs"
+    assert (config.model.path is None) != (config.model.arch is None)
 
 
 def error_of(*arguments: str) -> str:
