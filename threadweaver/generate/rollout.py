@@ -1,0 +1,52 @@
+"""What came of decoding: the record of one rollout that evaluation and training read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from threadweaver.generate.weaver import LimitCounts, Reason, RequestId
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What one request of a rollout got.
+
+    Attributes:
+        request: its id in the Weaver.
+        context: ids it was continued from, [T].
+        tokens: ids that were decoded, the stop token included, [n]; empty if there was no room.
+        logprobs: log-probability of each token under the model, untempered, [n].
+        sampled_logprobs: of each token under the distribution it was drawn from, after temperature
+            and truncation, [n]; 0 for a greedy choice.
+        reason: why it ended.
+    """
+
+    request: RequestId
+    context: list[int] = field(repr=False)
+    tokens: list[int]
+    logprobs: list[float] = field(repr=False)
+    sampled_logprobs: list[float] = field(repr=False)
+    reason: Reason
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One finished response to one prompt.
+
+    Attributes:
+        prompt: ids of the prompt.
+        response: ids after the prompt, joined; the end token included if it was decoded.
+        completions: by request id, which is the order of the text.
+        limits: what the limits of the Weaver ended.
+        decode_steps: engine steps from the first in which it took part to its last.
+    """
+
+    prompt: list[int] = field(repr=False)
+    response: list[int]
+    completions: list[Completion]
+    limits: LimitCounts
+    decode_steps: int
+
+    @property
+    def num_sampled_tokens(self) -> int:
+        return sum(len(completion.tokens) for completion in self.completions)
