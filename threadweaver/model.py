@@ -1,15 +1,18 @@
-"""Hugging Face decoders on trie attention: load, save, and the loss of a whole trie in one pass.
+"""Hugging Face decoders on our kernels: load, save, the loss of a whole trie, a step of decoding.
 
 The model stays an unmodified `transformers` model. Its attention is replaced through the library's
-AttentionInterface: a trie goes in as one packed row [1, N] with `position_ids` from the trie, and
-every layer calls `trie_attention` with the trie's layout. Nothing here knows where tries come from.
+AttentionInterface: a trie, or the new tokens of a batch of sequences, go in as one packed row
+[1, N] with their `position_ids`, and every layer calls `trie_attention` with the trie's layout, or
+`trie_decode` with the step's plan. Nothing here knows where tries and plans come from.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tw_kernels import Trie, TrieLayout, trie_attention
+from tw_kernels import DecodePlan, PagedKV, Trie, TrieLayout, trie_attention, trie_decode
 
 ATTENTION = "trie"
 
@@ -34,21 +37,46 @@ ATTENTION = "trie"
 MANY_LOGITS = 2**24
 
 
+@dataclass
+class PagedStep:
+    """What the layers of a model share in one step of decoding or prefill.
+
+    Attributes:
+        caches: keys and values of each layer.
+        plan: of the step's new tokens.
+        attention_seconds: time that attention took so far; 0 on CUDA, where nothing waits for it.
+    """
+
+    caches: list[PagedKV]
+    plan: DecodePlan
+    attention_seconds: float = 0.0
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Attention of the new tokens [T, Hq, D] in one layer, whose new keys and values
+        [T, Hkv, D] go to their pages."""
+        start = time.perf_counter()
+        out = trie_decode(q, self.caches[layer], self.plan, scale, new_k=k, new_v=v)
+        if not out.is_cuda:
+            self.attention_seconds += time.perf_counter() - start
+        return out
+
+
 def _attend(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """AttentionInterface: query [1, Hq, N, D], key and value [1, Hkv, N, D] -> [1, N, Hq, D]."""
-    layout = kwargs.get("trie_layout")
-    if layout is None:
-        raise ValueError(
-            "this model attends over a trie: call it with trie_layout=trie.layout(device), or load "
-            "the folder with plain transformers for ordinary sequences"
-        )
     if dropout or kwargs.get("softcap") or kwargs.get("s_aux") is not None:
         raise ValueError(
             f"{type(module).__name__}: no dropout, soft cap or sinks in trie attention"
         )
     # Under autocast, norms and rotary embeddings leave queries and keys in float32.
     q, k, v = (x.squeeze(0).transpose(0, 1).to(value.dtype) for x in (query, key, value))
-    return trie_attention(q, k, v, layout, scaling).unsqueeze(0), None
+    if (layout := kwargs.get("trie_layout")) is not None:
+        return trie_attention(q, k, v, layout, scaling).unsqueeze(0), None
+    if (step := kwargs.get("paged_step")) is not None:
+        return step.attend(module.layer_idx, q, k, v, scaling).unsqueeze(0), None
+    raise ValueError(
+        "this model attends over a trie: call it with trie_layout=trie.layout(device), or load the "
+        "folder with plain transformers for ordinary sequences"
+    )
 
 
 AttentionInterface.register(ATTENTION, _attend)
@@ -202,6 +230,22 @@ def trie_hidden_states(model: PreTrainedModel, trie: Trie, layout: TrieLayout) -
     return output.last_hidden_state.squeeze(0)
 
 
+def paged_hidden_states(
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, step: PagedStep
+) -> Tensor:
+    """Final hidden states of the new tokens of a step, [T, hidden size]; fills their pages.
+
+    ids, positions: int64 [T] on the model's device, in the order of the plan's sequences.
+    """
+    output = model.base_model(
+        input_ids=ids.unsqueeze(0),
+        position_ids=positions.unsqueeze(0),
+        paged_step=step,
+        use_cache=False,
+    )
+    return output.last_hidden_state.squeeze(0)
+
+
 def cross_entropy_sum(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
     """Sum of -log softmax(head(hidden))[target]; a float32 scalar.
 
@@ -210,11 +254,7 @@ def cross_entropy_sum(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tenso
     """
     if targets.numel() * head.out_features <= MANY_LOGITS:
         return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-    else:
-        dtype = hidden.dtype
-    hidden, weight = hidden.to(dtype), head.weight.to(dtype)
+    hidden, weight = _in_compute_dtype(hidden, head.weight)
     rows = max(1, MANY_LOGITS // head.out_features)
     if head.bias is None and hasattr(F, "linear_cross_entropy"):
         from torch.nn import LinearCrossEntropyOptions
@@ -232,3 +272,71 @@ def cross_entropy_sum(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tenso
 
 def _cross_entropy_piece(h: Tensor, weight: Tensor, bias: Tensor | None, t: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(h, weight, bias).float(), t, reduction="sum")
+
+
+def _in_compute_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype of the output layer's product: cast once, not in every piece."""
+    device = hidden.device.type
+    enabled = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if enabled else hidden.dtype
+    return hidden.to(dtype), weight.to(dtype)
+
+
+class TokenLogprobs(NamedTuple):
+    """What a model says of n tokens. Both float32 [n].
+
+    Attributes:
+        logprobs: log-probability of each token, natural log.
+        entropies: of the distribution that predicts it, in nats.
+    """
+
+    logprobs: Tensor
+    entropies: Tensor
+
+
+def trie_logprobs(
+    model: PreTrainedModel,
+    trie: Trie,
+    layout: TrieLayout,
+    at: Tensor,
+    entropy_gradient: bool = False,
+) -> TokenLogprobs:
+    """log p(token | its path) of the tokens at flat indices `at`, int64 [n], none of them a root.
+
+    Entropies carry a gradient only if asked to, which then costs the backward pass as much again
+    as the log-probabilities.
+    """
+    hidden = trie_hidden_states(model, trie, layout)
+    return token_logprobs(
+        hidden[trie.parents[at].to(hidden.device)],
+        output_layer(model),
+        trie.tokens[at].to(hidden.device),
+        entropy_gradient,
+    )
+
+
+def token_logprobs(
+    hidden: Tensor, head: nn.Linear, targets: Tensor, entropy_gradient: bool = False
+) -> TokenLogprobs:
+    """log softmax(head(hidden))[target], and the entropy of each softmax.
+
+    hidden [n, hidden size], targets int64 [n]. In pieces, as in `cross_entropy_sum`.
+    """
+    hidden, weight = _in_compute_dtype(hidden, head.weight)
+    rows = max(1, MANY_LOGITS // head.out_features)
+    if targets.numel() <= rows:
+        return _logprobs_piece(hidden, weight, head.bias, targets, entropy_gradient)
+    pieces = [
+        checkpoint(_logprobs_piece, h, weight, head.bias, t, entropy_gradient, use_reentrant=False)
+        for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
+    ]
+    return TokenLogprobs(*map(torch.cat, zip(*pieces, strict=True)))
+
+
+def _logprobs_piece(
+    h: Tensor, weight: Tensor, bias: Tensor | None, t: Tensor, entropy_gradient: bool
+) -> TokenLogprobs:
+    logprobs = F.linear(h, weight, bias).float().log_softmax(-1)
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+        entropies = -(logprobs.exp() * logprobs).sum(-1)
+    return TokenLogprobs(logprobs.gather(-1, t.unsqueeze(-1)).squeeze(-1), entropies)

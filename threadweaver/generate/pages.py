@@ -147,10 +147,11 @@ class PagePool:
             filled += count
         return Writes(slots, copies)
 
-    def fork(self, table: PageTable) -> PageTable:
-        """Another sequence of the same tokens; takes no page."""
+    def fork(self, table: PageTable, length: int | None = None) -> PageTable:
+        """Another sequence of the first `length` tokens, by default all; takes no page."""
         copy = PageTable()
-        copy.pages, copy.length = table.pages[:], table.length
+        copy.length = table.length if length is None else min(length, table.length)
+        copy.pages = table.pages[: -(-copy.length // self.page_size)]
         self._all_holders[copy.pages] += 1
         return copy
 

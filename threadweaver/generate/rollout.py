@@ -38,7 +38,7 @@ class Rollout:
         response: ids after the prompt, joined; the end token included if it was decoded.
         completions: by request id, which is the order of the text.
         limits: what the limits of the Weaver ended.
-        decode_steps: engine steps from the first in which it took part to its last.
+        decode_steps: engine steps that computed tokens of it, prefill included.
     """
 
     prompt: list[int] = field(repr=False)

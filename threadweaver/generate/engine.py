@@ -1,0 +1,331 @@
+"""The in-process generator: continuous batching of fork-join rollouts on shared KV pages.
+
+    engine = Engine(model, codec)
+    for i in range(8):
+        engine.add(prompt_ids, GenerationSettings(max_tokens=1000), seed=i)
+    rollouts = engine.run()
+
+It decodes on the model it is given, in place: a trainer's own weights, as they are at each step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from threadweaver.generate.pages import PagePool
+from threadweaver.generate.rollout import Completion, Rollout
+from threadweaver.generate.runner import Runner, kv_shape
+from threadweaver.generate.sampler import sample, stream_key, uniforms
+from threadweaver.generate.scheduler import Branch, Family, Scheduler, Sequence
+from threadweaver.generate.settings import GenerationSettings
+from threadweaver.generate.weaver import Reason, RequestId, Weaver
+from threadweaver.trajectory import Codec
+
+# Recorded completions by request id: what a generation is made to say instead of being sampled.
+Script = Mapping[RequestId, list[int]]
+
+
+class NonFiniteLogits(ArithmeticError):  # noqa: N818 (named for what was found)
+    """The model gave logits from which no token can be drawn; names the request."""
+
+
+class Token(NamedTuple):
+    """A token that was decoded: of which generation (its number) and request."""
+
+    generation: int
+    request: RequestId
+    id: int
+
+
+@dataclass(eq=False)
+class Generation:
+    """One response in the making.
+
+    Attributes:
+        number: counts the generations of an engine.
+        weaver: its state machine.
+        open: the sequences that serve its open requests.
+        retained: closed ones whose path a join may still extend.
+        completions: of its closed requests.
+        steps: engine steps that computed tokens of it.
+    """
+
+    number: int
+    prompt: list[int] = field(repr=False)
+    settings: GenerationSettings
+    seed: int
+    weaver: Weaver = field(repr=False)
+    family: Family = field(repr=False)
+    script: Script | None = field(default=None, repr=False)
+    open: dict[RequestId, Sequence] = field(default_factory=dict, repr=False)
+    retained: dict[RequestId, Sequence] = field(default_factory=dict, repr=False)
+    completions: dict[RequestId, Completion] = field(default_factory=dict, repr=False)
+    steps: int = 0
+
+    def rollout(self) -> Rollout:
+        """The record of a generation that is done."""
+        return Rollout(
+            self.prompt,
+            self.weaver.response,
+            [self.completions[id] for id in sorted(self.completions)],
+            self.weaver.limits,
+            self.steps,
+        )
+
+
+class Engine:
+    """Decodes many generations at once.
+
+    Args:
+        model: loaded by threadweaver.model; stays where it is, on its device and in its dtype.
+        page_size: tokens a KV page.
+        num_pages: pages of the pool. Default: as many as kv_gigabytes hold.
+        kv_gigabytes: memory for keys and values, in 1e9 bytes.
+        max_sequences: most threads, of all generations together, that a step advances.
+        max_batch_tokens: most new tokens of a step; longer prefills go in chunks.
+        share: False plans as if no page had two readers, for comparison.
+
+    Raises:
+        ValueError: sizes out of range.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        codec: Codec,
+        *,
+        page_size: int = 16,
+        num_pages: int | None = None,
+        kv_gigabytes: float = 2.0,
+        max_sequences: int = 64,
+        max_batch_tokens: int = 2048,
+        share: bool = True,
+    ):
+        if num_pages is None:
+            page_bytes = math.prod(kv_shape(model, 1, max(page_size, 1))) * model.dtype.itemsize
+            num_pages = int(kv_gigabytes * 1e9 / page_bytes)
+            if num_pages < 1:
+                raise ValueError(
+                    f"kv_gigabytes is {kv_gigabytes}: a page of {page_size} tokens takes "
+                    f"{page_bytes / 1e9:.3g}"
+                )
+        for name, value in (
+            ("max_sequences", max_sequences),
+            ("max_batch_tokens", max_batch_tokens),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1")
+        self.codec = codec
+        self.pool = PagePool(num_pages, page_size)
+        self._runner = Runner(model, num_pages, page_size, share)
+        self._scheduler = Scheduler(self.pool, max_sequences, max_batch_tokens)
+        self._families: dict[tuple[int, ...], Family] = {}
+        self._live: dict[int, Generation] = {}
+        self._added: list[Generation] = []
+        self._count = 0
+        self._context_length = getattr(model.config, "max_position_embeddings", None) or 2**31
+        self._seconds = {"sampling": 0.0, "orchestration": 0.0}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Where the time of `step` went: "model" (with "attention" in it), "plan", "sampling", and
+        "orchestration", which is all the rest."""
+        return {**self._runner.seconds, **self._seconds}
+
+    @property
+    def preemptions(self) -> int:
+        """How often a running sequence had to give up its pages."""
+        return self._scheduler.preemptions
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._live)
+
+    def add(
+        self,
+        prompt: Iterable[int],
+        settings: GenerationSettings,
+        seed: int = 0,
+        script: Script | None = None,
+    ) -> Generation:
+        """Queues a response.
+
+        Args:
+            prompt: ids, [T], T >= 1.
+            seed: of its draws; the same seed, prompt and model give the same response.
+            script: completions to go through instead of sampling. A request that is not in it, or
+                at the end of its completion there, has come to the end of its room.
+
+        Raises:
+            ValueError: the prompt is empty or fills the model's context, a setting is out of
+                range, or the pool cannot hold the response's longest path.
+        """
+        ids = [int(id) for id in prompt]
+        weaver = settings.weaver(ids, self.codec, self._context_length)
+        longest = min(len(ids) + settings.max_tokens, self._context_length)
+        pages = -(-longest // self.pool.page_size)
+        if pages > self.pool.num_pages:
+            raise ValueError(
+                f"a prompt of {len(ids)} tokens and a response of up to {longest - len(ids)} need "
+                f"{pages} KV pages of {self.pool.page_size} tokens, and the pool has "
+                f"{self.pool.num_pages}: lower max_tokens, or give more kv_gigabytes"
+            )
+        family = self._families.setdefault(tuple(ids), Family(len(ids)))
+        family.unfinished += 1
+        generation = Generation(self._count, ids, settings, seed, weaver, family, script)
+        self._count += 1
+        self._live[generation.number] = generation
+        self._added.append(generation)
+        self._open_requests(generation)
+        return generation
+
+    def step(self) -> list[Token]:
+        """One forward pass: prefills and decodes what fits. Returns the tokens it decoded.
+
+        Raises:
+            NonFiniteLogits: the model gave NaN or infinite logits; names the request.
+        """
+        start = time.perf_counter()
+        batch = self._scheduler.schedule()
+        scheduled = time.perf_counter()
+        logits = self._runner.forward(batch)
+        ready = [s for s in batch.sequences if s.pending == 0]
+        computed = time.perf_counter()
+        draws = self._sample(ready, logits) if ready else []
+        sampled = time.perf_counter()
+        for number in {s.rank[0] for s in batch.sequences}:
+            self._live[number].steps += 1
+        tokens = [self._advance(s, *draw) for s, draw in zip(ready, draws, strict=True)]
+        self._seconds["sampling"] += sampled - computed
+        self._seconds["orchestration"] += scheduled - start + time.perf_counter() - sampled
+        return tokens
+
+    def run(self, on_step: Callable[[list[Token]], None] | None = None) -> list[Rollout]:
+        """Decodes all that was added to its end. The rollouts come in the order of `add`, each
+        only once."""
+        while self.has_work:
+            tokens = self.step()
+            if on_step is not None:
+                on_step(tokens)
+        done, self._added = self._added, []
+        return [generation.rollout() for generation in done]
+
+    def free(self) -> None:
+        """Gives the memory of the KV pages back until the next step, for a trainer's update.
+
+        Raises:
+            RuntimeError: some generation is not finished.
+        """
+        if self.has_work:
+            raise RuntimeError(f"{len(self._live)} generations are not finished")
+        self._runner.free()
+
+    def _sample(self, ready: list[Sequence], logits: Tensor) -> list[tuple[int, float, float]]:
+        """For each sequence a token and its two log-probabilities."""
+        positions = [len(s.logprobs) for s in ready]
+        draws = sample(
+            logits,
+            [self._live[s.rank[0]].settings.sampling for s in ready],
+            uniforms(np.array([s.key for s in ready], np.uint64), np.array(positions, np.uint64)),
+            [s.script[p] if s.script else None for s, p in zip(ready, positions, strict=True)],
+        )
+        logprobs = draws.logprobs.tolist()
+        for sequence, logprob in zip(ready, logprobs, strict=True):
+            if math.isnan(logprob):
+                raise NonFiniteLogits(
+                    f"generation {sequence.rank[0]}, request {sequence.request.id}: the model's "
+                    f"logits after {len(sequence.ids)} tokens are not finite"
+                )
+        return list(
+            zip(draws.tokens.tolist(), logprobs, draws.sampled_logprobs.tolist(), strict=True)
+        )
+
+    def _advance(
+        self, sequence: Sequence, token: int, logprob: float, sampled_logprob: float
+    ) -> Token:
+        """Appends a token, and closes the request if it was its last."""
+        sequence.ids.append(token)
+        sequence.logprobs.append(logprob)
+        sequence.sampled_logprobs.append(sampled_logprob)
+        request, count = sequence.request, len(sequence.logprobs)
+        if token in request.stop_ids:
+            self._close(sequence, "eos" if token == self.codec.eos_id else "stop")
+        elif count == request.max_tokens or (sequence.script and count == len(sequence.script)):
+            self._close(sequence, "length")
+        elif sequence.request.kind == "prompt" and count == 1:
+            self._keep_prompt(sequence)
+        return Token(sequence.rank[0], request.id, token)
+
+    def _close(self, sequence: Sequence, reason: Reason) -> None:
+        generation, request = self._live[sequence.rank[0]], sequence.request
+        tokens = sequence.ids[len(request.context) :]
+        generation.completions[request.id] = Completion(
+            request.id,
+            request.context,
+            tokens,
+            sequence.logprobs,
+            sequence.sampled_logprobs,
+            reason,
+        )
+        del generation.open[request.id]
+        generation.retained[request.id] = sequence
+        self._scheduler.keep(sequence)
+        generation.weaver.complete(request, tokens, reason)
+        self._open_requests(generation)
+
+    def _open_requests(self, generation: Generation) -> None:
+        """A sequence for each new request, on its parent's pages; releases what nobody extends."""
+        weaver, script = generation.weaver, generation.script
+        while new := [r for r in weaver.requests() if r.id not in generation.open]:
+            for request in new:
+                recorded = None if script is None else script.get(request.id, [])
+                if recorded == []:
+                    weaver.complete(request, [], "length")
+                    continue
+                sequence = Sequence(
+                    (generation.number, *request.id),
+                    list(request.context),
+                    generation.family,
+                    request=request,
+                    key=stream_key((generation.seed, *request.id)),
+                    script=recorded,
+                )
+                if parent := generation.retained.get(request.parent or ()):
+                    if request.kind == "thread":
+                        sequence.table = self.pool.fork(parent.table)
+                    else:
+                        self.pool.adopt(sequence.table, parent.table)
+                generation.open[request.id] = sequence
+                self._scheduler.add(sequence)
+        for id in generation.retained.keys() - weaver.retained():
+            self._scheduler.remove(generation.retained.pop(id))
+        if weaver.done:
+            self._finish(generation)
+
+    def _keep_prompt(self, sequence: Sequence) -> None:
+        """Keeps the prompt's pages for generations of the same prompt that have yet to start."""
+        family = sequence.family
+        length = family.prompt_length - 1
+        if family.unfinished == 1 or length == 0 or (family.stem and family.stem.table.length):
+            return
+        if family.stem is None:
+            family.stem = Branch(sequence.rank[:1], sequence.ids[:length], family)
+            self._scheduler.keep(family.stem)
+        family.stem.table = self.pool.fork(sequence.table, length)
+
+    def _finish(self, generation: Generation) -> None:
+        del self._live[generation.number]
+        family = generation.family
+        family.unfinished -= 1
+        if family.unfinished == 0:
+            if family.stem:
+                self._scheduler.remove(family.stem)
+            del self._families[tuple(generation.prompt)]

@@ -1,0 +1,178 @@
+"""From logits to tokens: temperature, truncation, and draws that depend on nothing but their key.
+
+The random number of a token is a hash of its key (seed, request, position), so a draw is the same
+whatever else is in the batch, however requests are scheduled, and on every device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_WORD = 2**64
+# Mixing constants of SplitMix64 (Steele, Lea, Flood 2014).
+_STEP, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a token is drawn. Truncations apply in this order, each to what the last one left.
+
+    Args:
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: only the k likeliest tokens; null: all.
+        top_p: only the likeliest tokens, as many as it takes to hold this probability.
+        min_p: only tokens at least this fraction as likely as the likeliest.
+
+    Raises:
+        ValueError: a setting out of range; names it.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature is {self.temperature}: it must be at least 0")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}: it must be at least 1")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p}: it must be from 0 to 1")
+
+    @property
+    def truncates(self) -> bool:
+        return self.top_k is not None or self.top_p < 1 or self.min_p > 0
+
+
+class Draws(NamedTuple):
+    """One token a row; on the logits' device.
+
+    Attributes:
+        tokens: int64 [S].
+        logprobs: float32 [S], of the token under the untempered model. NaN where the row's logits
+            hold a NaN or +inf, or nothing but -inf: the token then means nothing.
+        sampled_logprobs: float32 [S], under the distribution it was drawn from; 0 if greedy.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+    sampled_logprobs: Tensor
+
+
+def stream_key(numbers: Iterable[int]) -> int:
+    """64 bits that stand for one stream of draws: a seed and a request id, say."""
+    state = 0
+    for number in numbers:
+        state = _mix((state ^ (number % _WORD)) + _STEP)
+    return state
+
+
+def _mix(z: int) -> int:
+    z %= _WORD
+    z = (z ^ (z >> 30)) * _MIX1 % _WORD
+    z = (z ^ (z >> 27)) * _MIX2 % _WORD
+    return z ^ (z >> 31)
+
+
+def uniforms(keys: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """One number in [0, 1 - 2^-52] for each (stream key, position), [S]: SplitMix64's output."""
+    z = keys + (positions + np.uint64(1)) * np.uint64(_STEP)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX1)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(_MIX2)
+    z ^= z >> np.uint64(31)
+    return (z >> np.uint64(12)).astype(np.float64) * 2.0**-52
+
+
+def sample(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    u: NDArray[np.float64],
+    forced: Sequence[int | None] | None = None,
+) -> Draws:
+    """Draws a token for each row.
+
+    Args:
+        logits: [S, V].
+        params: of each row.
+        u: of each row, in [0, 1): where the draw falls in its cumulative distribution.
+        forced: tokens to take instead of the drawn ones, None where there is none; the
+            log-probabilities are theirs (-inf for one that truncation excludes).
+    """
+    logits = logits.float()
+    rows_of: dict[SamplingParams, list[int]] = {}
+    for row, p in enumerate(params):
+        rows_of.setdefault(p, []).append(row)
+    fixed = None
+    if forced is not None and any(token is not None for token in forced):
+        fixed = torch.tensor([-1 if t is None else t for t in forced], device=logits.device)
+    points = torch.from_numpy(u).to(logits.device)
+    if len(rows_of) == 1:
+        return _sample_alike(logits, params[0], points, fixed)
+    tokens = torch.empty(len(params), dtype=torch.int64, device=logits.device)
+    logprobs, sampled = (torch.empty(len(params), device=logits.device) for _ in range(2))
+    for p, rows in rows_of.items():
+        at = torch.tensor(rows, device=logits.device)
+        part = _sample_alike(logits[at], p, points[at], None if fixed is None else fixed[at])
+        tokens[at], logprobs[at], sampled[at] = part
+    return Draws(tokens, logprobs, sampled)
+
+
+def _sample_alike(
+    logits: Tensor, params: SamplingParams, u: Tensor, forced: Tensor | None
+) -> Draws:
+    norm = logits.logsumexp(-1)
+    greedy = params.temperature == 0
+    tempered = logits if greedy or params.temperature == 1 else logits / params.temperature
+    if params.truncates:
+        tempered = _truncate(tempered, params)
+    tokens = tempered.argmax(-1) if greedy else _draw(tempered, u)
+    if forced is not None:
+        tokens = torch.where(forced >= 0, forced, tokens)
+    logprobs = logits.gather(-1, tokens[:, None])[:, 0] - norm
+    logprobs = torch.where(norm.isfinite(), logprobs, logprobs.new_tensor(math.nan))
+    if greedy:
+        return Draws(tokens, logprobs, torch.zeros_like(logprobs))
+    if tempered is logits:
+        return Draws(tokens, logprobs, logprobs)
+    sampled = tempered.gather(-1, tokens[:, None])[:, 0] - tempered.logsumexp(-1)
+    return Draws(tokens, logprobs, sampled)
+
+
+def _draw(logits: Tensor, u: Tensor) -> Tensor:
+    """int64 [S]: where u falls in the cumulative distribution of each row."""
+    weights = (logits - logits.amax(-1, keepdim=True)).exp_()
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    # The first token whose cumulative weight exceeds the point has a weight above 0, and there is
+    # one in every row that is finite, as u * total < total.
+    points = (u * cumulative[:, -1])[:, None]
+    tokens = torch.searchsorted(cumulative, points, right=True)[:, 0]
+    return tokens.clamp_(max=logits.shape[-1] - 1)
+
+
+def _truncate(logits: Tensor, params: SamplingParams) -> Tensor:
+    """-inf for the tokens that are cut off; of equal ones the lower id is kept."""
+    ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
+    keep = torch.ones_like(ordered, dtype=torch.bool)
+    if params.top_k is not None:
+        keep[:, params.top_k :] = False
+    probabilities = ordered.masked_fill(~keep, -math.inf).softmax(-1)
+    if params.top_p < 1:
+        before = probabilities.cumsum(-1) - probabilities
+        keep &= before < params.top_p
+    if params.min_p > 0:
+        keep &= probabilities >= params.min_p * probabilities[:, :1]
+    keep[:, 0] = True
+    return torch.full_like(logits, -math.inf).scatter_(
+        -1, ids, ordered.masked_fill(~keep, -math.inf)
+    )

@@ -1,0 +1,56 @@
+"""What one generation may be told: its mode, its limits, how its tokens are drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from threadweaver.generate.sampler import SamplingParams
+from threadweaver.generate.weaver import Mode, Weaver
+from threadweaver.trajectory import Codec
+from threadweaver.trajectory.tags import MAX_OUTLINES
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """Settings of one response; the limits are those of `Weaver`.
+
+    Args:
+        mode: parallel: threads are decoded at the same time; sequential: the same model, one token
+            after another, tags and all.
+        max_tokens: most tokens of the response; less if the model's context ends before.
+        max_depth: how deep blocks nest.
+        max_threads: most threads of a block.
+        max_thread_tokens: most tokens of a thread; null: as many as the response.
+        max_blocks: most blocks on the main line and in each thread; null: any number.
+        sampling: how tokens are drawn.
+    """
+
+    mode: Mode = "parallel"
+    max_tokens: int = 4096
+    max_depth: int = 1
+    max_threads: int = MAX_OUTLINES
+    max_thread_tokens: int | None = None
+    max_blocks: int | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+    def weaver(self, prompt: list[int], codec: Codec, context_length: int) -> Weaver:
+        """The state machine of a response, which together with its prompt fits the context.
+
+        Raises:
+            ValueError: the prompt is empty or leaves no room, or a setting is out of range.
+        """
+        if len(prompt) >= context_length:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens, and the model's context ends at "
+                f"{context_length}: shorten the prompt"
+            )
+        return Weaver(
+            prompt,
+            codec,
+            min(self.max_tokens, context_length - len(prompt)),
+            mode=self.mode,
+            max_depth=self.max_depth,
+            max_threads=self.max_threads,
+            max_thread_tokens=self.max_thread_tokens,
+            max_blocks=self.max_blocks,
+        )
