@@ -63,4 +63,19 @@ def trie_attention_backward(
     dv: int,
     /,
 ) -> None: ...
+def trie_decode(
+    # rows, items, partial slots, heads, KV heads, head dim, page size (csrc/cpu/trie_decode.h)
+    sizes: tuple[int, int, int, int, int, int, int],
+    dtype: int,
+    scale: float,
+    threads: int,
+    # addresses: rows, positions, slots, merge_ptr, merge_slots, items, pages
+    plan: tuple[int, int, int, int, int, int, int],
+    q: _Strided,
+    out: int,
+    kv: tuple[int, int, int, int, int],  # addresses of K and V, strides of pages, slots, heads
+    new_k: _Strided,  # address 0: nothing to write
+    new_v: _Strided,
+    /,
+) -> None: ...
 def cpu_instruction_sets() -> list[str]: ...

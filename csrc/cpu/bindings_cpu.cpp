@@ -8,6 +8,7 @@
 
 #include "isa.h"
 #include "trie_attention.h"
+#include "trie_decode.h"
 
 namespace py = pybind11;
 
@@ -57,6 +58,33 @@ void backward(const Sizes &sizes, int dtype, float scale, int threads, int64_t s
   trie_attention_backward(a, threads);
 }
 
+using DecodeSizes = std::array<int64_t, 7>; // rows, items, partial slots, heads, KV heads, head
+                                            // dim, page size
+using PlanArrays = std::array<int64_t, 7>;  // addresses: rows, positions, slots, merge_ptr,
+                                            // merge_slots, items, pages
+using Pages = std::array<int64_t, 5>; // addresses of K and V, strides of pages, slots and heads
+
+void decode(const DecodeSizes &sizes, int dtype, float scale, int threads, const PlanArrays &plan,
+            const Strided &q, int64_t out, const Pages &kv, const Strided &new_k,
+            const Strided &new_v) {
+  TrieDecodeArgs a{};
+  a.rows = sizes[0], a.items = sizes[1], a.partial_slots = sizes[2];
+  a.heads = sizes[3], a.kv_heads = sizes[4], a.head_dim = sizes[5], a.page_size = sizes[6];
+  a.dtype = static_cast<Dtype>(dtype);
+  a.scale = scale;
+  a.caller_rows = pointer<const int32_t>(plan[0]);
+  a.positions = pointer<const int32_t>(plan[1]);
+  a.slots = pointer<const int32_t>(plan[2]);
+  a.merge_ptr = pointer<const int32_t>(plan[3]);
+  a.merge_slots = pointer<const int32_t>(plan[4]);
+  a.items_begin = pointer<const DecodeItem>(plan[5]);
+  a.pages = pointer<const int32_t>(plan[6]);
+  a.q = strided(q), a.new_k = strided(new_k), a.new_v = strided(new_v);
+  a.out = contiguous(out, a.heads, a.head_dim);
+  a.kv = {pointer<void>(kv[0]), pointer<void>(kv[1]), kv[2], kv[3], kv[4]};
+  trie_decode(a, threads);
+}
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (const Isa isa : {Isa::avx512, Isa::avx2, Isa::portable})
@@ -70,6 +98,7 @@ void bind_cpu(py::module_ &m) {
   using release = py::call_guard<py::gil_scoped_release>;
   m.def("trie_attention_forward", &forward, release());
   m.def("trie_attention_backward", &backward, release());
+  m.def("trie_decode", &decode, release());
   m.def("cpu_instruction_sets", &instruction_sets);
 }
 

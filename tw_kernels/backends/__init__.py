@@ -27,6 +27,7 @@ from tw_kernels.backends import (
     decode_reference,
     dense,
     native,
+    native_decode,
     segments,
     triton_attention,
     triton_decode,
@@ -41,6 +42,7 @@ TRIE_ATTENTION: dict[str, ModuleType] = {
 
 TRIE_DECODE: dict[str, ModuleType] = {
     "triton": triton_decode,
+    "native": native_decode,
     "reference": decode_reference,
 }
 

@@ -1,0 +1,38 @@
+// trie_decode on the CPU: one decode plan, one layer, one call; float32 arithmetic.
+//
+// A task is one item of the plan for one KV head. Its matrix rows are the item's query rows times
+// the query heads that share the KV head: all of them meet a block of keys while it is in cache.
+// Partial results then merge row by row, in the plan's order.
+#pragma once
+
+#include <cstdint>
+
+#include "trie/decode_plan.h"
+#include "trie_attention.h"
+
+namespace tw {
+
+// [pages, page_size, kv_heads, head_dim] twice, last dimension contiguous; strides in elements.
+struct PagedHeads {
+  void *k, *v;
+  int64_t page_stride, slot_stride, head_stride;
+};
+
+struct TrieDecodeArgs {
+  int64_t rows, items, partial_slots; // rows: padding included
+  int64_t heads, kv_heads, head_dim, page_size; // heads is a multiple of kv_heads
+  Dtype dtype;
+  float scale;
+  // The plan's arrays (DecodePlan in decode_plan.h). Padding rows have slot -1 and merge nothing.
+  const int32_t *caller_rows, *positions, *slots, *merge_ptr, *merge_slots, *pages;
+  const DecodeItem *items_begin;
+  Heads q, out;       // [rows, heads, head_dim]
+  Heads new_k, new_v; // [rows, kv_heads, head_dim], or null: the pages hold them already
+  PagedHeads kv;
+};
+
+// On at most `threads` threads. Results do not depend on `threads`, bit for bit. Keys that no row
+// of an item sees may hold anything, NaN too.
+void trie_decode(const TrieDecodeArgs &args, int threads);
+
+} // namespace tw

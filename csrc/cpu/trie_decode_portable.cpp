@@ -1,0 +1,5 @@
+// Four lanes: what every 64-bit x86 and ARM processor has.
+#define TW_ISA portable
+#define TW_LANES 4
+#define TW_MICRO_ROWS 6
+#include "trie_decode_kernels.h"

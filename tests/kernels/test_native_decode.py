@@ -1,0 +1,181 @@
+"""The native decode backend, on every instruction set of this machine, against float64."""
+
+import pytest
+import torch
+
+from tests.kernels.decode_batches import (
+    Batch,
+    Inputs,
+    fork_join_batch,
+    oracle,
+    random_batch,
+    random_inputs,
+)
+from tests.kernels.tries import relative_error
+from tw_kernels import _C, PagedKV, backends, trie_decode
+from tw_kernels.backends import native_decode
+from tw_kernels.decode import _choose
+
+INSTRUCTION_SETS = _C.cpu_instruction_sets()
+# Half-precision outputs carry their rounding; the arithmetic is float32's.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def isa(request, monkeypatch):
+    monkeypatch.setenv("TW_CPU", request.param)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch):
+    """Whatever the kernels fail to write shows as NaN."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **kw: empty(*a, **kw).fill_(torch.nan))
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def run(batch: Batch, inputs: Inputs, **options) -> torch.Tensor:
+    """On fresh copies of the pages."""
+    return trie_decode(**inputs.copy().call(), plan=batch.plan(**options), backend="native")
+
+
+def assert_equals_definition(batch: Batch, inputs: Inputs, **options) -> None:
+    head_dim, dtype = inputs.q.shape[-1], inputs.q.dtype
+    got = run(batch, inputs, **options)
+    assert got.dtype == dtype and got.is_contiguous()
+    assert relative_error(got, oracle(batch, inputs, head_dim**-0.5)) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("page_size", [1, 8, 16, 20, 64, 256])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_equals_the_definition_for_every_page_size(isa, dtype, page_size):
+    batch = random_batch(page_size, sequences=8, page_size=page_size, longest=150, most_new=3)
+    assert_equals_definition(batch, random_inputs(batch, (6, 2, 64), dtype))
+
+
+@pytest.mark.parametrize("head_dim", [1, 8, 20, 40, 64, 80, 128, 256])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_takes_any_head_dim(isa, dtype, head_dim):
+    batch = random_batch(2, sequences=6, page_size=16, longest=90, most_new=12)
+    assert_equals_definition(batch, random_inputs(batch, (4, 2, head_dim), dtype))
+
+
+@pytest.mark.parametrize("group", range(1, 18))
+def test_any_number_of_matrix_rows(isa, group):
+    """From dot products over a part of a tile of scores to several tiles."""
+    batch = fork_join_batch(prefix=160, suffix=21, prompts=2, threads=3, page_size=16)
+    assert_equals_definition(batch, random_inputs(batch, (2 * group, 2, 32), torch.float32))
+
+
+@pytest.mark.parametrize("tile_rows", [1, 7, 64])
+def test_a_long_prefill_is_causal(isa, tile_rows):
+    batch = Batch([list(range(25))], [395], [380], page_size=16, num_pages=25)
+    inputs = random_inputs(batch, (3, 1, 32), torch.float32)
+    assert_equals_definition(batch, inputs, tile_rows=tile_rows)
+
+
+@pytest.mark.parametrize("most_new", [1, 40])
+def test_two_runs_and_any_number_of_threads_agree_bit_for_bit(isa, threads, most_new):
+    batch = random_batch(5, sequences=30, page_size=16, longest=300, most_new=most_new)
+    inputs = random_inputs(batch, (9, 3, 64), torch.float32)
+    plan = batch.plan(num_workers=2)
+    # Enough that no phase stays on one thread (kOneThread, kOneThreadBytes of trie_decode.cpp).
+    keys_rows = sum(n * (end - first) for _, n, _, first, end, _ in plan.items.tolist())
+    assert keys_rows * 9 * 64 > 3e5 and plan.size.slots * 9 * 64 * 4 > 256 << 10
+    assert most_new == 1 or 2 * inputs.new_k.nbytes > 256 << 10
+    runs = []
+    for count in (1, 2, 2, 3):
+        threads(count)
+        copy = inputs.copy()
+        out = trie_decode(**copy.call(), plan=plan, backend="native")
+        runs.append([x.nan_to_num(7.0) for x in (out, copy.kv.k_pages, copy.kv.v_pages)])
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+def test_new_keys_are_read_in_the_call_that_writes_them(isa):
+    """By their own row, by later rows of the sequence and by sequences that share the page."""
+    batch = Batch([[0, 1], [0, 2]], [24, 20], [20, 2], page_size=16, num_pages=3)
+    inputs = random_inputs(batch, (2, 1, 32), torch.float32)
+    assert inputs.kv.k_pages[0, 4:].isnan().all()
+    assert_equals_definition(batch, inputs)
+    changed = Inputs(inputs.q, inputs.kv, inputs.new_k, inputs.new_v.clone())
+    changed.new_v[2] += 1  # position 6: in the page that both read
+    before, after = run(batch, inputs), run(batch, changed)
+    differs = (before != after).flatten(1).any(1)
+    assert differs.tolist() == [False] * 2 + [True] * 20
+
+
+def test_heads_may_lie_anywhere(isa):
+    batch = random_batch(16, sequences=6, page_size=16, longest=60, most_new=2)
+    inputs = random_inputs(batch, (4, 2, 32), torch.float32)
+    want = run(batch, inputs)
+    for shape in ((0, 1), (0, 2)):
+        q, new_k, new_v = (
+            x.transpose(*shape).contiguous().transpose(*shape)
+            for x in (inputs.q, inputs.new_k, inputs.new_v)
+        )
+        assert not q.is_contiguous()
+        assert torch.equal(run(batch, Inputs(q, inputs.kv, new_k, new_v)), want)
+    heads_first = [
+        x.transpose(1, 2).contiguous().transpose(1, 2)
+        for x in (inputs.kv.k_pages, inputs.kv.v_pages)
+    ]
+    kv = PagedKV(*heads_first)
+    plan = batch.plan()
+    got = trie_decode(inputs.q, kv, plan, None, "native", new_k=inputs.new_k, new_v=inputs.new_v)
+    assert torch.equal(got, want)
+
+
+def test_rows_of_an_item_may_see_nothing_of_it(isa):
+    """They are older than its run, and stand beside rows that see all of it."""
+    batch = random_batch(0, 4, 8, 40, 14)
+    inputs = random_inputs(batch, (4, 1, 32), torch.float32)
+    plan = batch.plan()
+    firsts = [(plan.positions[first:end], at) for _, _, at, first, end, _ in plan.items.tolist()]
+    assert any((positions < at).any() for positions, at in firsts)
+    for tile_rows in (3, 64):
+        assert_equals_definition(batch, inputs, tile_rows=tile_rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_conversions_round_like_torch(isa, dtype):
+    """A sequence of one token gives its own value: subnormals and overflow included."""
+    patterns = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    new_v = patterns.view(-1, 1, 64).clone()
+    new_v[~new_v.isfinite()] = 0
+    n = len(new_v)
+    batch = Batch([[s] for s in range(n)], [1] * n, [1] * n, page_size=1, num_pages=n)
+    pages = torch.full((n, 1, 1, 64), torch.nan, dtype=dtype)
+    zeros = torch.zeros(n, 1, 64, dtype=dtype)
+    inputs = Inputs(zeros, PagedKV(pages, pages.clone()), zeros, new_v)
+    assert torch.equal(run(batch, inputs), new_v)
+
+
+def test_it_is_what_a_cpu_call_takes():
+    assert backends("trie_decode")["native"] is None or torch.cuda.is_available()
+    pages = torch.zeros(1, 16, 1, 20)
+    for dtype in TOLERANCE:
+        kv = PagedKV(pages.to(dtype), pages.to(dtype))
+        assert _choose(torch.zeros(1, 1, 20, dtype=dtype), kv, None) == "native"
+
+
+def test_why_not_names_what_it_cannot_run():
+    for wrong in (torch.zeros(1, 1, 16, dtype=torch.float64), torch.zeros(1, 1, 16, device="meta")):
+        pages = wrong[None]
+        why = native_decode.why_not(wrong, PagedKV(pages, pages)) or ""
+        assert ("float64" if wrong.dtype == torch.float64 else "meta") in why
+
+
+def test_an_unknown_instruction_set_is_named(monkeypatch):
+    monkeypatch.setenv("TW_CPU", "avx1024")
+    batch = fork_join_batch(16, 1, 1, 1, 16)
+    with pytest.raises(ValueError, match=r"TW_CPU=avx1024: not one of avx512, avx2, portable"):
+        run(batch, random_inputs(batch, (1, 1, 16), torch.float32))

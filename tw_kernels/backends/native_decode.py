@@ -1,0 +1,75 @@
+"""trie_decode in one compiled call on a CPU (csrc/cpu).
+
+In float32 whatever the dtype, on as many threads as torch.get_num_threads(); the result does not
+depend on how many. The environment variable TW_CPU (avx512, avx2 or portable) forces an instruction
+set. A NaN in a key or value that one row of an item sees can reach rows beside it that do not, as
+in any flash attention; finite values never do, and what no row sees does not matter.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tw_kernels import _C
+from tw_kernels.backends import native
+
+if TYPE_CHECKING:
+    from tw_kernels.decode import DecodePlan, PagedKV
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Dtype of trie_attention.h
+_NOTHING = 0, 0, 0  # no rows to write
+
+
+def why_not(q: Tensor, kv: PagedKV) -> str | None:
+    """None if this call can run, else the reason in one line."""
+    return native.why_not(q, q, q)
+
+
+def forward(
+    q: Tensor,
+    kv: PagedKV,
+    plan: DecodePlan,
+    scale: float,
+    new_k: Tensor | None,
+    new_v: Tensor | None,
+) -> Tensor:
+    """out [Q, Hq, D] in q's dtype; writes new_k and new_v to their slots first."""
+    q = _with_dense_rows(q)
+    new_k = None if new_k is None else _with_dense_rows(new_k)
+    new_v = None if new_v is None else _with_dense_rows(new_v)
+    rows, heads, head_dim = q.shape
+    page_stride, slot_stride, head_stride, _ = kv.k_pages.stride()
+    slots, kv_heads = plan.capacity.slots, kv.k_pages.shape[2]
+    out = torch.empty(q.shape, dtype=q.dtype)
+    _C.trie_decode(
+        (rows, plan.size.items, slots, heads, kv_heads, head_dim, plan.page_size),
+        _DTYPES[q.dtype],
+        scale,
+        torch.get_num_threads(),
+        (
+            plan.rows.data_ptr(),
+            plan.positions.data_ptr(),
+            plan.slots.data_ptr(),
+            plan.merge_ptr.data_ptr(),
+            plan.merge_slots.data_ptr(),
+            plan.items.data_ptr(),
+            plan.pages.data_ptr(),
+        ),
+        _strided(q),
+        out.data_ptr(),
+        (kv.k_pages.data_ptr(), kv.v_pages.data_ptr(), page_stride, slot_stride, head_stride),
+        _NOTHING if new_k is None else _strided(new_k),
+        _NOTHING if new_v is None else _strided(new_v),
+    )
+    return out
+
+
+def _with_dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def _strided(x: Tensor) -> tuple[int, int, int]:
+    return x.data_ptr(), x.stride(0), x.stride(1)
