@@ -8,7 +8,6 @@ pages and computes them anew later; so the first in rank always moves on, and ev
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from threadweaver.generate.pages import Copy, OutOfPages, PagePool, PageTable
@@ -223,9 +222,9 @@ class Scheduler:
         return True
 
     def _holders(self) -> list[Branch]:
-        """Branches with pages, in order of rank."""
-        every: Iterable[Branch] = (*self._running, *self._waiting, *self._kept)
-        return sorted((branch for branch in every if branch.table.length), key=_rank)
+        """Branches that have pages or are about to get some, in order of rank."""
+        idle = [b for b in (*self._waiting, *self._kept) if b.table.length]
+        return sorted((*self._running, *idle), key=_rank)
 
     def _last_holder(self) -> Branch:
         first = self._running[0]
