@@ -163,7 +163,7 @@ class DecodePlan:
         """
         device = torch.device(device)
         if num_workers is None:
-            num_workers = _default_workers(device)
+            num_workers = default_workers(device)
         buffer, size = _C.decode_plan(
             page_tables.numpy(force=True)
             if isinstance(page_tables, Tensor)
@@ -202,7 +202,8 @@ class DecodePlan:
         self.memo.clear()
 
 
-def _default_workers(device: torch.device) -> int:
+def default_workers(device: torch.device) -> int:
+    """The num_workers of a plan that names none."""
     if device.type == "cuda":
         return max(1, torch.cuda.get_device_properties(device).multi_processor_count // 4)
     return torch.get_num_threads()

@@ -18,7 +18,11 @@ from threadweaver.generate.engine import Engine
 from threadweaver.generate.scheduler import Batch, common_prefix_length
 from threadweaver.generate.settings import GenerationSettings
 
-MODEL = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=10_000), dtype=torch.float32)
+MODEL = SimpleNamespace(
+    config=SimpleNamespace(max_position_embeddings=10_000),
+    dtype=torch.float32,
+    device=torch.device("cpu"),
+)
 
 
 class LabelRunner:

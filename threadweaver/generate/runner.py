@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from threadweaver.generate.graphs import Capture, DecodeGraphs, cuda_capture, padded
 from threadweaver.generate.pages import Copy
 from threadweaver.generate.scheduler import Batch
 from threadweaver.model import PagedStep, output_layer, paged_hidden_states
 from tw_kernels import DecodePlan, PagedKV
+from tw_kernels.decode import default_workers
 
 
 class Runner:
@@ -23,13 +26,22 @@ class Runner:
     Args:
         model: loaded by threadweaver.model; its weights are read where they are at every step.
         share: False reads a shared page once for every sequence that holds it, for comparison.
+        capture: steps in which every sequence decodes one token run as graphs that this records;
+            None: no graphs. Default: CUDA graphs on CUDA.
 
     Attributes:
         seconds: time spent on "plan", "model" and, within the model, "attention"; on CUDA the last
             is 0, and times are those of the host.
     """
 
-    def __init__(self, model: PreTrainedModel, num_pages: int, page_size: int, share: bool = True):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        num_pages: int,
+        page_size: int,
+        share: bool = True,
+        capture: Capture | Literal["default"] | None = "default",
+    ):
         self.model = model
         self.page_size = page_size
         self.share = share
@@ -37,53 +49,75 @@ class Runner:
         self._num_pages = num_pages
         self._pages: Tensor | None = None
         self._caches: list[PagedKV] = []
+        if capture == "default":
+            capture = cuda_capture if model.device.type == "cuda" else None
+        self._capture = capture
+        self._graphs: DecodeGraphs | None = None
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         """Logits [S, V] of the last new token of each sequence that has nothing pending after it,
         in the order of the batch."""
         start = time.perf_counter()
-        caches = self._allocate()
+        self._allocate()
         self._copy(batch.copies)
-        step = PagedStep(caches, self._plan(batch))
+        decodes = max(batch.counts) == 1 and not any(s.pending for s in batch.sequences)
+        graphs = self._graphs if decodes else None
+        plan = self._plan(batch, in_graph=graphs is not None)
         planned = time.perf_counter()
-        ids, positions, last = _inputs(batch)
-        device = self.model.device
+        ids, positions, last = (x.to(self.model.device) for x in _inputs(batch))
         # Evaluation mode, which the trainer's own next step ends.
         if self.model.training:
             self.model.eval()
-        hidden = paged_hidden_states(self.model, ids.to(device), positions.to(device), step)
-        logits = output_layer(self.model)(hidden[last.to(device)])
+        if graphs is None:
+            logits = self._logits(ids, positions, plan, last)
+        else:
+            logits = graphs(ids, positions, plan)
         self.seconds["plan"] += planned - start
         self.seconds["model"] += time.perf_counter() - planned
-        self.seconds["attention"] += step.attention_seconds
         return logits
+
+    def _logits(
+        self, ids: Tensor, positions: Tensor, plan: DecodePlan, last: Tensor | None = None
+    ) -> Tensor:
+        """Logits of the new tokens `last`, by default of all."""
+        step = PagedStep(self._caches, plan)
+        hidden = paged_hidden_states(self.model, ids, positions, step)
+        self.seconds["attention"] += step.attention_seconds
+        return output_layer(self.model)(hidden if last is None else hidden[last])
 
     def free(self) -> None:
         """Gives the memory of the pages back; what they held is lost."""
-        self._pages, self._caches = None, []
+        self._pages, self._caches, self._graphs = None, [], None
 
-    def _allocate(self) -> list[PagedKV]:
+    def _allocate(self) -> None:
         if self._pages is None:
             shape = kv_shape(self.model, self._num_pages, self.page_size)
             self._pages = torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
             self._caches = [PagedKV(k, v) for k, v in self._pages]
-        return self._caches
+            if self._capture is not None:
+                self._graphs = DecodeGraphs(self._logits, self._capture)
 
     def _copy(self, copies: list[Copy]) -> None:
         if copies and self._pages is not None:
             source, target, _ = torch.tensor(copies, device=self._pages.device).unbind(1)
             self._pages[:, :, target] = self._pages[:, :, source]
 
-    def _plan(self, batch: Batch) -> DecodePlan:
+    def _plan(self, batch: Batch, in_graph: bool) -> DecodePlan:
         tables = [s.table for s in batch.sequences]
-        return DecodePlan.build(
+        sequences = (
             [np.frombuffer(table.pages, np.int32) for table in tables],
             [table.length for table in tables],
             batch.counts,
             self.page_size,
-            self.model.device,
-            share=self.share,
+        )
+        if not in_graph:
+            return DecodePlan.build(*sequences, self.model.device, share=self.share)
+        # Cut for the device's workers as the plan that goes there, so that the sizes agree.
+        workers = default_workers(self.model.device)
+        size = DecodePlan.build(*sequences, num_workers=workers, share=self.share).size
+        return DecodePlan.build(
+            *sequences, self.model.device, workers, share=self.share, capacity=padded(size)
         )
 
 
