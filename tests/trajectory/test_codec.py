@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from trajectories import CODEC, EXAMPLE, VOCAB, Trajectory, trajectories, unhurried
 from transformers import AddedToken
 
-from threadweaver.trajectory import TAGS, Codec, add_tags, extract_calls
+from threadweaver.generate import Weaver
+from threadweaver.trajectory import TAGS, Codec, PathLengths, add_tags, extract_calls, path_lengths
 
 
 @pytest.fixture(scope="module")
@@ -71,16 +72,46 @@ def test_a_header_straddled_by_a_token_is_context(codec: Codec, tokenizer):
 def test_missing_tags_are_named_with_the_remedy():
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([tag for tag in TAGS if tag != "</Thread>"], special_tokens=True)
-    with pytest.raises(ValueError, match=r"no single token for </Thread>: .*add_tags"):
+    with pytest.raises(
+        ValueError,
+        match=r"no single token for </Thread>: python -m threadweaver\.add_tags --model ",
+    ):
         Codec.from_tokenizer(tokenizer)
 
 
-def test_a_tokenizer_without_eos_is_refused():
+@pytest.mark.parametrize("make", [Codec.from_tokenizer, Codec.without_tags])
+def test_a_tokenizer_without_eos_is_refused(make):
     tokenizer = byte_tokenizer()
     add_tags(tokenizer)
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no eos_token"):
-        Codec.from_tokenizer(tokenizer)
+        make(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def plain_tokenizer():
+    return byte_tokenizer()
+
+
+@unhurried
+@given(trajectories())
+def test_without_tags_a_tag_is_text_like_any_other(plain_tokenizer, t: Trajectory):
+    codec = Codec.without_tags(plain_tokenizer)
+    assert codec.tag_ids.keys() == set(TAGS) and max(codec.tags) < 0
+    text = t.prompt + t.response.removesuffix("<eos>") + "."
+    ids = codec.encode(text)
+    assert ids == plain_tokenizer.encode(text) and codec.decode(ids) == text
+    [call] = extract_calls(ids, codec)
+    assert call.completion == ids
+    assert path_lengths(ids, codec) == PathLengths(len(ids), len(ids), 0, 0.0)
+
+
+def test_without_tags_there_is_no_parallel_mode():
+    codec = Codec.without_tags(byte_tokenizer())
+    with pytest.raises(ValueError, match='use mode="sequential"'):
+        Weaver([1], codec, 10)
+    [request] = Weaver([1], codec, 10, mode="sequential").requests()
+    assert request.stop_ids == [codec.eos_id]
 
 
 def test_a_tokenizer_that_loses_characters_is_refused():

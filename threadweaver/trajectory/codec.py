@@ -32,7 +32,7 @@ class Codec:
         tags: id -> tag, the same pairs.
         eos_id: id that ends a completion.
         newline_ids: ids of the newline that the state machine writes after a join; empty for a
-            character vocabulary without a newline.
+            character vocabulary without a newline, and for a vocabulary without tags.
     """
 
     def __init__(
@@ -64,14 +64,12 @@ class Codec:
         if missing:
             raise ValueError(
                 f"the tokenizer has no single token for {', '.join(missing)}: "
-                "threadweaver.trajectory.add_tags(tokenizer, model) adds them"
+                "python -m threadweaver.add_tags --model MODEL --out FOLDER adds them"
             )
-        if not isinstance(tokenizer.eos_token_id, int):
-            raise ValueError("the tokenizer has no eos_token: set it to the token that ends a turn")
         vocab = tokenizer.get_vocab()
         text = _TokenizerVocabulary(tokenizer)
         tag_ids = {tag: vocab[tag] for tag in TAGS}
-        codec = cls(text, tag_ids, tokenizer.eos_token_id, text.encode("\n"))
+        codec = cls(text, tag_ids, _eos_id(tokenizer), text.encode("\n"))
         decoded = codec.decode(codec.encode(_ROUND_TRIP))
         if decoded != _ROUND_TRIP:
             raise ValueError(
@@ -79,6 +77,19 @@ class Codec:
                 "character (a byte-level tokenizer does)"
             )
         return codec
+
+    @classmethod
+    def without_tags(cls, tokenizer: PreTrainedTokenizerBase) -> Codec:
+        """Codec of a Hugging Face tokenizer, for sequential mode alone: tags are mere text.
+
+        The ids of tags are negative, so that no token is one, and there is no newline to write
+        around threads.
+
+        Raises:
+            ValueError: there is no end-of-sequence token.
+        """
+        tag_ids = {tag: -1 - i for i, tag in enumerate(TAGS)}
+        return cls(_TokenizerVocabulary(tokenizer), tag_ids, _eos_id(tokenizer), newline_ids=())
 
     @classmethod
     def from_vocab(cls, vocab: Mapping[str, int], *, eos_id: int) -> Codec:
@@ -99,6 +110,8 @@ class Codec:
         A header is encoded by itself, so that no token straddles its colon: a model is trained on
         the very ids it is continued from. Nothing is added in front or behind.
         """
+        if self.tag_ids["<Thread>"] < 0:
+            return self._vocabulary.encode(text)
         ends = [header.end() for header in _FORCED_HEADER.finditer(text)]
         pieces = [text[i:j] for i, j in zip([0, *ends], [*ends, len(text)], strict=True)]
         return [id for piece in pieces if piece for id in self._vocabulary.encode(piece)]
@@ -128,6 +141,12 @@ class Codec:
         if id not in self._texts:
             self._texts[id] = self._vocabulary.decode([id])
         return self._texts[id]
+
+
+def _eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise ValueError("the tokenizer has no eos_token: set it to the token that ends a turn")
+    return tokenizer.eos_token_id
 
 
 class _TokenizerVocabulary:
