@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from threadweaver.generate.sampler import SamplingParams
 from threadweaver.generate.weaver import Mode, Weaver
-from threadweaver.trajectory import Codec
+from threadweaver.trajectory import Codec, PathLengths, path_lengths
 from threadweaver.trajectory.tags import MAX_OUTLINES
 
 
@@ -54,3 +55,11 @@ class GenerationSettings:
             max_thread_tokens=self.max_thread_tokens,
             max_blocks=self.max_blocks,
         )
+
+    def path_lengths(self, response: Sequence[int], codec: Codec) -> PathLengths:
+        """Path metrics of a response, ids [T]. In sequential mode all of it is on the longest path;
+        blocks are those that it wrote."""
+        lengths = path_lengths(response, codec, max_depth=self.max_depth)
+        if self.mode == "parallel":
+            return lengths
+        return replace(lengths, longest_path_tokens=lengths.total_tokens)

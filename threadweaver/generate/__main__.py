@@ -1,0 +1,152 @@
+r"""`python -m threadweaver.generate --model MODEL --prompt TEXT [--n 8] [--mode sequential] ...`
+
+Continues a prompt and shows the threads side by side as they decode, then what it took: tokens,
+critical path, time. Without a terminal the text goes to stdout as it comes, a single response in
+its final order, and the figures to stderr; with --json there is one JSON object on stdout.
+
+The model gets the prompt as it stands, as it was trained on a row's `question`: nothing is added,
+nothing stripped. --chat makes it the user's turn of the tokenizer's chat template; --escapes reads
+\n, \t and \\ in it, so that --escapes --prompt '47*86=?\n' ends in a newline.
+
+Exit codes: 0; 2 for arguments or a model that cannot be used, with one line on stderr; 1 for
+anything unexpected, logits that are not finite among it; 130 when stopped by Ctrl-C, after what was
+decoded so far has been shown.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import sys
+import time
+from argparse import ArgumentError
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import get_args
+
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+
+from threadweaver.command import explain, fail, quiet
+from threadweaver.generate.options import add_options, engine_settings, generation_settings
+from threadweaver.generate.weaver import Mode
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command line (default: the process's own) and returns the exit code."""
+    parser = _parser()
+    try:
+        options = parser.parse_args(arguments)
+        settings = generation_settings(options, options.mode)
+        prompt = _prompt(options)
+    except ArgumentError as error:
+        return fail(explain(str(error), parser.get_defaults()), 2)
+    except ValueError as error:
+        return fail(error, 2)
+    # After the arguments are known to be good: these take seconds to import.
+    from threadweaver.generate.display import LiveView, PlainView
+    from threadweaver.generate.engine import NonFiniteLogits
+    from threadweaver.generate.load import chat_prompt, load_engine
+    from threadweaver.generate.outcome import Outcome
+    from threadweaver.generate.sampler import stream_key
+
+    quiet()
+    try:
+        engine, tokenizer = load_engine(
+            options.model, engine_settings(options), parallel=settings.mode == "parallel"
+        )
+        if options.chat:
+            prompt = chat_prompt(tokenizer, prompt)
+        ids = engine.codec.encode(prompt)
+        generations = [
+            engine.add(ids, settings, stream_key((options.seed, i))) for i in range(options.n)
+        ]
+    except ValueError as error:
+        return fail(error, 2)
+    except KeyboardInterrupt:
+        return fail("interrupted before the first token", 130)
+    console = Console(stderr=not sys.stdout.isatty())
+    if options.json:
+        view = nullcontext()
+    elif sys.stdout.isatty():
+        view = LiveView(generations, engine.codec, console)
+    else:
+        view = PlainView(generations, engine.codec, sys.stdout)
+    start, code = time.perf_counter(), 0
+    try:
+        with view as shown:
+            engine.run(shown.update if shown else None)
+    except KeyboardInterrupt:
+        code = 130
+    except NonFiniteLogits as error:
+        return fail(error, 1)
+    outcome = Outcome.of(engine, generations, time.perf_counter() - start)
+    if options.json:
+        asked = {"model": options.model, "prompt": prompt, "seed": options.seed}
+        print(json.dumps({**asked, "settings": asdict(settings), **asdict(outcome)}, indent=2))
+    else:
+        outcome.print(console)
+    return code
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="python -m threadweaver.generate",
+        description="Continue a prompt, threads side by side.",
+        exit_on_error=False,
+    )
+    parser.add_argument(
+        "--model", type=str, required=True, help="Hugging Face folder, .gguf file, or smollm2."
+    )
+    parser.add_argument("--prompt", type=str, help="What to continue, taken as it stands.")
+    parser.add_argument("--prompt_file", type=Path, help="File that holds the prompt instead.")
+    parser.add_argument(
+        "--escapes", action="store_true", help=r"Read \n, \t and \\ in --prompt as in a program."
+    )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="Make the prompt the user's turn of the tokenizer's chat template.",
+    )
+    parser.add_argument(
+        "--mode",
+        choices=get_args(Mode),
+        default="parallel",
+        help="parallel: threads are decoded at the same time; sequential: one token after another.",
+    )
+    parser.add_argument("--n", type=int, default=1, help="How many responses.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the draws; same seed, same text.")
+    parser.add_argument(
+        "--json", action="store_true", help="Print one JSON object, when all is done."
+    )
+    add_options(parser)
+    return parser
+
+
+def _prompt(options: Namespace) -> str:
+    """The prompt of --prompt or --prompt_file.
+
+    Raises:
+        ValueError: not exactly one of them, a file that cannot be read, or no response to make.
+    """
+    if options.n < 1:
+        raise ValueError(f"n is {options.n}: it must be at least 1")
+    if (options.prompt is None) == (options.prompt_file is None):
+        raise ValueError("prompt, prompt_file: give exactly one of them")
+    if options.prompt_file is not None:
+        try:
+            return options.prompt_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"prompt_file: {options.prompt_file}: {error}") from error
+    if options.escapes:
+        meanings = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
+        return re.sub(r"\\[nt\\]", lambda m: meanings[m[0]], options.prompt)
+    return options.prompt
+
+
+if __name__ == "__main__":
+    # Whoever reads the output may stop reading.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""An engine from a model on disk, as commands start one."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from threadweaver.generate.engine import Engine
+from threadweaver.generate.options import EngineSettings
+from threadweaver.model import load_model, load_tokenizer
+from threadweaver.trajectory import Codec
+from threadweaver.trajectory.vocabulary import missing_tags
+
+
+def load_engine(
+    model: str, settings: EngineSettings, parallel: bool
+) -> tuple[Engine, PreTrainedTokenizerBase]:
+    """The engine of a model, and its tokenizer.
+
+    Args:
+        model: a Hugging Face folder, a .gguf file, or smollm2.
+        parallel: whether it is to decode threads; a model without the tags can only do without.
+
+    Raises:
+        ValueError: no model there, one that cannot be used, or settings out of range.
+    """
+    device = _device(settings.device)
+    default = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = default if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    # The tokenizer first: weights take long to load.
+    tokenizer = load_tokenizer(model)
+    tags_needed = parallel or not missing_tags(tokenizer)
+    codec = (Codec.from_tokenizer if tags_needed else Codec.without_tags)(tokenizer)
+    weights, _ = load_model(model, dtype)
+    rows = weights.config.get_text_config().vocab_size
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"{model}: the tokenizer has {len(tokenizer)} tokens and the embedding {rows} rows: "
+            "python -m threadweaver.add_tags --model MODEL --out FOLDER makes them agree"
+        )
+    torch.nn.Module.to(weights, device)
+    engine = Engine(
+        weights,
+        codec,
+        page_size=settings.page_size,
+        kv_gigabytes=settings.kv_gigabytes,
+        max_sequences=settings.max_sequences,
+        max_batch_tokens=settings.max_batch_tokens,
+    )
+    return engine, tokenizer
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """A prompt as the user's turn of the tokenizer's chat template, up to where the answer begins.
+
+    Raises:
+        ValueError: the tokenizer has no template.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("chat: the tokenizer has no chat template; leave the option out")
+    turns = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert isinstance(text, str)  # not tokenized
+    return text
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: no CUDA device here; use cpu or auto")
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(auto if name == "auto" else name)
