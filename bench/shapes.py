@@ -78,6 +78,17 @@ def pack(tries: int, n: int) -> Case:
 
 
 def trajectory(n: int, blocks: int, threads: int = 4) -> Case:
+def fork(rollouts: int, threads: int, prefix: int, suffix: int) -> Case:
+    """Threads of several rollouts of one prompt: a prefix that all share, and each its suffix."""
+
+    def build() -> list[list[int]]:
+        rng = random.Random(prefix)
+        shared = _text(rng, prefix)
+        return [shared + thread for thread in _threads([suffix] * rollouts * threads, rng)]
+
+    return Case(f"fork-{rollouts}x{threads}-{prefix}+{suffix}", build)
+
+
     """A finished fork-join trajectory of `n` trie tokens, unrolled as SPEC says ("State machine").
 
     Each block forks `threads` threads of uneven lengths after some sequential text; its join is the

@@ -7,7 +7,7 @@ merge by log-sum-exp. One call serves any number of new tokens a sequence: decod
 piece or in chunks, and all of them in one batch.
 
 Which backend runs, unless `backend` or the environment variable TW_DECODE_BACKEND names one: the
-first of TRIE_DECODE (tw_kernels/backends) that can run the call.
+first of TRIE_DECODE (tw_kernels/backends) that can run the call: triton on CUDA, native on a CPU.
 """
 
 from __future__ import annotations
@@ -250,7 +250,7 @@ def trie_decode(
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if scale <= 0:
         raise ValueError(f"scale must be above 0, got {scale}")
-    run = TRIE_DECODE[_choose(q, kv, backend or os.environ.get("TW_DECODE_BACKEND"))]
+    run = TRIE_DECODE[choose_backend(q, kv, backend or os.environ.get("TW_DECODE_BACKEND"))]
     return run.forward(q, kv, plan, scale, new_k, new_v)
 
 
@@ -287,7 +287,8 @@ def _check(
         raise ValueError(f"q, the pages, new_k, new_v and plan must share a device; got {devices}")
 
 
-def _choose(q: Tensor, kv: PagedKV, name: str | None) -> str:
+def choose_backend(q: Tensor, kv: PagedKV, name: str | None = None) -> str:
+    """The backend that runs this call: `name` if given, else by the module docstring's rule."""
     if name and name not in TRIE_DECODE:
         raise ValueError(f"no backend {name!r} for trie_decode: {', '.join(TRIE_DECODE)}")
     # On a CPU Triton means its interpreter, which is only ever asked for by name.

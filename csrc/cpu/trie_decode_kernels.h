@@ -19,10 +19,11 @@ namespace {
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr int64_t kBlock = 64;               // keys between two updates of the softmax
+constexpr int64_t kRun = 16, kAhead = 32;    // keys fetched at a time, and how early
 constexpr int64_t kTileRows = 2 * kLanes;    // matrix rows that a block of scores holds
 constexpr int64_t kFewRows = kLanes / 2;     // up to which dot products are the faster way
 
-static_assert(kBlock % kLanes == 0);
+static_assert(kBlock % kLanes == 0 && kRun % kLanes == 0);
 
 // One stage of a butterfly across lanes: lane l meets lane l ^ S.
 template <int S, int... I> TW_INLINE Floats swapped(Floats x, std::integer_sequence<int, I...>) {
@@ -125,7 +126,7 @@ struct ItemTask {
     w.place(job.workspaces + worker * job.workspace_bytes, job.matrix_rows, width);
   }
 
-  // The keys from `key` on that lie in one page.
+  // The keys from `key` on that lie in one page, at most kRun.
   struct Run {
     const char *k, *v;
     int64_t count;
@@ -137,7 +138,21 @@ struct ItemTask {
                        kv_head * args.kv.head_stride;
     return {static_cast<const char *>(args.kv.k) + at * size,
             static_cast<const char *>(args.kv.v) + at * size,
-            min(args.page_size - slot, end - key)};
+            min(kRun, min(args.page_size - slot, end - key))};
+  }
+
+  // Asks for the keys some way ahead: pages lie anywhere, and a head's rows a stride apart, which
+  // hardware prefetchers miss. (Not inlined, GCC takes it for a function without effect and drops
+  // the call.)
+  TW_INLINE void prefetch(int64_t key) const {
+    if (key >= item.num_keys) return;
+    const Run run = run_at(key, item.num_keys);
+    const int64_t size = size_of(args.dtype), stride = args.kv.slot_stride * size;
+    for (int64_t i = 0; i < run.count; ++i)
+      for (int64_t byte = 0; byte < head_dim * size; byte += 64) {
+        __builtin_prefetch(run.k + i * stride + byte, 0, 2);
+        __builtin_prefetch(run.v + i * stride + byte, 0, 2);
+      }
   }
 
   // Keys [c0, c1) to w.k and w.v.
@@ -146,6 +161,7 @@ struct ItemTask {
     float *k = w.k, *v = w.v;
     for (int64_t c = c0; c < c1;) {
       const Run run = run_at(c, c1);
+      prefetch(c + kAhead);
       for (int64_t i = 0; i < run.count; ++i, k += width, v += width) {
         load_row(k, run.k + i * stride, args.dtype, head_dim);
         load_row(v, run.v + i * stride, args.dtype, head_dim);
@@ -241,6 +257,7 @@ struct ItemTask {
       }
       for (int64_t c = c0; c < c1;) {
         const Run run = run_at(c, c1);
+        prefetch(c + kAhead);
         few_scores(reinterpret_cast<const float *>(run.k), stride, run.count, w.p + (c - c0));
         c += run.count;
       }

@@ -7,11 +7,12 @@ import json
 import pytest
 import torch
 
-from bench import attention, layout, shapes, train_step
+from bench import attention, decode, layout, shapes, train_step
 from bench.frame import Options, Peer, Skip, Suite, main, measure
 from bench.meter import CpuMeter
 from bench.oracle import TOLERANCE, reference, worst_row
 from bench.peers import DENSE, visible
+from tw_kernels import trie_decode
 from tw_kernels.backends import dense
 
 
@@ -175,6 +176,44 @@ def test_bench_attention_quick(tmp_path):
             assert row["backend"] in attention.TRIE_ATTENTION
         if row["peer"].startswith("Flex") and row["pass"] == "fwd+bwd":
             assert row["reason"] == "FlexAttention has no backward on a CPU"
+
+
+def test_bench_decode_quick(tmp_path):
+    assert main(decode.SUITE, ["--quick", "--json", str(tmp_path / "d.json")]) == 0
+    rows = _check_schema(tmp_path / "d.json", "decode")
+    assert {row["peer"] for row in rows} == {peer.name for peer in decode.SUITE.peers}
+    for row in rows:
+        if row["peer"] == decode.VARLEN:
+            assert row["reason"] == "runs on CUDA only"
+            continue
+        assert row["x_off"] > 0 and row["x_padded"] > 0 and row["gb_per_s"] > 0
+        assert row["unshared_kv_bytes"] == row["sharing"] * row["unique_kv_bytes"]
+        if row["ours"]:
+            assert row["plan_us"] > 0 and row["backend"] == "native"
+            assert 1 <= row["kv_memory"] <= 1.1
+
+
+@pytest.mark.parametrize("wrong", ["key", "page", "head"])
+@pytest.mark.parametrize("dtype", decode.DTYPES)
+def test_the_decode_check_catches_one_wrong_key_page_or_head(wrong, dtype):
+    problem = decode.Problem(shapes.fork(2, 3, 40, 12), "cpu", (4, 2, 32))
+    setup = decode.DecodeSetup(problem, dtype)
+    q, k, v = setup.inputs(0)
+    kv = setup.pages(k, v, new=True)
+    plan = setup.plan("planted", share=True)
+    assert setup.check("planted", trie_decode(q, kv, plan), 0) is None
+    if wrong == "key":  # no sequence sees another's new token
+        table, end = problem.tables[3], problem.lengths[3] - 1
+        other = problem.nodes[4][-1]
+        kv.k_pages[table[end // 16], end % 16] = k[other]
+        kv.v_pages[table[end // 16], end % 16] = v[other]
+    if wrong == "page":
+        first, second = problem.tables[0][:2]
+        kv.k_pages[[first, second]] = kv.k_pages[[second, first]]
+    out = trie_decode(q, kv, plan)
+    if wrong == "head":
+        out = out[:, [1, 0, 2, 3]]
+    assert "off by" in (setup.check("planted", out, 0) or "")
 
 
 def test_bench_train_step_quick_has_equal_gradients_and_less_work(tmp_path):

@@ -14,7 +14,7 @@ from tests.kernels.decode_batches import (
 from tests.kernels.tries import relative_error
 from tw_kernels import _C, PagedKV, backends, trie_decode
 from tw_kernels.backends import native_decode
-from tw_kernels.decode import _choose
+from tw_kernels.decode import choose_backend
 
 INSTRUCTION_SETS = _C.cpu_instruction_sets()
 # Half-precision outputs carry their rounding; the arithmetic is float32's.
@@ -164,7 +164,7 @@ def test_it_is_what_a_cpu_call_takes():
     pages = torch.zeros(1, 16, 1, 20)
     for dtype in TOLERANCE:
         kv = PagedKV(pages.to(dtype), pages.to(dtype))
-        assert _choose(torch.zeros(1, 1, 20, dtype=dtype), kv, None) == "native"
+        assert choose_backend(torch.zeros(1, 1, 20, dtype=dtype), kv) == "native"
 
 
 def test_why_not_names_what_it_cannot_run():

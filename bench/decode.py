@@ -1,0 +1,364 @@
+"""One decode step of one layer, all live sequences at once: `python -m bench.decode --help`.
+
+Each row times one implementation on one set of live sequences, one new token each. Keys and values
+lie in pages of 16 tokens, placed at random as in a pool that has been in use for a while; sequences
+that were forked from one another share their full pages. Our rows write the new keys and values,
+for the others they are there already.
+
+    ours                  the plan with sharing: each run of pages is read once for all its readers
+    ours, sharing off     the same kernel, every sequence alone
+    padded SDPA           as transformers runs it (its own function): keys and values of every
+                          sequence side by side, padded on the left to the longest
+    varlen_attn           PyTorch's paged attention, each sequence by its own page table
+
+    sharing     tokens of all sequences / tokens of their trie: what sharing could save at best
+    plan us     building our plan on the host. Not in `ms`: all layers of a step use one plan
+    GB/s        keys and values of the trie's tokens, each once, over the time
+    x off, x padded   how many times faster than sharing off, than padded SDPA
+    memory      tokens that the allocated pages have room for / tokens of the trie
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from time import perf_counter
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import varlen
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from bench import shapes
+from bench.frame import Options, Peer, Row, Skip, Suite, UsageError, main
+from bench.oracle import worst_row
+from tw_kernels import DecodePlan, PagedKV, trie_decode
+from tw_kernels.decode import choose_backend
+
+OURS, UNSHARED = "ours", "ours, sharing off"
+PADDED, VARLEN = "padded SDPA", "varlen_attn"
+PAGE_SIZE = 16
+DTYPES = (torch.float32, torch.bfloat16)
+# As in bench/oracle.py; tighter, since there are no gradients and a wrong key among a thousand moves
+# a row by less.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+MOST_PADDED_BYTES = {"cpu": 2 * 2**30, "cuda": 16 * 2**30}
+PLAN_REPEATS = 20
+
+
+@dataclass
+class DecodeOptions(Options):
+    """Options of bench.decode, beside those of every benchmark.
+
+    Args:
+        heads, kv_heads, head_dim: query heads, key-value heads and head dim. Default: 9, 3 and 64,
+            on CUDA also 32, 8 and 128.
+    """
+
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+
+
+class Problem:
+    """The live sequences of one case, and what they hold: what its dtypes share."""
+
+    def __init__(self, case: shapes.Case, device: str, heads: tuple[int, int, int]):
+        self.case, self.device = case, device
+        self.heads, self.kv_heads, self.head_dim = heads
+        # More than one layer: what a call leaves in the cache is not what the next one reads.
+        self.input_sets = 2 if device == "cpu" else 3
+
+    @cached_property
+    def nodes(self) -> list[Tensor]:
+        """The trie's tokens on the path of each sequence; its last one is the new token."""
+        return [self.case.trie.path_nodes(i) for i in range(self.case.trie.num_paths)]
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        return [len(nodes) for nodes in self.nodes]
+
+    @cached_property
+    def tables(self) -> list[np.ndarray]:
+        """int32 page ids of each sequence. A page is known by the last token in it: sequences share
+        full pages of equal tokens, and each has a last page of its own."""
+        ends = [nodes.numpy()[PAGE_SIZE - 1 :: PAGE_SIZE] for nodes in self.nodes]
+        ends = [
+            full if len(nodes) % PAGE_SIZE == 0 else np.append(full, int(nodes[-1]))
+            for full, nodes in zip(ends, self.nodes, strict=True)
+        ]
+        known, pages = np.unique(np.concatenate(ends), return_inverse=True)
+        pages = np.random.default_rng(0).permutation(len(known))[pages].astype(np.int32)
+        return np.split(pages, np.cumsum([len(e) for e in ends])[:-1])
+
+    @cached_property
+    def num_pages(self) -> int:
+        return 1 + max(int(table.max()) for table in self.tables)
+
+    @cached_property
+    def values(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """q [S, Hq, D] and k, v [trie tokens, Hkv, D], bfloat16, for each set of inputs."""
+        n = len(self.case.trie)
+        rng = torch.Generator(self.device).manual_seed(n)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=rng, device=self.device).bfloat16()
+
+        kv = n, self.kv_heads, self.head_dim
+        q = len(self.nodes), self.heads, self.head_dim
+        return [(normal(*q), normal(*kv), normal(*kv)) for _ in range(self.input_sets)]
+
+    @cached_property
+    def expected(self) -> list[Tensor]:
+        """[S, Hq, D] in float64 for each set of inputs: from the definition, without pages."""
+        group = self.heads // self.kv_heads
+        outs = []
+        for q, k, v in self.values:
+            rows = q.double().unflatten(1, (self.kv_heads, group))
+            out = torch.empty_like(rows)
+            for s, nodes in enumerate(self.nodes):
+                at = nodes.to(self.device)
+                ks, vs = (x[at].double().transpose(0, 1) for x in (k, v))  # [Hkv, length, D]
+                p = (rows[s] @ ks.mT * self.head_dim**-0.5).softmax(-1)
+                out[s] = p @ vs
+            outs.append(out.flatten(1, 2))
+        return outs
+
+
+class DecodeSetup:
+    """One problem in one dtype."""
+
+    def __init__(self, problem: Problem, dtype: torch.dtype):
+        self.problem, self.dtype = problem, dtype
+        self.device, self.input_sets = problem.device, problem.input_sets
+        self.plan_seconds: dict[str, float] = {}
+
+    @property
+    def key(self) -> Row:
+        p = self.problem
+        trie = p.case.trie
+        return {
+            "case": p.case.name,
+            "sequences": trie.num_paths,
+            "n": len(trie),
+            "sharing": p.case.unrolled / len(trie),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "heads": p.heads,
+            "kv_heads": p.kv_heads,
+            "head_dim": p.head_dim,
+        }
+
+    def kv_bytes(self, tokens: int) -> int:
+        return 2 * tokens * self.problem.kv_heads * self.problem.head_dim * self.dtype.itemsize
+
+    def inputs(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (x.to(self.dtype) for x in self.problem.values[i])
+        return q, k, v
+
+    def pages(self, k: Tensor, v: Tensor, new: bool) -> PagedKV:
+        """Pages that hold the keys and values [trie tokens, Hkv, D] of the sequences, their last
+        tokens only if `new`; 0 elsewhere."""
+        p = self.problem
+        shape = p.num_pages, PAGE_SIZE, p.kv_heads, p.head_dim
+        k_pages, v_pages = torch.zeros(2, *shape, dtype=self.dtype, device=self.device)
+        for table, nodes in zip(p.tables, p.nodes, strict=True):
+            old = torch.arange(len(nodes) if new else len(nodes) - 1)
+            slots = torch.from_numpy(table).long()[old // PAGE_SIZE] * PAGE_SIZE + old % PAGE_SIZE
+            at, nodes = slots.to(self.device), nodes[old].to(self.device)
+            k_pages.flatten(0, 1)[at], v_pages.flatten(0, 1)[at] = k[nodes], v[nodes]
+        return PagedKV(k_pages, v_pages)
+
+    def plan(self, peer: str, share: bool) -> DecodePlan:
+        """A plan, and how long it takes."""
+        p = self.problem
+        step = p.tables, p.lengths, [1] * len(p.nodes), PAGE_SIZE, self.device
+        samples = []
+        for _ in range(PLAN_REPEATS):
+            start = perf_counter()
+            DecodePlan.build(*step, share=share)
+            samples.append(perf_counter() - start)
+        self.plan_seconds[peer] = statistics.median(samples)
+        return DecodePlan.build(*step, share=share)
+
+    def check(self, peer: str, result: Tensor, inputs: int) -> str | None:
+        error, tolerance = worst_row(result, self.problem.expected[inputs]), TOLERANCE[self.dtype]
+        if error <= tolerance:
+            return None
+        return f"out is off by {error:.1e} of a row, more than {tolerance:.0e}"
+
+    def figures(self, peer: str, seconds: float) -> Row:
+        p = self.problem
+        unique = self.kv_bytes(len(p.case.trie))
+        row: Row = {
+            "unique_kv_bytes": unique,
+            "unshared_kv_bytes": self.kv_bytes(p.case.unrolled),
+            "gb_per_s": unique / seconds / 1e9,
+        }
+        if peer in self.plan_seconds:
+            q, k, _ = self.inputs(0)
+            row["backend"] = choose_backend(q, PagedKV(k[:, None], k[:, None]))
+            row["plan_us"] = self.plan_seconds[peer] * 1e6
+            row["kv_memory"] = p.num_pages * PAGE_SIZE / len(p.case.trie)
+        return row
+
+
+def _ours(setup: DecodeSetup, peer: str, share: bool) -> Callable[[int], Any]:
+    plan = setup.plan(peer, share)
+    last = torch.stack([nodes[-1] for nodes in setup.problem.nodes]).to(setup.device)
+    calls = []
+    for i in range(setup.input_sets):
+        q, k, v = setup.inputs(i)
+        calls.append((q, setup.pages(k, v, new=False), k[last], v[last]))
+
+    def call(i: int) -> Tensor:
+        q, kv, new_k, new_v = calls[i]
+        return trie_decode(q, kv, plan, new_k=new_k, new_v=new_v)
+
+    return call
+
+
+def _padded(setup: DecodeSetup) -> Callable[[int], Any]:
+    p = setup.problem
+    longest, count = max(p.lengths), len(p.nodes)
+    size = setup.kv_bytes(longest * count) * setup.input_sets
+    if size > MOST_PADDED_BYTES[setup.device]:
+        raise Skip(f"{size / 2**30:.0f} GiB of padded keys and values")
+    # As transformers: no mask where nothing is padded.
+    mask = None
+    if min(p.lengths) < longest:
+        at = torch.arange(longest, device=setup.device)
+        padding = longest - torch.tensor(p.lengths, device=setup.device)
+        mask = (at >= padding[:, None])[:, None, None]
+    calls = []
+    for i in range(setup.input_sets):
+        q, k, v = setup.inputs(i)
+        shape = count, p.kv_heads, longest, p.head_dim
+        k_padded, v_padded = torch.zeros(2, *shape, dtype=setup.dtype, device=setup.device)
+        for s, nodes in enumerate(p.nodes):
+            at = nodes.to(setup.device)
+            for padded, x in ((k_padded, k), (v_padded, v)):
+                padded[s, :, longest - len(nodes) :] = x[at].transpose(0, 1)
+        calls.append((q[:, :, None], k_padded, v_padded))
+    # All that the function looks at in the model's attention layer.
+    layer = SimpleNamespace(num_key_value_groups=p.heads // p.kv_heads, is_causal=True)
+
+    @torch.no_grad()
+    def call(i: int) -> Tensor:
+        q, k, v = calls[i]
+        scaling = p.head_dim**-0.5
+        out, _ = sdpa_attention_forward(cast(Any, layer), q, k, v, mask, scaling=scaling)
+        return out[:, 0]
+
+    return call
+
+
+def _varlen(setup: DecodeSetup) -> Callable[[int], Any]:
+    p = setup.problem
+    if setup.device == "cpu":
+        raise Skip("runs on CUDA only")
+    if "block_table" not in inspect.signature(varlen.varlen_attn).parameters:
+        raise Skip(f"takes no block_table in torch {torch.__version__}")
+    if setup.dtype == torch.float32:
+        raise Skip("takes half precision only")
+    count, longest = len(p.nodes), max(p.lengths)
+    block_table = torch.zeros(count, max(map(len, p.tables)), dtype=torch.int32)
+    for row, table in zip(block_table, p.tables, strict=True):
+        row[: len(table)] = torch.from_numpy(table)
+    starts = torch.arange(count + 1, dtype=torch.int32, device=setup.device)
+    paging = {
+        "block_table": block_table.to(setup.device),
+        "seqused_k": torch.tensor(p.lengths, dtype=torch.int32, device=setup.device),
+        "enable_gqa": True,
+    }
+    inputs = [setup.inputs(i) for i in range(setup.input_sets)]
+    calls = [(q, setup.pages(k, v, new=True)) for q, k, v in inputs]
+
+    @torch.no_grad()
+    def call(i: int) -> Any:
+        q, kv = calls[i]
+        sizes = starts, None, 1, longest
+        return varlen.varlen_attn(q, kv.k_pages, kv.v_pages, *sizes, **paging)
+
+    return call
+
+
+def cases(options: Options) -> list[shapes.Case]:
+    fork, tree = shapes.fork, shapes.tree_of_thoughts
+    if options.quick:
+        return [fork(2, 4, 512, 64), tree("sorting128ToT", 17)]
+    if options.device == "cuda":
+        return [
+            *(fork(1, threads, 8192, 256) for threads in (1, 4, 16)),
+            *(fork(rollouts, 8, 8192, 128) for rollouts in (4, 16)),
+            *(fork(8, 8, prefix, 512) for prefix in (512, 2048, 32768)),
+            fork(64, 16, 2048, 64),
+            fork(16, 4, 4096, 4096),
+            tree("sorting128ToT", 1),
+            tree("docmergeToT", 4),
+        ]
+    return [
+        *(fork(1, threads, 8192, 128) for threads in (1, 4)),
+        fork(1, 8, 512, 64),
+        fork(4, 8, 2048, 128),
+        fork(4, 8, 8192, 128),
+        fork(2, 4, 32768, 256),
+        fork(4, 4, 2048, 2048),
+        fork(16, 8, 1024, 64),
+        tree("sorting128ToT", 17),
+        tree("docmergeToT", 4),
+    ]
+
+
+def setups(options: DecodeOptions) -> Iterator[DecodeSetup]:
+    heads, kv_heads, head_dim = options.heads or 9, options.kv_heads or 3, options.head_dim or 64
+    if min(heads, kv_heads, head_dim) < 1 or heads % kv_heads:
+        raise UsageError(f"--heads {heads} is not a multiple of --kv_heads {kv_heads}")
+    sizes = [(heads, kv_heads, head_dim)]
+    if options.device == "cuda" and not (options.heads or options.kv_heads or options.head_dim):
+        sizes.append((32, 8, 128))
+    for case in cases(options):
+        for size in sizes:
+            problem = Problem(case, options.device, size)
+            for dtype in DTYPES:
+                yield DecodeSetup(problem, dtype)
+
+
+def relate(rows: list[Row]) -> None:
+    by_peer = {row["peer"]: row for row in rows if row["status"] == "ok"}
+    for row in by_peer.values():
+        for column, peer in (("x_off", UNSHARED), ("x_padded", PADDED)):
+            row[column] = by_peer[peer]["ms"] / row["ms"] if peer in by_peer else None
+
+
+SUITE = Suite(
+    name="decode",
+    options=DecodeOptions,
+    setups=setups,
+    peers=[
+        Peer(OURS, lambda setup: _ours(setup, OURS, share=True), ours=True),
+        Peer(UNSHARED, lambda setup: _ours(setup, UNSHARED, share=False), ours=True),
+        Peer(PADDED, _padded),
+        Peer(VARLEN, _varlen),
+    ],
+    relate=relate,
+    columns={
+        "backend": "backend",
+        "plan_us": "plan us",
+        "gb_per_s": "GB/s",
+        "x_off": "x off",
+        "x_padded": "x padded",
+        "kv_memory": "memory",
+    },
+)
+
+if __name__ == "__main__":
+    if os.environ.get("TW_DECODE_BACKEND"):
+        raise SystemExit("bench.decode: unset TW_DECODE_BACKEND: it would rename our backend")
+    raise SystemExit(main(SUITE))
