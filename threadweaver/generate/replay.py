@@ -1,0 +1,76 @@
+"""Replay: drives an engine along a recorded trajectory, so that modes compare on the same tokens.
+
+script = script_of(ids, prompt_length, codec, settings)
+engine.add(ids[:prompt_length], settings, script=script)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from threadweaver.generate.settings import GenerationSettings
+from threadweaver.generate.weaver import Request, RequestId
+from threadweaver.trajectory import Codec, extract_calls
+
+_ANY_LENGTH = 2**31
+_SHOWN = 8  # tokens that an error shows
+
+
+def script_of(
+    ids: Sequence[int], prompt_length: int, codec: Codec, settings: GenerationSettings
+) -> dict[RequestId, list[int]]:
+    """The completions that make a generation say a finished trajectory again.
+
+    Where the record does not tell a forced ending ("\\n</Thread>", say) from the model's own words,
+    it counts as these, if there is room for it. In sequential mode the script is {(0,): response}.
+
+    Args:
+        ids: prompt and response, [T]: a list, NumPy array or 1-D tensor.
+        prompt_length: how many of them are the prompt.
+        settings: those it was recorded with; or others whose limits leave it room.
+
+    Raises:
+        ValueError: the state machine cannot come to this response; says from which token on. Or
+            the prompt is empty, or prompt_length or a setting is out of range.
+    """
+    max_depth = settings.max_depth if settings.mode == "parallel" else 0
+    calls = extract_calls(ids, codec, prompt_length, max_depth=max_depth)
+    ids = [int(id) for id in ids]
+    weaver = settings.weaver(ids[:prompt_length], codec, _ANY_LENGTH)
+    script: dict[RequestId, list[int]] = {}
+    for call in calls:
+        context = call.context
+        request = next((r for r in weaver.requests() if r.context == context), None)
+        # Without a request these tokens were forced, or cannot be: the response will tell.
+        if request is not None:
+            script[request.id] = tokens = _own_words(call.completion, request, codec)
+            stopped = tokens and tokens[-1] in request.stop_ids
+            weaver.complete(request, tokens, "stop" if stopped else "length")
+    while not weaver.done:
+        weaver.complete(weaver.requests()[0], [], "length")
+    _check(ids[prompt_length:], weaver.response, prompt_length, codec)
+    return script
+
+
+def _own_words(completion: list[int], request: Request, codec: Codec) -> list[int]:
+    """What the model can have decoded: up to a stop token, as far as there was room."""
+    forced = [*codec.newline_ids, codec.tag_ids["</Thread>"]]
+    if len(completion) > request.max_tokens and completion[-len(forced) :] == forced:
+        completion = completion[: -len(forced)]
+    tokens = completion[: request.max_tokens]
+    stops = (i for i, token in enumerate(tokens, 1) if token in request.stop_ids)
+    return tokens[: next(stops, len(tokens))]
+
+
+def _check(recorded: list[int], replayed: list[int], prompt_length: int, codec: Codec) -> None:
+    if recorded == replayed:
+        return
+    at = next(
+        (i for i, (a, b) in enumerate(zip(recorded, replayed, strict=False)) if a != b),
+        min(len(recorded), len(replayed)),
+    )
+    there, instead = (codec.decode(x[at : at + _SHOWN]) for x in (recorded, replayed))
+    raise ValueError(
+        f"token {prompt_length + at}: the trajectory goes on with {there!r}, but with these "
+        f"settings the state machine comes to {instead!r}"
+    )
