@@ -19,9 +19,9 @@ namespace {
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr int64_t kBlock = 64;               // keys between two updates of the softmax
-constexpr int64_t kRun = 16, kAhead = 32;    // keys fetched at a time, and how early
+constexpr int64_t kRun = 16;                 // keys fetched at a time
 constexpr int64_t kTileRows = 2 * kLanes;    // matrix rows that a block of scores holds
-constexpr int64_t kFewRows = kLanes / 2;     // up to which dot products are the faster way
+constexpr int64_t kFewRows = 12;             // up to which dot products are faster, measured
 
 static_assert(kBlock % kLanes == 0 && kRun % kLanes == 0);
 
@@ -92,7 +92,7 @@ struct DecodeWorkspace {
     };
     const int64_t rows = (matrix_rows + kTileRows - 1) / kTileRows * kTileRows;
     take(k, kBlock * width), take(v, kBlock * width);
-    take(p, kBlock * kTileRows);
+    take(p, kBlock * max(kTileRows, kFewRows));
     take(q, rows * width), take(q_rows, kTileRows * width);
     take(top, rows), take(sum, rows), take(factor, rows), take(visible, rows);
     return base;
@@ -161,7 +161,7 @@ struct ItemTask {
     float *k = w.k, *v = w.v;
     for (int64_t c = c0; c < c1;) {
       const Run run = run_at(c, c1);
-      prefetch(c + kAhead);
+      prefetch(c + kBlock);
       for (int64_t i = 0; i < run.count; ++i, k += width, v += width) {
         load_row(k, run.k + i * stride, args.dtype, head_dim);
         load_row(v, run.v + i * stride, args.dtype, head_dim);
@@ -208,7 +208,10 @@ struct ItemTask {
 
   // acc += p v over keys [0, count) from v on.
   void few_sums(const float *v, int64_t stride, int64_t count, const float *p) const {
-    multiply_rows<Order::row_major>({p, kBlock, v, stride, acc, width, count, true}, rows, width);
+    for (int64_t r = 0; r < rows; r += kMicroRows)
+      multiply_rows<Order::row_major>(
+          {p + r * kBlock, kBlock, v, stride, acc + r * width, width, count, true},
+          min(kMicroRows, rows - r), width);
   }
 
   // Scores of keys [c0, c1) to probabilities; acc and sum are brought to the new maximum.
@@ -257,7 +260,7 @@ struct ItemTask {
       }
       for (int64_t c = c0; c < c1;) {
         const Run run = run_at(c, c1);
-        prefetch(c + kAhead);
+        prefetch(c + kBlock);
         few_scores(reinterpret_cast<const float *>(run.k), stride, run.count, w.p + (c - c0));
         c += run.count;
       }

@@ -43,7 +43,7 @@ def forward(
     rows, heads, head_dim = q.shape
     page_stride, slot_stride, head_stride, _ = kv.k_pages.stride()
     slots, kv_heads = plan.capacity.slots, kv.k_pages.shape[2]
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     _C.trie_decode(
         (rows, plan.size.items, slots, heads, kv_heads, head_dim, plan.page_size),
         _DTYPES[q.dtype],
