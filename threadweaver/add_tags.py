@@ -24,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m threadweaver.add_tags",
         description="Add the tags of the trajectory format to a model and its tokenizer.",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--model",

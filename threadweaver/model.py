@@ -153,7 +153,9 @@ def load_model(
     folder, options = _source(path)
     tokenizer = load_tokenizer(path)
     with _loading(path):
-        check_supported(AutoConfig.from_pretrained(folder, **options))
+        config = AutoConfig.from_pretrained(folder, **options)
+    check_supported(config)
+    with _loading(path):
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation=ATTENTION, **options
         )
@@ -168,7 +170,7 @@ def _loading(path: str | Path) -> Iterator[None]:
     """Makes what `transformers` says of a damaged folder one line that names it."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         may_misfit = isinstance(error, RuntimeError) and Path(path).is_dir()
         misfit = _misfit(Path(path)) if may_misfit else None
         reason = misfit or " ".join(str(error).split())[:300]

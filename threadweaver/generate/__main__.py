@@ -96,6 +96,7 @@ def _parser() -> ArgumentParser:
         prog="python -m threadweaver.generate",
         description="Continue a prompt, threads side by side.",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--model", type=str, required=True, help="Hugging Face folder, .gguf file, or smollm2."

@@ -55,7 +55,7 @@ class PlainView:
             self._write_on(transcript(self._generations[0], self._codec))
             self._file.write("\n")
         else:
-            self._write_responses(self._unwritten)
+            self._write_responses(list(self._unwritten))
         self._file.flush()
 
     def update(self, tokens: list[Token]) -> None:
@@ -145,6 +145,8 @@ class LiveView:
                 f"{done}/{len(self._generations)} done, {threads} running, {self._count:,} tokens, "
                 f"{self._count / max(seconds, 1e-9):,.0f} tokens/s",
                 style="dim",
+                no_wrap=True,
+                overflow="ellipsis",
             )
         )
         return Group(*parts)

@@ -118,5 +118,4 @@ class Outcome:
 def _end(response: Response) -> str:
     if not response.finished:
         return "interrupted"
-    reached = [f"{name} limit" for name, count in response.limits.items() if count]
-    return ", ".join(reached) or "by itself"
+    return "at a limit" if any(response.limits.values()) else "by itself"
