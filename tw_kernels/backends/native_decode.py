@@ -72,4 +72,5 @@ def _with_dense_rows(x: Tensor) -> Tensor:
 
 
 def _strided(x: Tensor) -> tuple[int, int, int]:
-    return x.data_ptr(), x.stride(0), x.stride(1)
+    row_stride, head_stride, _ = x.stride()
+    return x.data_ptr(), row_stride, head_stride
