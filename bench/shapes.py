@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from tw_kernels import Trie
 
@@ -77,7 +78,6 @@ def pack(tries: int, n: int) -> Case:
     return Case(f"pack-{tries}x{n}", build)
 
 
-def trajectory(n: int, blocks: int, threads: int = 4) -> Case:
 def fork(rollouts: int, threads: int, prefix: int, suffix: int) -> Case:
     """Threads of several rollouts of one prompt: a prefix that all share, and each its suffix."""
 
@@ -89,6 +89,7 @@ def fork(rollouts: int, threads: int, prefix: int, suffix: int) -> Case:
     return Case(f"fork-{rollouts}x{threads}-{prefix}+{suffix}", build)
 
 
+def trajectory(n: int, blocks: int, threads: int = 4) -> Case:
     """A finished fork-join trajectory of `n` trie tokens, unrolled as SPEC says ("State machine").
 
     Each block forks `threads` threads of uneven lengths after some sequential text; its join is the
@@ -126,6 +127,41 @@ def fork(rollouts: int, threads: int, prefix: int, suffix: int) -> Case:
         return [*paths, context + _text(rng, n - tokens)]
 
     return Case(f"trajectory-{n}", build)
+
+
+class Call(NamedTuple):
+    """A request of the state machine, and what came back."""
+
+    context: list[int]
+    completion: list[int]
+
+
+def rollouts(
+    count: int, blocks: int, threads: int, prompt: int, text: int, thread: tuple[int, int]
+) -> list[list[Call]]:
+    """The calls of each of `count` rollouts of one prompt, as SPEC says ("State machine").
+
+    Each samples `text` tokens, then forks `threads` threads of lengths in the range `thread`, joins
+    them, and so on, `blocks` times; `text` more tokens end it.
+    """
+    rng = random.Random(count)
+    question = _text(rng, prompt)
+
+    def rollout() -> list[Call]:
+        context, calls = question, []
+        for _ in range(blocks):
+            calls.append(Call(context, _text(rng, text)))
+            context = context + calls[-1].completion
+            joined = [*context, NEWLINE]
+            for number in range(threads):
+                header = [THREAD, NEWLINE, NUMBERS + number, COLON]
+                tokens = _text(rng, rng.randint(*thread))
+                calls.append(Call([*context, NEWLINE, *header], tokens))
+                joined += header + tokens
+            context = [*joined, NEWLINE]
+        return [*calls, Call(context, _text(rng, text))]
+
+    return [rollout() for _ in range(count)]
 
 
 @cache

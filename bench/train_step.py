@@ -1,77 +1,129 @@
-"""One SFT update through the trie and call by call: `python -m bench.train_step --help`.
+"""One update through tries, and the ways there are to do without: `python -m bench.train_step`.
 
-Same model, same supervised tokens, same loss. The unrolled peer runs every call as a sequence of
-its own under causal SDPA, without padding, and accumulates gradients.
+Every peer makes the same update of the same model: supervised fine-tuning on one trajectory, or
+P-GRPO on a group of rollouts of one prompt. It runs passes, forward and backward, and gradients
+accumulate.
 
+    ours: trie                all calls of the trajectory or group, one trie
+    ours: trie per rollout    a pass for each rollout of the group
+    unrolled calls            each call a sequence of its own and a pass of its own
+    unrolled calls, packed    each call a sequence of its own, up to 10,240 tokens a pass, without
+                              padding, as the published RL does it; their attention is ours too
+    shared prompt only        likewise, but the prefix that all have in common is once in each pass
+    trie, dense mask          the trie, under scaled dot-product attention with a mask of N x N
+
+    tokens        computed in all passes
     token ratio   unrolled tokens / trie tokens: what sharing prefixes could save at best, were the
                   cost of a token always the same
     x unrolled    how many times faster than unrolled calls
     of ratio      x unrolled / token ratio
+    mem / packed  peak memory over that of the packed calls
 """
 
 from __future__ import annotations
 
+import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from itertools import takewhile
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from bench import shapes
-from bench.frame import Options, Peer, Row, Suite, main
-from threadweaver.model import ATTENTION, cross_entropy_sum, output_layer, trie_loss
-from tw_kernels import Trie, TrieLayout
+from bench.frame import Options, Peer, Row, Skip, Suite, main
+from threadweaver.generate.rollout import Completion, Rollout
+from threadweaver.generate.weaver import LimitCounts
+from threadweaver.model import (
+    ATTENTION,
+    cross_entropy_sum,
+    output_layer,
+    token_logprobs,
+    trie_logprobs,
+    trie_loss,
+)
+from threadweaver.train.advantages import group_advantages
+from threadweaver.train.batches import pack
+from threadweaver.train.policy_batch import policy_group
+from threadweaver.train.policy_loss import PolicyConfig, policy_loss
+from tw_kernels import Trie
 
-OURS, UNROLLED = "ours: trie", "unrolled calls"
-# The output layer then has 8 % of the weights, as in Qwen3-8B: its cost is the same for both peers.
+OURS, PER_ROLLOUT = "ours: trie", "ours: trie per rollout"
+UNROLLED, PACKED = "unrolled calls", "unrolled calls, packed"
+SHARED_PROMPT, DENSE = "shared prompt only", "trie, dense mask"
+# The output layer then has 8 % of the weights, as in Qwen3-8B: its cost is the same for all peers.
 VOCABULARY = 2048
 TOLERANCE = 1e-5  # relative, of the gradient of all parameters in float32
+PACK_TOKENS = 10_240  # actor.ppo_max_token_len_per_gpu of the published run
+MOST_DENSE_TOKENS = 16_384
+# Of 8 rollouts: right or wrong, and how much the threads of the right ones saved (SPEC, "Reward").
+REWARDS = [1.1, 0.0, 1.1, 1.05, 0.0, 1.1, 1.08, 0.0]
 
 
-class StepSetup:
-    """A model, a trajectory, and which of its tokens carry loss: those that no earlier call has."""
+class Call(NamedTuple):
+    """Its path, where the tokens that carry loss begin, and what each of them weighs.
+
+    Ids are to be taken modulo VOCABULARY; beyond it they only keep paths apart.
+    """
+
+    path: list[int]
+    start: int
+    weight: float
+
+
+class Pass(NamedTuple):
+    """One forward and backward pass.
+
+    Attributes:
+        tokens: how many it computes.
+        attention: the model's attn_implementation.
+        loss: its share of the loss.
+    """
+
+    tokens: int
+    attention: str
+    loss: Callable[[], Tensor]
+
+
+class StepSetup(ABC):
+    """A model, and one update of it.
+
+    Attributes:
+        rollouts: the calls, rollout by rollout.
+        tokens: how many each peer computes.
+    """
 
     input_sets = 1
 
-    def __init__(self, case: shapes.Case, device: str):
-        self.case = case
+    def __init__(self, update: str, case: str, rollouts: list[list[Call]], device: str):
+        self.update, self.case, self.rollouts = update, case, rollouts
         self.device = torch.device(device)
+        self.tokens: dict[str, int] = {}
+
+    @abstractmethod
+    def trie_pass(self, rollouts: list[list[Call]]) -> Pass:
+        """All of these calls as one trie."""
+
+    @abstractmethod
+    def loss(self, hidden: Tensor, targets: Tensor, weight: float) -> Tensor:
+        """Of n tokens of one call: the states that predict them [n, hidden size], they themselves
+        [n], and what each weighs."""
+
+    @property
+    def calls(self) -> list[Call]:
+        return [call for calls in self.rollouts for call in calls]
 
     @property
     def key(self) -> Row:
-        n, unrolled = len(self.case.trie), self.case.unrolled
-        return {"case": self.case.name, "n": n, "unrolled": unrolled, "token_ratio": unrolled / n}
-
-    @cached_property
-    def paths(self) -> list[list[int]]:
-        """The case's paths in a small vocabulary, branching where they did (`trie` checks it)."""
-        return [[token % VOCABULARY for token in path] for path in self.case.paths]
-
-    @cached_property
-    def first_with_loss(self) -> list[int]:
-        """For each path the position from which on it is its own: what earlier ones do not have."""
-        trie = self.case.trie
-        owner = torch.full((len(trie),), trie.num_paths)
-        nodes = [trie.path_nodes(i) for i in range(trie.num_paths)]
-        for i in reversed(range(trie.num_paths)):
-            owner[nodes[i]] = i
-        return [max(1, int((owner[at] < i).sum())) for i, at in enumerate(nodes)]
-
-    @cached_property
-    def trie(self) -> Trie:
-        weights = [
-            [0.0] * first + [1.0] * (len(path) - first)
-            for path, first in zip(self.paths, self.first_with_loss, strict=True)
-        ]
-        trie = Trie.from_paths(self.paths, weights)
-        assert torch.equal(trie.subtree_ends, self.case.trie.subtree_ends)
-        return trie
-
-    @cached_property
-    def layout(self) -> TrieLayout:
-        return self.trie.layout(self.device)
+        paths = [call.path for call in self.calls]
+        n, unrolled = len(Trie.from_paths(paths)), sum(map(len, paths))
+        sizes = {"n": n, "unrolled": unrolled, "token_ratio": unrolled / n}
+        return {"update": self.update, "case": self.case, **sizes}
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -90,55 +142,174 @@ class StepSetup:
         torch.nn.Module.to(model, self.device)
         return model.train()
 
-    def gradient(self) -> Tensor:
-        """All gradients as one vector; they are cleared."""
-        gradient = torch.cat(
-            [p.grad.flatten() for p in self.model.parameters() if p.grad is not None]
-        )
+    def call_pass(self, call: Call) -> Pass:
+        ids = torch.tensor(call.path, device=self.device) % VOCABULARY
+
+        def loss() -> Tensor:
+            hidden = self.model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state
+            return self.loss(hidden[0, call.start - 1 : -1], ids[call.start :], call.weight)
+
+        return Pass(len(call.path), "sdpa", loss)
+
+    def run(self, passes: list[Pass]) -> None:
         self.model.zero_grad()
-        return gradient
+        for step in passes:
+            self.model.set_attn_implementation(step.attention)
+            step.loss().backward()
+
+    def gradient(self) -> Tensor:
+        """All gradients as one vector."""
+        return torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
 
     @cached_property
     def expected(self) -> Tensor:
-        unrolled_step(self)
+        self.run(unrolled_passes(self))
         return self.gradient()
 
     def check(self, peer: str, result: Any, inputs: int) -> str | None:
-        gradient = self.gradient()
-        error = ((gradient - self.expected).norm() / self.expected.norm()).item()
+        error = ((self.gradient() - self.expected).norm() / self.expected.norm()).item()
         return None if error <= TOLERANCE else f"its gradient is off by {error:.1e}"
 
     def figures(self, peer: str, seconds: float) -> Row:
-        return {"trie_tokens_per_second": len(self.case.trie) / seconds}
+        return {"tokens": self.tokens[peer]}
 
 
-def trie_step(setup: StepSetup) -> None:
-    setup.model.set_attn_implementation(ATTENTION)
-    trie_loss(setup.model, setup.trie, setup.layout).backward()
+class FineTuning(StepSetup):
+    """One trajectory; a token carries loss in the first call that has it."""
+
+    def __init__(self, case: shapes.Case, device: str):
+        owner = torch.full((len(case.trie),), case.trie.num_paths)
+        nodes = [case.trie.path_nodes(i) for i in range(case.trie.num_paths)]
+        for i in reversed(range(case.trie.num_paths)):
+            owner[nodes[i]] = i
+        starts = [max(1, int((owner[at] < i).sum())) for i, at in enumerate(nodes)]
+        calls = [Call(path, start, 1.0) for path, start in zip(case.paths, starts, strict=True)]
+        super().__init__("SFT", case.name, [calls], device)
+
+    def trie_pass(self, rollouts: list[list[Call]]) -> Pass:
+        calls = [call for calls in rollouts for call in calls]
+        weights = [[0.0] * c.start + [c.weight] * (len(c.path) - c.start) for c in calls]
+        trie = in_vocabulary(Trie.from_paths([call.path for call in calls], weights))
+        layout = trie.layout(self.device)
+        return Pass(len(trie), ATTENTION, lambda: trie_loss(self.model, trie, layout))
+
+    def loss(self, hidden: Tensor, targets: Tensor, weight: float) -> Tensor:
+        return weight * cross_entropy_sum(hidden, output_layer(self.model), targets)
 
 
-def unrolled_step(setup: StepSetup) -> None:
-    setup.model.set_attn_implementation("sdpa")
-    head = output_layer(setup.model)
-    for path, first in zip(setup.paths, setup.first_with_loss, strict=True):
-        ids = torch.tensor(path, device=setup.device)
-        hidden = setup.model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
-        cross_entropy_sum(hidden[first - 1 : -1], head, ids[first:]).backward()
+class PolicyUpdate(StepSetup):
+    """P-GRPO's one step on a group: each completion token weighs its rollout's advantage."""
+
+    def __init__(self, group: list[list[shapes.Call]], case: str, device: str):
+        self.num_completion_tokens = sum(len(call.completion) for calls in group for call in calls)
+        rollouts = [
+            [Call(c.context + c.completion, len(c.context), advantage) for c in calls]
+            for calls, advantage in zip(group, group_advantages(REWARDS[: len(group)]), strict=True)
+        ]
+        super().__init__("P-GRPO", case, rollouts, device)
+
+    def trie_pass(self, rollouts: list[list[Call]]) -> Pass:
+        [batch], _, _ = policy_group(
+            [Rollout([], [], [*map(_completion, calls)], LimitCounts(), 0) for calls in rollouts],
+            [calls[0].weight for calls in rollouts],
+            max_tokens=2**31 - 1,
+        )
+        batch = replace(batch, trie=in_vocabulary(batch.trie))
+        layout = batch.trie.layout(self.device)
+
+        def loss() -> Tensor:
+            current = trie_logprobs(self.model, batch.trie, layout, batch.sampled)
+            return policy_loss(current, batch, PolicyConfig(), self.num_completion_tokens).loss
+
+        return Pass(len(batch), ATTENTION, loss)
+
+    def loss(self, hidden: Tensor, targets: Tensor, weight: float) -> Tensor:
+        logprobs = token_logprobs(hidden, output_layer(self.model), targets).logprobs
+        return -weight * logprobs.sum() / self.num_completion_tokens
 
 
-def _prepare(step: Callable[[StepSetup], None]) -> Callable[[StepSetup], Callable[[int], None]]:
+def _completion(call: Call) -> Completion:
+    context, tokens = call.path[: call.start], call.path[call.start :]
+    unknown = [0.0] * len(tokens)
+    return Completion((), context, tokens, unknown, unknown, "stop")
+
+
+def in_vocabulary(trie: Trie) -> Trie:
+    """The same geometry; it may hold children of one token that are now alike."""
+    return replace(trie, tokens=trie.tokens % VOCABULARY)
+
+
+def apart(calls: list[Call], common: int) -> list[Call]:
+    """The same calls, which share no more than their first `common` tokens in a trie."""
+    return [
+        call._replace(
+            path=call.path[:common]
+            + [token % VOCABULARY + i * VOCABULARY for token in call.path[common:]]
+        )
+        for i, call in enumerate(calls)
+    ]
+
+
+def group_passes(setup: StepSetup) -> list[Pass]:
+    return [setup.trie_pass(setup.rollouts)]
+
+
+def rollout_passes(setup: StepSetup) -> list[Pass]:
+    if len(setup.rollouts) == 1:
+        raise Skip("it is one rollout")
+    return [setup.trie_pass([calls]) for calls in setup.rollouts]
+
+
+def unrolled_passes(setup: StepSetup) -> list[Pass]:
+    return [setup.call_pass(call) for call in setup.calls]
+
+
+def packed_passes(setup: StepSetup, common: int = 0) -> list[Pass]:
+    """Calls that share their first `common` tokens and nothing else, PACK_TOKENS at a time."""
+    calls = apart(setup.calls, common)
+    sizes = [len(call.path) - common for call in calls]
+    packs = pack(sizes, range(len(calls)), PACK_TOKENS - common)
+    return [setup.trie_pass([[calls[i]] for i in p]) for p in packs]
+
+
+def shared_prompt_passes(setup: StepSetup) -> list[Pass]:
+    columns = zip(*(call.path for call in setup.calls), strict=False)
+    common = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns))
+    return packed_passes(setup, common)
+
+
+def _peer(
+    name: str,
+    passes: Callable[[StepSetup], list[Pass]],
+    backend: str = "",
+) -> Peer[StepSetup]:
     def prepare(setup: StepSetup) -> Callable[[int], None]:
-        _ = setup.expected, setup.trie, setup.layout
-        setup.model.zero_grad()
-        return lambda _: step(setup)
+        steps = passes(setup)
+        largest = max(step.tokens for step in steps)
+        if backend == "dense" and largest > MOST_DENSE_TOKENS:
+            raise Skip(f"{largest:,} tokens: a mask of their square is too large")
+        setup.tokens[name] = sum(step.tokens for step in steps)
+        _ = setup.expected
 
-    return prepare
+        def call(_: int) -> None:
+            with mock.patch.dict(os.environ, TW_BACKEND=backend):
+                setup.run(steps)
+
+        return call
+
+    return Peer(name, prepare, ours=name in (OURS, PER_ROLLOUT))
 
 
 def setups(options: Options) -> Iterator[StepSetup]:
-    sizes = ((300, 2),) if options.quick else ((512, 2), (2048, 3), (4096, 4), (8192, 5))
+    sizes = ((160, 2),) if options.quick else ((512, 2), (2048, 3), (4096, 4), (8192, 5))
     for size in sizes:
-        yield StepSetup(shapes.trajectory(*size), options.device)
+        yield FineTuning(shapes.trajectory(*size), options.device)
+    if options.quick:
+        group = shapes.rollouts(3, blocks=1, threads=3, prompt=24, text=8, thread=(8, 16))
+        yield PolicyUpdate(group, "rollouts-3x1x3", options.device)
+    else:
+        group = shapes.rollouts(8, blocks=2, threads=4, prompt=256, text=64, thread=(64, 96))
+        yield PolicyUpdate(group, "rollouts-8x2x4", options.device)
 
 
 def relate(rows: list[Row]) -> None:
@@ -147,18 +318,28 @@ def relate(rows: list[Row]) -> None:
         if UNROLLED in by_peer:
             row["x_unrolled"] = by_peer[UNROLLED]["ms"] / row["ms"]
             row["of_ratio"] = row["x_unrolled"] / row["token_ratio"]
+        if PACKED in by_peer and row["peak_bytes"]:
+            row["memory_of_packed"] = row["peak_bytes"] / by_peer[PACKED]["peak_bytes"]
 
 
 SUITE = Suite(
     name="train_step",
     options=Options,
     setups=setups,
-    peers=[Peer(OURS, _prepare(trie_step), ours=True), Peer(UNROLLED, _prepare(unrolled_step))],
+    peers=[
+        _peer(OURS, group_passes),
+        _peer(PER_ROLLOUT, rollout_passes),
+        _peer(UNROLLED, unrolled_passes),
+        _peer(PACKED, packed_passes),
+        _peer(SHARED_PROMPT, shared_prompt_passes),
+        _peer(DENSE, group_passes, backend="dense"),
+    ],
     relate=relate,
     columns={
-        "trie_tokens_per_second": "trie tokens/s",
+        "tokens": "tokens",
         "x_unrolled": "x unrolled",
         "of_ratio": "of ratio",
+        "memory_of_packed": "mem / packed",
     },
 )
 

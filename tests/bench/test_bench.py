@@ -218,9 +218,34 @@ def test_the_decode_check_catches_one_wrong_key_page_or_head(wrong, dtype):
 
 def test_bench_train_step_quick_has_equal_gradients_and_less_work(tmp_path):
     assert main(train_step.SUITE, ["--quick", "--json", str(tmp_path / "t.json")]) == 0
-    ours, unrolled = _check_schema(tmp_path / "t.json", "train_step")
-    assert ours["status"] == unrolled["status"] == "ok"
-    assert ours["token_ratio"] > 2 and ours["x_unrolled"] > 1
+    rows = _check_schema(tmp_path / "t.json", "train_step")
+    for update in ("SFT", "P-GRPO"):
+        by_peer = {row["peer"]: row for row in rows if row["update"] == update}
+        assert set(by_peer) == {peer.name for peer in train_step.SUITE.peers}
+        skipped = {name for name, row in by_peer.items() if row["status"] == "skipped"}
+        assert skipped == ({train_step.PER_ROLLOUT} if update == "SFT" else set())
+        ours, unrolled = by_peer[train_step.OURS], by_peer[train_step.UNROLLED]
+        assert ours["token_ratio"] == unrolled["tokens"] / ours["tokens"] > 1.5
+        assert ours["x_unrolled"] > 1 and ours["memory_of_packed"] < 1
+        assert ours["tokens"] < by_peer[train_step.SHARED_PROMPT]["tokens"] < unrolled["tokens"]
+        assert by_peer[train_step.PACKED]["tokens"] == unrolled["tokens"]
+
+
+@pytest.mark.parametrize("wrong", ["weight", "order", "token"])
+def test_the_train_step_check_catches_one_wrong_weight_order_or_token(wrong):
+    group = shapes.rollouts(3, blocks=1, threads=3, prompt=24, text=8, thread=(8, 16))
+    setup = train_step.PolicyUpdate(group, "small", "cpu")
+    setup.run(train_step.group_passes(setup))
+    assert setup.check("ours", None, 0) is None
+    last = setup.rollouts[1][-1]
+    if wrong == "weight":
+        setup.rollouts[1] = [c._replace(weight=c.weight + 1e-3) for c in setup.rollouts[1]]
+    if wrong == "order":
+        last.path[-3:-1] = last.path[-2], last.path[-3]
+    if wrong == "token":
+        last.path[-1] += 1
+    setup.run(train_step.group_passes(setup))
+    assert "off by" in (setup.check("planted", None, 0) or "")
 
 
 def _setup(case, dtype=torch.float32, heads=4, kv_heads=2):
