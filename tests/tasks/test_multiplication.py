@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from threadweaver.data import load_examples
 from threadweaver.tasks.multiplication import (
+    Multiplication,
     is_correct,
     make_rows,
     place_name,
@@ -287,6 +288,23 @@ def test_a_row_holds_prompt_response_and_answer():
     assert row["question"] == "47*86=?\n"
     assert row["qwen_text"] == row["question"] + row["response"]
     assert row["reward_model"] == {"ground_truth": "4042", "style": "rule"}
+
+
+def test_the_task_holds_out_what_the_files_of_the_same_numbers_hold_out():
+    files = split_problems(100, 60, digits=2, factors=3, seed=4)
+    task = Multiplication(digits=2, factors=3, validation=60, seed=4)
+    validation = {p.data for p in task.problems("validation", 60)}
+    assert validation == set(files[1])
+    assert {p.prompt for p in task.problems("train", 2000)}.isdisjoint(map(question, validation))
+
+
+def test_the_task_asks_every_problem_there_is_once():
+    task = Multiplication(digits=1, validation=5)
+    asked = {p.data for p in task.problems("validation", 5)}
+    free = [(a, b) for a in range(1, 10) for b in range(1, 10) if not {(a, b), (b, a)} & asked]
+    assert sorted(p.data for p in task.problems("train", len(free))) == free
+    with pytest.raises(ValueError, match=rf"has {len(free)} train problems, not {len(free) + 1}"):
+        task.problems("train", len(free) + 1)
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,17 +1,19 @@
-"""`python -m threadweaver.tasks multiplication --out DIR`: write a task's training data.
+"""`python -m threadweaver.tasks multiplication|write --out DIR`: write a task's data.
 
 Writes DIR/train and DIR/validation as JSON lines or parquet, in the columns of `threadweaver.data`.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, auto_cli
 from rich.console import Console
 from rich.progress import track
 
 from threadweaver.data import save_rows
+from threadweaver.tasks import Problem, Task, load_task
 from threadweaver.tasks.multiplication import make_rows, split_problems
 
 
@@ -46,6 +48,63 @@ def multiplication(
         console.print(f"{path}: {len(problems)} rows", soft_wrap=True, highlight=False)
 
 
+def write(
+    task: str,
+    out: Path,
+    train: int = 1000,
+    validation: int = 200,
+    options: dict[str, Any] | None = None,
+    parallel: bool = True,
+    seed: int = 0,
+    format: Literal["jsonl", "parquet"] = "jsonl",
+) -> None:
+    """Write DIR/train and DIR/validation: problems of any task, with demonstrations if it has them.
+
+    Whoever reads the files compares answers with the one on record, as mathematics; a scorer that
+    belongs to the task stays behind.
+
+    Args:
+        task: multiplication, reasoning_gym:<dataset> or a data file.
+        out: folder to write to.
+        train: number of training rows.
+        validation: number of validation rows; no question of training.
+        options: of the task: --options.NAME VALUE.
+        parallel: whether demonstrations have parallel blocks.
+        seed: same seed, same files.
+        format: jsonl (JSON lines) or parquet.
+    """
+    console = Console(stderr=True)
+    source = load_task(task, **(options or {}))
+    halves = {
+        "train": source.problems("train", train, seed),
+        "validation": source.problems("validation", validation, seed),
+    }
+    rows = {name: _rows(source, problems, parallel) for name, problems in halves.items()}
+    for name in rows:
+        path = out / f"{name}.{format}"
+        save_rows(rows[name], path)
+        console.print(f"{path}: {len(rows[name])} rows", soft_wrap=True, highlight=False)
+
+
+def _rows(task: Task, problems: Sequence[Problem], parallel: bool) -> list[dict]:
+    rows = []
+    for problem in problems:
+        if not problem.answer:
+            raise ValueError(
+                f"{problem.source}: no right answer is on record, so that its row could not be "
+                "graded; use the task itself instead of a file of it"
+            )
+        row = {
+            "question": problem.prompt,
+            "reward_model": {"ground_truth": problem.answer, "style": "rule"},
+        }
+        response = task.demonstration(problem, parallel)
+        if response is not None:
+            row |= {"response": response, "qwen_text": problem.prompt + response}
+        rows.append(row)
+    return rows
+
+
 class _DashParser(ArgumentParser):
     """Options of several words are spelt with dashes on the command line, or as in the code."""
 
@@ -56,8 +115,9 @@ class _DashParser(ArgumentParser):
 
 def main() -> None:
     """Exit codes: 0; 2 for arguments that cannot be met, with one line on stderr."""
+    commands = {"multiplication": multiplication, "write": write}
     try:
-        auto_cli({"multiplication": multiplication}, as_positional=False, parser_class=_DashParser)
+        auto_cli(commands, as_positional=False, parser_class=_DashParser)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -42,7 +42,10 @@ import math
 import random
 import re
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
+from threadweaver.tasks.boxed import boxed_answer
+from threadweaver.tasks.task import Problem, Split, check_count
 from threadweaver.trajectory.tags import MAX_OUTLINES
 
 PLACES = (
@@ -152,20 +155,19 @@ def is_correct(response: str, ground_truth: str) -> bool:
     Compared as whole numbers: leading zeros and surrounding spaces do not matter. A response that
     never closes its thinking, boxes nothing or boxes anything but decimal digits is wrong.
     """
-    _, closed, answer = response.rpartition("</think>")
-    boxes = re.findall(r"\\boxed\{\s*([0-9]+)\s*\}|\\boxed\{", answer)
-    if not closed or not boxes or not boxes[-1]:
+    answer = boxed_answer(response)
+    if answer is None or not re.fullmatch("[0-9]+", answer):
         return False
     # As text: a model may box more digits than Python agrees to read as a number.
-    return boxes[-1].lstrip("0") == ground_truth.strip().lstrip("0")
+    return answer.lstrip("0") == ground_truth.strip().lstrip("0")
 
 
-Problem = tuple[int, ...]
+Factors = tuple[int, ...]
 
 
 def split_problems(
     train: int, validation: int, digits: int = 2, factors: int = 2, seed: int = 0
-) -> tuple[list[Problem], list[Problem]]:
+) -> tuple[list[Factors], list[Factors]]:
     """`train` and `validation` different problems, each of `factors` factors of `digits` digits.
 
     A problem is an ordered tuple of factors; two problems are the *same question* if one reorders
@@ -186,16 +188,12 @@ def split_problems(
         raise ValueError(
             f"digits must be at most {MAX_OUTLINES}, not {digits}: a block holds one thread a digit"
         )
-    low = 10 ** (digits - 1)
-    choices = 10**digits - low
-    questions = math.comb(choices + factors - 1, factors)
-    train_problems: list[Problem] = []
-    validation_problems: list[Problem] = []
-    held_out: set[Problem] = set()
-    for index in _shuffled(choices**factors, random.Random(seed)):
+    train_problems: list[Factors] = []
+    validation_problems: list[Factors] = []
+    held_out: set[Factors] = set()
+    for problem in _all_problems(digits, factors, random.Random(seed)):
         if len(train_problems) == train and len(validation_problems) == validation:
             break
-        problem = tuple(low + index // choices**i % choices for i in range(factors))
         asked = tuple(sorted(problem))
         if asked in held_out:
             continue
@@ -205,6 +203,8 @@ def split_problems(
         elif len(train_problems) < train:
             train_problems.append(problem)
     if len(validation_problems) < validation or len(train_problems) < train:
+        choices = 10**digits - 10 ** (digits - 1)
+        questions = math.comb(choices + factors - 1, factors)
         raise ValueError(
             f"train={train} and validation={validation} ask for more problems than exist: digits="
             f"{digits}, factors={factors} give {choices**factors} ({questions} up to order), "
@@ -212,6 +212,14 @@ def split_problems(
             f"training; ask for fewer, or for more digits or factors"
         )
     return train_problems, validation_problems
+
+
+def _all_problems(digits: int, factors: int, rng: random.Random) -> Iterator[Factors]:
+    """Every problem once, in random order."""
+    low = 10 ** (digits - 1)
+    choices = 10**digits - low
+    for index in _shuffled(choices**factors, rng):
+        yield tuple(low + index // choices**i % choices for i in range(factors))
 
 
 def _shuffled(size: int, rng: random.Random) -> Iterator[int]:
@@ -226,7 +234,7 @@ def _shuffled(size: int, rng: random.Random) -> Iterator[int]:
         yield chosen
 
 
-def make_rows(problems: Sequence[Problem], parallel_share: float, seed: int) -> Iterator[dict]:
+def make_rows(problems: Sequence[Factors], parallel_share: float, seed: int) -> Iterator[dict]:
     """One data row a problem, in the reference's columns (see `threadweaver.data`).
 
     round(parallel_share * len(problems)) of the rows, chosen by the seed, hold the parallel
@@ -246,3 +254,61 @@ def make_rows(problems: Sequence[Problem], parallel_share: float, seed: int) -> 
             "qwen_text": prompt + response,
             "reward_model": {"ground_truth": str(math.prod(problem)), "style": "rule"},
         }
+
+
+class Multiplication:
+    """The task: products to work out, with a demonstration of either kind for each.
+
+    Args:
+        digits: digits of each factor.
+        factors: factors of each product.
+        validation: questions held out, in any order of their factors. These and no others are in
+            the validation file that `python -m threadweaver.tasks multiplication` writes when given
+            the same numbers.
+        seed: which ones are held out.
+
+    Raises:
+        ValueError: a size out of range, or there are not that many questions.
+    """
+
+    ungraded = 0
+
+    def __init__(self, digits: int = 2, factors: int = 2, validation: int = 500, seed: int = 0):
+        _, self._validation = split_problems(0, validation, digits, factors, seed)
+        self._held_out = {tuple(sorted(problem)) for problem in self._validation}
+        self._digits = digits
+        self._factors = factors
+
+    def problems(self, split: Split, n: int | None, seed: int = 0) -> list[Problem]:
+        """See `Task`; the seed is not the one that holds questions out."""
+        if n is None:
+            raise ValueError("multiplication makes problems on demand: say how many")
+        check_count(n)
+        rng = random.Random(f"{split} {seed}")
+        if split == "validation":
+            chosen = rng.sample(self._validation, min(n, len(self._validation)))
+        else:
+            everything = _all_problems(self._digits, self._factors, rng)
+            free = (p for p in everything if tuple(sorted(p)) not in self._held_out)
+            chosen = list(islice(free, n))
+        if len(chosen) < n:
+            raise ValueError(
+                f"multiplication has {len(chosen)} {split} problems, not {n}: digits="
+                f"{self._digits}, factors={self._factors}, validation={len(self._validation)}; "
+                "ask for fewer, or for more digits or factors, or change validation"
+            )
+        return [
+            Problem(
+                question(factors),
+                str(math.prod(factors)),
+                source=f"multiplication {'*'.join(map(str, factors))}",
+                data=factors,
+            )
+            for factors in chosen
+        ]
+
+    def is_correct(self, response: str, problem: Problem) -> bool:
+        return is_correct(response, problem.answer)
+
+    def demonstration(self, problem: Problem, parallel: bool) -> str:
+        return trajectory(problem.data, parallel)

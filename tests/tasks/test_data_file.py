@@ -1,0 +1,121 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from threadweaver.data import DataError, save_rows
+from threadweaver.tasks import Task, load_task
+
+
+def task_of(path: Path, *rows: object, **options) -> Task:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return load_task(str(path), **options)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"question": "2+2?", "reward_model": {"ground_truth": "4", "style": "rule"}}, "2+2?"),
+        (
+            {
+                "data_source": "m",
+                "prompt": [{"role": "user", "content": "2+2?"}],
+                "ability": "math",
+                "reward_model": {"style": "rule", "ground_truth": "4"},
+                "extra_info": {"index": 0},
+            },
+            "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        ({"question": "2+2?", "qwen_text": "2+2?</think>\\boxed{4}", "ground_truth": 4}, "2+2?"),
+    ],
+)
+def test_prompts_and_answers_are_read_with_or_without_responses(tmp_path, name, row, prompt):
+    path = tmp_path / name
+    save_rows([row] * 3, path)
+    problems = load_task(str(path), held_out=1.0).problems("validation", None)
+    assert [(p.prompt, p.answer) for p in problems] == [(prompt, "4")] * 3
+    assert all(p.source.startswith(str(path)) for p in problems)
+
+
+ANSWERS = [
+    ("\\frac{1}{2}", "0.5", True),
+    ("\\frac{1}{2}", "\\frac{2}{4}", True),
+    ("\\frac{1}{2}", "1/3", False),
+    ("2\\sqrt{3}", "\\sqrt{12}", True),
+    ("(x+1)^2", "x^2+2x+1", True),
+    ("(x+1)^2", "x^2+2x+2", False),
+    ("1234", "1,234", True),
+    ("42", "0042", True),
+    ("42", "", False),
+    ("$\\boxed{42}$", "42", True),
+    ("\\{1,2\\}", "\\{2,1\\}", True),
+    ("\\text{Monday}", "Monday", True),
+    ("Monday", "Tuesday", False),
+]
+
+
+def test_answers_are_compared_as_mathematics(tmp_path):
+    rows = [{"question": f"{i}?", "ground_truth": truth} for i, (truth, _, _) in enumerate(ANSWERS)]
+    task = task_of(tmp_path / "rows.jsonl", *rows, held_out=0.0, seconds=20)
+    problems = task.problems("train", None)
+    verdicts = [
+        task.is_correct(f"<think>\n</think>\n\\boxed{{{answer}}}", problem)
+        for problem, (_, answer, _) in zip(problems, ANSWERS, strict=True)
+    ]
+    assert verdicts == [right for _, _, right in ANSWERS]
+    assert task.ungraded == 0
+
+
+def test_an_answer_that_never_ends_is_wrong_and_counted(tmp_path):
+    row = {"question": "?", "ground_truth": "42"}
+    task = task_of(tmp_path / "rows.jsonl", row, held_out=0.0, seconds=1.5)
+    (problem,) = task.problems("train", 1)
+    assert task.is_correct("</think>\\boxed{9^{9^{9^{9}}}}", problem) is False
+    assert task.ungraded == 1
+    assert task.is_correct("</think>\\boxed{42}", problem) is True
+    assert task.is_correct("</think>\\boxed{41+1}", problem) is True
+
+
+def test_a_response_is_the_demonstration_of_its_kind(tmp_path):
+    rows = [
+        {"question": "a", "ground_truth": "1", "response": "<Parallel>"},
+        {"question": "b", "ground_truth": "1", "response": "plain"},
+        {"question": "c", "ground_truth": "1"},
+    ]
+    task = task_of(tmp_path / "rows.jsonl", *rows, held_out=0.0)
+    shown = [
+        (task.demonstration(problem, parallel=True), task.demonstration(problem, parallel=False))
+        for problem in task.problems("train", None)
+    ]
+    assert shown == [("<Parallel>", None), (None, "plain"), (None, None)]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "Q"}, "no field 'reward_model.ground_truth', or it is empty; add the right"),
+        ({"question": "Q", "ground_truth": " "}, "no field 'reward_model.ground_truth', or it is"),
+        ({"ground_truth": "4"}, "no field 'question' or 'prompt' (found: ground_truth); add it"),
+        ({"question": "Q", "reward_model": {}}, "no field 'reward_model.ground_truth'"),
+    ],
+)
+def test_a_row_that_cannot_be_asked_or_graded_is_named_by_line_and_field(tmp_path, row, message):
+    path = tmp_path / "rows.jsonl"
+    with pytest.raises(DataError) as error:
+        task_of(path, {"question": "Q", "ground_truth": "4"}, row)
+    assert str(error.value).startswith(f"{path}:2: ") and message in str(error.value)
+
+
+def test_a_split_without_problems_is_refused(tmp_path):
+    task = task_of(tmp_path / "rows.jsonl", {"question": "Q", "ground_truth": "4"}, held_out=0.0)
+    for n in (None, 1):
+        with pytest.raises(ValueError, match=r"0 problems for validation.*held_out"):
+            task.problems("validation", n)
+
+
+def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(ValueError, match=r"'math-verify'.*threadweaver\[tasks\]"):
+        task_of(tmp_path / "rows.jsonl", {"question": "Q", "ground_truth": "4"})

@@ -1,0 +1,71 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from threadweaver.data import load_examples, save_rows
+from threadweaver.tasks import load_task
+
+
+def write(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "threadweaver.tasks", "write", "--out", str(out), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("parallel", ["true", "false"])
+def test_problems_with_demonstrations_become_training_rows(tmp_path, parallel):
+    sizes = ["--train", "9", "--validation", "4", "--seed", "3", "--parallel", parallel]
+    done = write(tmp_path, "--task", "multiplication", "--options.digits", "3", *sizes)
+    assert done.returncode == 0, done.stderr
+    task = load_task("multiplication", digits=3)
+    halves = {
+        "train": task.problems("train", 9, 3),
+        "validation": task.problems("validation", 4, 3),
+    }
+    for split, problems in halves.items():
+        examples = load_examples(tmp_path / f"{split}.jsonl")
+        assert [(e.prompt, e.ground_truth) for e in examples] == [
+            (p.prompt, p.answer) for p in problems
+        ]
+        for example, problem in zip(examples, problems, strict=True):
+            assert example.response == task.demonstration(problem, parallel == "true")
+
+
+def test_problems_without_demonstrations_become_prompts(tmp_path):
+    sizes = ["--train", "5", "--validation", "2", "--format", "parquet"]
+    done = write(tmp_path, "--task", "reasoning_gym:gcd", *sizes)
+    assert done.returncode == 0, done.stderr
+    problems = load_task("reasoning_gym:gcd").problems("train", 5)
+    examples = load_examples(tmp_path / "train.parquet", responses=False)
+    assert [(e.prompt, e.response, e.ground_truth) for e in examples] == [
+        (p.prompt, "", p.answer) for p in problems
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "multiplicaton"], "did you mean 'multiplication'"),
+        (["--task", "multiplication", "--options.digit", "3"], "no option 'digit'"),
+        (["--task", "multiplication", "--train", "99999"], "train problems, not 99999"),
+        (["--task", "reasoning_gym:graph_color"], "no right answer is on record"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_in_one_line(tmp_path, arguments, message):
+    done = write(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert message in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_row_of_a_data_file_is_named(tmp_path):
+    save_rows([{"question": "Q", "ground_truth": "4"}, {"question": "Q"}], tmp_path / "rows.jsonl")
+    done = write(tmp_path / "out", "--task", str(tmp_path / "rows.jsonl"))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path / 'rows.jsonl'}:2: no field ")

@@ -1,0 +1,98 @@
+"""Problems from a data file, graded as mathematics by math-verify."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from collections.abc import Callable
+
+from threadweaver.data import DataError, Example, load_examples
+from threadweaver.tasks.boxed import boxed_answer
+from threadweaver.tasks.judge import Judge
+from threadweaver.tasks.task import Problem, Split, check_count, check_settings, is_held_out
+
+
+class DataFile:
+    """Prompts and answers of a JSON lines or parquet file; see `threadweaver.data` for its columns.
+
+    A response, where a row has one, is the demonstration. An answer is right if its box holds the
+    same text as the row's ground truth or what math-verify takes for the same: `\\frac{1}{2}`, 0.5.
+
+    Args:
+        path: of the file.
+        held_out: share of the prompts that make up the validation split; which ones depends on
+            their text alone. 1: the whole file is for evaluation.
+        seconds: most time to grade one answer; one that takes longer is wrong.
+
+    Raises:
+        DataError: a row that cannot be used, or one without an answer; names file, row and field.
+        ValueError: a setting out of range, or math-verify is not installed.
+    """
+
+    def __init__(self, path: str, held_out: float = 0.1, seconds: float = 5.0):
+        check_settings(held_out, seconds)
+        if importlib.util.find_spec("math_verify") is None:
+            raise ValueError(
+                f"{path}: grading its answers needs the package 'math-verify'; "
+                "install it, or the extra that holds it: threadweaver[tasks]"
+            )
+        self._path = path
+        self._splits: dict[Split, list[Problem]] = {"train": [], "validation": []}
+        for example in load_examples(path, responses=False):
+            held = is_held_out(example.prompt, held_out)
+            self._splits["validation" if held else "train"].append(_problem(example))
+        self._judge = Judge(build_math_grader, seconds=seconds)
+
+    @property
+    def ungraded(self) -> int:
+        return self._judge.ungraded
+
+    def problems(self, split: Split, n: int | None, seed: int = 0) -> list[Problem]:
+        """See `Task`; all of them, for None, are in the order of the file."""
+        check_count(n)
+        rows = self._splits[split]
+        if len(rows) < (1 if n is None else n):
+            raise ValueError(
+                f"{self._path}: {len(rows)} problems for {split}, not {n or 'any'}; ask for fewer, "
+                "or change held_out, the share of problems for validation"
+            )
+        return list(rows) if n is None else random.Random(seed).sample(rows, n)
+
+    def is_correct(self, response: str, problem: Problem) -> bool:
+        answer = boxed_answer(response)
+        if answer is None:
+            return False
+        return answer == problem.answer or self._judge(
+            answer, problem.answer, source=problem.source
+        )
+
+    def demonstration(self, problem: Problem, parallel: bool) -> str | None:
+        """The row's own response, if it has one and of that kind."""
+        response = problem.data
+        return response if response and ("<Parallel>" in response) == parallel else None
+
+
+def _problem(example: Example) -> Problem:
+    answer = (example.ground_truth or "").strip()
+    if not answer:
+        raise DataError(
+            f"{example.source}: no field 'reward_model.ground_truth', or it is empty; "
+            "add the right answer"
+        )
+    return Problem(example.prompt, answer, example.source, data=example.response)
+
+
+def build_math_grader() -> Callable[[str, str], bool]:
+    """A function (answer, ground truth) -> whether they are the same, for a `Judge` to call."""
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    def parsed(text: str) -> list:
+        # No limits of its own, which need the main thread and its signals: the judge has one.
+        return parse(f"\\boxed{{{text}}}", [LatexExtractionConfig()], parsing_timeout=0)
+
+    def grade(answer: str, ground_truth: str) -> bool:
+        truth = boxed_answer(f"</think>{ground_truth}") or ground_truth
+        return verify(parsed(truth), parsed(answer), timeout_seconds=None)
+
+    grade("1/2", "0.5")  # imports what is imported at first use
+    return grade

@@ -1,0 +1,83 @@
+"""What a task is: problems, whether an answer to one is right, and where possible a demonstration.
+
+Knows no task. Evaluation, self-training, P-GRPO and the writing of data need no more than this.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+Split = Literal["train", "validation"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One prompt with what its task needs to grade a response.
+
+    Attributes:
+        prompt: the text before the response.
+        answer: the right answer as text; empty where many are right and none is on record.
+        source: where it came from, for messages: file and line, or how it was made.
+        data: what else the task needs to grade or demonstrate it; nobody else's business.
+    """
+
+    prompt: str
+    answer: str
+    source: str
+    data: Any = None
+
+
+class Task(Protocol):
+    """Where prompts and answers come from."""
+
+    @property
+    def ungraded(self) -> int:
+        """Answers so far that count as wrong because their grading ran out of time or crashed."""
+        ...
+
+    def problems(self, split: Split, n: int | None, seed: int = 0) -> list[Problem]:
+        """`n` problems of a split, chosen and ordered by the seed: same arguments, same problems.
+
+        No question is in both splits, whatever the numbers and seeds asked for.
+
+        Args:
+            n: how many; None: all there are.
+
+        Raises:
+            ValueError: there are fewer than `n`, or, for None, none or no end of them.
+        """
+        ...
+
+    def is_correct(self, response: str, problem: Problem) -> bool:
+        """Whether the last box after the thinking holds a right answer. Never raises for a response
+        of any content."""
+        ...
+
+    def demonstration(self, problem: Problem, parallel: bool) -> str | None:
+        """A right and well-formed response, with blocks or without; None if the task has none."""
+        ...
+
+
+def is_held_out(question: str, share: float) -> bool:
+    """Whether a question belongs to the validation split, of which it makes up about `share`.
+
+    Depends on the text alone, so splits stay apart whatever else is drawn, added or reordered.
+    """
+    digest = hashlib.sha256(question.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def check_count(n: int | None) -> None:
+    """Raises ValueError for a number of problems below 0."""
+    if n is not None and n < 0:
+        raise ValueError(f"cannot make {n} problems; ask for at least 0")
+
+
+def check_settings(held_out: float, seconds: float) -> None:
+    """Raises ValueError for a share of held-out questions or a time limit out of range."""
+    if not 0 <= held_out <= 1:
+        raise ValueError(f"held_out is {held_out}: it must be a share between 0 and 1")
+    if not seconds > 0:
+        raise ValueError(f"seconds is {seconds}: it must be above 0")
