@@ -4,6 +4,7 @@ The generations go through random scripts, so every shape of fork and join comes
 just large enough for one path to larger than all.
 """
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -34,6 +35,9 @@ class LabelRunner:
         self.seconds = {"plan": 0.0, "model": 0.0, "attention": 0.0}
         self.computed = 0
         self.largest_batch = 0
+
+    def numerics(self) -> contextlib.nullcontext:
+        return contextlib.nullcontext()
 
     def forward(self, batch: Batch) -> torch.Tensor:
         slots, tokens = [], []

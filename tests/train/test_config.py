@@ -3,16 +3,16 @@ from pathlib import Path
 
 import pytest
 
-from threadweaver.train.config import ConfigError, SFTConfig, explain, sft_parser
+from threadweaver.command import explain
+from threadweaver.train.config import ConfigError, SFTConfig, config_of, parser_of
 
 ROOT = Path(__file__).parents[2]
 NEEDED = ["--run_dir", "r", "--data.train", "t.jsonl", "--model.path", "m"]
 
 
 def parse(*arguments: str) -> SFTConfig:
-    parser = sft_parser()
-    settings = parser.instantiate(parser.parse_args([*NEEDED, *arguments]))
-    return SFTConfig(**{name: getattr(settings, name) for name in SFTConfig.__dataclass_fields__})
+    parser = parser_of(SFTConfig)
+    return config_of(SFTConfig, parser, parser.parse_args([*NEEDED, *arguments]))
 
 
 def test_defaults_are_the_published_ones():
@@ -30,10 +30,9 @@ def test_options_win_over_the_file(tmp_path):
 
 @pytest.mark.parametrize("name", ["sft-demo.yaml", "sft-qwen3-8b.yaml"])
 def test_the_files_in_configs_are_valid(name):
-    parser = sft_parser()
-    settings = parser.instantiate(parser.parse_args(["--config", str(ROOT / "configs" / name)]))
-    fields = {field: getattr(settings, field) for field in SFTConfig.__dataclass_fields__}
-    config = SFTConfig(**fields)
+    parser = parser_of(SFTConfig)
+    settings = parser.parse_args(["--config", str(ROOT / "configs" / name)])
+    config = config_of(SFTConfig, parser, settings)
     assert Path(config.run_dir).parts[0] == "runs"
     assert (config.model.path is None) != (config.model.arch is None)
 
@@ -41,7 +40,7 @@ def test_the_files_in_configs_are_valid(name):
 def error_of(*arguments: str) -> str:
     with pytest.raises(ArgumentError) as error:
         parse(*arguments)
-    return explain(str(error.value), sft_parser().get_defaults())
+    return explain(str(error.value), parser_of(SFTConfig).get_defaults())
 
 
 def test_typo_on_the_command_line_names_the_nearest_setting():

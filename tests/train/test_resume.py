@@ -11,8 +11,8 @@ import time
 import pytest
 import torch
 
-from threadweaver.train import loop
-from threadweaver.train.loop import Trainer
+from threadweaver.train import trainer
+from threadweaver.train.sft import SFTTrainer
 
 
 def start(run, *options: str) -> subprocess.Popen:
@@ -69,16 +69,16 @@ def test_a_signal_saves_says_how_to_resume_and_sets_the_exit_code(
 ):
     whole, stopped = new_run("whole"), new_run("stopped")
     assert whole() == 0
-    step = Trainer._train_step
+    step = SFTTrainer.train_step
 
     def send_in_third(self, *arguments):
         record = step(self, *arguments)
-        if record["step"] == 3:
+        if self.steps_done == 2:
             os.kill(os.getpid(), number)
         return record
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", send_in_third)
+        patch.setattr(SFTTrainer, "train_step", send_in_third)
         assert stopped() == 128 + number
     assert [m["step"] for m in stopped.metrics()] == [1, 2, 3]
     assert (stopped.folder / "checkpoints/step-3").is_dir()
@@ -97,7 +97,7 @@ def test_a_second_signal_stops_at_once(new_run, monkeypatch, fails):
         raise AssertionError("still running")
 
     run = new_run()
-    monkeypatch.setattr(Trainer, "_train_step", send_twice)
+    monkeypatch.setattr(SFTTrainer, "train_step", send_twice)
     assert "--resume" in fails(run(), 130)
 
 
@@ -108,11 +108,11 @@ def stop_before(run, monkeypatch, what: str) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, what, die)
+        patch.setattr(SFTTrainer, what, die)
         assert run() == 130
 
 
-@pytest.mark.parametrize("what", ["_train_step", "_save", "finish"])
+@pytest.mark.parametrize("what", ["train_step", "_save", "finish"])
 def test_a_run_that_died_before_something_does_it_when_resumed(new_run, monkeypatch, what):
     whole, dead = new_run("whole"), new_run("dead")
     assert whole() == 0
@@ -128,7 +128,7 @@ def test_a_run_that_died_before_something_does_it_when_resumed(new_run, monkeypa
 def test_records_after_the_checkpoint_are_taken_back(new_run, monkeypatch):
     whole, dead = new_run("whole"), new_run("dead")
     assert whole() == 0
-    step = Trainer._train_step
+    step = SFTTrainer.train_step
 
     def die_in_sixth(self, *arguments):
         if self.steps_done == 5:
@@ -136,7 +136,7 @@ def test_records_after_the_checkpoint_are_taken_back(new_run, monkeypatch):
         return step(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", die_in_sixth)
+        patch.setattr(SFTTrainer, "train_step", die_in_sixth)
         assert dead() == 130
     assert len(dead.metrics()) == 5  # one more than the checkpoint at step 4 knows
     with (dead.folder / "metrics.jsonl").open("a") as file:
@@ -222,7 +222,7 @@ def test_the_same_data_under_another_name_is_taken(stopped, tmp_path, data_files
 def test_a_resumed_run_takes_the_threads_it_had(stopped, monkeypatch):
     stopped.settings["compute"].pop("threads")
     seen = []
-    monkeypatch.setattr(loop.torch, "set_num_threads", seen.append)
+    monkeypatch.setattr(trainer.torch, "set_num_threads", seen.append)
     assert stopped("--resume") == 0
     state = torch.load(stopped.folder / "checkpoints/step-6/trainer_state.pt")
     assert seen[0] == state["threads"] == 1

@@ -15,18 +15,17 @@ from threadweaver.model import load_model, new_model, save_model, supervised_tok
 from threadweaver.tokenizer import build_tokenizer
 from threadweaver.train.__main__ import main
 from threadweaver.train.batches import Step, unrolled_tokens
-from threadweaver.train.config import SFTConfig, sft_parser
-from threadweaver.train.loop import Trainer, prepare
+from threadweaver.train.config import SFTConfig, config_of, parser_of
+from threadweaver.train.sft import SFTTrainer
 from tw_kernels import Trie
 
 from .conftest import ARCH
 
 
-def trainer_of(run, *options: str) -> Trainer:
-    parser = sft_parser()
-    settings = parser.instantiate(parser.parse_args(run.arguments(*options)[1:]))
-    config = SFTConfig(**{n: getattr(settings, n) for n in SFTConfig.__dataclass_fields__})
-    trainer = prepare(config, False, Console(quiet=True))
+def trainer_of(run, *options: str) -> SFTTrainer:
+    parser = parser_of(SFTConfig)
+    config = config_of(SFTConfig, parser, parser.parse_args(run.arguments(*options)[1:]))
+    trainer = SFTTrainer.prepare(config, False, Console(quiet=True))
     assert trainer is not None
     return trainer
 
@@ -98,7 +97,7 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_whole_step(new_run, 
         trainer = trainer_of(new_run(f"run{len(gradients)}"))
         monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
         monkeypatch.setattr(trainer.optimizer, "zero_grad", lambda: None)
-        record = trainer._train_step(Step(0, micro_batches, False))
+        record = trainer.train_on(Step(0, micro_batches, False))
         gradients.append((record["loss"], [p.grad for p in trainer.model.parameters()]))
     (loss, whole), (loss_in_parts, parts) = gradients
     assert loss == pytest.approx(loss_in_parts, rel=1e-6)
@@ -112,7 +111,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_supervised_tokens(new_run):
     with torch.no_grad():
         total = sum(float(trie_loss(trainer.model, trie)) for trie in tries)
     count = sum(supervised_tokens(trie).numel() for trie in tries)
-    record = trainer._train_step(Step(0, [[0, 1], [2]], False))
+    record = trainer.train_on(Step(0, [[0, 1], [2]], False))
     assert record["supervised_tokens"] == count
     assert record["loss"] == pytest.approx(total / count, rel=1e-5)
     assert record["trie_tokens"] == sum(map(len, tries))
@@ -133,7 +132,7 @@ def test_the_validation_loss_is_the_mean_over_all_supervised_tokens(new_run):
 def test_the_gradient_is_clipped_to_its_norm(new_run, monkeypatch):
     trainer = trainer_of(new_run(), "--optimization.gradient_clip", "0.01")
     monkeypatch.setattr(trainer.optimizer, "zero_grad", lambda: None)
-    record = trainer._train_step(Step(0, [[0]], False))
+    record = trainer.train_on(Step(0, [[0]], False))
     gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
     norm = torch.linalg.vector_norm(torch.cat([g.flatten() for g in gradients]))
     assert record["gradient_norm"] > 0.01

@@ -92,6 +92,7 @@ class Engine:
         max_sequences: most threads, of all generations together, that a step advances.
         max_batch_tokens: most new tokens of a step; longer prefills go in chunks.
         share: False plans as if no page had two readers, for comparison.
+        autocast: see Runner.
 
     Raises:
         ValueError: sizes out of range.
@@ -108,6 +109,7 @@ class Engine:
         max_sequences: int = 64,
         max_batch_tokens: int = 2048,
         share: bool = True,
+        autocast: bool = False,
     ):
         if num_pages is None:
             page_bytes = math.prod(kv_shape(model, 1, max(page_size, 1))) * model.dtype.itemsize
@@ -125,7 +127,7 @@ class Engine:
                 raise ValueError(f"{name} is {value}: it must be at least 1")
         self.codec = codec
         self.pool = PagePool(num_pages, page_size)
-        self._runner = Runner(model, num_pages, page_size, share)
+        self._runner = Runner(model, num_pages, page_size, share, autocast=autocast)
         self._scheduler = Scheduler(self.pool, max_sequences, max_batch_tokens)
         self._families: dict[tuple[int, ...], Family] = {}
         self._live: dict[int, Generation] = {}
@@ -144,6 +146,11 @@ class Engine:
     def preemptions(self) -> int:
         """How often a running sequence had to give up its pages."""
         return self._scheduler.preemptions
+
+    @property
+    def unfinished(self) -> int:
+        """Generations that are not done."""
+        return len(self._live)
 
     @property
     def has_work(self) -> bool:
@@ -211,10 +218,11 @@ class Engine:
     def run(self, on_step: Callable[[list[Token]], None] | None = None) -> list[Rollout]:
         """Decodes all that was added to its end. The rollouts come in the order of `add`, each
         only once."""
-        while self.has_work:
-            tokens = self.step()
-            if on_step is not None:
-                on_step(tokens)
+        with self._runner.numerics():
+            while self.has_work:
+                tokens = self.step()
+                if on_step is not None:
+                    on_step(tokens)
         done, self._added = self._added, []
         return [generation.rollout() for generation in done]
 

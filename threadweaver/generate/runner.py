@@ -28,6 +28,8 @@ class Runner:
         share: False reads a shared page once for every sequence that holds it, for comparison.
         capture: steps in which every sequence decodes one token run as graphs that this records;
             None: no graphs. Default: CUDA graphs on CUDA.
+        autocast: compute, and keep keys and values, in bfloat16 whatever the dtype of the weights,
+            as a trainer does under torch.autocast.
 
     Attributes:
         seconds: time spent on "plan", "model" and, within the model, "attention"; on CUDA the last
@@ -41,6 +43,7 @@ class Runner:
         page_size: int,
         share: bool = True,
         capture: Capture | Literal["default"] | None = "default",
+        autocast: bool = False,
     ):
         self.model = model
         self.page_size = page_size
@@ -52,7 +55,13 @@ class Runner:
         if capture == "default":
             capture = cuda_capture if model.device.type == "cuda" else None
         self._capture = capture
+        self._autocast = autocast
         self._graphs: DecodeGraphs | None = None
+
+    def numerics(self) -> torch.autocast:
+        """In which steps compute. Entered around many of them it casts the weights once, and they
+        must not change before it is left."""
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self._autocast)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
@@ -82,9 +91,11 @@ class Runner:
     ) -> Tensor:
         """Logits of the new tokens `last`, by default of all."""
         step = PagedStep(self._caches, plan)
-        hidden = paged_hidden_states(self.model, ids, positions, step)
+        with self.numerics():
+            hidden = paged_hidden_states(self.model, ids, positions, step)
+            logits = output_layer(self.model)(hidden if last is None else hidden[last])
         self.seconds["attention"] += step.attention_seconds
-        return output_layer(self.model)(hidden if last is None else hidden[last])
+        return logits
 
     def free(self) -> None:
         """Gives the memory of the pages back; what they held is lost."""
@@ -93,7 +104,8 @@ class Runner:
     def _allocate(self) -> None:
         if self._pages is None:
             shape = kv_shape(self.model, self._num_pages, self.page_size)
-            self._pages = torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
+            dtype = torch.bfloat16 if self._autocast else self.model.dtype
+            self._pages = torch.zeros(shape, dtype=dtype, device=self.model.device)
             self._caches = [PagedKV(k, v) for k, v in self._pages]
             if self._capture is not None:
                 self._graphs = DecodeGraphs(self._logits, self._capture)

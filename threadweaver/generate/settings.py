@@ -1,4 +1,4 @@
-"""What one generation may be told: its mode, its limits, how its tokens are drawn."""
+"""What a generation may be told (mode, limits, how tokens are drawn), and an engine: its sizes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,23 @@ from threadweaver.generate.sampler import SamplingParams
 from threadweaver.generate.weaver import Mode, Weaver
 from threadweaver.trajectory import Codec, PathLengths, path_lengths
 from threadweaver.trajectory.tags import MAX_OUTLINES
+
+
+@dataclass(frozen=True)
+class EngineSizes:
+    """How much an engine decodes at once, and in how much memory.
+
+    Args:
+        kv_gigabytes: memory for keys and values, in 1e9 bytes.
+        page_size: tokens a KV page.
+        max_sequences: most threads, of all responses together, that a step advances.
+        max_batch_tokens: most new tokens of a step; longer prefills go in chunks.
+    """
+
+    kv_gigabytes: float = 2.0
+    page_size: int = 16
+    max_sequences: int = 64
+    max_batch_tokens: int = 2048
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,13 @@
-"""`python -m threadweaver.train sft --config FILE --key.sub value ... [--resume]`
+"""`python -m threadweaver.train KIND --config FILE --key.sub value ... [--resume]`
 
-Trains a model; see configs/ for settings to start from and `sft --help` for all of them. Knows
-nothing about training: it turns arguments into settings and errors into exit codes.
+Trains a model; see configs/ for settings to start from and `KIND --help` for all of them. Kinds:
+
+    sft         supervised fine-tuning on trajectories
+    self-train  the model's own right and well-formed rollouts, then sft on them
+    rl          P-GRPO
+    pipeline    all three, one after another, evaluated after each
+
+Knows nothing about training: it turns arguments into settings and errors into exit codes.
 
 Exit codes: 0; 2 for arguments, settings or data that cannot be used, with one line on stderr; 1 for
 anything unexpected, a loss that is not finite among it; 130 and 143 when stopped by Ctrl-C or
@@ -12,57 +18,75 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentError
+from collections.abc import Callable
+from typing import Any
 
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from threadweaver.train.config import SFTConfig, explain, sft_parser
+from threadweaver.command import explain, fail, quiet
+from threadweaver.train.config import SFTConfig, config_of, parser_of
+from threadweaver.train.stages import PipelineConfig, RLConfig, SelfTrainConfig
+
+KINDS = {kind.command: kind for kind in (SFTConfig, SelfTrainConfig, RLConfig, PipelineConfig)}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line (default: the process's own) and returns the exit code."""
-    sft = sft_parser()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parsers = {command: parser_of(kind) for command, kind in KINDS.items()}
     parser = ArgumentParser(prog="python -m threadweaver.train", exit_on_error=False)
-    parser.add_subcommands(required=True).add_subcommand("sft", sft)
+    subcommands = parser.add_subcommands(required=True, dest="kind")
+    for command, of_kind in parsers.items():
+        subcommands.add_subcommand(command, of_kind)
+    command = next((a for a in arguments if a in KINDS), "sft")
     try:
-        settings = parser.parse_args(arguments).sft
-        config = SFTConfig(**_fields(sft.instantiate(settings)))
+        settings = parser.parse_args(arguments)
+        command = settings.kind
+        settings = settings[command]
+        config = config_of(KINDS[command], parsers[command], settings)
     except ArgumentError as error:
-        return _fail(explain(str(error), sft.get_defaults()), 2)
+        return fail(explain(str(error), parsers[command].get_defaults()), 2)
     except ValueError as error:
-        return _fail(error, 2)
+        return fail(error, 2)
     # After the arguments are known to be good: these take seconds to import.
-    from transformers.utils import logging
-
-    from threadweaver.train.loop import prepare
     from threadweaver.train.not_finite import NotFiniteError
 
-    # On stderr: the one line of an error, and nothing else.
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet()
     try:
-        trainer = prepare(config, settings.resume, Console())
+        run = _prepare(command)(config, settings.resume, Console())
     except ValueError as error:
-        return _fail(error, 2)
+        return fail(error, 2)
     except KeyboardInterrupt:
-        return _fail("interrupted before the first step", 130)
-    if trainer is None:
+        return fail("interrupted before the first step", 130)
+    if run is None:
         return 0
     try:
-        return trainer.run()
+        return run.run()
+    except ValueError as error:
+        return fail(error, 2)
     except NotFiniteError as error:
-        return _fail(error, 1)
+        return fail(error, 1)
     except KeyboardInterrupt:
-        return _fail("interrupted; continue from the last checkpoint with --resume", 130)
+        return fail("interrupted; continue from the last checkpoint with --resume", 130)
 
 
-def _fields(settings) -> dict:
-    return {name: getattr(settings, name) for name in SFTConfig.__dataclass_fields__}
+def _prepare(command: str) -> Callable[[Any, bool, Console], Any]:
+    if command == "sft":
+        from threadweaver.train.sft import SFTTrainer
 
+        return SFTTrainer.prepare
+    if command == "self-train":
+        from threadweaver.train.self_train import SelfTraining
 
-def _fail(error: Exception | str, code: int) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return code
+        return SelfTraining.prepare
+    if command == "rl":
+        from threadweaver.train.rl import RLTrainer
+
+        return RLTrainer.prepare
+    from threadweaver.train.pipeline import Pipeline
+
+    return Pipeline.prepare
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Settings of a training run: their names, their defaults, and what a mistake in them reads like.
+"""Settings of a training run: their names, their defaults, and which values they may have.
 
 Every field is a command-line option of the same name (`--optimization.learning_rate 3e-4`) and a
 key of the YAML file given as `--config`; options win. Defaults are the published ones (SPEC,
@@ -7,13 +7,13 @@ key of the YAML file given as `--config`; options win. Defaults are the publishe
 
 from __future__ import annotations
 
-import difflib
-import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast
 
 from jsonargparse import ArgumentParser, Namespace
+
+T = TypeVar("T")
 
 
 class ConfigError(ValueError):
@@ -33,6 +33,14 @@ class ModelConfig:
 
     path: str | None = None
     arch: dict[str, Any] | None = None
+
+    def check(self) -> None:
+        """Raises ConfigError unless exactly one is set."""
+        if (self.path is None) == (self.arch is None):
+            raise ConfigError(
+                "model.path, model.arch: set exactly one: path for a model on disk, arch for a new "
+                "one"
+            )
 
 
 @dataclass
@@ -54,30 +62,53 @@ class DataConfig:
 
 
 @dataclass
-class OptimizationConfig:
-    """How it is trained: AdamW, linear warm-up, cosine decay to zero.
+class AdamWConfig:
+    """AdamW, and how much is computed at once.
 
     Args:
-        epochs: passes over the training data.
-        max_steps: number of optimizer steps, however many epochs that takes; overrides epochs.
         batch_tokens: most tokens of a trie, and of the pack of tries of one micro-batch.
-        accumulation: micro-batches in a step.
         learning_rate: its peak, at the end of the warm-up.
-        betas: AdamW's decay rates of the two moments.
-        weight_decay: AdamW's, on matrices (embeddings too) and not on norms and biases.
+        betas: decay rates of the two moments.
+        weight_decay: on matrices (embeddings too) and not on norms and biases.
         warmup: share of all steps in which the learning rate climbs.
         gradient_clip: largest norm of the gradient.
     """
 
-    epochs: int = 8
-    max_steps: int | None = None
     batch_tokens: int = 40960
-    accumulation: int = 1
     learning_rate: float = 1e-5
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 1e-4
     warmup: float = 0.05
     gradient_clip: float = 1.0
+
+    def __post_init__(self):
+        for name, valid, rule in (
+            ("batch_tokens", self.batch_tokens >= 1, "at least 1"),
+            ("learning_rate", self.learning_rate > 0, "above 0"),
+            ("betas", all(0 <= beta < 1 for beta in self.betas), "in [0, 1)"),
+            ("weight_decay", self.weight_decay >= 0, "at least 0"),
+            ("warmup", 0 <= self.warmup <= 1, "between 0 and 1"),
+            ("gradient_clip", self.gradient_clip > 0, "above 0"),
+        ):
+            if not valid:
+                raise ConfigError(
+                    f"optimization.{name} is {getattr(self, name)}: it must be {rule}"
+                )
+
+
+@dataclass
+class OptimizationConfig(AdamWConfig):
+    """How it is trained: AdamW, linear warm-up, cosine decay to zero.
+
+    Args:
+        epochs: passes over the training data.
+        max_steps: number of optimizer steps, however many epochs that takes; overrides epochs.
+        accumulation: micro-batches in a step.
+    """
+
+    epochs: int = 8
+    max_steps: int | None = None
+    accumulation: int = 1
 
 
 @dataclass
@@ -119,19 +150,53 @@ class ReportConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Solve problems with the trained model, at the end, one token after another.
+    """Solve problems with the trained model, at the end: one token after another, and in threads.
 
     Args:
-        data: file of prompts with ground truths; none: no evaluation.
+        data: file of prompts with products as ground truths; none: no evaluation.
         problems: how many of its rows, from the first on.
-        max_new_tokens: most tokens of an answer.
-        batch_size: problems decoded at once.
+        max_new_tokens: most tokens of an answer, each the likeliest.
+        batch_size: answers, or threads of them, decoded at once.
+        kv_gigabytes: memory for keys and values, in 1e9 bytes.
     """
 
     data: str | None = None
     problems: int = 200
     max_new_tokens: int = 1024
     batch_size: int = 64
+    kv_gigabytes: float = 2.0
+
+
+class RunConfig(Protocol):
+    """What the settings of every run hold.
+
+    Attributes:
+        command: its name on the command line.
+        free_on_resume: settings, by dotted name, that a resumed run may change, besides those of
+            FREE_ON_RESUME: none that reaches the weights.
+    """
+
+    command: ClassVar[str]
+    free_on_resume: ClassVar[tuple[str, ...]]
+    run_dir: str
+    model: ModelConfig
+    compute: ComputeConfig
+    report: ReportConfig
+    seed: int
+
+
+class TrainingConfig(RunConfig, Protocol):
+    """What the settings of a run of a Trainer hold.
+
+    Attributes:
+        trains_on: the setting that names its data, and what it says.
+    """
+
+    @property
+    def optimization(self) -> AdamWConfig: ...
+
+    @property
+    def trains_on(self) -> str: ...
 
 
 @dataclass
@@ -144,6 +209,9 @@ class SFTConfig:
         seed: of a new model's weights and of the order of the data.
     """
 
+    command: ClassVar[str] = "sft"
+    free_on_resume: ClassVar[tuple[str, ...]] = ("data.train", "data.validation")  # by content
+
     run_dir: str
     data: DataConfig
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -154,31 +222,17 @@ class SFTConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if (self.model.path is None) == (self.model.arch is None):
-            raise ConfigError(
-                "model.path, model.arch: set exactly one: path for a model on disk, arch for a new "
-                "one"
-            )
-        for name in AT_LEAST_ONE:
-            value = attrgetter(name)(self)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}: it must be at least 1")
-        o = self.optimization
-        for name, valid, rule in (
-            ("learning_rate", o.learning_rate > 0, "above 0"),
-            ("betas", all(0 <= beta < 1 for beta in o.betas), "in [0, 1)"),
-            ("weight_decay", o.weight_decay >= 0, "at least 0"),
-            ("warmup", 0 <= o.warmup <= 1, "between 0 and 1"),
-            ("gradient_clip", o.gradient_clip > 0, "above 0"),
-        ):
-            if not valid:
-                raise ConfigError(f"optimization.{name} is {getattr(o, name)}: it must be {rule}")
+        self.model.check()
+        check_at_least_one(self)
+
+    @property
+    def trains_on(self) -> str:
+        return f"data.train: {self.data.train}"
 
 
 AT_LEAST_ONE = (
     "optimization.epochs",
     "optimization.max_steps",
-    "optimization.batch_tokens",
     "optimization.accumulation",
     "compute.threads",
     "report.log_every",
@@ -190,11 +244,21 @@ AT_LEAST_ONE = (
     "evaluate.batch_size",
 )
 
+
+def check_at_least_one(config: Any) -> None:
+    """Raises ConfigError for a setting of AT_LEAST_ONE, where the config has it, that is less."""
+    for name in AT_LEAST_ONE:
+        try:
+            value = attrgetter(name)(config)
+        except AttributeError:
+            continue
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}: it must be at least 1")
+
+
 # What a resumed run may change: nothing that reaches the weights.
 FREE_ON_RESUME = (
     "run_dir",
-    "data.train",  # compared by content
-    "data.validation",
     "compute.device",
     "compute.threads",
     "report",
@@ -202,25 +266,19 @@ FREE_ON_RESUME = (
 )
 
 
-def sft_parser() -> ArgumentParser:
-    """Parser of `sft`; raises argparse.ArgumentError instead of leaving the process."""
-    parser = ArgumentParser(exit_on_error=False, description=SFTConfig.__doc__)
+def parser_of(kind: type) -> ArgumentParser:
+    """Parser of the settings of one kind of training; raises argparse.ArgumentError instead of
+    leaving the process."""
+    parser = ArgumentParser(exit_on_error=False, description=kind.__doc__)
     parser.add_argument("--config", action="config", help="YAML file of settings.")
     parser.add_argument(
         "--resume", action="store_true", help="Continue the run in run_dir where it was stopped."
     )
-    parser.add_class_arguments(SFTConfig, None)
+    parser.add_class_arguments(kind, None)
     return parser
 
 
-def explain(message: str, known: Namespace) -> str:
-    """An argument error in one line; an unknown option with the nearest one there is."""
-    line = " ".join(message.split()).replace("Parser key ", "").replace('": ', ": ").strip('"')
-    unknown = re.search(r"unrecognized arguments: --([^\s=]+)|does not accept option '(.+?)'", line)
-    if not unknown:
-        return line
-    name = unknown[1] or unknown[2]
-    # The last part weighs double: a typo is compared with its neighbours before other sections.
-    near = difflib.get_close_matches(name, list(known.keys()), n=1, cutoff=0.5)
-    hint = f"did you mean '{near[0]}'?" if near else "see --help for all settings"
-    return f"unknown setting '{name}': {hint}"
+def config_of(kind: type[T], parser: ArgumentParser, settings: Namespace) -> T:
+    """What a parser of `parser_of(kind)` read; ValueError for a setting that cannot be used."""
+    made = parser.instantiate(settings)
+    return kind(**{field.name: getattr(made, field.name) for field in fields(cast(Any, kind))})

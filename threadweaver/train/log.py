@@ -81,6 +81,11 @@ class ProgressLog:
     def update(self, record: dict[str, Any]) -> None:
         step, speed = record["step"], record["tokens_per_second"]
         shown = f"loss {record['loss']:.4f}, {speed:,.0f} tokens/s"
+        if "reward" in record:
+            shown = (
+                f"reward {record['reward']:.3f}, accuracy {record['accuracy']:.1%}, longest path "
+                f"{record['longest_path_tokens']:.0f}, {speed:,.0f} tokens/s"
+            )
         if "validation_loss" in record:
             shown += f", validation {record['validation_loss']:.4f}"
         self._bar.update(self._task, completed=step, shown=shown)

@@ -81,7 +81,7 @@ def policy_loss(
     current: TokenLogprobs,
     batch: PolicyTrie,
     config: PolicyConfig,
-    num_completion_tokens: int,
+    num_completion_tokens: float,
     old_logprobs: Tensor | None = None,
     reference_logprobs: Tensor | None = None,
 ) -> PolicyLoss:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 
@@ -14,8 +17,13 @@ def print_table(console: Console, summary: dict[str, Any], run_dir: Path) -> Non
     rows = [
         ("train loss", _number(summary["train_loss"], "{:.4f}")),
         ("validation loss", _number(summary["validation_loss"], "{:.4f}")),
-        ("accuracy", _number(summary["accuracy"], "{:.1%}")),
-        ("format correct", _number(summary["format_correct"], "{:.1%}")),
+        ("accuracy", _number(summary.get("accuracy"), "{:.1%}")),
+        ("format correct", _number(summary.get("format_correct"), "{:.1%}")),
+        ("accuracy in threads", _number(summary.get("parallel_accuracy"), "{:.1%}")),
+        ("format correct in threads", _number(summary.get("parallel_format_correct"), "{:.1%}")),
+        ("answers with threads", _number(summary.get("parallel_activation"), "{:.1%}")),
+        ("speed-up by threads, tokens", _number(summary.get("speedup"), "{:.2f}")),
+        ("speed-up by threads, time", _number(summary.get("wall_clock_speedup"), "{:.2f}")),
         ("steps", f"{summary['steps']:,}"),
         ("tokens per second", f"{summary['tokens_per_second']:,.0f}"),
         ("unrolled / trie tokens", f"{summary['unrolled_per_trie_token']:.2f}"),
@@ -28,7 +36,96 @@ def print_table(console: Console, summary: dict[str, Any], run_dir: Path) -> Non
             "--data.train FILE --run_dir FOLDER",
         ),
     ]
-    table = Table(title="Supervised fine-tuning", show_header=False, title_justify="left")
+    _print(console, "Supervised fine-tuning", rows)
+
+
+def print_rl_table(console: Console, summary: dict[str, Any], run_dir: Path) -> None:
+    """Shows the summary of a P-GRPO run; means are those of the last batch."""
+    rows = [
+        ("reward", f"{summary['reward']:.3f}"),
+        ("accuracy", f"{summary['accuracy']:.1%}"),
+        ("format correct", f"{summary['format']:.1%}"),
+        ("activation", f"{summary['activation']:.1%}"),
+        ("longest path", f"{summary['longest_path_tokens']:,.0f} tokens"),
+        ("all tokens", f"{summary['total_tokens']:,.0f}"),
+        ("steps", f"{summary['steps']:,}"),
+        ("groups without signal", f"{summary['no_signal_groups']:,}"),
+        ("rollout", f"{summary['rollout_tokens_per_second']:,.0f} tokens/s"),
+        ("update", f"{summary['update_tokens_per_second']:,.0f} trie tokens/s"),
+        ("unrolled / trie tokens", f"{summary['unrolled_per_trie_token']:.2f}"),
+        ("wall-clock", f"{summary['seconds']:,.0f} s"),
+        ("checkpoint", summary["checkpoint"]),
+        ("curves", f"tensorboard --logdir {run_dir}"),
+    ]
+    _print(console, "P-GRPO, last batch", rows)
+
+
+def print_self_train_table(console: Console, summary: dict[str, Any]) -> None:
+    """Shows the summary of a run of self-training."""
+    before, after = summary["before"], summary["after"]
+    rejected = ", ".join(f"{n:,} {reason}" for reason, n in summary["rejected"].items() if n)
+    rows = [
+        ("rollouts", f"{summary['rollouts']:,}"),
+        ("kept", f"{summary['kept']:,} ({summary['acceptance']:.1%})"),
+        ("rejected", rejected or "none"),
+        *(
+            (name, f"{before[key]:.1%} before, {after[key]:.1%} after")
+            for name, key in (
+                ("format correct", "format"),
+                ("accuracy", "accuracy"),
+                ("activation", "activation"),
+            )
+        ),
+        ("checkpoint", summary["checkpoint"]),
+    ]
+    _print(console, "Self-training, training problems", rows)
+
+
+def print_pipeline_table(console: Console, summary: dict[str, Any], run_dir: Path) -> None:
+    """Shows the held-out problems after each stage, in both modes."""
+    table = Table(title="Held-out problems", title_justify="left")
+    table.add_column("stage")
+    table.add_column("mode")
+    for name in ("accuracy", "format", "activation", "all tokens", "longest path", "total/longest"):
+        table.add_column(name, justify="right")
+    for stage, modes in summary["stages"].items():
+        for mode, e in modes.items():
+            table.add_row(
+                stage.replace("_", "-"),
+                mode,
+                *(f"{e[key]:.1%}" for key in ("accuracy", "format", "activation")),
+                *(f"{e[key]:,.1f}" for key in ("total_tokens", "longest_path_tokens")),
+                f"{e['total_tokens'] / e['longest_path_tokens']:.2f}",
+            )
+    console.print(table)
+    console.print(
+        f"token-latency speed-up of parallel over sequential mode: {summary['speedup']:.2f}\n"
+        f"final model: {summary['checkpoint']}\n"
+        f"plots: {run_dir / 'stages.png'}, {run_dir / 'rl.png'}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+@contextmanager
+def responses_progress(console: Console, title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on a terminal; gives the function that is told how many are done."""
+    with Progress(
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("responses"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as progress:
+        bar = progress.add_task("", total=total)
+        yield lambda done: progress.update(bar, completed=done)
+
+
+def _print(console: Console, title: str, rows: Sequence[tuple[str, str | None]]) -> None:
+    table = Table(title=title, show_header=False, title_justify="left")
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:

@@ -14,12 +14,12 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
 from threadweaver.train.checkpoint import all_checkpoints
-from threadweaver.train.config import FREE_ON_RESUME, ConfigError, SFTConfig
+from threadweaver.train.config import FREE_ON_RESUME, ConfigError, RunConfig
 
 
 def check_run_dir(run_dir: Path, resume: bool) -> None:
@@ -28,11 +28,15 @@ def check_run_dir(run_dir: Path, resume: bool) -> None:
         raise ConfigError(f"run_dir: {run_dir} is a file; name a folder")
     if resume and not run_dir.exists():
         raise ConfigError(f"run_dir: {run_dir} does not exist; leave out --resume to start a run")
-    holds_run = (run_dir / "config.yaml").exists() or all_checkpoints(run_dir / "checkpoints")
-    if holds_run and not resume:
+    if holds_run(run_dir) and not resume:
         raise ConfigError(
             f"run_dir: {run_dir} holds a run already; continue it with --resume or name another"
         )
+
+
+def holds_run(run_dir: Path) -> bool:
+    """Whether a run was started in it."""
+    return (run_dir / "config.yaml").exists() or bool(all_checkpoints(run_dir / "checkpoints"))
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -46,22 +50,33 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def write_config(config: SFTConfig) -> None:
-    text = yaml.safe_dump(asdict(config), sort_keys=False)
+def write_config(config: RunConfig) -> None:
+    # Through JSON: YAML would mark a tuple as one of Python's.
+    text = yaml.safe_dump(json.loads(json.dumps(_asdict(config))), sort_keys=False)
     write_whole(Path(config.run_dir) / "config.yaml", text)
 
 
-def resume_command(run_dir: Path) -> str:
-    return f"python -m threadweaver.train sft --config {run_dir / 'config.yaml'} --resume"
+def resume_command(config: RunConfig) -> str:
+    path = Path(config.run_dir) / "config.yaml"
+    return f"python -m threadweaver.train {config.command} --config {path} --resume"
 
 
-def settings_of(config: SFTConfig) -> dict[str, Any]:
+def settings_of(config: RunConfig) -> dict[str, Any]:
     """The settings that reach the weights, by dotted name."""
+    return _that_reach_the_weights(_asdict(config), config)
+
+
+def _that_reach_the_weights(settings: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    free = (*FREE_ON_RESUME, *config.free_on_resume)
     return {
         name: value
-        for name, value in _flatten(asdict(config), "")
-        if not any(name == free or name.startswith(f"{free}.") for free in FREE_ON_RESUME)
+        for name, value in _flatten(settings, "")
+        if not any(name == f or name.startswith(f"{f}.") for f in free)
     }
+
+
+def _asdict(config: RunConfig) -> dict[str, Any]:
+    return asdict(cast(Any, config))
 
 
 def _flatten(value: Any, name: str) -> list[tuple[str, Any]]:
@@ -72,12 +87,20 @@ def _flatten(value: Any, name: str) -> list[tuple[str, Any]]:
     return [(name, json.loads(json.dumps(value)))]
 
 
-def check_same_settings(config: SFTConfig, saved: dict[str, Any], checkpoint: Path) -> None:
-    """Raises ConfigError if a checkpoint was made with other settings, naming the first."""
+def check_same_config(config: RunConfig) -> None:
+    """Raises ConfigError if run_dir holds a run of other settings, naming the first."""
+    path = Path(config.run_dir) / "config.yaml"
+    if path.exists():
+        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+        check_same_settings(config, _that_reach_the_weights(saved, config), path)
+
+
+def check_same_settings(config: RunConfig, saved: dict[str, Any], made: Path) -> None:
+    """Raises ConfigError if something was made with other settings, naming the first."""
     ours = settings_of(config)
     for name in [*ours, *saved.keys() - ours.keys()]:
         if ours.get(name) != saved.get(name):
             raise ConfigError(
-                f"{name} is {ours.get(name)}, but {checkpoint} was made with {saved.get(name)}; "
+                f"{name} is {ours.get(name)}, but {made} was made with {saved.get(name)}; "
                 "resume with the settings of the run or start another in a new run_dir"
             )

@@ -6,24 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from threadweaver.data import Example, load_examples
-from threadweaver.eval import ground_truth
+from threadweaver.data import load_examples
 from threadweaver.model import load_model, new_model
-from threadweaver.tasks.multiplication import is_correct
+from threadweaver.tasks import Problem
 from threadweaver.tokenizer import build_tokenizer
-from threadweaver.train.config import ConfigError, SFTConfig
+from threadweaver.train.config import ConfigError, RunConfig, SFTConfig, TrainingConfig
 from threadweaver.trajectory import add_tags
 
 
-def prepare_torch(config: SFTConfig, state: dict[str, Any] | None) -> torch.device:
+def prepare_torch(config: RunConfig, state: dict[str, Any] | None) -> torch.device:
     """Sets threads, seed and determinism; returns the device."""
     compute = config.compute
     if compute.device == "cuda" and not torch.cuda.is_available():
@@ -42,7 +35,7 @@ def prepare_torch(config: SFTConfig, state: dict[str, Any] | None) -> torch.devi
 
 
 def build_model(
-    config: SFTConfig, checkpoint: Path | None
+    config: RunConfig, checkpoint: Path | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model to train, in float32 on the CPU: of a checkpoint if given, else of the settings.
 
@@ -55,9 +48,8 @@ def build_model(
         return new_model(tokenizer, config.model.arch or {}, config.seed), tokenizer
     try:
         model, tokenizer = load_model(path)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        reason = _misfit(Path(path)) or " ".join(str(error).split())[:300]
-        raise ConfigError(f"model.path: {path} cannot be loaded: {reason}") from error
+    except ValueError as error:
+        raise ConfigError(f"model.path: {error}") from error
     add_tags(tokenizer, model)
     # A matrix product may round by where its operands lie. Loaded weights lie as they do in the
     # file; copies lie as in a model that was never saved.
@@ -66,25 +58,7 @@ def build_model(
     return model, tokenizer
 
 
-def _misfit(folder: Path) -> str | None:
-    """Which weight has another shape than config.json gives it; None if none has."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    expected = model.state_dict()
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 (no mapping)
-                shape = weights.get_slice(name).get_shape()
-                if name in expected and shape != list(expected[name].shape):
-                    return (
-                        f"{name} has shape {shape} in {file.name} and "
-                        f"{list(expected[name].shape)} by config.json; use the config.json that "
-                        "the weights were saved with"
-                    )
-    return None
-
-
-def build_optimizer(model: PreTrainedModel, config: SFTConfig) -> torch.optim.AdamW:
+def build_optimizer(model: PreTrainedModel, config: TrainingConfig) -> torch.optim.AdamW:
     """AdamW without weight decay on vectors (norms, biases). The rate is set step by step."""
     settings = config.optimization
     parameters = list(model.parameters())
@@ -95,18 +69,21 @@ def build_optimizer(model: PreTrainedModel, config: SFTConfig) -> torch.optim.Ad
     return torch.optim.AdamW(groups, betas=settings.betas, fused=True)
 
 
-def load_problems(config: SFTConfig) -> list[Example]:
+def load_problems(config: SFTConfig) -> list[Problem]:
     """The problems of the final evaluation, none if there is to be none.
 
     Raises:
-        ValueError: one has no ground truth, or one that answers cannot be compared with.
+        ValueError: a row without a ground truth; names file and line.
     """
     if config.evaluate.data is None:
         return []
-    problems = load_examples(config.evaluate.data)[: config.evaluate.problems]
-    for problem in problems:
-        try:
-            is_correct("</think>\\boxed{0}", ground_truth(problem))
-        except ValueError as error:
-            raise ConfigError(f"evaluate.data: {problem.source}: {error}") from error
+    examples = load_examples(config.evaluate.data, responses=False)[: config.evaluate.problems]
+    problems = []
+    for example in examples:
+        if example.ground_truth is None:
+            raise ConfigError(
+                f"evaluate.data: {example.source}: no field 'reward_model.ground_truth'; add the "
+                "right answer"
+            )
+        problems.append(Problem(example.prompt, example.ground_truth, example.source))
     return problems

@@ -1,0 +1,153 @@
+"""SFT, self-training and P-GRPO end to end on a tiny task, undisturbed and killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from threadweaver.train.__main__ import main
+
+from .easy_task import pipeline_settings, write_task
+
+KILLS = int(os.environ.get("TW_TEST_KILLS", "3"))
+
+
+@pytest.fixture(scope="module")
+def task_file(tmp_path_factory) -> Path:
+    return write_task(tmp_path_factory.mktemp("task") / "seven.jsonl")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, task_file) -> tuple[Path, float]:
+    """The folder of a pipeline that nobody disturbed, and the seconds it took."""
+    folder = tmp_path_factory.mktemp("pipeline") / "whole"
+    start = time.perf_counter()
+    assert main(arguments(folder, task_file)) == 0
+    return folder, time.perf_counter() - start
+
+
+def arguments(folder: Path, task_file: Path, *options: str) -> list[str]:
+    config = folder.with_name(f"{folder.name}.yaml")
+    config.write_text(yaml.safe_dump(pipeline_settings(folder, task_file)))
+    return ["pipeline", "--config", str(config), *options]
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def final_weights(folder: Path) -> bytes:
+    return (Path(read(folder / "rl/summary.json")["checkpoint"]) / "model.safetensors").read_bytes()
+
+
+def without_clock(stages: dict) -> dict:
+    return {
+        stage: {
+            mode: {name: value for name, value in figures.items() if name != "detail"}
+            for mode, figures in modes.items()
+        }
+        for stage, modes in stages.items()
+    }
+
+
+def test_a_pipeline_leaves_a_summary_of_its_stages_and_pictures(whole):
+    folder, _ = whole
+    summary = read(folder / "summary.json")
+    assert list(summary["stages"]) == ["sft", "self_train", "rl"]
+    for modes in summary["stages"].values():
+        for mode in ("parallel", "sequential"):
+            for name in ("accuracy", "format", "activation"):
+                assert 0 <= modes[mode][name] <= 1
+            assert 0 < modes[mode]["longest_path_tokens"] <= modes[mode]["total_tokens"]
+    last = summary["stages"]["rl"]
+    assert summary["speedup"] == pytest.approx(
+        last["sequential"]["total_tokens"] / last["parallel"]["longest_path_tokens"]
+    )
+    assert last["parallel"]["accuracy"] > 0
+    assert (folder / "stages.png").stat().st_size > 10_000
+    assert (folder / "rl.png").stat().st_size > 10_000
+    for stage in ("sft", "self_train/sft", "rl"):
+        assert (folder / stage / "metrics.jsonl").exists()
+    assert len((folder / "rl/metrics.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_finished_pipeline_run_again_changes_nothing(whole, task_file, capsys):
+    folder, _ = whole
+    before = final_weights(folder), read(folder / "summary.json")
+    assert main(arguments(folder, task_file, "--resume")) == 0
+    assert capsys.readouterr().out.count("this run is finished") == 3
+    assert (final_weights(folder), read(folder / "summary.json")) == before
+
+
+def test_a_pipeline_killed_at_random_times_ends_with_the_weights_of_one_that_was_not(
+    whole, task_file, tmp_path
+):
+    expected, seconds = whole
+    folder = tmp_path / "killed"
+    rng = random.Random()
+    for kill in range(KILLS):
+        resume = ["--resume"] if folder.exists() else []
+        process = subprocess.Popen(
+            [sys.executable, "-m", "threadweaver.train", *arguments(folder, task_file, *resume)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        # The settings are there once everything is imported and loaded.
+        while not (folder / "config.yaml").exists() and process.poll() is None:
+            time.sleep(0.02)
+        if kill:
+            time.sleep(10 * rng.random())  # it imports and loads anew, or is well under way
+        time.sleep(rng.random() * seconds * 0.8)
+        process.send_signal(signal.SIGKILL)
+        output = process.communicate()[0]
+        assert process.returncode in (0, -signal.SIGKILL), output
+    assert main(arguments(folder, task_file, "--resume")) == 0
+    assert final_weights(folder) == final_weights(expected)
+    ours, theirs = (read(f / "summary.json")["stages"] for f in (folder, expected))
+    assert without_clock(ours) == without_clock(theirs)
+
+
+def test_the_same_seed_gives_the_same_table(whole, task_file, tmp_path):
+    folder = tmp_path / "again"
+    assert main(arguments(folder, task_file)) == 0
+    ours, theirs = (read(f / "summary.json")["stages"] for f in (folder, whole[0]))
+    assert without_clock(ours) == without_clock(theirs)
+
+
+def test_other_settings_are_refused_on_resume(whole, task_file, capsys):
+    code = main(arguments(whole[0], task_file, "--resume", "--rl.optimization.steps", "9"))
+    assert code == 2
+    assert "rl.optimization.steps is 9, but" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("task.name", "multiplicaton", "did you mean 'multiplication'"),
+        ("rl.rollouts.samples", "1", "rollouts.samples is 1: it must be at least 2"),
+        ("rl.polcy.kl", "0", "did you mean 'rl.policy.kl'"),
+        ("rl.policy.advantage", "median", "rl.policy.advantage"),
+        ("evaluate.problems", "1000", "problems for validation"),
+        ("sft.parallel_share", "2", "must be between 0 and 1"),
+        ("rl.rollouts.generation.sampling.temperature", "-1", "temperature is -1"),
+        ("rl.reward.rho", ".nan", "rho is nan"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_named(
+    task_file, tmp_path, capsys, option, value, message
+):
+    assert main(arguments(tmp_path / "run", task_file, f"--{option}", value)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert message in error
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,178 @@
+"""P-GRPO as a run: it learns what is rewarded, skips what has no signal, and resumes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from threadweaver.tasks import Problem
+from threadweaver.train.__main__ import main
+from threadweaver.train.rl import RLTrainer
+
+from .easy_task import ARCH
+
+PROMPTS = [f"{i}?\n" for i in range(5)]
+
+
+class LetterTask:
+    """A stand-in for a task: what is right is a function of the response."""
+
+    ungraded = 0
+
+    def __init__(self, is_correct):
+        self._is_correct = is_correct
+
+    def problems(self, split, n, seed=0):
+        return [Problem(prompt, "", f"prompt {i}") for i, prompt in enumerate(PROMPTS)]
+
+    def is_correct(self, response: str, problem: Problem) -> bool:
+        return self._is_correct(response)
+
+
+def begins_low(response: str) -> bool:
+    """About every other response of a model that knows nothing."""
+    return bool(response) and ord(response[0]) < 64
+
+
+class Run:
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.settings = {
+            "run_dir": str(folder),
+            "model": {"arch": ARCH},
+            "rollouts": {
+                "problems": 3,
+                "samples": 4,
+                "generation": {"max_tokens": 6},
+                "engine": {"kv_gigabytes": 0.01},
+            },
+            "optimization": {"steps": 8, "batch_tokens": 256, "learning_rate": 3e-3},
+            "compute": {"device": "cpu", "precision": "fp32", "threads": 1},
+            "report": {"checkpoint_every": 3},
+        }
+
+    def __call__(self, *options: str) -> int:
+        path = self.folder.with_suffix(".yaml")
+        path.write_text(yaml.safe_dump(self.settings))
+        return main(["rl", "--config", str(path), *options])
+
+    def metrics(self) -> list[dict]:
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
+
+    def weights(self) -> bytes:
+        checkpoint = json.loads((self.folder / "summary.json").read_text())["checkpoint"]
+        return (Path(checkpoint) / "model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def new_run(tmp_path, monkeypatch):
+    def make(is_correct=begins_low, name: str = "run") -> Run:
+        monkeypatch.setattr(
+            "threadweaver.train.rl.load_task", lambda *_, **__: LetterTask(is_correct)
+        )
+        return Run(tmp_path / name)
+
+    return make
+
+
+def test_what_is_rewarded_becomes_frequent(new_run):
+    run = new_run()
+    run.settings["optimization"] |= {"steps": 50, "learning_rate": 1e-2}
+    run.settings["rollouts"] |= {"problems": 5, "samples": 8}
+    assert run() == 0
+    rewards = [record["reward_correct"] for record in run.metrics()]
+    assert sum(rewards[:5]) / 5 < 0.6 and sum(rewards[-5:]) / 5 > 0.75
+
+
+def test_the_trainer_and_the_generator_agree_on_what_was_sampled(new_run):
+    run = new_run()
+    assert run() == 0
+    for record in run.metrics():
+        assert record["max_mismatch"] <= 1e-4 and record["mismatch"] <= 1e-5
+    assert any(record["mismatch"] > 0 for record in run.metrics())
+
+
+def test_groups_without_signal_are_skipped_and_counted(new_run):
+    run = new_run(lambda response: True)
+    run.settings["reward"] = {"accel": "none"}
+    assert run() == 0
+    for record in run.metrics():
+        assert (record["no_signal_groups"], record["updates"], record["loss"]) == (3, 0, 0)
+    assert json.loads((run.folder / "summary.json").read_text())["no_signal_groups"] == 24
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("what", ["train_step", "_save", "finish"])
+def test_a_run_that_died_before_something_does_it_when_resumed(new_run, monkeypatch, what, updates):
+    whole, dead = new_run(name="whole"), new_run(name="dead")
+    for run in (whole, dead):
+        run.settings["optimization"]["updates"] = updates
+    assert whole() == 0
+    step = getattr(RLTrainer, what)
+    calls = 0
+
+    def die_in_its_fifth(self, *arguments):
+        nonlocal calls
+        calls += 1
+        if calls == (5 if what == "train_step" else 1):
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RLTrainer, what, die_in_its_fifth)
+        assert dead() == 130
+    assert dead("--resume") == 0
+    assert dead.metrics() == whole.metrics()
+    assert dead.weights() == whole.weights()
+
+
+def test_each_pass_takes_every_problem_once_in_an_order_of_its_own(new_run):
+    run = new_run()
+    seen = []
+
+    def watch(self, step=RLTrainer.train_step):
+        seen.extend(problem.prompt for problem in self._batch_of(self.steps_done))
+        return step(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RLTrainer, "train_step", watch)
+        run.settings["optimization"]["steps"] = 5
+        assert run() == 0
+    passes = [seen[i : i + 5] for i in range(0, 15, 5)]
+    assert [sorted(p) for p in passes] == [sorted(PROMPTS)] * 3
+    assert passes[0] != passes[1]
+
+
+def test_several_updates_clip_the_ratio_and_report_it(new_run):
+    run = new_run()
+    run.settings["optimization"] |= {"updates": 3, "learning_rate": 3e-2}
+    assert run() == 0
+    assert any(record["clip_share"] > 0 for record in run.metrics())
+
+
+def test_a_reward_that_is_no_number_is_refused_with_the_problem_named(new_run, capsys):
+    run = new_run(lambda response: math.nan)
+    assert run() == 2
+    assert "prompt 0: the correctness of a response is nan" in capsys.readouterr().err
+
+
+def test_kl_needs_a_reference_on_disk(new_run, capsys):
+    run = new_run()
+    run.settings["policy"] = {"kl": 0.1}
+    assert run() == 2
+    assert "policy.kl: the reference is the model at model.path" in capsys.readouterr().err
+
+
+def test_kl_to_the_model_it_started_from(new_run):
+    first, second = new_run(name="first"), new_run(name="second")
+    assert first() == 0
+    checkpoint = json.loads((first.folder / "summary.json").read_text())["checkpoint"]
+    second.settings |= {"model": {"path": checkpoint}, "policy": {"kl": 0.1}}
+    assert second() == 0
+    records = second.metrics()
+    assert records[0]["kl"] == pytest.approx(0, abs=1e-7) and records[-1]["kl"] > 0

@@ -1,0 +1,105 @@
+"""What self-training keeps, and that it says why when it keeps nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from threadweaver.data import load_examples
+from threadweaver.train.__main__ import main
+from threadweaver.train.self_train import select
+
+from .easy_task import ARCH, write_task
+
+
+def row(question: str, response: str, correct: bool = True, *violations: str) -> dict:
+    return {
+        "question": question,
+        "ground_truth": "7",
+        "response": response,
+        "correct": correct,
+        "violations": list(violations),
+    }
+
+
+def test_only_right_and_well_formed_rollouts_are_kept_once_and_up_to_the_cap():
+    rows = [
+        row("a?", "x"),
+        row("a?", "x"),
+        row("a?", "y", False),
+        row("a?", "z", True, "line 3: <think> is never closed"),
+        row("a?", "w", False, "line 12: <think> is never closed"),
+        row("a?", "v"),
+        row("a?", "u"),
+        row("b?", "x"),
+    ]
+    kept, report = select(rows, keep_per_problem=2)
+    assert [(k["question"], k["response"]) for k in kept] == [("a?", "x"), ("a?", "v"), ("b?", "x")]
+    assert kept[0]["qwen_text"] == "a?x" and kept[0]["reward_model"]["ground_truth"] == "7"
+    assert report["rejected"] == {"wrong": 2, "malformed": 1, "duplicate": 1, "over the cap": 1}
+    assert report["kept"] + sum(report["rejected"].values()) == report["rollouts"] == 8
+    assert (report["right"], report["well_formed"]) == (6 / 8, 6 / 8)
+    assert report["acceptance"] == 3 / 8
+    assert report["violations"] == {"<think> is never closed": 2}
+
+
+@pytest.fixture
+def settings(tmp_path) -> dict:
+    task = write_task(tmp_path / "seven.jsonl")
+    return {
+        "run_dir": str(tmp_path / "run"),
+        "model": {"arch": ARCH},
+        "task": {"name": str(task), "problems": 6},
+        "rollouts": {
+            "samples": 2,
+            "chunk": 4,
+            "generation": {"max_tokens": 20},
+            "engine": {"kv_gigabytes": 0.01},
+        },
+        "optimization": {"max_steps": 2, "batch_tokens": 512},
+        "compute": {"device": "cpu", "precision": "fp32", "threads": 1},
+    }
+
+
+def run(settings: dict, *options: str) -> int:
+    path = Path(settings["run_dir"]).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(settings))
+    return main(["self-train", "--config", str(path), *options])
+
+
+def test_an_empty_yield_stops_and_says_why_the_rejects_failed(settings, capsys):
+    assert run(settings) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "kept none of 12 rollouts (12 wrong, 0 malformed" in error
+    chunks = sorted((Path(settings["run_dir"]) / "rollouts").glob("chunk-*.json"))
+    assert [len(json.loads(chunk.read_text())["rollouts"]) for chunk in chunks] == [8, 4]
+
+
+def test_rollouts_of_other_problems_are_not_taken_over(settings, capsys):
+    assert run(settings) == 2
+    capsys.readouterr()
+    write_task(Path(settings["task"]["name"]), count=60)
+    assert run(settings, "--resume") == 2
+    assert "is not what" in capsys.readouterr().err
+
+
+def test_what_is_kept_is_what_sft_reads(settings, monkeypatch):
+    monkeypatch.setattr("threadweaver.tasks.data_file.DataFile.is_correct", lambda *_: True)
+    monkeypatch.setattr("threadweaver.grading.violations", lambda *_: [])
+    settings["rollouts"]["generation"] = {"max_tokens": 8, "mode": "sequential"}
+    settings["data"] = None
+    del settings["data"]
+    folder = Path(settings["run_dir"])
+    code = run(settings)
+    kept = [json.loads(line) for line in (folder / "kept.jsonl").read_text().splitlines()]
+    selection = json.loads((folder / "selection.json").read_text())
+    assert len(kept) == selection["kept"] == 6
+    assert [e.response for e in load_examples(folder / "kept.jsonl")] == [
+        k["response"] for k in kept
+    ]
+    # Random bytes are no trajectory: SFT names the first that is not, or trains on them all.
+    assert code in (0, 2)

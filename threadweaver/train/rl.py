@@ -1,0 +1,244 @@
+"""P-GRPO (SPEC, "P-GRPO"): roll out, grade, merge each prompt's rollouts into a trie, update.
+
+The engine decodes on the weights that are trained, in this process; its KV pages are given back
+while the weights are updated.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import islice
+from statistics import fmean
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from threadweaver.generate.engine import Engine
+from threadweaver.grading import METRICS, Graded, summary
+from threadweaver.model import load_model, save_model, trie_logprobs
+from threadweaver.rewards import reward
+from threadweaver.tasks import Problem, load_task
+from threadweaver.train.advantages import group_advantages
+from threadweaver.train.batches import unrolled_tokens
+from threadweaver.train.config import ConfigError
+from threadweaver.train.not_finite import save_batch
+from threadweaver.train.policy_batch import PolicyTrie, micro_batches, policy_group
+from threadweaver.train.policy_loss import PolicyLoss, policy_loss
+from threadweaver.train.report import print_rl_table
+from threadweaver.train.roll_out import fingerprint, grade_groups, roll_out
+from threadweaver.train.run_dir import write_whole
+from threadweaver.train.stages import RLConfig
+from threadweaver.train.trainer import Record, Trainer
+
+
+class RLTrainer(Trainer[RLConfig]):
+    """Reinforcement learning on the problems of a task."""
+
+    def load(self) -> None:
+        config = self.config
+        self.task = load_task(config.task.name, **config.task.options)
+        self.problems = self.task.problems("train", config.task.problems, config.seed)
+        self.fingerprint = fingerprint(self.problems)
+        self.num_steps = config.optimization.steps
+        self.engine = Engine(
+            self.model,
+            self.codec,
+            **asdict(config.rollouts.engine),
+            autocast=config.compute.precision == "bf16",
+        )
+        self.reference = self._load_reference() if config.policy.kl else None
+
+    def train_step(self) -> Record:
+        config, start = self.config, time.perf_counter()
+        preempted = self.engine.preemptions
+        problems = list(self._batch_of(self.steps_done))
+        rollouts = config.rollouts
+        seed = config.seed, self.steps_done
+        sampled = roll_out(self.engine, problems, rollouts.samples, rollouts.generation, seed)
+        self.engine.free()
+        rolled_out = time.perf_counter()
+        groups = grade_groups(problems, sampled, self.task, self.codec, rollouts.generation)
+        tries, figures = self._tries_of(groups)
+        graded = [g for group in groups for g in group]
+        tokens = sum(g.rollout.num_sampled_tokens for g in graded)
+        figures |= self._update(tries, tokens, problems)
+        end = time.perf_counter()
+        trie_tokens = sum(map(len, tries))
+        unrolled = sum(unrolled_tokens(t.trie) for t in tries)
+        self.add_to_totals(
+            rollout_tokens=tokens,
+            trie_tokens=trie_tokens,
+            unrolled_tokens=unrolled,
+            rollout_seconds=rolled_out - start,
+            update_seconds=end - rolled_out,
+            no_signal_groups=figures["no_signal_groups"],
+        )
+        return {
+            **figures,
+            **summary(graded),
+            "reached_limits": sum(any(asdict(g.rollout.limits).values()) for g in graded),
+            "ungraded": self.task.ungraded,
+            "decode_steps": fmean(g.rollout.decode_steps for g in graded),
+            "preemptions": self.engine.preemptions - preempted,
+            "rollout_tokens": tokens,
+            "trie_tokens": trie_tokens,
+            "unrolled_tokens": unrolled,
+            "rollout_tokens_per_second": tokens / (rolled_out - start),
+            "update_tokens_per_second": trie_tokens / (end - rolled_out),
+            "tokens_per_second": tokens / (end - start),
+        }
+
+    def finish(self) -> None:
+        """Writes summary.json and shows what came out."""
+        last = self.metrics.last
+        totals = self.totals
+        trie_tokens = totals["trie_tokens"]
+        result = {
+            "steps": self.steps_done,
+            **{name: last[name] for name in ("reward", *METRICS)},
+            "no_signal_groups": int(totals["no_signal_groups"]),
+            "rollout_tokens": totals["rollout_tokens"],
+            "rollout_tokens_per_second": totals["rollout_tokens"] / totals["rollout_seconds"],
+            "trie_tokens": trie_tokens,
+            "unrolled_per_trie_token": totals["unrolled_tokens"] / max(trie_tokens, 1),
+            "update_tokens_per_second": trie_tokens / totals["update_seconds"],
+            "seconds": time.perf_counter() - self.origin,
+            "checkpoint": str(self.last_checkpoint),
+        }
+        write_whole(self.run_dir / "summary.json", json.dumps(result, indent=2) + "\n")
+        print_rl_table(self.console, result, self.run_dir)
+
+    def _batch_of(self, step: int) -> Iterator[Problem]:
+        """The problems of a step: pass after pass over all of them, each in an order of its own."""
+
+        def passes() -> Iterator[Problem]:
+            first_pass = start // len(self.problems)
+            for number in range(first_pass, first_pass + 2 + size // len(self.problems)):
+                order = list(self.problems)
+                random.Random(f"{self.config.seed}/{number}").shuffle(order)
+                yield from order
+
+        size = self.config.rollouts.problems
+        start = step * size
+        skipped = start % len(self.problems)
+        return islice(passes(), skipped, skipped + size)
+
+    def _tries_of(self, groups: Sequence[Sequence[Graded]]) -> tuple[list[PolicyTrie], Record]:
+        """Tries of the groups that have a signal, and what became of all."""
+        config = self.config
+        tries: list[PolicyTrie] = []
+        rewards = [
+            [reward(g.correct, g.lengths, config.reward, g.problem.source) for g in group]
+            for group in groups
+        ]
+        every = [r for group in rewards for r in group]
+        figures = {
+            "reward": fmean(r.total for r in every),
+            "reward_correct": fmean(r.correct for r in every),
+            "reward_speed": fmean(r.speed for r in every),
+            "no_signal_groups": 0,
+            "dropped_calls": 0,
+            "skipped_rollouts": 0,
+        }
+        for group, values in zip(groups, rewards, strict=True):
+            advantages = group_advantages([r.total for r in values], config.policy.advantage)
+            if not any(advantages):
+                figures["no_signal_groups"] += 1
+                continue
+            merged = policy_group(
+                [g.rollout for g in group], advantages, config.optimization.batch_tokens
+            )
+            tries += merged.tries
+            figures["dropped_calls"] += merged.dropped_calls
+            figures["skipped_rollouts"] += merged.skipped_rollouts
+        return tries, figures
+
+    def _update(
+        self, tries: list[PolicyTrie], num_tokens: int, problems: Sequence[Problem]
+    ) -> Record:
+        """The optimizer steps of a batch, whose completions have `num_tokens` tokens."""
+        settings = self.config.optimization
+        warmup = math.ceil(settings.warmup * self.num_steps)
+        rate = settings.learning_rate * min(1.0, (self.steps_done + 1) / max(warmup, 1))
+        self.model.train()
+        parts = [tries[i :: settings.updates] for i in range(settings.updates)]
+        batches = [micro_batches(part, settings.batch_tokens) for part in parts if part]
+        old: list[list[Tensor | None]] = [[None] * len(micros) for micros in batches]
+        if settings.updates > 1:
+            with torch.no_grad():
+                old = [[self._logprobs(self.model, m) for m in micros] for micros in batches]
+        losses: list[PolicyLoss] = []
+        norms = []
+        for micros, old_logprobs in zip(batches, old, strict=True):
+            # Each update has its share of the batch's tokens, those of skipped groups included.
+            step = [
+                self._backward(micro, before, num_tokens / settings.updates)
+                for micro, before in zip(micros, old_logprobs, strict=True)
+            ]
+            norm = self.clip_gradient()
+            values = [loss.loss for loss in step]
+            if not torch.isfinite(torch.stack([*values, norm])).all():
+                folder = self.run_dir / f"nan-step-{self.steps_done + 1}"
+                save_model(self.model, self.tokenizer, folder / "model")
+                sources = [[p.source for p in problems]] * len(micros)
+                packs = [m.trie for m in micros]
+                raise save_batch(folder, packs, sources, [float(v) for v in values], float(norm))
+            self.update(rate)
+            losses += step
+            norms.append(float(norm))
+
+        def total(name: str) -> float:
+            return sum(float(getattr(loss, name)) for loss in losses) / settings.updates
+
+        return {
+            "loss": total("loss"),
+            "clip_share": total("clip_share"),
+            "entropy": total("entropy"),
+            "kl": total("kl"),
+            "mismatch": total("mismatch"),
+            "max_mismatch": max((float(loss.max_mismatch) for loss in losses), default=0.0),
+            "gradient_norm": fmean(norms) if norms else 0.0,
+            "learning_rate": rate,
+            "updates": len(norms),
+        }
+
+    def _backward(self, micro: PolicyTrie, old: Tensor | None, num_tokens: float) -> PolicyLoss:
+        """Adds the gradient of a micro-batch; its loss."""
+        policy = self.config.policy
+        reference = None
+        if self.reference is not None:
+            with torch.no_grad():
+                reference = self._logprobs(self.reference, micro)
+        with self.autocast():
+            layout = micro.trie.layout(self.device)
+            current = trie_logprobs(
+                self.model, micro.trie, layout, micro.sampled, policy.entropy > 0
+            )
+        loss = policy_loss(current, micro, policy, num_tokens, old, reference)
+        loss.loss.backward()
+        return PolicyLoss(*(value.detach() for value in loss))
+
+    def _logprobs(self, model: PreTrainedModel, micro: PolicyTrie) -> Tensor:
+        with self.autocast():
+            layout = micro.trie.layout(self.device)
+            return trie_logprobs(model, micro.trie, layout, micro.sampled).logprobs
+
+    def _load_reference(self) -> PreTrainedModel:
+        if self.config.model.path is None:
+            raise ConfigError(
+                "policy.kl: the reference is the model at model.path: set it, or policy.kl 0"
+            )
+        reference, _ = load_model(self.config.model.path)
+        if reference.config.vocab_size != self.model.config.vocab_size:
+            raise ConfigError(
+                "policy.kl: model.path lacks the tags, so it is no reference; "
+                "python -m threadweaver.add_tags adds them"
+            )
+        torch.nn.Module.to(reference, self.device)
+        return reference.eval()

@@ -1,0 +1,222 @@
+"""Supervised fine-tuning: the steps of a run over a file of trajectories, and its evaluation."""
+
+from __future__ import annotations
+
+import json
+import time
+from itertools import islice
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from threadweaver.data import load_examples
+from threadweaver.evaluation import compare, evaluate, queue
+from threadweaver.generate.engine import Engine
+from threadweaver.generate.sampler import SamplingParams
+from threadweaver.generate.settings import GenerationSettings
+from threadweaver.generate.weaver import Mode
+from threadweaver.model import load_model, save_model, supervised_tokens, trie_loss
+from threadweaver.tasks.multiplication import Multiplication
+from threadweaver.train.batches import (
+    Step,
+    TrieSet,
+    all_steps,
+    build_tries,
+    pack,
+    unrolled_tokens,
+)
+from threadweaver.train.config import ConfigError, SFTConfig
+from threadweaver.train.not_finite import save_batch
+from threadweaver.train.report import print_table, responses_progress
+from threadweaver.train.run_dir import write_whole
+from threadweaver.train.schedule import learning_rate
+from threadweaver.train.setup import load_problems
+from threadweaver.train.trainer import Record, Trainer
+from tw_kernels import Trie
+
+
+class SFTTrainer(Trainer[SFTConfig]):
+    """Supervised fine-tuning on the tries of a data file."""
+
+    def load(self) -> None:
+        config = self.config
+        self.problems = load_problems(config)
+        self.data = self._load(config.data.train)
+        if not self.data.tries:
+            raise ConfigError(f"data.train: {config.data.train} holds no well-formed trajectory")
+        self.validation = self._load(config.data.validation) if config.data.validation else None
+        self.fingerprint = self.data.fingerprint
+        self.num_steps, self._all_steps = all_steps(
+            self.data.sizes, config.optimization, config.seed
+        )
+        self._next_step = 0
+        self._probe()
+        self._check_evaluation()
+
+    def finish(self) -> None:
+        """Evaluates the final checkpoint, writes summary.json and shows what came out."""
+        checkpoint = self.last_checkpoint
+        summary = {
+            "train_loss": self.metrics.last["loss"],
+            "validation_loss": self.metrics.last.get("validation_loss"),
+            **(self._evaluate(checkpoint) if self.problems else {}),
+            "steps": self.steps_done,
+            "trie_tokens": self.totals["trie_tokens"],
+            "unrolled_tokens": self.totals["unrolled_tokens"],
+            "unrolled_per_trie_token": self.totals["unrolled_tokens"] / self.totals["trie_tokens"],
+            "tokens_per_second": self.totals["trie_tokens"] / self.totals["step_seconds"],
+            "dropped_calls": self.data.dropped_calls,
+            "dropped_trajectories": self.data.dropped_trajectories,
+            "seconds": time.perf_counter() - self.origin,
+            "checkpoint": str(checkpoint),
+        }
+        write_whole(self.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+        print_table(self.console, summary, self.run_dir)
+
+    def train_step(self) -> Record:
+        # The steps are dealt in order; a resumed run takes up where it was.
+        skipped = self.steps_done - self._next_step
+        self._next_step = self.steps_done + 1
+        return self.train_on(next(islice(self._all_steps, skipped, None)))
+
+    def train_on(self, step: Step) -> Record:
+        """One optimizer step; the loss is the mean over all supervised tokens of the step."""
+        start = time.perf_counter()
+        packs = [Trie.pack([self.data.tries[i] for i in micro]) for micro in step.micro_batches]
+        supervised = sum(supervised_tokens(trie).numel() for trie in packs)
+        losses = []
+        for trie in packs:
+            loss = self._loss_sum(trie) / supervised
+            loss.backward()
+            losses.append(loss.detach())
+        losses = torch.stack(losses)
+        norm = self.clip_gradient()
+        if not torch.isfinite(torch.stack([*losses, norm])).all():
+            sources = [[self.data.sources[i] for i in micro] for micro in step.micro_batches]
+            folder = self.run_dir / f"nan-step-{self.steps_done + 1}"
+            save_model(self.model, self.tokenizer, folder / "model")
+            raise save_batch(folder, packs, sources, losses.tolist(), float(norm))
+        settings = self.config.optimization
+        rate = learning_rate(
+            self.steps_done, self.num_steps, settings.learning_rate, settings.warmup
+        )
+        self.update(rate)
+        loss_value, norm_value = float(losses.sum()), float(norm)  # waits for the GPU
+        seconds = time.perf_counter() - start
+        tokens = sum(map(len, packs))
+        unrolled = sum(map(unrolled_tokens, packs))
+        self.add_to_totals(trie_tokens=tokens, unrolled_tokens=unrolled, step_seconds=seconds)
+        record = {
+            "epoch": step.epoch,
+            "loss": loss_value,
+            "gradient_norm": norm_value,
+            "learning_rate": rate,
+            "supervised_tokens": supervised,
+            "trie_tokens": tokens,
+            "unrolled_tokens": unrolled,
+            "tokens_per_second": tokens / seconds,
+        }
+        if self.validation and self._validation_is_due(step):
+            record["validation_loss"] = self._validation_loss(self.validation)
+        return record
+
+    def _loss_sum(self, trie: Trie) -> Tensor:
+        with self.autocast():
+            return trie_loss(self.model, trie)
+
+    def _validation_is_due(self, step: Step) -> bool:
+        every = self.config.report.validate_every
+        done = self.steps_done + 1
+        due = step.ends_epoch if every is None else done % every == 0
+        return due or done == self.num_steps
+
+    @torch.no_grad()
+    def _validation_loss(self, data: TrieSet) -> float:
+        """Mean over the supervised tokens of the validation data."""
+        self.model.eval()
+        total, supervised = 0.0, 0
+        budget = self.config.optimization.batch_tokens
+        for indices in pack(data.sizes, range(len(data.tries)), budget):
+            trie = Trie.pack([data.tries[i] for i in indices])
+            total += float(self._loss_sum(trie))
+            supervised += supervised_tokens(trie).numel()
+        self.model.train()
+        return total / supervised
+
+    def _load(self, path: str) -> TrieSet:
+        examples = track(
+            load_examples(path),
+            description=f"reading {path}",
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        settings = self.config
+        data = build_tries(examples, self.codec, settings.data, settings.optimization.batch_tokens)
+        unrolled = sum(map(unrolled_tokens, data.tries))
+        self.console.print(
+            f"{path}: {len(data.tries):,} tries, {sum(data.sizes):,} tokens ({unrolled:,} "
+            f"unrolled), {data.dropped_calls:,} calls cut to fit optimization.batch_tokens, "
+            f"{data.dropped_trajectories:,} malformed trajectories dropped",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return data
+
+    @torch.no_grad()
+    def _probe(self) -> None:
+        """Runs the smallest trie, so that a model that cannot run fails before training starts."""
+        try:
+            self._loss_sum(min(self.data.tries, key=len))
+        except ValueError as error:
+            field = "model.arch" if self.config.model.arch else "model.path"
+            raise ConfigError(f"{field}: {error}") from error
+
+    def _evaluate(self, checkpoint: Path) -> dict[str, float]:
+        """Solves the problems with the checkpoint as it can be loaded, in both modes."""
+        torch.nn.Module.to(self.model, "cpu")
+        self.optimizer.zero_grad()
+        model, _ = load_model(checkpoint)
+        torch.nn.Module.to(model, self.device)
+        engine, task, total = self._engine(model), Multiplication(), len(self.problems)
+        evaluations = {}
+        for mode in ("sequential", "parallel"):
+            title = f"solving problems, {mode} mode"
+            with responses_progress(self.console, title, total) as show:
+                evaluations[mode] = evaluate(
+                    engine, task, self.problems, self._decoding(mode), on_progress=show
+                )
+        gain = compare(**evaluations)
+        alone, threads = (e.metrics() for e in evaluations.values())
+        return {
+            "accuracy": alone["accuracy"].value,
+            "format_correct": alone["format_correct"].value,
+            "parallel_accuracy": threads["accuracy"].value,
+            "parallel_format_correct": threads["format_correct"].value,
+            "parallel_activation": threads["activation"].value,
+            "speedup": gain.speedup.value,
+            "wall_clock_speedup": gain.wall_clock_speedup,
+        }
+
+    def _check_evaluation(self) -> None:
+        """Refuses problems that the engine would refuse when all training is done."""
+        try:
+            queue(self._engine(self.model), self.problems, self._decoding("parallel"))
+        except ValueError as error:
+            raise ConfigError(f"evaluate: {error}") from error
+
+    def _engine(self, model: PreTrainedModel) -> Engine:
+        settings = self.config.evaluate
+        return Engine(
+            model,
+            self.codec,
+            kv_gigabytes=settings.kv_gigabytes,
+            max_sequences=settings.batch_size,
+        )
+
+    def _decoding(self, mode: Mode) -> GenerationSettings:
+        greedy = SamplingParams(temperature=0)
+        return GenerationSettings(mode, self.config.evaluate.max_new_tokens, sampling=greedy)
