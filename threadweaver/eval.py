@@ -1,117 +1,246 @@
-"""Solving problems with a trained model: decode, grade, count."""
+"""`python -m threadweaver.eval --model MODEL --task NAME --n N [--mode both] ...`
+
+Solves held-out problems of a task and prints every metric of SPEC, "Path metrics", with 95 %
+confidence intervals: Wilson's for shares, by bootstrap over problems for means and ratios. With
+--mode both, also what threads gain over decoding one token after another. --json keeps the figures,
+--responses every response with its grade.
+
+Prompts are taken as they stand; --chat makes them the user's turn of the tokenizer's chat template.
+
+Exit codes: 0; 2 for arguments, a task or a model that cannot be used, with one line on stderr; 1
+for anything unexpected, logits that are not finite among it; 130 when stopped by Ctrl-C.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import json
+import sys
+from argparse import ArgumentError
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
-from threadweaver.data import Example
-from threadweaver.trajectory import Codec, check_format
+from threadweaver.command import explain, fail, quiet
+from threadweaver.generate.options import add_options, engine_settings, generation_settings
+from threadweaver.generate.weaver import Mode
 
+if TYPE_CHECKING:
+    from threadweaver.evaluation import Comparison, Evaluation
+    from threadweaver.intervals import Estimate
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What came of solving problems.
-
-    Attributes:
-        responses: the text of each, without the end token.
-        accuracy: share whose answer is right.
-        format_correct: share that is well formed.
-        tokens: generated, end tokens included.
-        seconds: wall-clock.
-    """
-
-    responses: list[str]
-    accuracy: float
-    format_correct: float
-    tokens: int
-    seconds: float
+MODES: dict[str, list[Mode]] = {
+    "parallel": ["parallel"],
+    "sequential": ["sequential"],
+    "both": ["sequential", "parallel"],
+}
 
 
-def evaluate_autoregressive(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    is_correct: Callable[[str, str], bool],
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-) -> Evaluation:
-    """Greedy answers, one token after another, with no threads run in parallel.
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command line (default: the process's own) and returns the exit code."""
+    parser = _parser()
+    try:
+        options = parser.parse_args(arguments)
+        settings = {mode: generation_settings(options, mode) for mode in MODES[options.mode]}
+        _check(options)
+    except ArgumentError as error:
+        return fail(explain(str(error), parser.get_defaults()), 2)
+    except ValueError as error:
+        return fail(error, 2)
+    # After the arguments are known to be good: these take seconds to import.
+    from threadweaver.evaluation import compare, evaluate, queue
+    from threadweaver.generate.engine import NonFiniteLogits
+    from threadweaver.generate.load import chat_prompt, load_engine
+    from threadweaver.tasks import load_task
 
-    Args:
-        model: a plain transformers model, loaded with an ordinary attention (sdpa).
-        examples: prompts with ground truths; at least one.
-        is_correct: (response, ground truth) -> whether it is right.
-        max_new_tokens: where an answer without an end is cut.
-        batch_size: prompts decoded at once.
-
-    Raises:
-        ValueError: an example has no ground truth; names its file and line.
-    """
-    truths = [ground_truth(example) for example in examples]
-    codec = Codec.from_tokenizer(tokenizer)
-    start = time.perf_counter()
-    answers: list[list[int]] = []
-    prompts = [codec.encode(example.prompt) for example in examples]
-    for i in range(0, len(prompts), batch_size):
-        answers += _decode(model, prompts[i : i + batch_size], codec.eos_id, max_new_tokens)
-    responses = [codec.decode([i for i in ids if i != codec.eos_id]) for ids in answers]
-    right = [is_correct(text, truth) for text, truth in zip(responses, truths, strict=True)]
-    well_formed = [
-        not violations(example.prompt, text)
-        for example, text in zip(examples, responses, strict=True)
-    ]
-    return Evaluation(
-        responses,
-        accuracy=sum(right) / len(right),
-        format_correct=sum(well_formed) / len(well_formed),
-        tokens=sum(map(len, answers)),
-        seconds=time.perf_counter() - start,
-    )
-
-
-def violations(prompt: str, response: str) -> list[str]:
-    """What is wrong with a response's format, a <think> that the prompt ends with included."""
-    opened = "<think>" if prompt.rstrip().endswith("<think>") else ""
-    return check_format(opened + response)
-
-
-def ground_truth(example: Example) -> str:
-    """The right answer of an example; ValueError if its row names none."""
-    if example.ground_truth is None:
-        raise ValueError(
-            f"{example.source}: no field 'reward_model.ground_truth'; add the right answer"
+    quiet()
+    console = Console()
+    evaluations = {}
+    try:
+        task = load_task(options.task, **options.task_options or {})
+        problems = task.problems("validation", options.n, options.seed)
+        engine, tokenizer = load_engine(
+            options.model, engine_settings(options), parallel="parallel" in settings
         )
-    return example.ground_truth
+        if options.chat:
+            problems = [replace(p, prompt=chat_prompt(tokenizer, p.prompt)) for p in problems]
+        # Once before the clock runs: the first steps take the memory of the KV pages.
+        queue(engine, problems[:1], replace(next(iter(settings.values())), max_tokens=8))
+        engine.run()
+        for mode in settings:
+            with _progress(console) as progress:
+                bar = progress.add_task(mode, total=len(problems) * options.samples)
+                evaluations[mode] = evaluate(
+                    engine,
+                    task,
+                    problems,
+                    settings[mode],
+                    samples=options.samples,
+                    seed=options.seed,
+                    on_progress=lambda done, p=progress, b=bar: p.update(b, completed=done),
+                )
+    except ValueError as error:
+        return fail(error, 2)
+    except NonFiniteLogits as error:
+        return fail(error, 1)
+    except KeyboardInterrupt:
+        return fail("interrupted; nothing is saved", 130)
+    gain = compare(**evaluations) if options.mode == "both" else None
+    if options.json:
+        record = {
+            **{name: options[name] for name in ("model", "task", "task_options", "seed", "chat")},
+            "engine": asdict(engine_settings(options)),
+            **{mode: evaluation.as_dict() for mode, evaluation in evaluations.items()},
+            "comparison": asdict(gain) if gain else None,
+        }
+        options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if options.responses:
+        with options.responses.open("w", encoding="utf-8") as file:
+            for mode, evaluation in evaluations.items():
+                for row in _rows(mode, evaluation):
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    print_table(console, f"{options.task}, {len(problems)} problems", evaluations, gain)
+    return 0
 
 
-@torch.inference_mode()
-def _decode(
-    model: PreTrainedModel, prompts: list[list[int]], eos_id: int, max_new_tokens: int
-) -> list[list[int]]:
-    """Greedy continuations, each up to and including its end token."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[eos_id] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    out = model.generate(  # pyright: ignore[reportCallIssue] (declared on a mixin as a module)
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        generation_config=GenerationConfig(
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=eos_id,
-            pad_token_id=eos_id,
-        ),
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="python -m threadweaver.eval",
+        description="Solve held-out problems of a task and report every metric.",
+        exit_on_error=False,
+        allow_abbrev=False,
     )
-    assert isinstance(out, Tensor)
-    return [_through(eos_id, row) for row in out[:, width:].tolist()]
+    parser.add_argument(
+        "--model", type=str, required=True, help="Hugging Face folder, .gguf file, or smollm2."
+    )
+    parser.add_argument(
+        "--task",
+        type=str,
+        required=True,
+        help="multiplication, reasoning_gym:<dataset>, or a data file (.jsonl, .json, .parquet).",
+    )
+    parser.add_argument(
+        "--task_options",
+        type=dict[str, Any] | None,
+        help="Its options, such as '{digits: 3}'; of a data file, '{held_out: 1}' takes every row.",
+    )
+    parser.add_argument(
+        "--n", type=int | None, help="How many problems; null: all that are held out."
+    )
+    parser.add_argument("--samples", type=int, default=1, help="Responses to each problem.")
+    parser.add_argument(
+        "--mode",
+        choices=list(MODES),
+        default="parallel",
+        help="parallel: threads are decoded at the same time; sequential: one token after another.",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Of the problems and of the draws.")
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="Make prompts the user's turn of the tokenizer's chat template.",
+    )
+    parser.add_argument("--json", type=Path, help="File for all figures.")
+    parser.add_argument("--responses", type=Path, help="File for all responses, as JSON lines.")
+    add_options(parser)
+    return parser
 
 
-def _through(end: int, ids: list[int]) -> list[int]:
-    return ids[: ids.index(end) + 1] if end in ids else ids
+def _check(options) -> None:
+    """Raises ValueError for what would be found out only when all is decoded, or makes no sense."""
+    for name in ("n", "samples"):
+        if options[name] is not None and options[name] < 1:
+            raise ValueError(f"{name} is {options[name]}: it must be at least 1")
+    for name in ("json", "responses"):
+        path = options[name]
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise ValueError(f"{name}: {path} cannot be written: no such folder, or one itself")
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def _rows(mode: str, evaluation: Evaluation) -> list[dict[str, Any]]:
+    return [
+        {
+            "mode": mode,
+            "source": g.problem.source,
+            "sample": i % evaluation.samples,
+            "prompt": g.problem.prompt,
+            "response": g.response,
+            "answer": g.problem.answer,
+            "correct": g.correct,
+            "violations": g.violations,
+            **asdict(g.lengths),
+            "acceleration": g.lengths.acceleration,
+            "decode_steps": g.rollout.decode_steps,
+            "limits": asdict(g.rollout.limits),
+        }
+        for i, g in enumerate(evaluation.graded)
+    ]
+
+
+def print_table(
+    console: Console,
+    title: str,
+    evaluations: dict[str, Evaluation],
+    comparison: Comparison | None,
+) -> None:
+    """A row for each metric, a column for each mode; below, what the one gains over the other."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for mode in evaluations:
+        table.add_column(mode, justify="right")
+    metrics = {mode: evaluation.metrics() for mode, evaluation in evaluations.items()}
+    names = dict.fromkeys(name for found in metrics.values() for name in found)
+    for name in names:
+        cells = (_cell(name, found.get(name)) for found in metrics.values())
+        table.add_row(name.replace("_", " "), *cells)
+    for name, cell in (
+        ("max speedup", lambda e: f"{e.max_speedup:.2f}x" if e.max_speedup else ""),
+        ("ended by a limit", lambda e: f"{sum(e.limits.values()):,}"),
+        ("not graded", lambda e: f"{e.ungraded:,}"),
+        ("wall-clock", lambda e: f"{e.seconds:,.1f} s"),
+        ("tokens per second", lambda e: f"{e.tokens_per_second:,.0f}"),
+    ):
+        table.add_row(name, *map(cell, evaluations.values()))
+    console.print(table)
+    if comparison:
+        most = f", at most {comparison.max_speedup:.2f}x" if comparison.max_speedup else ""
+        difference = comparison.accuracy_difference
+        console.print(
+            f"parallel over sequential: {_cell('speedup', comparison.speedup)} in token "
+            f"latency{most}; {comparison.wall_clock_speedup:.2f}x in wall-clock; accuracy "
+            f"{100 * difference.value:+.1f} points "
+            f"[{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]",
+            highlight=False,
+        )
+
+
+def _cell(name: str, estimate: Estimate | None) -> str:
+    if estimate is None:
+        return ""
+    if name in _SHARES or name.startswith("pass@"):
+        return f"{estimate.value:.1%} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
+    digits, unit = (2, "x") if name == "speedup" else (1, "")
+    low, high = f"{estimate.low:,.{digits}f}", f"{estimate.high:,.{digits}f}"
+    return f"{estimate.value:,.{digits}f}{unit} [{low}, {high}]"
+
+
+_SHARES = ("accuracy", "format_correct", "activation", "acceleration")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

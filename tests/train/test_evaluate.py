@@ -1,94 +1,75 @@
-"""Solving problems with a model: what is decoded and how it is graded."""
+"""The evaluation that a run of SFT ends with: both modes, on the engine."""
+
+import json
 
 import pytest
-import torch
-from transformers import PreTrainedModel
 
-from threadweaver.data import Example
-from threadweaver.eval import evaluate_autoregressive
-from threadweaver.model import ATTENTION, new_model
-from threadweaver.tokenizer import build_tokenizer
-from threadweaver.trajectory import Codec
-
-from .conftest import ARCH
-
-TOKENIZER = build_tokenizer()
-CODEC = Codec.from_tokenizer(TOKENIZER)
-PROMPTS = ["3*4=?\n", "12*7=?\n", "123*45=?\n", "9*9=?\n", "1*1*1*1=?\n"]
+from tests.products import FACTORS, PROMPTS, RESPONSES, save_product_model
 
 
-def examples(ground_truth: str | None = "1") -> list[Example]:
-    return [Example(p, "", ground_truth, f"f:{i}") for i, p in enumerate(PROMPTS, 1)]
+@pytest.fixture
+def evaluated_run(new_run, tmp_path):
+    """Trains a model that knows two products on the very same, and not for long."""
+    data = tmp_path / "products.jsonl"
+    rows = [
+        {"question": p, "response": r, "reward_model": {"ground_truth": str(a * b)}}
+        for p, r, (a, b) in zip(PROMPTS, RESPONSES, FACTORS, strict=True)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = new_run()
+    run.settings["model"] = {"path": save_product_model(tmp_path / "model")}
+    run.settings["data"] = {"train": str(data)}
+    run.settings["optimization"].update(max_steps=1, batch_tokens=2048, learning_rate=1e-6)
+    run.settings["evaluate"] = {"data": str(data), "max_new_tokens": 300, "kv_gigabytes": 0.01}
+    return run
 
 
-def plain_model() -> PreTrainedModel:
-    model = new_model(TOKENIZER, ARCH, seed=3)
-    assert model.config._attn_implementation == ATTENTION
-    model.set_attn_implementation("sdpa")
-    # Rows far apart, so that no two continuations are near a tie.
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(8)
-    return model.eval()
+def test_both_modes_are_evaluated_and_compared(evaluated_run, capsys):
+    assert evaluated_run() == 0
+    summary = evaluated_run.summary()
+    for name in ("accuracy", "format_correct"):
+        assert summary[name] == summary[f"parallel_{name}"] == 1
+    assert summary["parallel_activation"] == 1
+    assert 1.2 < summary["speedup"] < 2
+    assert summary["wall_clock_speedup"] > 0
+    shown = capsys.readouterr().out
+    for part in ("accuracy in threads", "speed-up by threads"):
+        assert part in shown
 
 
-def solve(model, batch_size=5, examples=examples(), is_correct=lambda *_: True):  # noqa: B008
-    return evaluate_autoregressive(
-        model, TOKENIZER, examples, is_correct, max_new_tokens=12, batch_size=batch_size
-    )
+def test_wrong_and_malformed_answers_count(evaluated_run, tmp_path):
+    evaluated_run.settings["evaluate"]["max_new_tokens"] = 20
+    assert evaluated_run() == 0
+    summary = evaluated_run.summary()
+    assert summary["accuracy"] == summary["parallel_accuracy"] == 0
+    assert summary["format_correct"] == 0
 
 
-def greedy(model: PreTrainedModel, prompt: str) -> list[int]:
-    """One sequence, no cache, no padding: the definition."""
-    ids = CODEC.encode(prompt)
-    for _ in range(12):
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([ids])).logits
-        ids.append(int(logits[0, -1].argmax()))
-        if ids[-1] == CODEC.eos_id:
-            break
-    return ids[len(CODEC.encode(prompt)) :]
+def test_prompts_without_responses_can_be_evaluated_on(evaluated_run, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"question": PROMPTS[0], "ground_truth": "602"}) + "\n")
+    evaluated_run.settings["evaluate"]["data"] = str(path)
+    assert evaluated_run() == 0
+    assert evaluated_run.summary()["accuracy"] == 1
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_padded_batches_decode_what_single_prompts_do(batch_size):
-    model = plain_model()
-    expected = [greedy(model, prompt) for prompt in PROMPTS]
-    assert len({tuple(ids) for ids in expected}) > 1
-    result = solve(model, batch_size)
-    assert result.responses == [CODEC.decode(ids) for ids in expected]
-    assert result.tokens == sum(map(len, expected))
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("kv_gigabytes", "0.00005", "kv_gigabytes"),
+        ("max_new_tokens", "0", "evaluate.max_new_tokens is 0: it must be at least 1"),
+    ],
+)
+def test_what_the_engine_would_refuse_is_refused_before_training(
+    evaluated_run, fails, option, value, message
+):
+    assert message in fails(evaluated_run(f"--evaluate.{option}", value), 2)
+    assert not evaluated_run.folder.exists()
 
 
-def test_an_answer_ends_before_its_end_token():
-    model = plain_model()
-    last = greedy(model, PROMPTS[0])[0]
-    # The most likely first token becomes the end token.
-    with torch.no_grad():
-        rows = next(model.parameters())
-        rows[[last, CODEC.eos_id]] = rows[[CODEC.eos_id, last]]
-    result = solve(model, examples=examples()[:1])
-    assert greedy(model, PROMPTS[0]) == [CODEC.eos_id]
-    assert (result.responses, result.tokens) == ([""], 1)
-
-
-def test_accuracy_and_format_are_shares_of_the_answers():
-    truths = []
-
-    def second_is_right(response, truth):
-        truths.append(truth)
-        return len(truths) == 2
-
-    model = plain_model()
-    result = solve(model, is_correct=second_is_right)
-    assert truths == ["1"] * 5
-    assert result.accuracy == 1 / 5
-    assert result.format_correct == 1.0
-    opened = [Example("<think>", "", "1", "f:1")]
-    assert solve(model, examples=opened).format_correct == 0.0
-
-
-def test_an_example_without_a_ground_truth_is_named():
-    with pytest.raises(ValueError, match=r"^f:1: .*ground_truth"):
-        solve(plain_model(), examples=examples(None))
+def test_a_prompt_longer_than_the_context_is_named_before_training(evaluated_run, fails, tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"question": "1" * 1024, "ground_truth": "1"}) + "\n")
+    line = fails(evaluated_run("--evaluate.data", str(path)), 2)
+    assert f"evaluate: {path}:1: the prompt has 1024 tokens" in line
+    assert not evaluated_run.folder.exists()

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from threadweaver.generate.engine import Engine
 from threadweaver.generate.options import EngineSettings
-from threadweaver.model import load_model
+from threadweaver.model import load_model, load_tokenizer
 from threadweaver.trajectory import Codec
 from threadweaver.trajectory.vocabulary import missing_tags
 
@@ -27,6 +27,9 @@ def load_engine(
     device = _device(settings.device)
     default = torch.bfloat16 if device.type == "cuda" else torch.float32
     dtype = default if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    if parallel:
+        # Weights take long to load: not before the tags are known to be there.
+        Codec.from_tokenizer(load_tokenizer(model))
     weights, tokenizer = load_model(model, dtype)
     with_tags = parallel or not missing_tags(tokenizer)
     codec = (Codec.from_tokenizer if with_tags else Codec.without_tags)(tokenizer)

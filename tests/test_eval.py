@@ -1,0 +1,165 @@
+"""`python -m threadweaver.eval`: what it shows, saves and refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from tests.products import ARCH, CODEC, FACTORS, PROMPTS, RESPONSES, save_product_model
+from tests.trajectory.byte_tokenizer import byte_tokenizer
+from threadweaver.eval import main
+from threadweaver.model import load_model, new_model, save_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    return save_product_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def solve(folder):
+    """Runs the command with greedy choices; options given later win."""
+
+    def run(*options: str, model: str = folder, task: str = "multiplication") -> int:
+        fixed = ["--model", model, "--task", task, "--temperature", "0", "--kv_gigabytes", "0.01"]
+        return main([*fixed, "--device", "cpu", "--max_tokens", "300", "--n", "2", *options])
+
+    return run
+
+
+@pytest.fixture
+def known(tmp_path) -> list[str]:
+    """Options for the task of the two products that the model knows."""
+    pytest.importorskip("math_verify")
+    path = tmp_path / "products.jsonl"
+    rows = [
+        {"question": prompt, "reward_model": {"ground_truth": str(a * b)}}
+        for prompt, (a, b) in zip(PROMPTS, FACTORS, strict=True)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--task", str(path), "--task_options", "{held_out: 1}"]
+
+
+@pytest.fixture
+def refused(solve, capsys):
+    """Checks that the command ends with a code and one line on stderr; returns the line."""
+
+    def run(*options: str, code: int = 2, **others: str) -> str:
+        assert solve(*options, **others) == code
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1, error
+        return error
+
+    return run
+
+
+def test_both_modes_side_by_side_and_what_threads_gain(solve, known, capsys, tmp_path):
+    figures, responses = tmp_path / "e.json", tmp_path / "r.jsonl"
+    options = ["--mode", "both", "--json", str(figures), "--responses", str(responses)]
+    assert solve(*known, *options) == 0
+    shown = capsys.readouterr().out
+    for part in ("sequential", "parallel", "accuracy", "100.0% [34.2, 100.0]", "max speedup"):
+        assert part in shown
+    assert "parallel over sequential: 1." in shown and "accuracy +0.0 points" in shown
+
+    record = json.loads(figures.read_text())
+    total, longest = (
+        record[mode][f"{name}_tokens"]["value"]
+        for mode, name in (("sequential", "total"), ("parallel", "longest_path"))
+    )
+    assert record["comparison"]["speedup"]["value"] == pytest.approx(total / longest)
+    assert record["comparison"]["wall_clock_speedup"] == pytest.approx(
+        record["sequential"]["seconds"] / record["parallel"]["seconds"]
+    )
+    rows = [json.loads(line) for line in responses.read_text().splitlines()]
+    assert [row["mode"] for row in rows] == ["sequential"] * 2 + ["parallel"] * 2
+    for row in rows:
+        assert row["response"] == RESPONSES[PROMPTS.index(row["prompt"])]
+        assert row["correct"] and row["violations"] == [] and row["blocks"] == 1
+
+
+def test_a_task_by_name_with_several_samples(solve, capsys, tmp_path):
+    path = tmp_path / "r.jsonl"
+    options = ["--samples", "3", "--temperature", "1", "--max_tokens", "20"]
+    options += ["--task_options", "{digits: 1, validation: 9}", "--responses", str(path)]
+    assert solve(*options) == 0
+    assert "pass@3" in capsys.readouterr().out
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["sample"] for row in rows] == [0, 1, 2] * 2
+    assert all(len(row["prompt"]) == len("3*4=?\n") for row in rows)
+
+
+def test_a_model_without_tags_is_evaluated_in_sequential_mode_only(solve, refused, tmp_path):
+    tokenizer, model = byte_tokenizer(), str(tmp_path)
+    save_model(new_model(tokenizer, ARCH), tokenizer, model)
+    assert solve("--mode", "sequential", "--max_tokens", "5", model=model) == 0
+    for mode in ("parallel", "both"):
+        line = refused("--mode", mode, model=model)
+        assert "python -m threadweaver.add_tags --model MODEL --out FOLDER" in line
+
+
+def test_it_runs_without_datasets(solve, known, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert solve(*known, "--max_tokens", "5") == 0
+
+
+def test_ctrl_c_ends_with_its_own_code(refused, monkeypatch):
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("threadweaver.generate.engine.Engine.step", interrupt)
+    assert "interrupted" in refused(code=130)
+
+
+# Bad input: exit code 2, one line, what was wrong and what to do.
+
+
+def test_an_unknown_task_is_refused_with_the_nearest_name(refused):
+    line = refused(task="multiplicaton")
+    assert "no task 'multiplicaton'" in line and "did you mean 'multiplication'?" in line
+
+
+def test_an_unknown_option_of_a_task_is_named(refused):
+    assert "digit" in refused("--task_options", "{digit: 2}")
+
+
+def test_a_path_without_a_model_is_named(refused):
+    assert "no/such: no model here" in refused(model="no/such")
+
+
+def test_a_prompt_longer_than_the_context_is_named_with_its_problem(refused, folder, tmp_path):
+    pytest.importorskip("math_verify")
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"question": "1" * 1024, "ground_truth": "1"}) + "\n")
+    line = refused("--n", "1", "--task_options", "{held_out: 1}", task=str(path))
+    assert f"{path}:1: the prompt has 1024 tokens" in line
+
+
+def test_a_pool_too_small_for_one_sequence_is_refused(refused):
+    assert "kv_gigabytes" in refused("--kv_gigabytes", "0.00005")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("n", "0"), ("samples", "0"), ("temperature", "-1"), ("top_p", "0"), ("max_tokens", "0")],
+)
+def test_a_setting_out_of_range_is_named(refused, option, value):
+    assert option in refused(f"--{option}={value}")
+
+
+@pytest.mark.parametrize("option", ["json", "responses"])
+def test_a_file_that_cannot_be_written_is_named_before_anything_is_decoded(
+    refused, option, tmp_path
+):
+    assert f"{option}: " in refused(f"--{option}", str(tmp_path / "none" / "file"))
+
+
+def test_logits_that_are_not_finite_end_with_the_request_named(refused, folder, tmp_path):
+    model, tokenizer = load_model(folder)
+    with torch.no_grad():
+        next(model.parameters())[CODEC.encode("*")] = torch.nan
+    save_model(model, tokenizer, tmp_path)
+    assert "request (0,)" in refused(model=str(tmp_path), code=1)

@@ -1,0 +1,234 @@
+"""Solving problems with a model on the engine: every metric of SPEC, "Path metrics".
+
+    engine, tokenizer = load_engine(model, EngineSettings(), parallel=True)
+    evaluation = evaluate(engine, task, task.problems("validation", 200), GenerationSettings())
+    evaluation.metrics()["accuracy"]
+
+Also what training uses at its end; knows nothing of commands.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from threadweaver.generate.engine import Engine, Generation, Token
+from threadweaver.generate.sampler import stream_key
+from threadweaver.generate.settings import GenerationSettings
+from threadweaver.grading import Graded, grade
+from threadweaver.intervals import Estimate, ratio, share
+from threadweaver.tasks import Problem, Task
+
+PROGRESS_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came of solving problems.
+
+    Attributes:
+        settings: of every response.
+        graded: the responses; `samples` of the first problem, then of the second, and so on. In
+            sequential mode all tokens of one are on its longest path.
+        ungraded: answers that count as wrong because their grading did not end.
+        seconds: wall-clock of decoding.
+    """
+
+    settings: GenerationSettings
+    samples: int
+    graded: list[Graded] = field(repr=False)
+    ungraded: int
+    seconds: float
+
+    def metrics(self) -> dict[str, Estimate]:
+        """By name, in the order of a report. Shares have Wilson's interval, means and ratios one by
+        bootstrap (threadweaver.intervals). What no response gives a value for is left out.
+
+            accuracy             share of right answers (mean@k for k samples a problem)
+            pass@k               share of problems with a right answer among its k samples, k > 1
+            format_correct       share that is well formed
+            activation           share with a block
+            threads_per_block    all threads over all blocks
+            total_tokens, longest_path_tokens, decode_steps    means over responses
+            acceleration         mean of 1 - longest path / total
+            speedup              all tokens over all tokens on longest paths
+        """
+        accuracy = self._per_response(lambda g: g.correct)
+        total = self._per_response(lambda g: g.lengths.total_tokens)
+        longest = self._per_response(lambda g: g.lengths.longest_path_tokens)
+        threads = self._per_response(lambda g: g.lengths.blocks * g.lengths.mean_threads_per_block)
+        blocks = self._per_response(lambda g: g.lengths.blocks)
+        problems = np.ones(len(accuracy))
+        found = {
+            "accuracy": share(accuracy.mean(1)),
+            f"pass@{self.samples}": share(accuracy.max(1)) if self.samples > 1 else None,
+            "format_correct": share(self._per_response(lambda g: not g.violations).mean(1)),
+            "activation": share((blocks > 0).mean(1)),
+            "threads_per_block": ratio(threads.sum(1), blocks.sum(1)),
+            "total_tokens": ratio(total.mean(1), problems),
+            "longest_path_tokens": ratio(longest.mean(1), problems),
+            "acceleration": ratio((1 - longest / np.maximum(total, 1)).mean(1), problems),
+            "speedup": ratio(total.sum(1), longest.sum(1)),
+            "decode_steps": ratio(
+                self._per_response(lambda g: g.rollout.decode_steps).mean(1), problems
+            ),
+        }
+        return {name: estimate for name, estimate in found.items() if estimate is not None}
+
+    @property
+    def problems(self) -> list[Problem]:
+        return [g.problem for g in self.graded[:: self.samples]]
+
+    @property
+    def max_speedup(self) -> float | None:
+        """Largest total / longest path of a right answer; None if there is none."""
+        right = [g.lengths for g in self.graded if g.correct]
+        return max((r.total_tokens / r.longest_path_tokens for r in right), default=None)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Sampled tokens."""
+        return sum(g.rollout.num_sampled_tokens for g in self.graded) / self.seconds
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """What limits ended, over all responses (LimitCounts)."""
+        counts = Counter({"response": 0, "threads": 0, "outlines": 0, "blocks": 0})
+        for g in self.graded:
+            counts.update(asdict(g.rollout.limits))
+        return dict(counts)
+
+    def by_problem(self, value: Callable[[Graded], float]) -> NDArray[np.float64]:
+        """Means over the samples of each problem, [P]."""
+        return self._per_response(value).mean(1)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All figures, for JSON."""
+        return {
+            "problems": len(self.problems),
+            "samples": self.samples,
+            "settings": asdict(self.settings),
+            **{name: asdict(estimate) for name, estimate in self.metrics().items()},
+            "max_speedup": self.max_speedup,
+            "limits": self.limits,
+            "ungraded": self.ungraded,
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens_per_second,
+        }
+
+    def _per_response(self, value: Callable[[Graded], float]) -> NDArray[np.float64]:
+        """[P, samples]."""
+        values = [value(g) for g in self.graded]
+        return np.array(values, np.float64).reshape(-1, self.samples)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What threads gain over the same model, or another, decoded one token after another.
+
+    Attributes:
+        speedup: mean total tokens of the one over mean longest path of the other.
+        max_speedup: the same for single problems that both solve, at its largest; None if none.
+        wall_clock_speedup: of the two evaluations as they were run.
+        accuracy_difference: accuracy with threads minus accuracy without.
+    """
+
+    speedup: Estimate
+    max_speedup: float | None
+    wall_clock_speedup: float
+    accuracy_difference: Estimate
+
+
+def compare(sequential: Evaluation, parallel: Evaluation) -> Comparison:
+    """Compares two evaluations on the same problems; intervals are by bootstrap over them.
+
+    Raises:
+        ValueError: they are not on the same problems.
+    """
+    if sequential.problems != parallel.problems:
+        raise ValueError("the two evaluations are not on the same problems")
+    total = sequential.by_problem(lambda g: g.lengths.total_tokens)
+    longest = parallel.by_problem(lambda g: g.lengths.longest_path_tokens)
+    before, after = (e.by_problem(lambda g: g.correct) for e in (sequential, parallel))
+    both = (before > 0) & (after > 0)
+    speedup, difference = ratio(total, longest), ratio(after - before, np.ones(len(total)))
+    assert speedup and difference  # no response is empty
+    return Comparison(
+        speedup,
+        float((total[both] / longest[both]).max()) if both.any() else None,
+        sequential.seconds / parallel.seconds,
+        difference,
+    )
+
+
+def evaluate(
+    engine: Engine,
+    task: Task,
+    problems: Sequence[Problem],
+    settings: GenerationSettings,
+    *,
+    samples: int = 1,
+    seed: int = 0,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> Evaluation:
+    """Solves problems and grades the answers.
+
+    Args:
+        engine: with no work of its own.
+        problems: at least one; their prompts are taken as they stand.
+        samples: responses to each.
+        seed: of the draws; the same seed, model and settings give the same responses.
+        on_progress: gets the number of responses that are done, some ten times a second.
+
+    Raises:
+        ValueError: a prompt or setting that the engine refuses; names the problem.
+        NonFiniteLogits: from the engine.
+    """
+    unfinished = queue(engine, problems, settings, samples=samples, seed=seed)
+    due = 0.0
+
+    def show(tokens: list[Token]) -> None:
+        nonlocal unfinished, due
+        if time.monotonic() >= due:
+            unfinished = [g for g in unfinished if not g.weaver.done]
+            on_progress(samples * len(problems) - len(unfinished))
+            due = time.monotonic() + PROGRESS_SECONDS
+
+    start = time.perf_counter()
+    rollouts = engine.run(show)
+    seconds = time.perf_counter() - start
+    on_progress(len(rollouts))
+    ungraded = task.ungraded
+    graded = []
+    for i, rollout in enumerate(rollouts):
+        judged = grade(problems[i // samples], rollout, task, engine.codec, settings.max_depth)
+        lengths = settings.path_lengths(rollout.response, engine.codec)
+        graded.append(replace(judged, lengths=lengths))
+    return Evaluation(settings, samples, graded, task.ungraded - ungraded, seconds)
+
+
+def queue(
+    engine: Engine,
+    problems: Sequence[Problem],
+    settings: GenerationSettings,
+    *,
+    samples: int = 1,
+    seed: int = 0,
+) -> list[Generation]:
+    """Adds the responses to an engine that nothing decodes yet; what `evaluate` begins with."""
+    generations = []
+    for i, problem in enumerate(problems):
+        ids = engine.codec.encode(problem.prompt)
+        try:
+            for j in range(samples):
+                key = stream_key((seed, i, j))
+                generations.append(engine.add(ids, settings, key))
+        except ValueError as error:
+            raise ValueError(f"{problem.source}: {error}") from error
+    return generations
