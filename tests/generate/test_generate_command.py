@@ -181,9 +181,9 @@ def test_ctrl_c_shows_what_was_decoded(generate, capsys, monkeypatch):
 # The live view.
 
 
-def started(count: int, **settings) -> tuple[Engine, list[Generation]]:
+def started(count: int) -> tuple[Engine, list[Generation]]:
     engine = Engine(product_model(), CODEC, kv_gigabytes=0.01)
-    greedy = GenerationSettings(max_tokens=300, sampling=SamplingParams(temperature=0), **settings)
+    greedy = GenerationSettings(max_tokens=300, sampling=SamplingParams(temperature=0))
     ids = CODEC.encode(PROMPTS[0])
     return engine, [engine.add(ids, greedy) for _ in range(count)]
 
@@ -230,24 +230,22 @@ def test_more_threads_than_fit_are_left_out_and_the_view_keeps_its_height():
 
 
 def test_control_characters_of_a_model_do_not_reach_the_terminal():
-    engine, generations = started(1)
-    engine.run()
-    file = io.StringIO()
-    generations[0].weaver._main.context += CODEC.encode("\x1b[2J\x07ok")
-    generations[0].weaver._main.limit += 20
-    with LiveView(generations, CODEC, Console(file=file, width=80)):
-        pass
+    engine, file = Engine(product_model(), CODEC, kv_gigabytes=0.01), io.StringIO()
+    script = {(0,): CODEC.encode("\x1b[2J\x07ok")}
+    generation = engine.add([1], GenerationSettings(mode="sequential"), script=script)
+    with LiveView([generation], CODEC, Console(file=file, width=80)):
+        engine.run()
     assert "\x1b" not in file.getvalue() and "␛[2J␇ok" in file.getvalue()
 
 
 def test_a_character_of_several_tokens_is_written_whole(monkeypatch):
     every_step(monkeypatch)
-    engine, generations = started(1, mode="sequential")
+    engine = Engine(product_model(), CODEC, kv_gigabytes=0.01)
     text = "añ€😀b"
     ids = CODEC.encode(text)
     assert len(ids) == 11
     script = {(0,): [*ids, CODEC.eos_id]}
-    generation = engine.add(CODEC.encode("1"), generations[0].settings, script=script)
+    generation = engine.add([1], GenerationSettings(mode="sequential"), script=script)
     file, parts = io.StringIO(), []
     view = PlainView([generation], CODEC, file)
 

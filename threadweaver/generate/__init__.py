@@ -6,6 +6,8 @@
     runner      the model: one forward pass over a step
     sampler     from logits to tokens
     engine      all of them together; imports torch and transformers
+    load        an engine from a model on disk
+    transcript  the text of a response as it grows; display shows it, outcome sums it up
 
 The first two know no model.
 """

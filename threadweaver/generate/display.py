@@ -199,24 +199,24 @@ class LiveView:
         header = self._codec.decode(line[0].forced)
         number = header.rpartition("<Thread>")[2].strip(" :\n")
         ids = [*line[0].tokens, *(id for piece in line[1:] for id in piece.ids)]
-        running = any(piece.is_open for piece in line)
-        return self._panel(f"thread {number}", ids, height, columns, running)
+        panel = self._panel(f"thread {number}", ids, height, columns)
+        panel.height = height
+        if not any(piece.is_open for piece in line):
+            panel.border_style = "dim"
+        return panel
 
-    def _panel(
-        self, title: str, ids: list[int], height: int, columns: int = 1, running: bool = True
-    ) -> Panel:
+    def _panel(self, title: str, ids: list[int], height: int, columns: int = 1) -> Panel:
         """The last lines of a text in a frame of at most `height` lines."""
         width = max(1, self._console.width // columns - 4)
         lines = max(1, height - 2)
-        # A token is a character at least, but for the few that are a part of one.
+        # No character has more than four tokens.
         text = self._text(ids[-4 * lines * width :])[-lines * width :]
         wrapped = Text(text, overflow="fold").wrap(self._console, width)[-lines:]
         return Panel(
             Text("\n").join(wrapped),
             title=f"{title}, {len(ids):,} tokens",
             title_align="left",
-            border_style="cyan" if running else "dim",
-            height=None if columns == 1 and title == "main line" else height,
+            border_style="cyan",
         )
 
     def _text(self, ids: list[int]) -> str:
