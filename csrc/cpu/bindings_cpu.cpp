@@ -68,7 +68,7 @@ void decode(const DecodeSizes &sizes, int dtype, float scale, int threads, const
             const Strided &q, int64_t out, const Pages &kv, const Strided &new_k,
             const Strided &new_v) {
   TrieDecodeArgs a{};
-  a.rows = sizes[0], a.items = sizes[1], a.partial_slots = sizes[2];
+  a.rows = sizes[0], a.num_items = sizes[1], a.partial_slots = sizes[2];
   a.heads = sizes[3], a.kv_heads = sizes[4], a.head_dim = sizes[5], a.page_size = sizes[6];
   a.dtype = static_cast<Dtype>(dtype);
   a.scale = scale;
@@ -77,7 +77,7 @@ void decode(const DecodeSizes &sizes, int dtype, float scale, int threads, const
   a.slots = pointer<const int32_t>(plan[2]);
   a.merge_ptr = pointer<const int32_t>(plan[3]);
   a.merge_slots = pointer<const int32_t>(plan[4]);
-  a.items_begin = pointer<const DecodeItem>(plan[5]);
+  a.items = pointer<const DecodeItem>(plan[5]);
   a.pages = pointer<const int32_t>(plan[6]);
   a.q = strided(q), a.new_k = strided(new_k), a.new_v = strided(new_v);
   a.out = contiguous(out, a.heads, a.head_dim);

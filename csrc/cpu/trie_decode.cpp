@@ -36,8 +36,8 @@ void trie_decode(const TrieDecodeArgs &args, int threads) {
   job.args = args;
   const int64_t group = args.heads / args.kv_heads;
   double work = 0;
-  for (int64_t i = 0; i < args.items; ++i) {
-    const DecodeItem &item = args.items_begin[i];
+  for (int64_t i = 0; i < args.num_items; ++i) {
+    const DecodeItem &item = args.items[i];
     const int64_t rows = (item.end_row - item.first_row) * group;
     job.matrix_rows = std::max(job.matrix_rows, rows);
     work += 1.0 * item.num_keys * (kFetchRows + rows);
@@ -59,7 +59,7 @@ void trie_decode(const TrieDecodeArgs &args, int threads) {
 
   if (args.new_k.data)
     parallel_for(args.rows, new_bytes < kOneThreadBytes ? 1 : threads, kernel.write, &job);
-  parallel_for(args.items * args.kv_heads, attend_threads, kernel.attend, &job);
+  parallel_for(args.num_items * args.kv_heads, attend_threads, kernel.attend, &job);
   parallel_for(args.rows, result_bytes < kOneThreadBytes ? 1 : threads, kernel.merge, &job);
 }
 

@@ -19,13 +19,13 @@ struct PagedHeads {
 };
 
 struct TrieDecodeArgs {
-  int64_t rows, items, partial_slots; // rows: padding included
+  int64_t rows, num_items, partial_slots; // rows: padding included
   int64_t heads, kv_heads, head_dim, page_size; // heads is a multiple of kv_heads
   Dtype dtype;
   float scale;
   // The plan's arrays (DecodePlan in decode_plan.h). Padding rows have slot -1 and merge nothing.
   const int32_t *caller_rows, *positions, *slots, *merge_ptr, *merge_slots, *pages;
-  const DecodeItem *items_begin;
+  const DecodeItem *items; // [num_items]
   Heads q, out;       // [rows, heads, head_dim]
   Heads new_k, new_v; // [rows, kv_heads, head_dim], or null: the pages hold them already
   PagedHeads kv;

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "matmul.h"
+#include "trie_decode_dot.h"
 #include "trie_decode_job.h"
 
 namespace tw::TW_ISA {
@@ -21,59 +22,9 @@ constexpr float kLog2E = 1.4426950408889634f;
 constexpr int64_t kBlock = 64;               // keys between two updates of the softmax
 constexpr int64_t kRun = 16;                 // keys fetched at a time
 constexpr int64_t kTileRows = 2 * kLanes;    // matrix rows that a block of scores holds
-constexpr int64_t kFewRows = 12;             // up to which dot products are faster, measured
+constexpr int64_t kFewRows = 12;             // up to which dot products are faster (D = 64)
 
 static_assert(kBlock % kLanes == 0 && kRun % kLanes == 0);
-
-// One stage of a butterfly across lanes: lane l meets lane l ^ S.
-template <int S, int... I> TW_INLINE Floats swapped(Floats x, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(x, x, (I ^ S)...);
-}
-
-template <int S> TW_INLINE float max_of_lanes(Floats x) {
-  if constexpr (S == 0)
-    return x[0];
-  else
-    return max_of_lanes<S / 2>(max(x, swapped<S>(x, std::make_integer_sequence<int, kLanes>())));
-}
-
-template <int S> TW_INLINE float sum_of_lanes(Floats x) {
-  if constexpr (S == 0)
-    return x[0];
-  else
-    return sum_of_lanes<S / 2>(x + swapped<S>(x, std::make_integer_sequence<int, kLanes>()));
-}
-
-// Of 2S vectors, S: lane l without bit S of a vector sums lanes l and l + S of its first parent;
-// with it, of its second one.
-template <int S, int... I>
-TW_INLINE Floats sum_halves(Floats a, Floats b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, (I & S ? kLanes + I - S : I)...) +
-         __builtin_shufflevector(a, b, (I & S ? kLanes + I : I + S)...);
-}
-
-// Lane l of the result is the sum of the lanes of x[l].
-template <int S> TW_INLINE Floats sums_of_lanes(Floats *x) {
-  if constexpr (S == 0) {
-    return x[0];
-  } else {
-#pragma GCC unroll 16
-    for (int i = 0; i < S; ++i)
-      x[i] = sum_halves<S>(x[i], x[i + S], std::make_integer_sequence<int, kLanes>());
-    return sums_of_lanes<S / 2>(x);
-  }
-}
-
-// q k of the kLanes keys from k on.
-TW_INLINE Floats dot_products(const float *q, const float *k, int64_t stride, int64_t width) {
-  Floats sum[kLanes] = {};
-  for (int64_t d = 0; d < width; d += kLanes) {
-    const Floats x = load(q + d);
-#pragma GCC unroll 16
-    for (int l = 0; l < kLanes; ++l) sum[l] += x * load(k + l * stride + d);
-  }
-  return sums_of_lanes<kLanes / 2>(sum);
-}
 
 // A worker's memory for one task. width: head_dim rounded up to whole vectors; the rest is zero.
 struct DecodeWorkspace {
@@ -118,7 +69,7 @@ struct ItemTask {
 
   ItemTask(const void *context, int64_t index, int worker)
       : job(*static_cast<const TrieDecodeJob *>(context)), args(job.args),
-        item(args.items_begin[index / args.kv_heads]), kv_head(index % args.kv_heads),
+        item(args.items[index / args.kv_heads]), kv_head(index % args.kv_heads),
         group(args.heads / args.kv_heads), rows((item.end_row - item.first_row) * group),
         head_dim(args.head_dim), width(padded(head_dim)),
         first_result((kv_head * args.partial_slots + item.first_slot) * group),
@@ -173,7 +124,8 @@ struct ItemTask {
   // Matrix row r of q as floats, in units that make scores exponents of 2.
   void load_query(float *to, int64_t r) const {
     const int64_t row = args.caller_rows[item.first_row + r / group];
-    const int64_t at = row * args.q.row_stride + (kv_head * group + r % group) * args.q.head_stride;
+    const int64_t head = kv_head * group + r % group;
+    const int64_t at = row * args.q.row_stride + head * args.q.head_stride;
     const char *from = static_cast<const char *>(args.q.data) + at * size_of(args.dtype);
     load_row(to, from, args.dtype, head_dim);
     for (int64_t d = 0; d < width; d += kLanes)
@@ -196,9 +148,7 @@ struct ItemTask {
     memcpy(job.partial_sum + first_result, w.sum, rows * 4);
   }
 
-  // -- few matrix rows -----------------------------------------------------------------------
-
-  // Scores of keys [0, count) from k on, to p[row][0:count]; what follows up to a whole vector is
+  // Few matrix rows. Scores of keys [0, count) from k on, to p[row][0:count]; what follows up to a whole vector is
   // undefined.
   void few_scores(const float *k, int64_t stride, int64_t count, float *p) const {
     for (int64_t c = 0; c < count; c += kLanes)
@@ -228,7 +178,7 @@ struct ItemTask {
         }
         most = max(x, most);
       }
-      const float top = max_of_lanes<kLanes / 2>(most);
+      const float top = largest_lane(most);
       const Floats factor = exp2(all(w.top[r] - top));
       Floats sum = Floats{};
       for (int64_t c = 0; c < c1 - c0; c += kLanes) {
@@ -236,7 +186,7 @@ struct ItemTask {
         store(p + c, x);
         sum += x;
       }
-      w.sum[r] = w.sum[r] * factor[0] + sum_of_lanes<kLanes / 2>(sum);
+      w.sum[r] = w.sum[r] * factor[0] + sum_of_lanes(sum);
       w.top[r] = top;
       for (int64_t d = 0; d < width; d += kLanes)
         store(acc + r * width + d, load(acc + r * width + d) * factor);
@@ -273,8 +223,7 @@ struct ItemTask {
     }
   }
 
-  // -- many matrix rows ----------------------------------------------------------------------
-
+  // Many matrix rows.
   void attend_many() const {
     for (int64_t first = 0; first < rows; first += kTileRows) {
       const int64_t n = min(kTileRows, rows - first);
