@@ -148,8 +148,8 @@ struct ItemTask {
     memcpy(job.partial_sum + first_result, w.sum, rows * 4);
   }
 
-  // Few matrix rows. Scores of keys [0, count) from k on, to p[row][0:count]; what follows up to a whole vector is
-  // undefined.
+  // Few matrix rows. Scores of keys [0, count) from k on, to p[row][0:count]; what follows up to a
+  // whole vector is undefined.
   void few_scores(const float *k, int64_t stride, int64_t count, float *p) const {
     for (int64_t c = 0; c < count; c += kLanes)
       for (int64_t r = 0; r < rows; ++r)
