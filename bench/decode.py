@@ -9,7 +9,8 @@ for the others they are there already.
     ours, sharing off     the same kernel, every sequence alone
     padded SDPA           as transformers runs it (its own function): keys and values of every
                           sequence side by side, padded on the left to the longest
-    varlen_attn           PyTorch's paged attention, each sequence by its own page table
+    varlen_attn           PyTorch's paged attention, each sequence by its own page table; its pages
+                          hold 256 tokens
 
     sharing     tokens of all sequences / tokens of their trie: what sharing could save at best
     plan us     building our plan on the host. Not in `ms`: all layers of a step use one plan
@@ -28,7 +29,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from time import perf_counter
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -45,9 +46,10 @@ from tw_kernels.decode import choose_backend
 OURS, UNSHARED = "ours", "ours, sharing off"
 PADDED, VARLEN = "padded SDPA", "varlen_attn"
 PAGE_SIZE = 16
+VARLEN_PAGE_SIZE = 256  # FlashAttention-2, which is behind it, takes multiples of this only
 DTYPES = (torch.float32, torch.bfloat16)
-# As in bench/oracle.py; tighter, since there are no gradients and a wrong key among a thousand moves
-# a row by less.
+# As in bench/oracle.py, but tighter: there are no gradients, and one wrong key among a thousand
+# moves a row by less.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 MOST_PADDED_BYTES = {"cpu": 2 * 2**30, "cuda": 16 * 2**30}
 PLAN_REPEATS = 20
@@ -65,6 +67,14 @@ class DecodeOptions(Options):
     heads: int | None = None
     kv_heads: int | None = None
     head_dim: int | None = None
+
+
+class Paging(NamedTuple):
+    """Where the sequences' tokens lie: int32 page ids of each sequence."""
+
+    page_size: int
+    tables: list[np.ndarray]
+    num_pages: int
 
 
 class Problem:
@@ -85,22 +95,17 @@ class Problem:
     def lengths(self) -> list[int]:
         return [len(nodes) for nodes in self.nodes]
 
-    @cached_property
-    def tables(self) -> list[np.ndarray]:
-        """int32 page ids of each sequence. A page is known by the last token in it: sequences share
-        full pages of equal tokens, and each has a last page of its own."""
-        ends = [nodes.numpy()[PAGE_SIZE - 1 :: PAGE_SIZE] for nodes in self.nodes]
-        ends = [
-            full if len(nodes) % PAGE_SIZE == 0 else np.append(full, int(nodes[-1]))
-            for full, nodes in zip(ends, self.nodes, strict=True)
-        ]
+    def paging(self, page_size: int) -> Paging:
+        """A page is known by the last token in it: sequences share full pages of equal tokens, and
+        each has a last page of its own."""
+        ends = []
+        for nodes in self.nodes:
+            full = nodes.numpy()[page_size - 1 :: page_size]
+            ends.append(full if len(nodes) % page_size == 0 else np.append(full, int(nodes[-1])))
         known, pages = np.unique(np.concatenate(ends), return_inverse=True)
         pages = np.random.default_rng(0).permutation(len(known))[pages].astype(np.int32)
-        return np.split(pages, np.cumsum([len(e) for e in ends])[:-1])
-
-    @cached_property
-    def num_pages(self) -> int:
-        return 1 + max(int(table.max()) for table in self.tables)
+        tables = np.split(pages, np.cumsum([len(e) for e in ends])[:-1])
+        return Paging(page_size, tables, len(known))
 
     @cached_property
     def values(self) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -162,23 +167,23 @@ class DecodeSetup:
         q, k, v = (x.to(self.dtype) for x in self.problem.values[i])
         return q, k, v
 
-    def pages(self, k: Tensor, v: Tensor, new: bool) -> PagedKV:
+    def pages(self, paging: Paging, k: Tensor, v: Tensor, new: bool) -> PagedKV:
         """Pages that hold the keys and values [trie tokens, Hkv, D] of the sequences, their last
         tokens only if `new`; 0 elsewhere."""
-        p = self.problem
-        shape = p.num_pages, PAGE_SIZE, p.kv_heads, p.head_dim
+        p, size = self.problem, paging.page_size
+        shape = paging.num_pages, size, p.kv_heads, p.head_dim
         k_pages, v_pages = torch.zeros(2, *shape, dtype=self.dtype, device=self.device)
-        for table, nodes in zip(p.tables, p.nodes, strict=True):
+        for table, nodes in zip(paging.tables, p.nodes, strict=True):
             old = torch.arange(len(nodes) if new else len(nodes) - 1)
-            slots = torch.from_numpy(table).long()[old // PAGE_SIZE] * PAGE_SIZE + old % PAGE_SIZE
+            slots = torch.from_numpy(table).long()[old // size] * size + old % size
             at, nodes = slots.to(self.device), nodes[old].to(self.device)
             k_pages.flatten(0, 1)[at], v_pages.flatten(0, 1)[at] = k[nodes], v[nodes]
         return PagedKV(k_pages, v_pages)
 
-    def plan(self, peer: str, share: bool) -> DecodePlan:
-        """A plan, and how long it takes."""
+    def plan(self, peer: str, paging: Paging, share: bool) -> DecodePlan:
+        """A plan; how long it takes goes into the figures of the peer."""
         p = self.problem
-        step = p.tables, p.lengths, [1] * len(p.nodes), PAGE_SIZE, self.device
+        step = paging.tables, p.lengths, [1] * len(p.nodes), paging.page_size, self.device
         samples = []
         for _ in range(PLAN_REPEATS):
             start = perf_counter()
@@ -205,17 +210,18 @@ class DecodeSetup:
             q, k, _ = self.inputs(0)
             row["backend"] = choose_backend(q, PagedKV(k[:, None], k[:, None]))
             row["plan_us"] = self.plan_seconds[peer] * 1e6
-            row["kv_memory"] = p.num_pages * PAGE_SIZE / len(p.case.trie)
+            row["kv_memory"] = p.paging(PAGE_SIZE).num_pages * PAGE_SIZE / len(p.case.trie)
         return row
 
 
 def _ours(setup: DecodeSetup, peer: str, share: bool) -> Callable[[int], Any]:
-    plan = setup.plan(peer, share)
+    paging = setup.problem.paging(PAGE_SIZE)
+    plan = setup.plan(peer, paging, share)
     last = torch.stack([nodes[-1] for nodes in setup.problem.nodes]).to(setup.device)
     calls = []
     for i in range(setup.input_sets):
         q, k, v = setup.inputs(i)
-        calls.append((q, setup.pages(k, v, new=False), k[last], v[last]))
+        calls.append((q, setup.pages(paging, k, v, new=False), k[last], v[last]))
 
     def call(i: int) -> Tensor:
         q, kv, new_k, new_v = calls[i]
@@ -267,24 +273,24 @@ def _varlen(setup: DecodeSetup) -> Callable[[int], Any]:
         raise Skip(f"takes no block_table in torch {torch.__version__}")
     if setup.dtype == torch.float32:
         raise Skip("takes half precision only")
-    count, longest = len(p.nodes), max(p.lengths)
-    block_table = torch.zeros(count, max(map(len, p.tables)), dtype=torch.int32)
-    for row, table in zip(block_table, p.tables, strict=True):
+    count, longest, paging = len(p.nodes), max(p.lengths), p.paging(VARLEN_PAGE_SIZE)
+    block_table = torch.zeros(count, max(map(len, paging.tables)), dtype=torch.int32)
+    for row, table in zip(block_table, paging.tables, strict=True):
         row[: len(table)] = torch.from_numpy(table)
     starts = torch.arange(count + 1, dtype=torch.int32, device=setup.device)
-    paging = {
+    options = {
         "block_table": block_table.to(setup.device),
         "seqused_k": torch.tensor(p.lengths, dtype=torch.int32, device=setup.device),
         "enable_gqa": True,
     }
     inputs = [setup.inputs(i) for i in range(setup.input_sets)]
-    calls = [(q, setup.pages(k, v, new=True)) for q, k, v in inputs]
+    calls = [(q, setup.pages(paging, k, v, new=True)) for q, k, v in inputs]
 
     @torch.no_grad()
     def call(i: int) -> Any:
         q, kv = calls[i]
         sizes = starts, None, 1, longest
-        return varlen.varlen_attn(q, kv.k_pages, kv.v_pages, *sizes, **paging)
+        return varlen.varlen_attn(q, kv.k_pages, kv.v_pages, *sizes, **options)
 
     return call
 

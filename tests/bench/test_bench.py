@@ -199,16 +199,17 @@ def test_the_decode_check_catches_one_wrong_key_page_or_head(wrong, dtype):
     problem = decode.Problem(shapes.fork(2, 3, 40, 12), "cpu", (4, 2, 32))
     setup = decode.DecodeSetup(problem, dtype)
     q, k, v = setup.inputs(0)
-    kv = setup.pages(k, v, new=True)
-    plan = setup.plan("planted", share=True)
+    paging = problem.paging(decode.PAGE_SIZE)
+    kv = setup.pages(paging, k, v, new=True)
+    plan = setup.plan("planted", paging, share=True)
     assert setup.check("planted", trie_decode(q, kv, plan), 0) is None
     if wrong == "key":  # no sequence sees another's new token
-        table, end = problem.tables[3], problem.lengths[3] - 1
+        table, end = paging.tables[3], problem.lengths[3] - 1
         other = problem.nodes[4][-1]
         kv.k_pages[table[end // 16], end % 16] = k[other]
         kv.v_pages[table[end // 16], end % 16] = v[other]
     if wrong == "page":
-        first, second = problem.tables[0][:2]
+        first, second = paging.tables[0][:2]
         kv.k_pages[[first, second]] = kv.k_pages[[second, first]]
     out = trie_decode(q, kv, plan)
     if wrong == "head":
