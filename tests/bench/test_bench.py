@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from bench import attention, decode, layout, shapes, train_step
+from bench import attention, decode, layout, rollout, shapes, train_step
 from bench.frame import Options, Peer, Skip, Suite, main, measure
 from bench.meter import CpuMeter
 from bench.oracle import TOLERANCE, reference, worst_row
@@ -247,6 +247,57 @@ def test_the_train_step_check_catches_one_wrong_weight_order_or_token(wrong):
         last.path[-1] += 1
     setup.run(train_step.group_passes(setup))
     assert "off by" in (setup.check("planted", None, 0) or "")
+
+
+def test_bench_rollout_quick_says_the_recorded_tokens_in_fewer_steps(tmp_path):
+    path = tmp_path / "r.json"
+    assert main(rollout.SUITE, ["--quick", "--dtype", "fp32", "--json", str(path)]) == 0
+    rows = {(row["case"], row["peer"]): row for row in _check_schema(path, "rollout")}
+    peers = [peer.name for peer in rollout.SUITE.peers]
+    assert set(rows) == {
+        (c, p) for c in ("fork-join-1", "multiplication", "mixed-8") for p in peers
+    }
+    skipped = {key for key, row in rows.items() if row["status"] == "skipped"}
+    assert skipped == {("mixed-8", rollout.PARALLEL)}
+    for case in ("fork-join-1", "multiplication"):
+        parallel, sequential, generate = (rows[case, peer] for peer in peers)
+        assert sequential["steps"] == generate["steps"] == sequential["tokens"]
+        assert parallel["latency_speedup"] > 1.2
+        assert parallel["steps"] < sequential["steps"] / parallel["latency_speedup"] + 2
+        assert parallel["of_latency"] > 0 and parallel["x_generate"] > 0
+        for row in (parallel, sequential):
+            assert sum(row[key] for key in row if key.endswith("_share")) == pytest.approx(1)
+            assert row["max_mismatch"] <= 1e-4 and row["mean_mismatch"] <= 1e-5
+
+
+def test_the_rollout_check_catches_one_wrong_token():
+    language = rollout.Language.load("tiny", "fp32", "cpu")
+    setup = rollout.RolloutSetup(rollout.mixed(2, 2, 16), language)
+    responses = [list(t.response) for t in setup.trajectories]
+    assert setup.check("planted", rollout.Said(responses, 1, []), 0) is None
+    responses[1][3] += 1
+    wrong = setup.check("planted", rollout.Said(responses, 1, []), 0)
+    assert wrong == "request 1 did not get its recorded response"
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "message"),
+    [
+        ("--replay", None, "no such file"),
+        ("--replay", "<Parallel><Outlines><Outline>1: a</Outline></Outlines>a", ":1: token"),
+        ("--replay", "ab" * 1500, "over the model's context"),
+        ("--model", None, "no model here"),
+        ("--batch", "0", "--batch is 0"),
+    ],
+)
+def test_bench_rollout_refuses_what_it_cannot_replay(option, text, message, tmp_path, capsys):
+    path = tmp_path / "t.jsonl"
+    if option == "--replay" and text:
+        path.write_text(json.dumps({"question": "1", "response": text}) + "\n")
+    value = text if option == "--batch" else str(path)
+    assert main(rollout.SUITE, ["--quick", option, value]) == 2
+    error = capsys.readouterr().err
+    assert option in error and message in error and error.count("\n") == 1
 
 
 def _setup(case, dtype=torch.float32, heads=4, kv_heads=2):
