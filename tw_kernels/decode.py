@@ -278,13 +278,12 @@ def _check(
                 f"new_k and new_v must be {(q.shape[0], num_kv_heads, head_dim)}, "
                 f"got {tuple(x.shape)}"
             )
-    if any(x.dtype != q.dtype for x in given):
+    if len({x.dtype for x in given}) > 1:
         raise ValueError(
             f"q, the pages, new_k and new_v must share a dtype; got {[x.dtype for x in given]}"
         )
-    given.append(plan.buffer)
-    if any(x.device != q.device for x in given):
-        devices = [x.device for x in given]
+    devices = [x.device for x in (*given, plan.buffer)]
+    if len(set(devices)) > 1:
         raise ValueError(f"q, the pages, new_k, new_v and plan must share a device; got {devices}")
 
 
