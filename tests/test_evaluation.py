@@ -44,8 +44,7 @@ def recorded(
     for text in texts:
         ids = [*CODEC.encode(text), CODEC.eos_id]
         rollout = Rollout(CODEC.encode(PROMPTS[0]), ids, [], LimitCounts(response=1), steps)
-        judged = grade(PROBLEMS[0], rollout, TASK, CODEC)
-        graded.append(replace(judged, lengths=settings.path_lengths(ids, CODEC)))
+        graded.append(grade(PROBLEMS[0], rollout, TASK, CODEC, settings))
     return Evaluation(settings, samples, graded, 0, seconds=2.0)
 
 

@@ -52,9 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         return fail(error, 2)
     # After the arguments are known to be good: these take seconds to import.
-    from threadweaver.evaluation import compare, evaluate, queue
+    from threadweaver.evaluation import compare, evaluate
     from threadweaver.generate.engine import NonFiniteLogits
     from threadweaver.generate.load import chat_prompt, load_engine
+    from threadweaver.rollouts import queue
     from threadweaver.tasks import load_task
 
     quiet()

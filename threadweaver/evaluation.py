@@ -12,17 +12,17 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from threadweaver.generate.engine import Engine, Generation, Token
-from threadweaver.generate.sampler import stream_key
+from threadweaver.generate.engine import Engine, Token
 from threadweaver.generate.settings import GenerationSettings
 from threadweaver.grading import Graded, grade
 from threadweaver.intervals import Estimate, ratio, share
+from threadweaver.rollouts import queue
 from threadweaver.tasks import Problem, Task
 
 PROGRESS_SECONDS = 0.1
@@ -190,45 +190,22 @@ def evaluate(
         ValueError: a prompt or setting that the engine refuses; names the problem.
         NonFiniteLogits: from the engine.
     """
-    unfinished = queue(engine, problems, settings, samples=samples, seed=seed)
     due = 0.0
+    total = samples * len(problems)
 
     def show(tokens: list[Token]) -> None:
-        nonlocal unfinished, due
+        nonlocal due
         if time.monotonic() >= due:
-            unfinished = [g for g in unfinished if not g.weaver.done]
-            on_progress(samples * len(problems) - len(unfinished))
+            on_progress(total - engine.unfinished)
             due = time.monotonic() + PROGRESS_SECONDS
 
-    start = time.perf_counter()
+    ungraded, start = task.ungraded, time.perf_counter()
+    queue(engine, problems, settings, samples=samples, seed=(seed,))
     rollouts = engine.run(show)
     seconds = time.perf_counter() - start
-    on_progress(len(rollouts))
-    ungraded = task.ungraded
-    graded = []
-    for i, rollout in enumerate(rollouts):
-        judged = grade(problems[i // samples], rollout, task, engine.codec, settings.max_depth)
-        lengths = settings.path_lengths(rollout.response, engine.codec)
-        graded.append(replace(judged, lengths=lengths))
+    on_progress(total)
+    graded = [
+        grade(problems[i // samples], rollout, task, engine.codec, settings)
+        for i, rollout in enumerate(rollouts)
+    ]
     return Evaluation(settings, samples, graded, task.ungraded - ungraded, seconds)
-
-
-def queue(
-    engine: Engine,
-    problems: Sequence[Problem],
-    settings: GenerationSettings,
-    *,
-    samples: int = 1,
-    seed: int = 0,
-) -> list[Generation]:
-    """Adds the responses to an engine that nothing decodes yet; what `evaluate` begins with."""
-    generations = []
-    for i, problem in enumerate(problems):
-        ids = engine.codec.encode(problem.prompt)
-        try:
-            for j in range(samples):
-                key = stream_key((seed, i, j))
-                generations.append(engine.add(ids, settings, key))
-        except ValueError as error:
-            raise ValueError(f"{problem.source}: {error}") from error
-    return generations

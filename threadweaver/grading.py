@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from threadweaver.generate.rollout import Rollout
+from threadweaver.generate.settings import GenerationSettings
 from threadweaver.tasks import Problem, Task
-from threadweaver.trajectory import Codec, PathLengths, check_format, path_lengths
+from threadweaver.trajectory import Codec, PathLengths, check_format
 
 METRICS = (
     "accuracy",
@@ -30,7 +31,7 @@ class Graded:
         response: its text, without the end token.
         correct: whether the task takes its answer for right.
         violations: of the format, a <think> that the prompt ends with included.
-        lengths: of its paths, the end token counted; in sequential mode one path.
+        lengths: of its paths, the end token counted; in sequential mode all of it is one path.
     """
 
     problem: Problem = field(repr=False)
@@ -42,24 +43,24 @@ class Graded:
 
 
 def grade(
-    problem: Problem, rollout: Rollout, task: Task, codec: Codec, max_depth: int = 1
+    problem: Problem, rollout: Rollout, task: Task, codec: Codec, settings: GenerationSettings
 ) -> Graded:
-    """Judges a rollout; max_depth 0 for one that was decoded in sequential mode."""
+    """Judges a rollout that was decoded with these settings."""
     response = codec.decode([id for id in rollout.response if id != codec.eos_id])
     return Graded(
         problem,
         rollout,
         response,
         task.is_correct(response, problem),
-        violations(problem.prompt, response, max_depth),
-        path_lengths(rollout.response, codec, max_depth=max_depth),
+        violations(problem.prompt, response, settings.max_depth),
+        settings.path_lengths(rollout.response, codec),
     )
 
 
 def violations(prompt: str, response: str, max_depth: int = 1) -> list[str]:
     """What is wrong with a response's format, a <think> that the prompt ends with included."""
     opened = "<think>" if prompt.rstrip().endswith("<think>") else ""
-    return check_format(opened + response, max_depth=max(1, max_depth))
+    return check_format(opened + response, max_depth=max_depth)
 
 
 def summary(graded: Sequence[Graded]) -> dict[str, float]:

@@ -5,6 +5,7 @@ import pytest
 
 from threadweaver.command import explain
 from threadweaver.train.config import ConfigError, SFTConfig, config_of, parser_of
+from threadweaver.train.stages import PipelineConfig, RLConfig
 
 ROOT = Path(__file__).parents[2]
 NEEDED = ["--run_dir", "r", "--data.train", "t.jsonl", "--model.path", "m"]
@@ -21,6 +22,18 @@ def test_defaults_are_the_published_ones():
     assert (o.betas, o.batch_tokens, o.gradient_clip) == ((0.9, 0.95), 40960, 1.0)
 
 
+def test_the_defaults_of_rl_are_the_published_ones():
+    parser = parser_of(RLConfig)
+    config = config_of(RLConfig, parser, parser.parse_args(["--run_dir", "r", "--model.path", "m"]))
+    assert (config.rollouts.problems, config.rollouts.samples) == (128, 8)
+    o, p = config.optimization, config.policy
+    assert (o.steps, o.learning_rate, o.updates) == (350, 1e-6, 1)
+    assert (p.advantage, p.clip_low, p.clip_high, p.kl, p.entropy) == ("mean", 0.2, 0.28, 0, 0)
+    assert (config.reward.rho, config.reward.clip, config.reward.accel) == (0.5, 0.2, "clipped")
+    sampling = config.rollouts.generation.sampling
+    assert (sampling.temperature, sampling.top_p) == (1, 1)
+
+
 def test_options_win_over_the_file(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("optimization: {learning_rate: 3e-4, epochs: 2}\n")
@@ -28,11 +41,19 @@ def test_options_win_over_the_file(tmp_path):
     assert (o.learning_rate, o.epochs) == (3e-4, 5)
 
 
-@pytest.mark.parametrize("name", ["sft-demo.yaml", "sft-qwen3-8b.yaml"])
-def test_the_files_in_configs_are_valid(name):
-    parser = parser_of(SFTConfig)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("sft-demo.yaml", SFTConfig),
+        ("sft-qwen3-8b.yaml", SFTConfig),
+        ("demo.yaml", PipelineConfig),
+        ("pipeline-qwen3-8b.yaml", PipelineConfig),
+    ],
+)
+def test_the_files_in_configs_are_valid(name, kind):
+    parser = parser_of(kind)
     settings = parser.parse_args(["--config", str(ROOT / "configs" / name)])
-    config = config_of(SFTConfig, parser, settings)
+    config = config_of(kind, parser, settings)
     assert Path(config.run_dir).parts[0] == "runs"
     assert (config.model.path is None) != (config.model.arch is None)
 

@@ -105,7 +105,7 @@ class Runner:
         if self._pages is None:
             shape = kv_shape(self.model, self._num_pages, self.page_size)
             dtype = torch.bfloat16 if self._autocast else self.model.dtype
-            self._pages = torch.zeros(shape, dtype=dtype, device=self.model.device)
+            self._pages = torch.empty(shape, dtype=dtype, device=self.model.device)
             self._caches = [PagedKV(k, v) for k, v in self._pages]
             if self._capture is not None:
                 self._graphs = DecodeGraphs(self._logits, self._capture)

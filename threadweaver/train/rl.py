@@ -23,6 +23,7 @@ from threadweaver.generate.engine import Engine
 from threadweaver.grading import METRICS, Graded, summary
 from threadweaver.model import load_model, save_model, trie_logprobs
 from threadweaver.rewards import reward
+from threadweaver.rollouts import fingerprint, roll_out
 from threadweaver.tasks import Problem, load_task
 from threadweaver.train.advantages import group_advantages
 from threadweaver.train.batches import unrolled_tokens
@@ -31,7 +32,6 @@ from threadweaver.train.not_finite import save_batch
 from threadweaver.train.policy_batch import PolicyTrie, micro_batches, policy_group
 from threadweaver.train.policy_loss import PolicyLoss, policy_loss
 from threadweaver.train.report import print_rl_table
-from threadweaver.train.roll_out import fingerprint, grade_groups, roll_out
 from threadweaver.train.run_dir import write_whole
 from threadweaver.train.stages import RLConfig
 from threadweaver.train.trainer import Record, Trainer
@@ -59,13 +59,19 @@ class RLTrainer(Trainer[RLConfig]):
         preempted = self.engine.preemptions
         problems = list(self._batch_of(self.steps_done))
         rollouts = config.rollouts
-        seed = config.seed, self.steps_done
-        sampled = roll_out(self.engine, problems, rollouts.samples, rollouts.generation, seed)
+        graded = roll_out(
+            self.engine,
+            self.task,
+            problems,
+            rollouts.generation,
+            samples=rollouts.samples,
+            seed=(config.seed, self.steps_done),
+        )
         self.engine.free()
         rolled_out = time.perf_counter()
-        groups = grade_groups(problems, sampled, self.task, self.codec, rollouts.generation)
+        size = rollouts.samples
+        groups = [graded[i : i + size] for i in range(0, len(graded), size)]
         tries, figures = self._tries_of(groups)
-        graded = [g for group in groups for g in group]
         tokens = sum(g.rollout.num_sampled_tokens for g in graded)
         figures |= self._update(tries, tokens, problems)
         end = time.perf_counter()

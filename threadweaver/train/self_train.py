@@ -26,10 +26,10 @@ from rich.console import Console
 from threadweaver.data import save_rows
 from threadweaver.generate.engine import Engine
 from threadweaver.grading import Graded, summary
+from threadweaver.rollouts import fingerprint, roll_out
 from threadweaver.tasks import Problem, load_task
 from threadweaver.train.config import ConfigError, DataConfig, ModelConfig, SFTConfig
 from threadweaver.train.report import print_self_train_table, responses_progress
-from threadweaver.train.roll_out import fingerprint, grade_groups, roll_out
 from threadweaver.train.run_dir import (
     check_run_dir,
     check_same_config,
@@ -162,16 +162,15 @@ class SelfTraining:
         rollouts = self.config.rollouts
         total = len(problems) * rollouts.samples
         with responses_progress(self.console, title, total) as on_progress:
-            groups = roll_out(
+            return roll_out(
                 engine,
+                self.task,
                 problems,
-                rollouts.samples,
                 rollouts.generation,
-                (self.config.seed, number),
-                lambda _: on_progress(total - engine.unfinished),
+                samples=rollouts.samples,
+                seed=(self.config.seed, number),
+                on_step=lambda _: on_progress(total - engine.unfinished),
             )
-        graded = grade_groups(problems, groups, self.task, engine.codec, rollouts.generation)
-        return [g for group in graded for g in group]
 
     def _sft_config(self, folder: Path) -> SFTConfig:
         config = self.config

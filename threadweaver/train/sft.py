@@ -13,12 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from threadweaver.data import load_examples
-from threadweaver.evaluation import compare, evaluate, queue
+from threadweaver.evaluation import compare, evaluate
 from threadweaver.generate.engine import Engine
 from threadweaver.generate.sampler import SamplingParams
 from threadweaver.generate.settings import GenerationSettings
 from threadweaver.generate.weaver import Mode
 from threadweaver.model import load_model, save_model, supervised_tokens, trie_loss
+from threadweaver.rollouts import queue
 from threadweaver.tasks.multiplication import Multiplication
 from threadweaver.train.batches import (
     Step,

@@ -1,0 +1,74 @@
+"""Responses to the problems of a task: queued on an engine, decoded, judged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+
+from threadweaver.generate.engine import Engine, Generation, Token
+from threadweaver.generate.sampler import stream_key
+from threadweaver.generate.settings import GenerationSettings
+from threadweaver.grading import Graded, grade
+from threadweaver.tasks import Problem, Task
+
+
+def queue(
+    engine: Engine,
+    problems: Sequence[Problem],
+    settings: GenerationSettings,
+    *,
+    samples: int = 1,
+    seed: Sequence[int] = (0,),
+) -> list[Generation]:
+    """Adds `samples` responses to each problem, of the first problem first; decodes nothing.
+
+    Args:
+        seed: numbers that tell these responses from all others of the same model. The same ones,
+            the same model, problems and settings give the same responses.
+
+    Raises:
+        ValueError: a prompt or setting that the engine refuses; names the problem.
+    """
+    generations = []
+    for i, problem in enumerate(problems):
+        prompt = engine.codec.encode(problem.prompt)
+        try:
+            for j in range(samples):
+                key = stream_key((*seed, i, j))
+                generations.append(engine.add(prompt, settings, key))
+        except ValueError as error:
+            raise ValueError(f"{problem.source}: {error}") from error
+    return generations
+
+
+def roll_out(
+    engine: Engine,
+    task: Task,
+    problems: Sequence[Problem],
+    settings: GenerationSettings,
+    *,
+    samples: int = 1,
+    seed: Sequence[int] = (0,),
+    on_step: Callable[[list[Token]], None] | None = None,
+) -> list[Graded]:
+    """Decodes `samples` responses to each problem and judges them; in the order of `queue`.
+
+    Raises:
+        ValueError: as `queue`.
+        NonFiniteLogits: from the engine.
+    """
+    queue(engine, problems, settings, samples=samples, seed=seed)
+    rollouts = engine.run(on_step)
+    return [
+        grade(problems[i // samples], rollout, task, engine.codec, settings)
+        for i, rollout in enumerate(rollouts)
+    ]
+
+
+def fingerprint(problems: Sequence[Problem]) -> str:
+    """Same prompts and answers in the same order: same value."""
+    digest = hashlib.sha256()
+    for problem in problems:
+        digest.update(json.dumps([problem.prompt, problem.answer]).encode())
+    return digest.hexdigest()
