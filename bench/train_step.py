@@ -308,7 +308,7 @@ def setups(options: Options) -> Iterator[StepSetup]:
         group = shapes.rollouts(3, blocks=1, threads=3, prompt=24, text=8, thread=(8, 16))
         yield PolicyUpdate(group, "rollouts-3x1x3", options.device)
     else:
-        group = shapes.rollouts(8, blocks=2, threads=4, prompt=256, text=64, thread=(64, 96))
+        group = shapes.rollouts(8, blocks=2, threads=4, prompt=128, text=32, thread=(32, 64))
         yield PolicyUpdate(group, "rollouts-8x2x4", options.device)
 
 

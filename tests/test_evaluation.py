@@ -151,3 +151,17 @@ def test_a_dictionary_of_all_figures_is_plain_data():
     assert record["accuracy"] == {"value": 1.0, "low": pytest.approx(0.342, abs=1e-3), "high": 1.0}
     assert record["problems"] == 2 and record["settings"]["mode"] == "parallel"
     assert {"max_speedup", "limits", "ungraded", "seconds", "tokens_per_second"} < record.keys()
+
+
+def test_problems_solved_one_at_a_time_get_the_responses_of_all_at_once():
+    engine = Engine(product_model(), CODEC, kv_gigabytes=0.01)
+    settings = GenerationSettings(max_tokens=60, sampling=SamplingParams(1.5))
+    seen: list[int] = []
+    together = evaluate(engine, TASK, PROBLEMS, settings, samples=2)
+    apart = evaluate(
+        engine, TASK, PROBLEMS, settings, samples=2, at_once=1, on_progress=seen.append
+    )
+    assert [g.rollout.response for g in apart.graded] == [
+        g.rollout.response for g in together.graded
+    ]
+    assert seen == sorted(seen) and seen[-1] == 2 * len(PROBLEMS)

@@ -81,6 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
                     problems,
                     settings[mode],
                     samples=options.samples,
+                    at_once=options.at_once,
                     seed=options.seed,
                     on_progress=lambda done, p=progress, b=bar: p.update(b, completed=done),
                 )
@@ -134,6 +135,11 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument("--samples", type=int, default=1, help="Responses to each problem.")
     parser.add_argument(
+        "--at_once",
+        type=int | None,
+        help="Problems decoded at the same time; 1 measures what one user waits for. Default: all.",
+    )
+    parser.add_argument(
         "--mode",
         choices=list(MODES),
         default="parallel",
@@ -153,7 +159,7 @@ def _parser() -> ArgumentParser:
 
 def _check(options) -> None:
     """Raises ValueError for what would be found out only when all is decoded, or makes no sense."""
-    for name in ("n", "samples"):
+    for name in ("n", "samples", "at_once"):
         if options[name] is not None and options[name] < 1:
             raise ValueError(f"{name} is {options[name]}: it must be at least 1")
     for name in ("json", "responses"):

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from threadweaver.generate.engine import Engine, Token
+from threadweaver.generate.rollout import Rollout
 from threadweaver.generate.settings import GenerationSettings
 from threadweaver.grading import Graded, grade
 from threadweaver.intervals import Estimate, ratio, share
@@ -175,6 +176,7 @@ def evaluate(
     *,
     samples: int = 1,
     seed: int = 0,
+    at_once: int | None = None,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
     """Solves problems and grades the answers.
@@ -184,6 +186,8 @@ def evaluate(
         problems: at least one; their prompts are taken as they stand.
         samples: responses to each.
         seed: of the draws; the same seed, model and settings give the same responses.
+        at_once: problems decoded at the same time; None: as many as the engine takes. 1 measures
+            what one user waits for.
         on_progress: gets the number of responses that are done, some ten times a second.
 
     Raises:
@@ -191,19 +195,24 @@ def evaluate(
         NonFiniteLogits: from the engine.
     """
     due = 0.0
-    total = samples * len(problems)
+    queued = 0
 
     def show(tokens: list[Token]) -> None:
         nonlocal due
         if time.monotonic() >= due:
-            on_progress(total - engine.unfinished)
+            on_progress(queued - engine.unfinished)
             due = time.monotonic() + PROGRESS_SECONDS
 
     ungraded, start = task.ungraded, time.perf_counter()
-    queue(engine, problems, settings, samples=samples, seed=(seed,))
-    rollouts = engine.run(show)
+    rollouts: list[Rollout] = []
+    size = at_once or len(problems)
+    for first in range(0, len(problems), size):
+        part = problems[first : first + size]
+        queue(engine, part, settings, samples=samples, seed=(seed,), first=first)
+        queued += samples * len(part)
+        rollouts += engine.run(show)
     seconds = time.perf_counter() - start
-    on_progress(total)
+    on_progress(queued)
     graded = [
         grade(problems[i // samples], rollout, task, engine.codec, settings)
         for i, rollout in enumerate(rollouts)

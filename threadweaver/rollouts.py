@@ -20,18 +20,20 @@ def queue(
     *,
     samples: int = 1,
     seed: Sequence[int] = (0,),
+    first: int = 0,
 ) -> list[Generation]:
     """Adds `samples` responses to each problem, of the first problem first; decodes nothing.
 
     Args:
         seed: numbers that tell these responses from all others of the same model. The same ones,
             the same model, problems and settings give the same responses.
+        first: number of the first problem, where these are a part of more.
 
     Raises:
         ValueError: a prompt or setting that the engine refuses; names the problem.
     """
     generations = []
-    for i, problem in enumerate(problems):
+    for i, problem in enumerate(problems, first):
         prompt = engine.codec.encode(problem.prompt)
         try:
             for j in range(samples):

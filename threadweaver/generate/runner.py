@@ -52,8 +52,9 @@ class Runner:
         self._num_pages = num_pages
         self._pages: Tensor | None = None
         self._caches: list[PagedKV] = []
+        self._device = model.device  # kept, for the model looks through its parameters each time
         if capture == "default":
-            capture = cuda_capture if model.device.type == "cuda" else None
+            capture = cuda_capture if self._device.type == "cuda" else None
         self._capture = capture
         self._autocast = autocast
         self._graphs: DecodeGraphs | None = None
@@ -61,7 +62,7 @@ class Runner:
     def numerics(self) -> torch.autocast:
         """In which steps compute. Entered around many of them it casts the weights once, and they
         must not change before it is left."""
-        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self._autocast)
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
@@ -74,7 +75,7 @@ class Runner:
         graphs = self._graphs if decodes else None
         plan = self._plan(batch, in_graph=graphs is not None)
         planned = time.perf_counter()
-        ids, positions, last = (x.to(self.model.device) for x in _inputs(batch))
+        ids, positions, last = (x.to(self._device) for x in _inputs(batch))
         # Evaluation mode, which the trainer's own next step ends.
         if self.model.training:
             self.model.eval()
@@ -105,7 +106,7 @@ class Runner:
         if self._pages is None:
             shape = kv_shape(self.model, self._num_pages, self.page_size)
             dtype = torch.bfloat16 if self._autocast else self.model.dtype
-            self._pages = torch.empty(shape, dtype=dtype, device=self.model.device)
+            self._pages = torch.empty(shape, dtype=dtype, device=self._device)
             self._caches = [PagedKV(k, v) for k, v in self._pages]
             if self._capture is not None:
                 self._graphs = DecodeGraphs(self._logits, self._capture)
@@ -124,12 +125,12 @@ class Runner:
             self.page_size,
         )
         if not in_graph:
-            return DecodePlan.build(*sequences, self.model.device, share=self.share)
+            return DecodePlan.build(*sequences, self._device, share=self.share)
         # Cut for the device's workers as the plan that goes there, so that the sizes agree.
-        workers = default_workers(self.model.device)
+        workers = default_workers(self._device)
         size = DecodePlan.build(*sequences, num_workers=workers, share=self.share).size
         return DecodePlan.build(
-            *sequences, self.model.device, workers, share=self.share, capacity=padded(size)
+            *sequences, self._device, workers, share=self.share, capacity=padded(size)
         )
 
 
