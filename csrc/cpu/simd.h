@@ -17,11 +17,17 @@
 namespace tw::TW_ISA {
 
 constexpr int kLanes = TW_LANES;
+constexpr float kLog2E = 1.4426950408889634f;
 
 typedef float Floats __attribute__((vector_size(4 * TW_LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * TW_LANES)));
 typedef uint32_t Bits __attribute__((vector_size(4 * TW_LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * TW_LANES)));
+
+TW_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+TW_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+// n rounded up to whole vectors.
+TW_INLINE int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 template <class Vector> TW_INLINE Vector load_as(const void *p) {
   Vector x;

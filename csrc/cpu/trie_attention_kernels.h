@@ -10,11 +10,7 @@
 
 namespace tw::TW_ISA {
 
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-
-TW_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-TW_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-TW_INLINE int64_t padded(int64_t head_dim) { return (head_dim + kLanes - 1) / kLanes * kLanes; }
+constexpr float kLn2 = 0.6931471805599453f;
 
 int64_t workspace_bytes(const TrieAttentionJob &job) {
   Workspace w;
@@ -104,8 +100,9 @@ struct PieceTask {
   }
 
   // Asks for the rows that the next tile will load. They are a few lines each, far apart: what
-  // hardware prefetchers miss.
-  void prefetch_rows(const Heads &x, int64_t head, int64_t first) const {
+  // hardware prefetchers miss. (Not inlined, GCC takes it for a function without effect and drops
+  // the call.)
+  TW_INLINE void prefetch_rows(const Heads &x, int64_t head, int64_t first) const {
     for (int64_t i = first; i < min(first + kRows, piece.end_row); ++i) {
       const char *from = at(x, i, head);
       for (int64_t byte = 0; byte < head_dim * size_of(args.dtype); byte += 64)

@@ -12,13 +12,8 @@
 
 namespace tw::TW_ISA {
 
-TW_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-TW_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-TW_INLINE int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
-
 namespace {
 
-constexpr float kLog2E = 1.4426950408889634f;
 constexpr int64_t kBlock = 64;               // keys between two updates of the softmax
 constexpr int64_t kRun = 16;                 // keys fetched at a time
 constexpr int64_t kTileRows = 2 * kLanes;    // matrix rows that a block of scores holds
