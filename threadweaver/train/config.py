@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast
 
 from jsonargparse import ArgumentParser, Namespace
 
+from threadweaver.trajectory.loss import Loss
+
 T = TypeVar("T")
 
 
@@ -57,7 +59,7 @@ class DataConfig:
 
     train: str
     validation: str | None = None
-    loss: Literal["response", "completions"] = "response"
+    loss: Loss = "response"
     malformed: Literal["error", "drop"] = "error"
 
 

@@ -117,8 +117,8 @@ class Pipeline:
             task=TaskConfig(
                 config.task.name, config.task.options, stage.problems or config.task.problems
             ),
-            rollouts=stage.rollouts,
             loss=config.sft.loss,
+            rollouts=stage.rollouts,
             optimization=stage.optimization,
             compute=config.compute,
             report=config.report,
@@ -127,16 +127,13 @@ class Pipeline:
         return SelfTraining.prepare(settings, holds_run(folder), self.console)
 
     def _rl(self, model: ModelConfig) -> Run | None:
-        config, stage = self.config, self.config.rl
+        config = self.config
         folder = self.run_dir / "rl"
         settings = RLConfig(
             run_dir=str(folder),
             model=model,
             task=config.task,
-            rollouts=stage.rollouts,
-            reward=stage.reward,
-            policy=stage.policy,
-            optimization=stage.optimization,
+            **vars(config.rl),
             compute=config.compute,
             report=config.report,
             seed=config.seed,

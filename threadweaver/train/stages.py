@@ -6,7 +6,7 @@ As in config.py; defaults are the published ones (SPEC, "Stages and published de
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from threadweaver.generate.sampler import SamplingParams
 from threadweaver.generate.settings import EngineSizes, GenerationSettings
@@ -21,6 +21,7 @@ from threadweaver.train.config import (
     check_at_least_one,
 )
 from threadweaver.train.policy_loss import PolicyConfig
+from threadweaver.trajectory.loss import Loss
 
 
 @dataclass
@@ -61,12 +62,21 @@ class SelfTrainRollouts:
 
 
 @dataclass
-class SelfTrainConfig:
+class SelfTrainSettings:
+    """What self-training samples, and how it trains on what it keeps."""
+
+    rollouts: SelfTrainRollouts = field(default_factory=SelfTrainRollouts)
+    optimization: OptimizationConfig = field(default_factory=lambda: OptimizationConfig(epochs=1))
+
+
+@dataclass(kw_only=True)
+class SelfTrainConfig(SelfTrainSettings):
     """Self-training: the model's own right and well-formed rollouts, and SFT on them.
 
     Args:
         run_dir: folder of this run: rollouts/, kept.jsonl, sft/ (a run of its own), summary.json.
         model: where it starts.
+        loss: as data.loss of SFT.
         seed: of the problems, the draws and the order of the data.
     """
 
@@ -76,9 +86,7 @@ class SelfTrainConfig:
     run_dir: str
     model: ModelConfig
     task: TaskConfig = field(default_factory=TaskConfig)
-    rollouts: SelfTrainRollouts = field(default_factory=SelfTrainRollouts)
-    loss: Literal["response", "completions"] = "response"
-    optimization: OptimizationConfig = field(default_factory=lambda: OptimizationConfig(epochs=1))
+    loss: Loss = "response"
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     seed: int = 0
@@ -133,7 +141,17 @@ class RLOptimizationConfig(AdamWConfig):
 
 
 @dataclass
-class RLConfig:
+class RLSettings:
+    """What P-GRPO samples, what it rewards, and how it trains."""
+
+    rollouts: RLRollouts = field(default_factory=RLRollouts)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    optimization: RLOptimizationConfig = field(default_factory=RLOptimizationConfig)
+
+
+@dataclass(kw_only=True)
+class RLConfig(RLSettings):
     """P-GRPO: reinforcement learning of parallel reasoning.
 
     Args:
@@ -149,10 +167,6 @@ class RLConfig:
     run_dir: str
     model: ModelConfig
     task: TaskConfig = field(default_factory=TaskConfig)
-    rollouts: RLRollouts = field(default_factory=RLRollouts)
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
-    optimization: RLOptimizationConfig = field(default_factory=RLOptimizationConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     seed: int = 0
@@ -179,7 +193,7 @@ class SFTStage:
     data: str | None = None
     demonstrations: int = 1000
     parallel_share: float = 1.0
-    loss: Literal["response", "completions"] = "response"
+    loss: Loss = "response"
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
 
     def __post_init__(self):
@@ -191,8 +205,8 @@ class SFTStage:
 
 
 @dataclass
-class SelfTrainStage:
-    """The second stage of a pipeline; as in SelfTrainConfig.
+class SelfTrainStage(SelfTrainSettings):
+    """The second stage of a pipeline.
 
     Args:
         skip: leave the stage out.
@@ -201,18 +215,6 @@ class SelfTrainStage:
 
     skip: bool = False
     problems: int | None = None
-    rollouts: SelfTrainRollouts = field(default_factory=SelfTrainRollouts)
-    optimization: OptimizationConfig = field(default_factory=lambda: OptimizationConfig(epochs=1))
-
-
-@dataclass
-class RLStage:
-    """The third stage of a pipeline; as in RLConfig."""
-
-    rollouts: RLRollouts = field(default_factory=RLRollouts)
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
-    optimization: RLOptimizationConfig = field(default_factory=RLOptimizationConfig)
 
 
 @dataclass
@@ -253,7 +255,7 @@ class PipelineConfig:
     task: TaskConfig = field(default_factory=TaskConfig)
     sft: SFTStage = field(default_factory=SFTStage)
     self_train: SelfTrainStage = field(default_factory=SelfTrainStage)
-    rl: RLStage = field(default_factory=RLStage)
+    rl: RLSettings = field(default_factory=RLSettings)
     evaluate: EvaluationConfig = field(default_factory=EvaluationConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
