@@ -87,7 +87,7 @@ void decode(const DecodeSizes &sizes, int dtype, float scale, int threads, const
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
-  for (const Isa isa : {Isa::avx512, Isa::avx2, Isa::portable})
+  for (const Isa isa : kBestFirst)
     if (is_supported(isa)) names.push_back(name(isa));
   return names;
 }

@@ -6,14 +6,9 @@
 
 namespace tw {
 
-namespace {
-
-constexpr Isa kBestFirst[] = {Isa::avx512, Isa::avx2, Isa::portable};
-
-} // namespace
-
 const char *name(Isa isa) {
   switch (isa) {
+  case Isa::avx512bf16: return "avx512bf16";
   case Isa::avx512: return "avx512";
   case Isa::avx2: return "avx2";
   default: return "portable";
@@ -25,6 +20,7 @@ bool is_supported(Isa isa) {
   // The subsets are those that CMakeLists.txt compiles the kernels of each set for. GCC's and
   // Clang's test also asks whether the operating system saves the wide registers.
   switch (isa) {
+  case Isa::avx512bf16: return is_supported(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
   case Isa::avx512:
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -47,7 +43,7 @@ Isa chosen_isa() {
                                   ": this processor does not have it; unset TW_CPU");
   }
   throw std::invalid_argument(std::string("TW_CPU=") + wanted +
-                              ": not one of avx512, avx2, portable");
+                              ": not one of avx512bf16, avx512, avx2, portable");
 }
 
 } // namespace tw

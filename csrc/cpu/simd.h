@@ -39,6 +39,7 @@ TW_INLINE Floats load(const float *p) { return load_as<Floats>(p); }
 template <class Vector> TW_INLINE void store(void *p, Vector x) { memcpy(p, &x, sizeof x); }
 TW_INLINE Floats all(float x) { return x - Floats{}; }
 TW_INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
+TW_INLINE Floats multiply_add(Floats a, Floats b, Floats sum) { return a * b + sum; }
 
 template <int... I> TW_INLINE Ints lane_numbers(std::integer_sequence<int, I...>) {
   return Ints{I...};
@@ -105,6 +106,14 @@ TW_INLINE void store_floats(char *p, Dtype dtype, Floats x) {
     store(p, x);
   else
     store(p, dtype == Dtype::bfloat16 ? to_bfloat16(x) : to_float16(x));
+}
+
+// The first n values at `from`, or kLanes if that is fewer; the rest is 0.
+TW_INLINE Halves load_halves(const char *from, int64_t n) {
+  if (n >= kLanes) return load_as<Halves>(from);
+  Halves h = {};
+  memcpy(&h, from, n * 2);
+  return h;
 }
 
 // n values of `from` as floats, and zeros up to the next multiple of kLanes.

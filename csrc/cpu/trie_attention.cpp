@@ -26,6 +26,7 @@ constexpr double kOneThread = 3e5;
 const TrieAttentionKernels &kernels() {
   switch (chosen_isa()) {
 #if defined(__x86_64__)
+  case Isa::avx512bf16: // what it adds serves trie_decode alone
   case Isa::avx512: return avx512::trie_attention;
   case Isa::avx2: return avx2::trie_attention;
 #endif

@@ -21,6 +21,7 @@ constexpr int64_t kOneThreadBytes = 256 << 10;
 const TrieDecodeKernels &kernels() {
   switch (chosen_isa()) {
 #if defined(__x86_64__)
+  case Isa::avx512bf16: return avx512bf16::trie_decode;
   case Isa::avx512: return avx512::trie_decode;
   case Isa::avx2: return avx2::trie_decode;
 #endif

@@ -1,4 +1,5 @@
-// trie_decode on the CPU: one decode plan, one layer, one call; float32 arithmetic.
+// trie_decode on the CPU: one decode plan, one layer, one call. Arithmetic is float32, but for the
+// products of bfloat16 pages where the processor has them (pairs.h).
 //
 // A task is one item of the plan for one KV head. Its matrix rows are the item's query rows times
 // the query heads that share the KV head: all of them meet a block of keys while it is in cache.

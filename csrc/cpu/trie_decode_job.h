@@ -34,5 +34,8 @@ extern const TrieDecodeKernels trie_decode;
 namespace avx512 {
 extern const TrieDecodeKernels trie_decode;
 }
+namespace avx512bf16 {
+extern const TrieDecodeKernels trie_decode;
+}
 
 } // namespace tw

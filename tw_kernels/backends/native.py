@@ -2,7 +2,7 @@
 
 It computes what the trie makes visible, rounded up to tiles of 32 rows (fewer on processors without
 AVX-512), in float32 whatever the dtype, on as many threads as torch.get_num_threads(). The
-environment variable TW_CPU (avx512, avx2 or portable) forces an instruction set.
+environment variable TW_CPU (avx512bf16, avx512, avx2 or portable) forces an instruction set.
 """
 
 import torch

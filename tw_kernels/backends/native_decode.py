@@ -1,9 +1,11 @@
 """trie_decode in one compiled call on a CPU (csrc/cpu).
 
-In float32 whatever the dtype, on as many threads as torch.get_num_threads(); the result does not
-depend on how many. The environment variable TW_CPU (avx512, avx2 or portable) forces an instruction
-set. A NaN in a key or value that one row of an item sees can reach rows beside it that do not, as
-in any flash attention; finite values never do, and what no row sees does not matter.
+On as many threads as torch.get_num_threads(); the result does not depend on how many. In float32
+whatever the dtype, but on processors with AVX512_BF16 the matrix products of bfloat16 calls take q,
+keys and values as they are (subnormal ones as 0) and probabilities rounded to bfloat16. The
+environment variable TW_CPU (avx512bf16, avx512, avx2 or portable) forces an instruction set. A NaN
+in a key or value that one row of an item sees can reach rows beside it that do not, as in any flash
+attention; finite values never do, and what no row sees does not matter.
 """
 
 from __future__ import annotations

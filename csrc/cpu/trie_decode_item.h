@@ -1,0 +1,143 @@
+// One item of a decode plan for one KV head: its memory, its keys, how it starts and how it ends.
+#pragma once
+
+#include "simd.h"
+#include "trie_decode_job.h"
+
+namespace tw::TW_ISA {
+
+namespace {
+
+constexpr int64_t kBlock = 64;               // keys between two updates of the softmax
+constexpr int64_t kRun = 16;                 // keys fetched at a time
+constexpr int64_t kTileRows = 2 * kLanes;    // matrix rows that a block of scores holds
+// Matrix rows up to which dot products are faster. Measured at D = 64; against products of pairs
+// also at 128, where they win from fewer rows on.
+constexpr int64_t kFewRows = 12, kFewPairRows = 5 * 64; // the latter over head_dim
+
+static_assert(kBlock % kLanes == 0 && kRun % kLanes == 0);
+
+// A worker's memory for one task. width: head_dim rounded up to whole vectors; the rest is zero.
+struct DecodeWorkspace {
+  float *k, *v;     // [kBlock][width], keys and values packed
+  float *p;         // scores, then probabilities: [kBlock][kTileRows], or [rows][kBlock] of few
+  float *q;         // [tiles][width][kTileRows], or [rows][width] of few
+  float *q_rows;    // [kTileRows][width], before transposition
+  float *top, *sum, *factor; // [matrix rows]
+  int32_t *visible; // [matrix rows]: row r sees the item's keys below visible[r]
+
+  // Carves the arrays out of memory that starts at `base`; returns where they end.
+  char *place(char *base, int64_t matrix_rows, int64_t width) {
+    const auto take = [&](auto *&p, int64_t n) {
+      p = reinterpret_cast<std::remove_reference_t<decltype(p)>>(base);
+      base += (n * 4 + 63) / 64 * 64;
+    };
+    const int64_t rows = (matrix_rows + kTileRows - 1) / kTileRows * kTileRows;
+    take(k, kBlock * width), take(v, kBlock * width);
+    take(p, kBlock * max(kTileRows, kFewRows));
+    take(q, rows * width), take(q_rows, kTileRows * width);
+    take(top, rows), take(sum, rows), take(factor, rows), take(visible, rows);
+    return base;
+  }
+};
+
+int64_t workspace_bytes(const TrieDecodeJob &job) {
+  DecodeWorkspace w;
+  char *none = nullptr;
+  return w.place(none, job.matrix_rows, padded(job.args.head_dim)) - none;
+}
+
+// One item of one KV head. Matrix row r is query row r / group, query head r % group of the KV
+// head's.
+struct ItemTask {
+  const TrieDecodeJob &job;
+  const TrieDecodeArgs &args;
+  const DecodeItem &item;
+  const int64_t kv_head, group, rows, head_dim, width;
+  const int64_t first_result; // of this item and KV head, in units of matrix rows
+  float *const acc;           // [rows][width], the partial result itself
+  DecodeWorkspace w;
+
+  ItemTask(const void *context, int64_t index, int worker)
+      : job(*static_cast<const TrieDecodeJob *>(context)), args(job.args),
+        item(args.items[index / args.kv_heads]), kv_head(index % args.kv_heads),
+        group(args.heads / args.kv_heads), rows((item.end_row - item.first_row) * group),
+        head_dim(args.head_dim), width(padded(head_dim)),
+        first_result((kv_head * args.partial_slots + item.first_slot) * group),
+        acc(job.partial_out + first_result * width) {
+    w.place(job.workspaces + worker * job.workspace_bytes, job.matrix_rows, width);
+  }
+
+  // The keys from `key` on that lie in one page, at most kRun.
+  struct Run {
+    const char *k, *v;
+    int64_t count;
+  };
+  TW_INLINE Run run_at(int64_t key, int64_t end) const {
+    const int64_t slot = key % args.page_size, size = size_of(args.dtype);
+    const int64_t page = args.pages[item.first_page + key / args.page_size];
+    const int64_t at = page * args.kv.page_stride + slot * args.kv.slot_stride +
+                       kv_head * args.kv.head_stride;
+    return {static_cast<const char *>(args.kv.k) + at * size,
+            static_cast<const char *>(args.kv.v) + at * size,
+            min(kRun, min(args.page_size - slot, end - key))};
+  }
+
+  // Asks for the keys some way ahead: pages lie anywhere, and a head's rows a stride apart, which
+  // hardware prefetchers miss. (Not inlined, GCC takes it for a function without effect and drops
+  // the call.)
+  TW_INLINE void prefetch(int64_t key) const {
+    if (key >= item.num_keys) return;
+    const Run run = run_at(key, item.num_keys);
+    const int64_t size = size_of(args.dtype), stride = args.kv.slot_stride * size;
+    for (int64_t i = 0; i < run.count; ++i)
+      for (int64_t byte = 0; byte < head_dim * size; byte += 64) {
+        __builtin_prefetch(run.k + i * stride + byte, 0, 2);
+        __builtin_prefetch(run.v + i * stride + byte, 0, 2);
+      }
+  }
+
+  // Keys [c0, c1) to w.k and w.v.
+  void pack(int64_t c0, int64_t c1) const {
+    const int64_t stride = args.kv.slot_stride * size_of(args.dtype);
+    float *k = w.k, *v = w.v;
+    for (int64_t c = c0; c < c1;) {
+      const Run run = run_at(c, c1);
+      prefetch(c + kBlock);
+      for (int64_t i = 0; i < run.count; ++i, k += width, v += width) {
+        load_row(k, run.k + i * stride, args.dtype, head_dim);
+        load_row(v, run.v + i * stride, args.dtype, head_dim);
+      }
+      c += run.count;
+    }
+  }
+
+  // Matrix row r of q as floats.
+  void load_query(float *to, int64_t r) const {
+    const int64_t row = args.caller_rows[item.first_row + r / group];
+    const int64_t head = kv_head * group + r % group;
+    const int64_t at = row * args.q.row_stride + head * args.q.head_stride;
+    const char *from = static_cast<const char *>(args.q.data) + at * size_of(args.dtype);
+    load_row(to, from, args.dtype, head_dim);
+  }
+
+  void begin() const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t position = args.positions[item.first_row + r / group];
+      w.visible[r] = static_cast<int32_t>(
+          max(0, min(item.num_keys, position + 1 - item.first_position)));
+      w.top[r] = -1e30f; // below any score, and finite: masked scores are infinitely below it
+      w.sum[r] = 0;
+    }
+    memset(acc, 0, rows * width * 4);
+  }
+
+  void finish() const {
+    memcpy(job.partial_top + first_result, w.top, rows * 4);
+    memcpy(job.partial_sum + first_result, w.sum, rows * 4);
+  }
+};
+
+} // namespace
+
+} // namespace tw::TW_ISA
