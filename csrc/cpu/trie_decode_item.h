@@ -130,7 +130,7 @@ struct ItemTask {
       w.sum[r] = 0;
     }
     memset(acc, 0, rows * width * 4);
-    for (int64_t key = 0; key < kBlock; key += kRun) prefetch(key); // what follows, as keys are read
+    for (int64_t key = 0; key < kBlock; key += kRun) prefetch(key); // the rest as keys are read
   }
 
   void finish() const {
