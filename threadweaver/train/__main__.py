@@ -54,7 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     quiet()
     try:
-        run = _prepare(command)(config, settings.resume, Console())
+        # A log is not to fold its paths.
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        run = _prepare(command)(config, settings.resume, console)
     except ValueError as error:
         return fail(error, 2)
     except KeyboardInterrupt:

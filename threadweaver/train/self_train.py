@@ -68,7 +68,8 @@ class SelfTraining:
         run_dir = Path(config.run_dir)
         check_run_dir(run_dir, resume)
         if (run_dir / "summary.json").exists():
-            console.print(f"{run_dir}: this run is finished, see {run_dir / 'summary.json'}")
+            summary = run_dir / "summary.json"
+            console.print(f"{run_dir}: this run is finished, see {summary}", soft_wrap=True)
             return None
         check_same_config(config)
         run = cls(config, console)

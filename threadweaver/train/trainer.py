@@ -95,7 +95,8 @@ class Trainer(ABC, Generic[C]):
         run_dir = Path(config.run_dir)
         check_run_dir(run_dir, resume)
         if (run_dir / "summary.json").exists():
-            console.print(f"{run_dir}: this run is finished, see {run_dir / 'summary.json'}")
+            summary = run_dir / "summary.json"
+            console.print(f"{run_dir}: this run is finished, see {summary}", soft_wrap=True)
             return None
         checkpoints = all_checkpoints(run_dir / "checkpoints")
         checkpoint = checkpoints[-1] if checkpoints else None
