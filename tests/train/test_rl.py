@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from threadweaver.generate.runner import Runner
 from threadweaver.tasks import Problem
 from threadweaver.train.__main__ import main
 from threadweaver.train.rl import RLTrainer
@@ -176,3 +177,15 @@ def test_kl_to_the_model_it_started_from(new_run):
     assert second() == 0
     records = second.metrics()
     assert records[0]["kl"] == pytest.approx(0, abs=1e-7) and records[-1]["kl"] > 0
+
+
+def test_logits_that_are_not_finite_end_the_run_with_the_request_named(
+    new_run, monkeypatch, capsys
+):
+    def spoil(self, logits=Runner.forward):
+        return lambda batch: logits(self, batch).fill_(math.nan)
+
+    monkeypatch.setattr(Runner, "forward", property(spoil))
+    assert new_run()() == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: generation 0, request (0,)") and error.count("\n") == 1

@@ -50,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         return fail(error, 2)
     # After the arguments are known to be good: these take seconds to import.
+    from threadweaver.generate.engine import NonFiniteLogits
     from threadweaver.train.not_finite import NotFiniteError
 
     quiet()
@@ -67,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         return run.run()
     except ValueError as error:
         return fail(error, 2)
-    except NotFiniteError as error:
+    except (NotFiniteError, NonFiniteLogits) as error:
         return fail(error, 1)
     except KeyboardInterrupt:
         return fail("interrupted; continue from the last checkpoint with --resume", 130)

@@ -56,7 +56,7 @@ class RLTrainer(Trainer[RLConfig]):
 
     def train_step(self) -> Record:
         config, start = self.config, time.perf_counter()
-        preempted = self.engine.preemptions
+        preempted, ungraded = self.engine.preemptions, self.task.ungraded
         problems = list(self._batch_of(self.steps_done))
         rollouts = config.rollouts
         graded = roll_out(
@@ -89,7 +89,7 @@ class RLTrainer(Trainer[RLConfig]):
             **figures,
             **summary(graded),
             "reached_limits": sum(any(asdict(g.rollout.limits).values()) for g in graded),
-            "ungraded": self.task.ungraded,
+            "ungraded": self.task.ungraded - ungraded,
             "decode_steps": fmean(g.rollout.decode_steps for g in graded),
             "preemptions": self.engine.preemptions - preempted,
             "rollout_tokens": tokens,
