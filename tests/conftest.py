@@ -10,6 +10,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_progress_bars_of_transformers():
+    """Tests that save a model and then read a command's stderr must not find its bar there."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

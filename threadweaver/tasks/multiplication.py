@@ -282,7 +282,9 @@ class Multiplication:
     def problems(self, split: Split, n: int | None, seed: int = 0) -> list[Problem]:
         """See `Task`; the seed is not the one that holds questions out."""
         if n is None:
-            raise ValueError("multiplication makes problems on demand: say how many")
+            raise ValueError(
+                "multiplication makes problems on demand: say how many (--n, task.problems)"
+            )
         check_count(n)
         rng = random.Random(f"{split} {seed}")
         if split == "validation":

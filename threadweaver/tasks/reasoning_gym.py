@@ -70,7 +70,9 @@ class ReasoningGym:
     def problems(self, split: Split, n: int | None, seed: int = 0) -> list[Problem]:
         """See `Task`. Each has another question."""
         if n is None:
-            raise ValueError(f"{self._name} makes problems on demand: say how many")
+            raise ValueError(
+                f"{self._name} makes problems on demand: say how many (--n, task.problems)"
+            )
         check_count(n)
         problems: list[Problem] = []
         asked: set[str] = set()
