@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -13,6 +14,9 @@ import torch
 
 PACKAGES = ("torch", "triton", "numpy", "transformers")
 HOUSE = Path(__file__).parent.parent
+# What a result depends on: not what was written about results, nor results themselves.
+SOURCES = ("--", ":/", ":(top,exclude)bench/results", ":(top,exclude)docs")
+CPU_FAMILIES = ("epyc", "xeon", "ryzen", "neoverse", "graviton")
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -32,10 +36,27 @@ def environment(device: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "versions": {package: _version(package) for package in PACKAGES},
         "commit": _output("git", "rev-parse", "HEAD"),
-        "dirty": bool(_output("git", "status", "--porcelain")),
+        "dirty": bool(_output("git", "status", "--porcelain", "--untracked-files=no", *SOURCES)),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", "-m", *_module(), *sys.argv[1:]]),
     }
+
+
+def results_folder(env: dict[str, Any]) -> Path:
+    """Where the results of a run are kept: bench/results/<device>/<date>-<commit>, and -dirty where
+    the sources were not the commit's."""
+    commit = (env["commit"] or "unknown")[:9]
+    run = f"{env['date'][:10]}-{commit}{'-dirty' if env['dirty'] else ''}"
+    return HOUSE / "bench" / "results" / device_slug(env) / run
+
+
+def device_slug(env: dict[str, Any]) -> str:
+    """epyc-2-cores, nvidia-h100: a CPU by its family and cores, a GPU without its memory."""
+    name = re.sub(r"[^a-z0-9]+", "-", env["device"].lower()).strip("-")
+    if env["device_type"] == "cuda":
+        return re.sub(r"-\d+gb\b.*", "", name)
+    family = next((family for family in CPU_FAMILIES if family in name), name)
+    return f"{family}-{env['cpu_count']}-cores"
 
 
 def _module() -> list[str]:

@@ -293,21 +293,30 @@ def _show(value: Any) -> str:
     return f"{value:,.{min(digits, 5)}f}"
 
 
+def console() -> Console:
+    """A log is not to fold its tables."""
+    return Console(width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", 160)))
+
+
+def exit_code(rows: list[Row]) -> int:
+    """1 if any row is wrong or one of ours failed; each is named on stderr."""
+    bad = [r for r in rows if r["status"] == "wrong" or (r["status"] == "failed" and r["ours"])]
+    for row in bad:
+        label = " ".join(str(v) for v in row.values() if isinstance(v, str))
+        print(f"error: {label}", file=sys.stderr)
+    return 1 if bad else 0
+
+
 def main(suite: Suite[O, S], arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 1 if any row is wrong or one of ours failed."""
-    console = Console(width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", 160)))
     parser = ArgumentParser(prog=f"python -m bench.{suite.name}", exit_on_error=False)
     parser.add_argument("--quick", action="store_true", help=QUICK_HELP)
     parser.add_argument("--only", nargs="+", default=[], metavar="KEY=GLOB", help=ONLY_HELP)
     parser.add_class_arguments(suite.options, skip={"quick", "only"})
     try:
         options = suite.options(**vars(parser.parse_args(arguments)))
-        rows = run(suite, options, console)
+        rows = run(suite, options, console())
     except (ArgumentError, UsageError) as error:
         print(f"bench.{suite.name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    bad = [r for r in rows if r["status"] == "wrong" or (r["status"] == "failed" and r["ours"])]
-    for row in bad:
-        label = " ".join(str(v) for v in row.values() if isinstance(v, str))
-        print(f"bench.{suite.name}: {label}", file=sys.stderr)
-    return 1 if bad else 0
+    return exit_code(rows)

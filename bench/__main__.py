@@ -1,0 +1,35 @@
+"""`python -m bench COMMAND ...`; `python -m bench COMMAND --help` for its arguments.
+
+    list    the suites, and which of their peers are here
+    run     suites, each into a result file
+
+Knows nothing about benchmarks: each command is a module with a function `main(arguments) -> int`.
+
+Exit codes: 0; 1 for a wrong result, a failure of ours or a regression; 2 for arguments or files that
+cannot be used, with one line on stderr.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from threadweaver.command import fail
+
+COMMANDS = {"list": "bench.listing", "run": "bench.running"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command line (default: the process's own) and returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] in (["--help"], ["-h"]):
+        print(__doc__)
+        return 0
+    if arguments[:1] == [] or arguments[0] not in COMMANDS:
+        got = f"no command {arguments[0]!r}" if arguments else "which command?"
+        return fail(f"{got} One of {', '.join(COMMANDS)}; see python -m bench --help", 2)
+    return importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
