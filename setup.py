@@ -1,6 +1,10 @@
-"""Builds tw_kernels._C with CMake and ninja. Needs a C++ compiler and pybind11, not torch."""
+"""Builds tw_kernels._C with CMake and ninja. Needs a C++ compiler and pybind11, not torch.
+
+Where a GPU is seen or TW_CUDA=1, the CUDA kernels too (tw_kernels/backends/cuda_build.py).
+"""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +37,8 @@ class CMakeBuild(build_ext):
         subprocess.run(configure, check=True)
         jobs = str(os.cpu_count() or 1)
         subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
+        cuda_build = runpy.run_path(str(ROOT / "tw_kernels" / "backends" / "cuda_build.py"))
+        cuda_build["build"](target / "cubins")
 
 
 setup(ext_modules=[Extension("tw_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
