@@ -2,11 +2,15 @@
 
     list    the suites, and which of their peers are here
     run     suites, each into a result file
+    compare two results: what became slower
+    report  results as a document with pictures
+    profile our rows of a suite, kernel by kernel
+    gpu     everything worth knowing on a GPU, in a fixed time
 
-Knows nothing about benchmarks: each command is a module with a function `main(arguments) -> int`.
+Knows nothing about benchmarks: each command is a module with a `main(arguments) -> int`.
 
-Exit codes: 0; 1 for a wrong result, a failure of ours or a regression; 2 for arguments or files that
-cannot be used, with one line on stderr.
+Exit codes: 0; 1 for a wrong result, a failure of ours or a regression; 2 for arguments or files
+that cannot be used, with one line on stderr.
 """
 
 from __future__ import annotations
@@ -16,7 +20,14 @@ import sys
 
 from threadweaver.command import fail
 
-COMMANDS = {"list": "bench.listing", "run": "bench.running"}
+COMMANDS = {
+    "list": "bench.listing",
+    "run": "bench.running",
+    "compare": "bench.compare",
+    "report": "bench.report",
+    "profile": "bench.profile",
+    "gpu": "bench.gpu",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,12 +1,17 @@
 """Trie attention against PyTorch's attentions: `python -m bench.attention --help`.
 
-Each row times one implementation on one trie, forward or forward and backward.
+Each row times one implementation on one trie, forward or forward and backward. What the peers are:
+bench/peers.py.
 
-    TFLOP/s   floating-point operations of the *visible* pairs over the time: 4 D Hq a pair forward,
-              10 D Hq backward. Work on hidden pairs earns nothing.
-    x dense   how many times faster than SDPA with a dense mask
-    x flex    how many times faster than FlexAttention with its block mask at hand
-    roofline  TFLOP/s as a share of causal SDPA's on as many tokens (its pairs are half the square)
+    TFLOP/s     floating-point operations of the *visible* pairs over the time: 4 D Hq a pair
+                forward, 10 D Hq backward. Work on hidden pairs earns nothing, nor does computing a
+                token once for each path it is on. The causal peers are credited with their own
+                pairs, half the square
+    GB/s        q, k, v and out, and backward all four gradients, each once, over the time
+    x dense, x flex, x unrolled
+                how many times faster than SDPA with a dense mask, than FlexAttention with its block
+                mask at hand, than the paths one by one
+    of causal   TFLOP/s as a share of causal SDPA's on as many tokens
 
 Inputs are normal and exact in bfloat16, so that one float64 reference (bench/oracle.py) judges
 every dtype. Where the reference would be dear, it takes some of the heads: `checked_heads`.
@@ -16,18 +21,29 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bench import shapes
-from bench.frame import Options, Peer, Row, Skip, Suite, UsageError, main
+from bench.frame import Options, Peer, Row, Setup, Skip, Suite, UsageError, main
 from bench.oracle import TOLERANCE, Reference, reference, worst_row
-from bench.peers import CAUSAL, DENSE, FLEX, PEERS
+from bench.peers import (
+    CAUSAL,
+    CAUSAL_PEERS,
+    DENSE,
+    FLEX,
+    PEERS,
+    UNROLLED_PEERS,
+    UNROLLED_SDPA,
+    UNROLLED_VARLEN,
+)
+from bench.roofline import Work
 from tw_kernels import TrieLayout, trie_attention
 from tw_kernels.attention import choose_backend
 from tw_kernels.backends import TRIE_ATTENTION
@@ -81,6 +97,27 @@ class Problem:
         h, g = self.heads, self.kv_heads
         return [(normal(h), normal(g), normal(g), normal(h)) for _ in range(self.input_sets)]
 
+    @cached_property
+    def path_nodes(self) -> list[Tensor]:
+        """The trie's tokens on each path, int64."""
+        return [self.case.trie.path_nodes(i).to(self.device) for i in range(len(self.case.paths))]
+
+    @cached_property
+    def unrolled_nodes(self) -> Tensor:
+        """Of every token of every path, path by path, which token of the trie it is, int64 [T]."""
+        return torch.cat(self.path_nodes)
+
+    @cached_property
+    def first_copies(self) -> Tensor:
+        """Which of them are their token's first copy, bool [T, 1, 1]."""
+        first = torch.zeros(len(self.unrolled_nodes), dtype=torch.bool)
+        first[np.unique(self.unrolled_nodes.cpu(), return_index=True)[1]] = True
+        return first.to(self.device)[:, None, None]
+
+    @property
+    def unrolled_pairs(self) -> int:
+        return sum(len(nodes) * (len(nodes) + 1) // 2 for nodes in self.path_nodes)
+
     def expected(self, inputs: int, causal: bool) -> Reference:
         key = "expected", inputs, causal
         if key not in self.memo:
@@ -98,7 +135,14 @@ class Problem:
         return self.memo[key]
 
 
-class AttentionSetup:
+class Inputs(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+
+
+class AttentionSetup(Setup):
     """One problem in one dtype, forward or forward and backward."""
 
     def __init__(self, problem: Problem, dtype: torch.dtype, backward: bool):
@@ -139,15 +183,25 @@ class AttentionSetup:
             why = f"{operations / 1e12:.1f} TFLOP a call, over the limit of {most / 1e12:.0f}"
             raise Skip(f"{why}; {also}" if also else why)
 
-    def inputs(self, i: int, batched: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k, v and dout as leaves, [N, H, D] or batched [1, H, N, D], contiguous."""
-        values = (x.to(self.dtype) for x in self.problem.values[i])
+    def inputs(self, i: int) -> Inputs:
+        """q, k, v and dout, [N, H, D]."""
+        return self.leaves(x.to(self.dtype) for x in self.problem.values[i])
+
+    def unrolled_inputs(self, i: int) -> Inputs:
+        """The same of every token of every path, [T, H, D]. Only a token's first copy has a dout:
+        the gradients of its copies add up to those of the trie."""
+        nodes, first = self.problem.unrolled_nodes, self.problem.first_copies
+        q, k, v, dout = (x.to(self.dtype)[nodes] for x in self.problem.values[i])
+        return self.leaves((q, k, v, dout * first))
+
+    def leaves(self, values: Iterable[Tensor], batched: bool = False) -> Inputs:
+        """q, k, v and dout of n tokens, [n, H, D], as contiguous leaves; batched: [1, H, n, D]."""
         if batched:
-            values = (x.transpose(0, 1).unsqueeze(0).contiguous() for x in values)
-        q, k, v, dout = (x.detach().clone() for x in values)
+            values = (x.transpose(0, 1).unsqueeze(0) for x in values)
+        q, k, v, dout = (x.detach().clone(memory_format=torch.contiguous_format) for x in values)
         for x in (q, k, v):
             x.requires_grad_(self.backward)
-        return q, k, v, dout
+        return Inputs(q, k, v, dout)
 
     def run(
         self,
@@ -164,32 +218,49 @@ class AttentionSetup:
         out = attend(q, k, v)
         return out, *torch.autograd.grad(out, (q, k, v), dout)
 
-    def check(self, peer: str, result: tuple[Tensor, ...], inputs: int) -> str | None:
-        expected = self.problem.expected(inputs, causal=peer == CAUSAL)
+    def check(
+        self, peer: str, result: tuple[Tensor, ...] | list[tuple[Tensor, ...]], inputs: int
+    ) -> str | None:
+        """Of what `run` returned, or a list of that, path by path."""
+        expected = self.problem.expected(inputs, causal=peer in CAUSAL_PEERS)
         tolerance = TOLERANCE[self.dtype]
+        if isinstance(result, list):
+            result = tuple(torch.cat([_rows(x) for x in xs]) for xs in zip(*result, strict=True))
         for name, x in zip(("out", "dq", "dk", "dv"), result, strict=False):
-            rows = x.detach()[0].transpose(0, 1) if x.dim() == 4 else x.detach()
             heads = expected.kv_heads if name in ("dk", "dv") else expected.heads
-            error = worst_row(rows[:, heads], getattr(expected, name))
+            rows, wanted = _rows(x)[:, heads], getattr(expected, name)
+            if peer in UNROLLED_PEERS:
+                nodes = self.problem.unrolled_nodes
+                if name == "out":
+                    wanted = wanted[nodes]
+                else:
+                    rows = torch.zeros_like(wanted).index_add_(0, nodes, rows.double())
+            error = worst_row(rows, wanted)
             if not error <= tolerance:
                 return f"{name} is off by {error:.1e} of a row, more than {tolerance:.0e}"
         return None
 
+    def work(self, peer: str) -> Work:
+        p = self.problem
+        pairs = self.causal_pairs if peer in CAUSAL_PEERS else self.layout.visible_pairs
+        numbers = 2 * (p.heads + p.kv_heads) * p.head_dim * self.layout.num_tokens
+        passes = 2 if self.backward else 1
+        dtype = self.key["dtype"]
+        return Work(self.operations(pairs), passes * numbers * self.dtype.itemsize, dtype)
+
     def figures(self, peer: str, seconds: float) -> Row:
-        causal = peer == CAUSAL
-        pairs = self.causal_pairs if causal else self.layout.visible_pairs
-        row: Row = {
-            "tflops": self.operations(pairs) / seconds / 1e12,
-            "checked_heads": self.problem.expected(0, causal).heads.tolist(),
-        }
-        if peer == OURS:
-            row["backend"] = self.automatic
-        return row
+        heads = self.problem.expected(0, peer in CAUSAL_PEERS).heads.tolist()
+        return {"checked_heads": heads} | ({"backend": self.automatic} if peer == OURS else {})
 
     @cached_property
     def automatic(self) -> str:
         q, k, v, _ = self.inputs(0)
         return choose_backend(q, k, v, self.layout)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[n, H, D] of [n, H, D] or [1, H, n, D]."""
+    return x.detach()[0].transpose(0, 1) if x.dim() == 4 else x.detach()
 
 
 def _ours(setup: AttentionSetup, backend: str | None) -> Callable[[int], Any]:
@@ -200,8 +271,6 @@ def _ours(setup: AttentionSetup, backend: str | None) -> Callable[[int], Any]:
         q, k, v, _ = inputs[0]
         if reason := TRIE_ATTENTION[backend].why_not(q, k, v):
             raise Skip(reason)
-        if backend == "triton" and setup.device == "cpu":
-            raise Skip("runs in Triton's interpreter here, which is for tests")
         start, end = setup.layout.roots.astype(int).T
         squares = int(((end - start) ** 2).sum())
         setup.limit(squares if backend == "dense" else setup.layout.visible_pairs)
@@ -212,6 +281,13 @@ def _ours(setup: AttentionSetup, backend: str | None) -> Callable[[int], Any]:
         return out
 
     return lambda i: setup.run(attend, *inputs[i])
+
+
+def _why_no_backend(name: str, device: str) -> str | None:
+    if name == "triton" and device == "cpu":
+        return "runs in Triton's interpreter on a CPU, which is for tests"
+    q = torch.empty(1, 1, 64, dtype=torch.bfloat16, device=device)
+    return TRIE_ATTENTION[name].why_not(q, q, q)
 
 
 def cases(options: Options) -> list[shapes.Case]:
@@ -239,6 +315,8 @@ def cases(options: Options) -> list[shapes.Case]:
 
 
 def setups(options: AttentionOptions) -> Iterator[AttentionSetup]:
+    if os.environ.get("TW_BACKEND"):
+        raise UsageError("unset TW_BACKEND: it would rename the automatic choice")
     cpu = options.device == "cpu"
     heads = options.heads or (9 if cpu else 32)
     kv_heads = options.kv_heads or (9 if cpu else 8)
@@ -252,12 +330,10 @@ def setups(options: AttentionOptions) -> Iterator[AttentionSetup]:
                     yield AttentionSetup(problem, dtype, backward)
 
 
-def relate(rows: list[Row]) -> None:
-    by_peer = {row["peer"]: row for row in rows if row["status"] == "ok"}
-    for row in by_peer.values():
-        for column, peer in (("x_dense", DENSE), ("x_flex", FLEX)):
-            row[column] = by_peer[peer]["ms"] / row["ms"] if peer in by_peer else None
-        row["roofline"] = row["tflops"] / by_peer[CAUSAL]["tflops"] if CAUSAL in by_peer else None
+def relate(rows: dict[str, Row]) -> None:
+    if CAUSAL in rows:
+        for row in rows.values():
+            row["of_causal"] = row["tflops"] / rows[CAUSAL]["tflops"]
 
 
 SUITE = Suite(
@@ -267,22 +343,25 @@ SUITE = Suite(
     peers=[
         Peer(OURS, functools.partial(_ours, backend=None), ours=True),
         *(
-            Peer(f"{OURS}: {name}", functools.partial(_ours, backend=name), ours=True)
+            Peer(
+                f"{OURS}: {name}",
+                functools.partial(_ours, backend=name),
+                ours=True,
+                why_absent=functools.partial(_why_no_backend, name),
+            )
             for name in TRIE_ATTENTION
         ),
         *PEERS,
     ],
-    relate=relate,
-    columns={
-        "backend": "backend",
-        "tflops": "TFLOP/s",
-        "x_dense": "x dense",
-        "x_flex": "x flex",
-        "roofline": "roofline",
+    columns={"backend": "backend", "of_causal": "of causal"},
+    versus={
+        DENSE: "x dense",
+        FLEX: "x flex",
+        UNROLLED_SDPA: "x unrolled",
+        UNROLLED_VARLEN: "x varlen",
     },
+    relate=relate,
 )
 
 if __name__ == "__main__":
-    if os.environ.get("TW_BACKEND"):
-        raise SystemExit("bench.attention: unset TW_BACKEND: it would rename the automatic choice")
     raise SystemExit(main(SUITE))

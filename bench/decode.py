@@ -11,20 +11,24 @@ for the others they are there already.
                           sequence side by side, padded on the left to the longest
     varlen_attn           PyTorch's paged attention, each sequence by its own page table; its pages
                           hold 256 tokens
+    FlashInfer cascade    shared runs of pages once for all their readers, a level of the tree of
+                          runs at a time; plan outside `ms`, as ours
 
     sharing     tokens of all sequences / tokens of their trie: what sharing could save at best
     plan us     building our plan on the host. Not in `ms`: all layers of a step use one plan
-    GB/s        keys and values of the trie's tokens, each once, over the time
-    x off, x padded   how many times faster than sharing off, than padded SDPA
+    TFLOP/s     of 4 D Hq operations a visible pair, over the time
+    GB/s        keys and values of the trie's tokens, queries and results, each once, over the time
+    x off, x padded, x varlen, x cascade   how many times faster than those peers
     memory      tokens that the allocated pages have room for / tokens of the trie
 """
 
 from __future__ import annotations
 
-import inspect
+import importlib
+import itertools
 import os
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from time import perf_counter
@@ -38,13 +42,15 @@ from torch.nn.attention import varlen
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from bench import shapes
-from bench.frame import Options, Peer, Row, Skip, Suite, UsageError, main
+from bench.frame import Options, Peer, Row, Setup, Skip, Suite, UsageError, main
 from bench.oracle import worst_row
+from bench.peers import cuda_only, lacks, why_not_importable
+from bench.roofline import Work
 from tw_kernels import DecodePlan, PagedKV, trie_decode
 from tw_kernels.decode import choose_backend
 
 OURS, UNSHARED = "ours", "ours, sharing off"
-PADDED, VARLEN = "padded SDPA", "varlen_attn"
+PADDED, VARLEN, CASCADE = "padded SDPA", "varlen_attn", "FlashInfer cascade"
 PAGE_SIZE = 16
 VARLEN_PAGE_SIZE = 256  # FlashAttention-2, which is behind it, takes multiples of this only
 DTYPES = (torch.float32, torch.bfloat16)
@@ -53,6 +59,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 MOST_PADDED_BYTES = {"cpu": 2 * 2**30, "cuda": 16 * 2**30}
 PLAN_REPEATS = 20
+CASCADE_WORKSPACE = 128 * 2**20  # bytes, as FlashInfer recommends
+THREADS = (1, 2, 4, 8, 16)  # of one rollout: how time grows with them
 
 
 @dataclass
@@ -88,8 +96,10 @@ class Problem:
 
     @cached_property
     def nodes(self) -> list[Tensor]:
-        """The trie's tokens on the path of each sequence; its last one is the new token."""
-        return [self.case.trie.path_nodes(i) for i in range(self.case.trie.num_paths)]
+        """The trie's tokens on the path of each sequence; its last one is the new token. By
+        lineage, as an engine numbers them: sequences that share tokens are neighbours."""
+        trie = self.case.trie
+        return [trie.path_nodes(int(i)) for i in trie.path_ends.argsort()]
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -137,7 +147,7 @@ class Problem:
         return outs
 
 
-class DecodeSetup:
+class DecodeSetup(Setup):
     """One problem in one dtype."""
 
     def __init__(self, problem: Problem, dtype: torch.dtype):
@@ -198,13 +208,20 @@ class DecodeSetup:
             return None
         return f"out is off by {error:.1e} of a row, more than {tolerance:.0e}"
 
+    def work(self, peer: str) -> Work:
+        """A sequence's one query sees all its tokens."""
+        p = self.problem
+        rows = 2 * len(p.nodes) * p.heads * p.head_dim * self.dtype.itemsize  # of q and out
+        dtype = self.key["dtype"]
+        pairs = p.case.unrolled
+        flops = 4 * pairs * p.heads * p.head_dim
+        return Work(flops, self.kv_bytes(len(p.case.trie)) + rows, dtype)
+
     def figures(self, peer: str, seconds: float) -> Row:
         p = self.problem
-        unique = self.kv_bytes(len(p.case.trie))
         row: Row = {
-            "unique_kv_bytes": unique,
+            "unique_kv_bytes": self.kv_bytes(len(p.case.trie)),
             "unshared_kv_bytes": self.kv_bytes(p.case.unrolled),
-            "gb_per_s": unique / seconds / 1e9,
         }
         if peer in self.plan_seconds:
             q, k, _ = self.inputs(0)
@@ -267,10 +284,6 @@ def _padded(setup: DecodeSetup) -> Callable[[int], Any]:
 
 def _varlen(setup: DecodeSetup) -> Callable[[int], Any]:
     p = setup.problem
-    if setup.device == "cpu":
-        raise Skip("runs on CUDA only")
-    if "block_table" not in inspect.signature(varlen.varlen_attn).parameters:
-        raise Skip(f"takes no block_table in torch {torch.__version__}")
     if setup.dtype == torch.float32:
         raise Skip("takes half precision only")
     count, longest, paging = len(p.nodes), max(p.lengths), p.paging(VARLEN_PAGE_SIZE)
@@ -295,13 +308,101 @@ def _varlen(setup: DecodeSetup) -> Callable[[int], Any]:
     return call
 
 
+def _why_no_varlen(device: str) -> str | None:
+    return cuda_only(device) or lacks(varlen.varlen_attn, "block_table", "enable_gqa")
+
+
+class Group(NamedTuple):
+    """Sequences [first, end) that all read one run of pages, of which the last holds last_len."""
+
+    first: int
+    end: int
+    pages: list[int]
+    last_len: int
+
+
+def cascade(paging: Paging, lengths: list[int]) -> list[list[Group]]:
+    """The levels of the tree of page runs, from the root. Each level's groups cover all sequences,
+    in order; on the last one each sequence reads by itself what it shares with nobody, and on the
+    others the group of those that have no run there has no pages.
+
+    Sequences that share pages are neighbours (Problem.nodes), and none shares its last page.
+    """
+    tables, size = [table.tolist() for table in paging.tables], paging.page_size
+    shared: list[list[Group]] = []
+    own: list[Group] = []
+
+    def descend(first: int, end: int, depth: int, level: int) -> None:
+        """Sequences [first, end), whose pages before `depth` are on the levels above."""
+        if end - first == 1:
+            own.append(Group(first, end, tables[first][depth:], (lengths[first] - 1) % size + 1))
+            return
+        columns = zip(*(table[depth:] for table in tables[first:end]), strict=False)
+        run = sum(1 for _ in itertools.takewhile(lambda pages: len(set(pages)) == 1, columns))
+        if run:
+            if level == len(shared):
+                shared.append([])
+            shared[level].append(Group(first, end, tables[first][depth : depth + run], size))
+        for _, part in itertools.groupby(range(first, end), lambda s: tables[s][depth + run]):
+            members = list(part)
+            descend(members[0], members[-1] + 1, depth + run, level + (run > 0))
+
+    descend(0, len(tables), 0, 0)
+    return [*(_filled(groups, len(tables)) for groups in shared), own]
+
+
+def _filled(groups: list[Group], count: int) -> list[Group]:
+    """With groups without pages in the gaps."""
+    ends = [0, *(group.end for group in groups)]
+    firsts = [*(group.first for group in groups), count]
+    gaps = [Group(*gap, [], 0) for gap in zip(ends, firsts, strict=True) if gap[0] < gap[1]]
+    return sorted(groups + gaps)
+
+
+def _why_no_cascade(device: str) -> str | None:
+    name = "MultiLevelCascadeAttentionWrapper"
+    return cuda_only(device) or why_not_importable("flashinfer", name, "flashinfer-python")
+
+
+def _cascade(setup: DecodeSetup) -> Callable[[int], Any]:
+    p = setup.problem
+    if setup.dtype == torch.float32:
+        raise Skip("takes half precision only")
+    wrapper_type = importlib.import_module("flashinfer").MultiLevelCascadeAttentionWrapper
+    paging = p.paging(PAGE_SIZE)
+    levels = cascade(paging, p.lengths)
+
+    def int32(values: Iterable[int]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.int32, device=setup.device)
+
+    workspace = torch.empty(CASCADE_WORKSPACE, dtype=torch.uint8, device=setup.device)
+    wrapper = wrapper_type(len(levels), workspace, "NHD")
+    wrapper.plan(
+        [int32([0, *(g.end for g in groups)]) for groups in levels],
+        [int32(itertools.accumulate((len(g.pages) for g in gs), initial=0)) for gs in levels],
+        [int32(page for g in groups for page in g.pages) for groups in levels],
+        [int32(g.last_len for g in groups) for groups in levels],
+        *(p.heads, p.kv_heads, p.head_dim, PAGE_SIZE),
+        q_data_type=setup.dtype,
+        kv_data_type=setup.dtype,
+    )
+    inputs = [setup.inputs(i) for i in range(setup.input_sets)]
+    calls = [(q, setup.pages(paging, k, v, new=True)) for q, k, v in inputs]
+
+    def call(i: int) -> Any:
+        q, kv = calls[i]
+        return wrapper.run(q, (kv.k_pages, kv.v_pages))
+
+    return call
+
+
 def cases(options: Options) -> list[shapes.Case]:
     fork, tree = shapes.fork, shapes.tree_of_thoughts
     if options.quick:
         return [fork(2, 4, 512, 64), tree("sorting128ToT", 17)]
     if options.device == "cuda":
         return [
-            *(fork(1, threads, 8192, 256) for threads in (1, 4, 16)),
+            *(fork(1, threads, 8192, 128) for threads in THREADS),
             *(fork(rollouts, 8, 8192, 128) for rollouts in (4, 16)),
             *(fork(8, 8, prefix, 512) for prefix in (512, 2048, 32768)),
             fork(64, 16, 2048, 64),
@@ -310,7 +411,7 @@ def cases(options: Options) -> list[shapes.Case]:
             tree("docmergeToT", 4),
         ]
     return [
-        *(fork(1, threads, 8192, 128) for threads in (1, 4)),
+        *(fork(1, threads, 8192, 128) for threads in THREADS),
         fork(1, 8, 512, 64),
         fork(4, 8, 2048, 128),
         fork(4, 8, 8192, 128),
@@ -323,6 +424,8 @@ def cases(options: Options) -> list[shapes.Case]:
 
 
 def setups(options: DecodeOptions) -> Iterator[DecodeSetup]:
+    if os.environ.get("TW_DECODE_BACKEND"):
+        raise UsageError("unset TW_DECODE_BACKEND: it would rename our backend")
     heads, kv_heads, head_dim = options.heads or 9, options.kv_heads or 3, options.head_dim or 64
     if min(heads, kv_heads, head_dim) < 1 or heads % kv_heads:
         raise UsageError(f"--heads {heads} is not a multiple of --kv_heads {kv_heads}")
@@ -336,13 +439,6 @@ def setups(options: DecodeOptions) -> Iterator[DecodeSetup]:
                 yield DecodeSetup(problem, dtype)
 
 
-def relate(rows: list[Row]) -> None:
-    by_peer = {row["peer"]: row for row in rows if row["status"] == "ok"}
-    for row in by_peer.values():
-        for column, peer in (("x_off", UNSHARED), ("x_padded", PADDED)):
-            row[column] = by_peer[peer]["ms"] / row["ms"] if peer in by_peer else None
-
-
 SUITE = Suite(
     name="decode",
     options=DecodeOptions,
@@ -351,20 +447,12 @@ SUITE = Suite(
         Peer(OURS, lambda setup: _ours(setup, OURS, share=True), ours=True),
         Peer(UNSHARED, lambda setup: _ours(setup, UNSHARED, share=False), ours=True),
         Peer(PADDED, _padded),
-        Peer(VARLEN, _varlen),
+        Peer(VARLEN, _varlen, why_absent=_why_no_varlen),
+        Peer(CASCADE, _cascade, why_absent=_why_no_cascade),
     ],
-    relate=relate,
-    columns={
-        "backend": "backend",
-        "plan_us": "plan us",
-        "gb_per_s": "GB/s",
-        "x_off": "x off",
-        "x_padded": "x padded",
-        "kv_memory": "memory",
-    },
+    columns={"backend": "backend", "plan_us": "plan us", "kv_memory": "memory"},
+    versus={UNSHARED: "x off", PADDED: "x padded", VARLEN: "x varlen", CASCADE: "x cascade"},
 )
 
 if __name__ == "__main__":
-    if os.environ.get("TW_DECODE_BACKEND"):
-        raise SystemExit("bench.decode: unset TW_DECODE_BACKEND: it would rename our backend")
     raise SystemExit(main(SUITE))

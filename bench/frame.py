@@ -10,6 +10,10 @@ A row's `status`:
     wrong    some result differs from the reference; not timed; `reason` says where
     skipped  the peer does not do this here; `reason` says why
     failed   an exception; `reason` is its first line
+
+Where a setup counts the work of a call (bench/roofline.py), its rows also say at what rates it went
+and what share of the roofline that is; all say how many times faster they are than each other peer
+that was timed: `ratios`. A peer that cannot be on this machine has no rows: `env.absent` says why.
 """
 
 import fnmatch
@@ -18,10 +22,11 @@ import json
 import math
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -31,12 +36,25 @@ from rich.table import Table
 
 from bench.environment import environment
 from bench.meter import CpuMeter, CudaMeter, meter_for
+from bench.roofline import Work, measure_roofline, rates
 
 Row = dict[str, Any]
 
 MIN_REPEATS, MAX_REPEATS = 3, 50
+SAMPLE_DIGITS = 4
 # A call slower than this many budgets is timed once: its relative noise is small, its cost is not.
 ONE_SHOT = 5
+
+# Of every table: row key -> heading.
+COLUMNS = {
+    "ms": "ms",
+    "iqr_ms": "± IQR",
+    "repeats": "n",
+    "peak_mb": "peak MB",
+    "tflops": "TFLOP/s",
+    "gb_per_s": "GB/s",
+    "roofline": "roofline",
+}
 
 QUICK_HELP = "few small cases and few repeats, to see that everything works"
 ONLY_HELP = (
@@ -53,23 +71,34 @@ class UsageError(ValueError):
     """Options that cannot be met; the message names the option."""
 
 
-class Setup(Protocol):
-    """One case with its inputs; what all peers of one comparison share."""
+class Setup(ABC):
+    """One case with its inputs; what all peers of one comparison share.
 
-    input_sets: int  # calls are numbered modulo this, so that inputs rotate
+    Attributes:
+        input_sets: calls are numbered modulo this, so that inputs rotate.
+    """
+
+    input_sets = 1
 
     @property
+    @abstractmethod
     def key(self) -> Row:
         """What identifies the comparison: case, dtype, pass, … Cheap: filters read it first."""
-        ...
 
+    @abstractmethod
     def check(self, peer: str, result: Any, inputs: int) -> str | None:
         """None if a peer's result on this set of inputs is right, else what is wrong with it."""
-        ...
+
+    def work(self, peer: str) -> Work:
+        """What a call of this peer has to do."""
+        return Work()
 
     def figures(self, peer: str, seconds: float) -> Row:
-        """What follows from the time: throughputs, say."""
-        ...
+        """What else there is to say of a call that took so long."""
+        return {}
+
+    def close(self) -> None:  # noqa: B027 - nothing to do, as a rule
+        """Ends what does not end with the object: threads."""
 
 
 S = TypeVar("S", bound=Setup)
@@ -77,12 +106,19 @@ S = TypeVar("S", bound=Setup)
 
 @dataclass(frozen=True)
 class Peer(Generic[S]):
-    """Something to time. `prepare(setup)` returns the call to time, given the number of the inputs;
-    what it does itself is not timed. It raises Skip where the peer does not do the setup."""
+    """Something to time.
+
+    Attributes:
+        prepare: returns the call to time, given the number of the inputs; what it does itself is
+            not timed. It raises Skip where the peer does not do the setup.
+        why_absent: why the peer can do nothing at all on a device ("cpu" or "cuda") here, or None.
+            It imports no more than it must.
+    """
 
     name: str
     prepare: Callable[[S], Callable[[int], Any]]
     ours: bool = False
+    why_absent: Callable[[str], str | None] = lambda device: None
 
 
 @dataclass
@@ -112,26 +148,46 @@ class Suite(Generic[O, S]):
 
     Attributes:
         setups: the setups for these options; large things in them are built when first used.
-        relate: fills in what follows from several rows of one setup (ratios).
         columns: row key -> heading; a float is shown to three digits.
+        versus: peer -> heading of a column that shows the ratio to it.
+        relate: fills in what else follows from several rows of one setup, given those that are ok
+            by their peers.
     """
 
     name: str
     options: type[O]
     setups: Callable[[O], Iterable[S]]
     peers: Sequence[Peer[S]]
-    relate: Callable[[list[Row]], None]
-    columns: dict[str, str]
+    columns: dict[str, str] = field(default_factory=dict)
+    versus: dict[str, str] = field(default_factory=dict)
+    relate: Callable[[dict[str, Row]], None] = lambda rows: None
 
 
 def measure(
-    setup: S, peers: Sequence[Peer[S]], meter: CpuMeter | CudaMeter, budget: float
+    setup: S,
+    peers: Sequence[Peer[S]],
+    meter: CpuMeter | CudaMeter,
+    budget: float,
+    roofline: Row,
 ) -> list[Row]:
-    """One row for each peer, in order."""
+    """One row for each peer, in order; `roofline` as measure_roofline returns it."""
+    try:
+        return _measure(setup, peers, meter, budget, roofline)
+    finally:
+        setup.close()
+
+
+def _measure(
+    setup: S,
+    peers: Sequence[Peer[S]],
+    meter: CpuMeter | CudaMeter,
+    budget: float,
+    roofline: Row,
+) -> list[Row]:
     rows, timed = [], []
     for peer in peers:
         row: Row = {**setup.key, "peer": peer.name, "ours": peer.ours, "status": "ok"}
-        row |= dict.fromkeys(("reason", "ms", "iqr_ms", "repeats", "peak_bytes"))
+        row |= dict.fromkeys(("reason", "ms", "iqr_ms", "samples_ms", "repeats", "peak_bytes"))
         rows.append(row)
         try:
             call = peer.prepare(setup)
@@ -141,6 +197,8 @@ def measure(
                     break
             else:
                 timed.append(_Timing(row, call, setup.input_sets, meter))
+        except UsageError:
+            raise
         except Skip as reason:
             row |= {"status": "skipped", "reason": str(reason)}
         except Exception as error:
@@ -159,7 +217,11 @@ def measure(
         gc.enable()
     for timing in timed:
         timing.finish()
-        timing.row |= setup.figures(timing.row["peer"], timing.row["ms"] / 1e3)
+        peer, seconds = timing.row["peer"], timing.row["ms"] / 1e3
+        timing.row |= rates(setup.work(peer), seconds, roofline) | setup.figures(peer, seconds)
+    ok = {timing.row["peer"]: timing.row for timing in timed}
+    for peer, row in ok.items():
+        row["ratios"] = {p: other["ms"] / row["ms"] for p, other in ok.items() if p != peer}
     return rows
 
 
@@ -201,7 +263,9 @@ class _Timing:
 
     def finish(self) -> None:
         low, median, high = (1e3 * np.percentile(self._samples, (25, 50, 75))).tolist()
-        self.row |= {"ms": median, "iqr_ms": high - low, "repeats": len(self._samples)}
+        samples = [float(f"{1e3 * seconds:.{SAMPLE_DIGITS}g}") for seconds in self._samples]
+        self.row |= {"ms": median, "iqr_ms": high - low, "samples_ms": samples}
+        self.row["repeats"] = len(samples)
 
 
 class Only:
@@ -224,39 +288,84 @@ class Only:
         )
 
 
-def run(suite: Suite[O, S], options: O, console: Console) -> list[Row]:
-    """Runs a suite, shows it, and writes the result file if one is named.
+@dataclass(frozen=True)
+class Selection(Generic[S]):
+    """What of a suite is to run.
 
-    Raises:
-        UsageError: options that cannot be met; says which.
+    Attributes:
+        setups: taken out as they run, so that their inputs go.
+        absent: why, of each peer that cannot be here.
     """
+
+    setups: list[S]
+    peers: list[Peer[S]]
+    absent: dict[str, str]
+
+
+def select(suite: Suite[O, S], options: O) -> Selection[S]:
+    """Raises UsageError where the options cannot be met or leave nothing; says which option."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no CUDA device here; use --device cpu")
     if options.json and not options.json.parent.is_dir():
         raise UsageError(f"--json: there is no folder {options.json.parent}")
+    if options.budget is not None and options.budget <= 0:
+        raise UsageError(f"--budget is {options.budget:g}: it must be more than 0")
     only = Only(options.only)
     setups = list(suite.setups(options))
-    keys = {"peer", *(setups[0].key if setups else ())}
+    keys = {"peer", *setups[0].key}
     if unknown := sorted(set(only.globs) - keys):
-        raise UsageError(f"--only: no key {unknown[0]!r}; one of {', '.join(sorted(keys))}")
+        raise UsageError(
+            f"--only: {suite.name} has no key {unknown[0]!r}; one of {', '.join(sorted(keys))}"
+        )
     setups = [setup for setup in setups if only.admits(setup.key)]
     peers = [peer for peer in suite.peers if only.admits({"peer": peer.name})]
     if not setups or not peers:
-        raise UsageError(f"--only {' '.join(options.only)}: nothing matches")
+        raise UsageError(f"--only {' '.join(options.only)}: nothing in {suite.name} matches")
+    absent = {p.name: why for p in peers if (why := p.why_absent(options.device))}
+    peers = [peer for peer in peers if peer.name not in absent]
+    if not peers:
+        whys = "; ".join(f"{name}: {why}" for name, why in absent.items())
+        raise UsageError(f"--only {' '.join(options.only)}: no such peer is here: {whys}")
+    return Selection(setups, peers, absent)
 
+
+def run(suite: Suite[O, S], options: O, selection: Selection[S], console: Console) -> list[Row]:
+    """Runs what was selected of a suite, shows it, and writes the result file if one is named."""
     budget = options.budget or (0.1 if options.quick else 2.0)
-    env = {"benchmark": suite.name, **environment(options.device)}
     meter = meter_for(options.device)
+    roofline = measure_roofline(meter, options.quick)
+    setups = selection.setups
+    env = {
+        "benchmark": suite.name,
+        **environment(options.device),
+        "quick": options.quick,
+        "key": list(setups[0].key),
+        "absent": selection.absent,
+        "roofline": roofline,
+    }
+    _introduce(env, console)
     rows: list[Row] = []
     while setups:
-        setup = setups.pop(0)  # and with it go its inputs
-        new = measure(setup, peers, meter, budget)
-        suite.relate(new)
+        setup = setups.pop(0)
+        new = measure(setup, selection.peers, meter, budget, roofline)
+        suite.relate({row["peer"]: row for row in new if row["status"] == "ok"})
         rows += new
         console.print(_table(suite, setup.key, new))
         if options.json:
             write(options.json, env, rows)
     return rows
+
+
+def _introduce(env: Row, console: Console) -> None:
+    roofline = env["roofline"]
+    matmul = ", ".join(f"{x:.3g} in {dtype}" for dtype, x in roofline["matmul_tflops"].items())
+    console.print(
+        f"[bold]{env['benchmark']}[/] on {env['device']}, {env['threads']} threads."
+        f" Roofline: copy {roofline['copy_gb_per_s']:.3g} GB/s, matrix product {matmul} TFLOP/s",
+        highlight=False,
+    )
+    for peer, why in env["absent"].items():
+        console.print(f"[dim]{peer}: absent, {why}[/]", highlight=False)
 
 
 def write(path: Path, env: Row, rows: list[Row]) -> None:
@@ -269,22 +378,32 @@ def write(path: Path, env: Row, rows: list[Row]) -> None:
 def _table(suite: Suite, key: Row, rows: list[Row]) -> Table:
     title = "  ".join(f"{name} {_show(value)}" for name, value in key.items())
     table = Table(title=title, title_justify="left", title_style="bold")
+    cells = [_cells(suite, row) for row in rows]
+    used = [heading for heading in _headings(suite) if any(heading in c for c in cells)]
     table.add_column("peer", overflow="fold")
-    for heading in ("ms", "± IQR", "n", "peak MB", *suite.columns.values()):
+    for heading in used:
         table.add_column(heading, justify="right")
     table.add_column("note", overflow="fold")
-    for row in rows:
-        mb = None if row["peak_bytes"] is None else row["peak_bytes"] / 1e6
-        values = [row["ms"], row["iqr_ms"], row["repeats"], mb, *(map(row.get, suite.columns))]
+    for row, shown in zip(rows, cells, strict=True):
         note = "" if row["status"] == "ok" else f"{row['status']}: {row['reason']}"
         style = {"ok": "bold" if row["ours"] else "", "skipped": "dim"}.get(row["status"], "red")
-        table.add_row(row["peer"], *map(_show, values), note, style=style)
+        table.add_row(row["peer"], *(shown.get(h, "") for h in used), note, style=style)
     return table
 
 
+def _headings(suite: Suite) -> list[str]:
+    return [*COLUMNS.values(), *suite.columns.values(), *suite.versus.values()]
+
+
+def _cells(suite: Suite, row: Row) -> dict[str, str]:
+    """Heading -> what to show; what the row lacks is not there."""
+    mb = None if row["peak_bytes"] is None else row["peak_bytes"] / 1e6
+    ratios = map(row.get("ratios", {}).get, suite.versus)
+    values = (*map({**row, "peak_mb": mb}.get, (*COLUMNS, *suite.columns)), *ratios)
+    return {h: _show(v) for h, v in zip(_headings(suite), values, strict=True) if v is not None}
+
+
 def _show(value: Any) -> str:
-    if value is None:
-        return ""
     if not isinstance(value, float):
         return f"{value:,}" if isinstance(value, int) else str(value)
     if value == 0 or not math.isfinite(value):
@@ -315,7 +434,7 @@ def main(suite: Suite[O, S], arguments: list[str] | None = None) -> int:
     parser.add_class_arguments(suite.options, skip={"quick", "only"})
     try:
         options = suite.options(**vars(parser.parse_args(arguments)))
-        rows = run(suite, options, console())
+        rows = run(suite, options, select(suite, options), console())
     except (ArgumentError, UsageError) as error:
         print(f"bench.{suite.name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

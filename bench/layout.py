@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from bench import shapes
-from bench.frame import Options, Peer, Row, Skip, Suite, UsageError, main
+from bench.frame import Options, Peer, Row, Setup, Skip, Suite, UsageError, main
 from bench.peers import FLEX_BLOCK, ancestor_mask_mod, block_mask, visible
 from tw_kernels import BlockSchedule, Trie
 
@@ -80,10 +80,8 @@ def additive_mask(subtree_ends: Tensor) -> Tensor:
     return torch.zeros(n, n).masked_fill_(~visible(subtree_ends), -torch.inf)
 
 
-class LayoutSetup:
+class LayoutSetup(Setup):
     """One case; what the results must equal is worked out here once, by other means."""
-
-    input_sets = 1
 
     def __init__(self, case: shapes.Case):
         self.case = case
@@ -244,13 +242,6 @@ def setups(options: Options) -> Iterator[LayoutSetup]:
     yield from map(LayoutSetup, cases)
 
 
-def relate(rows: list[Row]) -> None:
-    by_peer = {row["peer"]: row for row in rows if row["status"] == "ok"}
-    for row in by_peer.values():
-        for column, peer in (("x_dict", DICT), ("x_block_mask", FLEX_MASK)):
-            row[column] = by_peer[peer]["ms"] / row["ms"] if peer in by_peer else None
-
-
 SUITE = Suite(
     name="layout",
     options=Options,
@@ -262,13 +253,11 @@ SUITE = Suite(
         Peer(DICT_MASK, _dict_trie_and_mask),
         Peer(FLEX_MASK, _flex_block_mask),
     ],
-    relate=relate,
     columns={
         "bytes_per_token": "bytes/token",
         "ns_per_unrolled_token": "ns/unrolled token",
-        "x_dict": "x dict",
-        "x_block_mask": "x block mask",
     },
+    versus={DICT: "x dict", FLEX_MASK: "x block mask"},
 )
 
 if __name__ == "__main__":

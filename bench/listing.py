@@ -1,12 +1,48 @@
-"""`python -m bench list`: the suites there are."""
+"""`python -m bench list`: the suites, and each peer with why it is absent, if it is."""
 
 from __future__ import annotations
 
-from bench.frame import console
-from bench.suites import SUITES
+from argparse import ArgumentError
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from rich.table import Table
+
+from bench.frame import Suite, UsageError, console
+from bench.suites import SUITES, load_suite
+from threadweaver.command import explain, fail
 
 
 def main(arguments: list[str]) -> int:
+    parser = ArgumentParser(prog="python -m bench list", exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    try:
+        device = parser.parse_args(arguments).device
+    except ArgumentError as error:
+        return fail(explain(str(error), parser.get_defaults()), 2)
+    if device == "cuda" and not torch.cuda.is_available():
+        return fail("--device cuda: torch sees no CUDA device here; use --device cpu", 2)
+    table = Table()
+    for heading in ("suite", "cases", "setups", "peer", f"on {device}"):
+        table.add_column(heading, overflow="fold")
     for name in SUITES:
-        console().print(name)
+        suite = load_suite(name)
+        cases, setups = _counts(suite, device)
+        table.add_section()
+        for i, peer in enumerate(suite.peers):
+            why = peer.why_absent(device)
+            of_suite = (name, cases, setups) if i == 0 else ("", "", "")
+            style = "bold" if peer.ours else "dim" if why else ""
+            table.add_row(*of_suite, peer.name, why or "here", style=style)
+    console().print(table)
     return 0
+
+
+def _counts(suite: Suite[Any, Any], device: str) -> tuple[str, str]:
+    """How many cases, and how many setups they come in (dtypes, passes, head dims)."""
+    try:
+        keys = [setup.key for setup in suite.setups(suite.options(device=device))]
+    except UsageError:  # not on this device
+        return "0", "0"
+    return str(len({key["case"] for key in keys})), str(len(keys))

@@ -20,6 +20,8 @@ class CpuMeter:
     before it: it counts Python objects, C++ and torch alike, in steps of a page.
     """
 
+    device = "cpu"
+
     def seconds(self, call: Callable[[], Any], calls: int) -> float:
         """Mean over `calls` calls."""
         result = None
@@ -58,6 +60,8 @@ def _resident(field: str) -> int:
 
 class CudaMeter:
     """CUDA events around one call, after the L2 cache was overwritten; the caching allocator."""
+
+    device = "cuda"
 
     def __init__(self):
         self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")

@@ -1,20 +1,34 @@
-"""What trie attention is compared with: scaled dot-product attention and FlexAttention of PyTorch.
+"""What trie attention is compared with, all of it public: PyTorch's attentions and flash kernels.
 
-Peers get their inputs in the layout they like best, [1, H, N, D] contiguous, and whatever does not
-depend on q, k and v (the dense mask, FlexAttention's block mask) is built outside the timed region,
-except in the row that says otherwise.
+    SDPA dense mask       scaled dot-product attention with a mask of N x N: torch's own choice of
+                          kernel, and on CUDA each kernel that takes a mask by itself
+    SDPA causal           the dense roofline: plain causal attention of N tokens, on CUDA with
+                          torch's FlashAttention-2. It answers another question; `of causal` and
+                          plots use it
+    FlashAttention 2, 3, 4, causal
+                          the same by the packages of these kernels, where they are installed
+    FlexAttention         compiled, with its block mask at hand, and with building the block mask
+    unrolled varlen_attn  every path a sequence of its own, all in one call, as trainers do that
+                          know nothing of shared prefixes; on CUDA
+    unrolled SDPA         the same path by path
+
+Peers get their inputs in the layout they like best, and whatever does not depend on q, k and v (the
+dense mask, FlexAttention's block mask, gathering the tokens of the paths) is done outside the timed
+region, except in the row that says otherwise.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
+import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from bench.frame import Peer, Skip
@@ -24,11 +38,45 @@ if TYPE_CHECKING:
 
 DENSE, CAUSAL = "SDPA dense mask", "SDPA causal"
 FLEX, FLEX_BUILD = "FlexAttention", "FlexAttention + mask build"
+UNROLLED_VARLEN, UNROLLED_SDPA = "unrolled varlen_attn", "unrolled SDPA"
+UNROLLED_PEERS = (UNROLLED_VARLEN, UNROLLED_SDPA)
 FLEX_BLOCK = 128
 FLEX_FEWEST_TOKENS = 1024  # on a CPU
+DENSE_KERNELS = {
+    "math": SDPBackend.MATH,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+}
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Call = Callable[[int], Any]
+
+
+class FlashPackage(NamedTuple):
+    """A package with a `flash_attn_func(q, k, v, causal=...)` of [1, N, H, D], half precision.
+
+    Attributes:
+        module: where the function is.
+        distribution: what to install.
+        capability: the first major compute capability that it runs on, and the last.
+        backward: whether it has one.
+    """
+
+    module: str
+    distribution: str
+    capability: tuple[int, int]
+    backward: bool = True
+
+
+FLASH_PACKAGES = {
+    "FlashAttention 2, causal": FlashPackage("flash_attn", "flash-attn", (8, 99)),
+    "FlashAttention 3, causal": FlashPackage("flash_attn_interface", "flash-attn-3", (9, 9)),
+    "FlashAttention 3 forward, causal": FlashPackage(
+        "fa3_fwd_interface", "fa3-fwd", (9, 9), backward=False
+    ),
+    "FlashAttention 4, causal": FlashPackage("flash_attn.cute", "flash-attn-4", (9, 10)),
+}
+CAUSAL_PEERS = (CAUSAL, *FLASH_PACKAGES)
 
 
 def visible(subtree_ends: Tensor) -> Tensor:
@@ -56,13 +104,46 @@ def block_mask(mask_mod: Callable[..., Tensor], n: int, device: str) -> BlockMas
     )
 
 
+def cuda_only(device: str) -> str | None:
+    """A `why_absent` of peers that a CPU cannot run."""
+    return None if device == "cuda" else "runs on CUDA only"
+
+
+def why_not_importable(module: str, name: str, distribution: str) -> str | None:
+    """Why `from module import name` does not work, if it does not."""
+    try:
+        found = hasattr(importlib.import_module(module), name)
+    except ModuleNotFoundError:
+        found = False
+    except Exception as error:  # what a package that was built for another torch may raise
+        return f"{distribution} cannot be imported: {(str(error).splitlines() or [''])[0]}"
+    return None if found else f"{distribution} is not installed"
+
+
+def lacks(function: Callable[..., Any], *parameters: str) -> str | None:
+    """Why a function of torch cannot be used, if it takes not all of these parameters."""
+    missing = [p for p in parameters if p not in inspect.signature(function).parameters]
+    name = function.__name__
+    return f"{name} of torch {torch.__version__} takes no {missing[0]}" if missing else None
+
+
 def _batched(setup: AttentionSetup, attend: Attend) -> Call:
     """Times `attend` on [1, H, N, D] inputs."""
-    inputs = [setup.inputs(i, batched=True) for i in range(setup.input_sets)]
+    inputs = [setup.leaves(setup.inputs(i), batched=True) for i in range(setup.input_sets)]
     return lambda i: setup.run(attend, *inputs[i])
 
 
-def _dense(setup: AttentionSetup) -> Call:
+def _by_kernel(attend: Attend, kernel: SDPBackend) -> Attend:
+    """Fails where the kernel cannot run the call."""
+
+    def by_kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(kernel):
+            return attend(q, k, v)
+
+    return by_kernel
+
+
+def _dense(setup: AttentionSetup, kernel: SDPBackend | None) -> Call:
     n = setup.layout.num_tokens
     setup.limit(n * n, f"its mask is {n * n / 1e9:.1f} GB")
     mask, grouped = visible(setup.layout.subtree_ends), setup.group > 1
@@ -72,7 +153,7 @@ def _dense(setup: AttentionSetup) -> Call:
             k, v = (x.repeat_interleave(setup.group, dim=1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-    return _batched(setup, attend)
+    return _batched(setup, _by_kernel(attend, kernel) if kernel is not None else attend)
 
 
 def _causal(setup: AttentionSetup) -> Call:
@@ -80,14 +161,36 @@ def _causal(setup: AttentionSetup) -> Call:
     attend = functools.partial(
         F.scaled_dot_product_attention, is_causal=True, enable_gqa=setup.group > 1
     )
-    if setup.device == "cpu":
-        return _batched(setup, attend)
+    on_cuda = setup.device == "cuda"
+    return _batched(setup, _by_kernel(attend, SDPBackend.FLASH_ATTENTION) if on_cuda else attend)
 
-    def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return attend(q, k, v)
 
-    return _batched(setup, flash)
+def _why_no_package(package: FlashPackage, device: str) -> str | None:
+    if why := cuda_only(device):
+        return why
+    first, last = package.capability
+    major, minor = torch.cuda.get_device_capability()
+    if not first <= major <= last:
+        return f"does not run on compute capability {major}.{minor}"
+    return why_not_importable(package.module, "flash_attn_func", package.distribution)
+
+
+def _package_causal(setup: AttentionSetup, package: FlashPackage) -> Call:
+    if setup.dtype == torch.float32:
+        raise Skip("takes half precision only")
+    if setup.backward and not package.backward:
+        raise Skip(f"{package.distribution} has no backward")
+    flash = importlib.import_module(package.module).flash_attn_func
+    sets = [setup.leaves(x.unsqueeze(0) for x in setup.inputs(i)) for i in range(setup.input_sets)]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = flash(q, k, v, causal=True)
+        return out[0] if isinstance(out, tuple) else out  # with the log-sum-exp, in some versions
+
+    def call(i: int) -> tuple[Tensor, ...]:
+        return tuple(x.squeeze(0) for x in setup.run(attend, *sets[i]))
+
+    return call
 
 
 def _compiled(setup: AttentionSetup) -> Callable[..., Tensor]:
@@ -117,9 +220,62 @@ def _flex(setup: AttentionSetup, with_build: bool) -> Call:
     )
 
 
+def _why_no_varlen(device: str) -> str | None:
+    return cuda_only(device) or lacks(varlen.varlen_attn, "window_size")
+
+
+def _unrolled_varlen(setup: AttentionSetup) -> Call:
+    if setup.dtype == torch.float32:
+        raise Skip("takes half precision only")
+    if setup.group > 1 and (why := lacks(varlen.varlen_attn, "enable_gqa")):
+        raise Skip(why)
+    setup.limit(setup.problem.unrolled_pairs)
+    lengths = [len(nodes) for nodes in setup.problem.path_nodes]
+    ends = torch.tensor([0, *lengths], device=setup.device).cumsum(0, dtype=torch.int32)
+    sizes = ends, ends, max(lengths), max(lengths)
+    options: dict[str, Any] = {"enable_gqa": True} if setup.group > 1 else {}
+    inputs = [setup.unrolled_inputs(i) for i in range(setup.input_sets)]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = varlen.varlen_attn(q, k, v, *sizes, window_size=(-1, 0), **options)
+        assert isinstance(out, Tensor)
+        return out
+
+    return lambda i: setup.run(attend, *inputs[i])
+
+
+def _unrolled_sdpa(setup: AttentionSetup) -> Call:
+    setup.limit(setup.problem.unrolled_pairs)
+    attend = functools.partial(
+        F.scaled_dot_product_attention, is_causal=True, enable_gqa=setup.group > 1
+    )
+    lengths = [len(nodes) for nodes in setup.problem.path_nodes]
+
+    def paths(i: int) -> list[tuple[Tensor, ...]]:
+        by_path = zip(*(x.split(lengths) for x in setup.unrolled_inputs(i)), strict=True)
+        return [setup.leaves(values, batched=True) for values in by_path]
+
+    sets = [paths(i) for i in range(setup.input_sets)]
+    return lambda i: [setup.run(attend, *inputs) for inputs in sets[i]]
+
+
 PEERS: list[Peer[AttentionSetup]] = [
-    Peer(DENSE, _dense),
+    Peer(DENSE, functools.partial(_dense, kernel=None)),
+    *(
+        Peer(f"{DENSE}: {name}", functools.partial(_dense, kernel=kernel), why_absent=cuda_only)
+        for name, kernel in DENSE_KERNELS.items()
+    ),
     Peer(CAUSAL, _causal),
+    *(
+        Peer(
+            name,
+            functools.partial(_package_causal, package=package),
+            why_absent=functools.partial(_why_no_package, package),
+        )
+        for name, package in FLASH_PACKAGES.items()
+    ),
     Peer(FLEX, functools.partial(_flex, with_build=False)),
     Peer(FLEX_BUILD, functools.partial(_flex, with_build=True)),
+    Peer(UNROLLED_VARLEN, _unrolled_varlen, why_absent=_why_no_varlen),
+    Peer(UNROLLED_SDPA, _unrolled_sdpa),
 ]

@@ -8,6 +8,9 @@ draws and log-probabilities are computed as ever. So it does not matter what the
     transformers generate   likewise, on the same weights: padded batches of at most 64, in the
                             order of the requests, each done with its longest response; greedy and
                             without log-probabilities, as it costs least
+    transformers continuous batching
+                            as many tokens, of its own choice: nothing can be put in their place.
+                            At most 64 requests at once; the server's start is not timed
 
     fork-join-N       N requests: a prompt of 64 tokens, four threads of 64, some text around them
     multiplication    problems of threadweaver.tasks, or the rows of --replay FILE
@@ -17,8 +20,8 @@ draws and log-probabilities are computed as ever. So it does not matter what the
     tok/s         tokens of the responses, forced ones included, over the time
     steps         forward passes; ms/step: time for one, whatever it holds
     latency x     tokens of the responses / tokens on their longest paths
-    seq x         how many times faster than ours, sequential; of latency: as a share of latency x
-    generate x    how many times faster than transformers
+    x sequential  how many times faster than ours, sequential; of latency: as a share of latency x
+    x generate, x continuous   how many times faster than transformers
     time %        model without attention / attention / plan / orchestration / sampling
     mean, max Δ   |Δ log p| of the sampled tokens against the trie trainer's forward pass, over
                   the first few requests
@@ -28,12 +31,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+import transformers
 import yaml
 from torch import Tensor
 from transformers import (
@@ -43,7 +48,7 @@ from transformers import (
 )
 
 from bench.environment import HOUSE
-from bench.frame import Options, Peer, Row, Skip, Suite, UsageError, main
+from bench.frame import Options, Peer, Row, Setup, Skip, Suite, UsageError, main
 from threadweaver.data import DataError, load_examples
 from threadweaver.generate import Rollout
 from threadweaver.generate.engine import Engine, Script
@@ -59,8 +64,14 @@ from tw_kernels import Trie
 PARALLEL, SEQUENTIAL = "ours, parallel", "ours, sequential"
 GENERATE = "transformers generate"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+CONTINUOUS = "transformers continuous batching"
 PAGE_SIZE = 16
 MOST_BATCHED = 64
+# Of continuous batching: tokens of a page, as FlashAttention-2 takes it, and of a step.
+BLOCK_SIZE, STEP_TOKENS = 256, 1024
+# How far below the best a token may be that was said to be the best, in units of the logits'
+# standard deviation: what rounding makes of equals.
+GREEDY_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 # Requests whose log-probabilities are compared with the trainer's.
 COMPARED = 4
 WORDS = (
@@ -98,31 +109,38 @@ class Trajectory(NamedTuple):
     source: str = ""
 
 
-@dataclass(frozen=True)
 class Language:
-    """A model with its tokenizer's codec."""
+    """A model with its tokenizer's codec, loaded when first asked for.
 
-    name: str
-    dtype: str
-    model: PreTrainedModel
-    codec: Codec
+    Raises:
+        UsageError: on loading: there is no such model.
+    """
 
-    @classmethod
-    def load(cls, name: str, dtype: str, device: str) -> Language:
-        if name == "tiny":
-            arch = yaml.safe_load((HOUSE / "configs" / "sft-demo.yaml").read_text())["model"][
-                "arch"
-            ]
+    def __init__(self, name: str, dtype: str, device: str):
+        self.name, self.dtype, self._device = name, dtype, device
+
+    @cached_property
+    def _loaded(self) -> tuple[PreTrainedModel, Codec]:
+        if self.name == "tiny":
+            settings = yaml.safe_load((HOUSE / "configs" / "sft-demo.yaml").read_text())
             tokenizer = build_tokenizer()
-            model = new_model(tokenizer, arch)
+            model = new_model(tokenizer, settings["model"]["arch"])
         else:
             try:
-                model, tokenizer = load_model(name, DTYPES[dtype])
+                model, tokenizer = load_model(self.name, DTYPES[self.dtype])
             except ValueError as error:
                 raise UsageError(f"--model: {error}") from error
             add_tags(tokenizer, model)
-        torch.nn.Module.to(model, device, DTYPES[dtype])
-        return cls(name, dtype, model.eval(), Codec.from_tokenizer(tokenizer))
+        torch.nn.Module.to(model, self._device, DTYPES[self.dtype])
+        return model.eval(), Codec.from_tokenizer(tokenizer)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self._loaded[0]
+
+    @property
+    def codec(self) -> Codec:
+        return self._loaded[1]
 
     def text(self, rng: random.Random, n: int) -> list[int]:
         """Ids of n tokens of words in no order; n >= 1."""
@@ -147,13 +165,12 @@ class Said(NamedTuple):
     rollouts: list[Rollout]
 
 
-class RolloutSetup:
+class RolloutSetup(Setup):
     """A case on a model."""
-
-    input_sets = 1
 
     def __init__(self, case: Case, language: Language):
         self.case, self.language = case, language
+        self.servers = ExitStack()
         self.engines: dict[str, Engine] = {}
         self.measured: dict[str, Row] = {}  # what does not depend on the time, by peer
 
@@ -201,14 +218,34 @@ class RolloutSetup:
 
     def check(self, peer: str, result: Said, inputs: int) -> str | None:
         for i, (said, t) in enumerate(zip(result.responses, self.trajectories, strict=True)):
-            if said != t.response:
+            if len(said) != len(t.response) or (peer != CONTINUOUS and said != t.response):
                 return f"request {i} did not get its recorded response"
+        if peer == CONTINUOUS:
+            for i, said in enumerate(result.responses[:COMPARED]):
+                if (below := self._below_best(self.trajectories[i].prompt, said)) > (
+                    most := GREEDY_TOLERANCE[self.language.model.dtype]
+                ):
+                    return f"request {i} got a token {below:.1e} below the best, over {most:.0e}"
         self.measured[peer] = {"steps": result.steps}
         if result.rollouts:
             delta = mismatch(self.language.model, result.rollouts[:COMPARED])
             mean, most = delta.mean().item(), delta.max().item()
             self.measured[peer] |= {"mean_mismatch": mean, "max_mismatch": most}
         return None
+
+    @torch.no_grad()
+    def _below_best(self, prompt: list[int], said: list[int]) -> float:
+        """By how much the worst of the tokens misses the best there was, as GREEDY_TOLERANCE has
+        it."""
+        model: Any = self.language.model
+        model.set_attn_implementation("sdpa")
+        ids = torch.tensor([prompt + said], device=model.device)
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
+        chosen = logits.gather(1, ids[0, len(prompt) :, None])[:, 0]
+        return ((logits.max(1).values - chosen) / logits.std(1)).max().item()
+
+    def close(self) -> None:
+        self.servers.close()
 
     def figures(self, peer: str, seconds: float) -> Row:
         row = {
@@ -325,6 +362,52 @@ def _generate(setup: RolloutSetup) -> Callable[[int], Said]:
     return call
 
 
+def _why_not_continuous(device: str) -> str | None:
+    if hasattr(transformers, "ContinuousBatchingConfig"):
+        return None
+    return f"transformers {transformers.__version__} has no ContinuousBatchingConfig"
+
+
+def _continuous(setup: RolloutSetup) -> Callable[[int], Said]:
+    model: Any = setup.language.model
+    trajectories = setup.trajectories
+    longest = max(len(t.prompt) + len(t.response) for t in trajectories)
+    at_once = min(MOST_BATCHED, len(trajectories))
+    model.set_attn_implementation("sdpa")  # what it starts from; it takes its own paged form
+    manager = model.init_continuous_batching(
+        GenerationConfig(
+            do_sample=False, eos_token_id=-1, pad_token_id=setup.language.codec.eos_id
+        ),
+        transformers.ContinuousBatchingConfig(
+            block_size=BLOCK_SIZE,
+            num_blocks=at_once * -(-longest // BLOCK_SIZE),
+            max_batch_tokens=STEP_TOKENS,
+            max_requests_per_batch=at_once,
+            allow_block_sharing=False,  # or a call would find the prompts of the one before
+        ),
+    )
+    attention = model.config._attn_implementation
+    manager.start()
+    setup.servers.callback(manager.stop)
+
+    def call(_: int) -> Said:
+        model.set_attn_implementation(attention)
+        before = getattr(manager, "current_batch", 0)  # its thread sets it as it starts
+        ids = [manager.add_request(t.prompt, max_new_tokens=len(t.response)) for t in trajectories]
+        said = {}
+        while len(said) < len(ids):
+            result = manager.get_result(timeout=1)
+            if result is not None and result.error:
+                raise RuntimeError(result.error)
+            if result is None and not manager.is_running():
+                raise RuntimeError("its thread ended")
+            if result is not None and result.is_finished():
+                said[result.request_id] = result.generated_tokens
+        return Said([said[id_] for id_ in ids], manager.current_batch - before, [])
+
+    return call
+
+
 def fork_join(requests: int, threads: int = 4, length: int = 64) -> Case:
     """A block of equal threads; a thread's header is not in its length, its </Thread> is."""
 
@@ -406,8 +489,10 @@ def setups(options: RolloutOptions) -> Iterator[RolloutSetup]:
         if value is not None and value < 1:
             raise UsageError(f"--{name} is {value}: it must be at least 1")
     name = options.model or ("tiny" if options.quick else "smollm2")
-    language = Language.load(name, options.dtype, options.device)
-    tiny = language if name == "tiny" else Language.load("tiny", options.dtype, options.device)
+    language = Language(name, options.dtype, options.device)
+    tiny = language if name == "tiny" else Language("tiny", options.dtype, options.device)
+    if options.model:
+        _ = language.model  # one that is not there ends the run before it begins
     if options.replay:
         recorded = RolloutSetup(replayed(options.replay, options.rows), language)
         recorded.scripts("parallel")  # a row that cannot be replayed ends the run before it begins
@@ -426,15 +511,10 @@ def setups(options: RolloutOptions) -> Iterator[RolloutSetup]:
     yield RolloutSetup(mixed(256, 64, 256), tiny)
 
 
-def relate(rows: list[Row]) -> None:
-    by_peer = {row["peer"]: row for row in rows if row["status"] == "ok"}
-    for row in by_peer.values():
-        if GENERATE in by_peer:
-            row["x_generate"] = by_peer[GENERATE]["ms"] / row["ms"]
-    if PARALLEL in by_peer and SEQUENTIAL in by_peer:
-        row = by_peer[PARALLEL]
-        row["x_sequential"] = by_peer[SEQUENTIAL]["ms"] / row["ms"]
-        row["of_latency"] = row["x_sequential"] / row["latency_speedup"]
+def relate(rows: dict[str, Row]) -> None:
+    if PARALLEL in rows and SEQUENTIAL in rows:
+        row = rows[PARALLEL]
+        row["of_latency"] = row["ratios"][SEQUENTIAL] / row["latency_speedup"]
 
 
 SUITE = Suite(
@@ -445,20 +525,20 @@ SUITE = Suite(
         Peer(PARALLEL, _ours(PARALLEL, "parallel"), ours=True),
         Peer(SEQUENTIAL, _ours(SEQUENTIAL, "sequential"), ours=True),
         Peer(GENERATE, _generate),
+        Peer(CONTINUOUS, _continuous, why_absent=_why_not_continuous),
     ],
-    relate=relate,
     columns={
         "tokens_per_second": "tok/s",
         "steps": "steps",
         "ms_per_step": "ms/step",
         "latency_speedup": "latency x",
-        "x_sequential": "seq x",
         "of_latency": "of latency",
-        "x_generate": "generate x",
         "shares": "time %",
         "mean_mismatch": "mean Δ",
         "max_mismatch": "max Δ",
     },
+    versus={SEQUENTIAL: "x sequential", GENERATE: "x generate", CONTINUOUS: "x continuous"},
+    relate=relate,
 )
 
 if __name__ == "__main__":

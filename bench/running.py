@@ -8,7 +8,18 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from bench.environment import environment, results_folder
-from bench.frame import ONLY_HELP, QUICK_HELP, UsageError, console, exit_code, run
+from bench.frame import (
+    ONLY_HELP,
+    QUICK_HELP,
+    Options,
+    Selection,
+    Suite,
+    UsageError,
+    console,
+    exit_code,
+    run,
+    select,
+)
 from bench.suites import SUITES, load_suite
 from threadweaver.command import explain, fail
 
@@ -37,8 +48,9 @@ def main(arguments: list[str]) -> int:
             folder = results_folder(environment(given.device))
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-        rows = []
-        for name in given.names:
+        # All that can be wrong with the arguments shows before the first suite takes its time.
+        chosen: list[tuple[Suite, Options, Selection]] = []
+        for name in dict.fromkeys(given.names):
             suite = load_suite(name)
             options = suite.options(
                 device=given.device,
@@ -47,7 +59,9 @@ def main(arguments: list[str]) -> int:
                 budget=given.budget,
                 json=folder and folder / f"{name}.json",
             )
-            rows += run(suite, options, console())
+            chosen.append((suite, options, select(suite, options)))
+        shown = console()
+        rows = [row for choice in chosen for row in run(*choice, shown)]
     except ArgumentError as error:
         return fail(explain(str(error), parser.get_defaults()), 2)
     except (UsageError, OSError) as error:

@@ -15,7 +15,10 @@ accumulate.
     tokens        computed in all passes
     token ratio   unrolled tokens / trie tokens: what sharing prefixes could save at best, were the
                   cost of a token always the same
-    x unrolled    how many times faster than unrolled calls
+    TFLOP/s       of what the trie needs, for every peer alike, over the time: 6 a weight of the
+                  layers and token of the trie, and 14 D Hq a visible pair and layer, as
+                  bench.attention counts them; the embedding and the output layer are left out
+    x unrolled, x packed   how many times faster than unrolled calls, than packed ones
     of ratio      x unrolled / token ratio
     mem / packed  peak memory over that of the packed calls
 """
@@ -23,7 +26,7 @@ accumulate.
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
@@ -36,7 +39,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from bench import shapes
-from bench.frame import Options, Peer, Row, Skip, Suite, main
+from bench.attention import BACKWARD, FORWARD
+from bench.frame import Options, Peer, Row, Setup, Skip, Suite, main
+from bench.roofline import Work
 from threadweaver.generate.rollout import Completion, Rollout
 from threadweaver.generate.weaver import LimitCounts
 from threadweaver.model import (
@@ -90,15 +95,13 @@ class Pass(NamedTuple):
     loss: Callable[[], Tensor]
 
 
-class StepSetup(ABC):
+class StepSetup(Setup):
     """A model, and one update of it.
 
     Attributes:
         rollouts: the calls, rollout by rollout.
         tokens: how many each peer computes.
     """
-
-    input_sets = 1
 
     def __init__(self, update: str, case: str, rollouts: list[list[Call]], device: str):
         self.update, self.case, self.rollouts = update, case, rollouts
@@ -169,6 +172,15 @@ class StepSetup(ABC):
     def check(self, peer: str, result: Any, inputs: int) -> str | None:
         error = ((self.gradient() - self.expected).norm() / self.expected.norm()).item()
         return None if error <= TOLERANCE else f"its gradient is off by {error:.1e}"
+
+    def work(self, peer: str) -> Work:
+        trie = Trie.from_paths([call.path for call in self.calls])
+        pairs = int(trie.positions.sum()) + len(trie)
+        layers: Any = self.model.base_model.layers
+        weights = sum(weight.numel() for weight in layers.parameters())
+        config = self.model.config
+        attention = (FORWARD + BACKWARD) * config.num_attention_heads * config.head_dim * pairs
+        return Work(6 * weights * len(trie) + config.num_hidden_layers * attention)
 
     def figures(self, peer: str, seconds: float) -> Row:
         return {"tokens": self.tokens[peer]}
@@ -312,14 +324,12 @@ def setups(options: Options) -> Iterator[StepSetup]:
         yield PolicyUpdate(group, "rollouts-8x2x4", options.device)
 
 
-def relate(rows: list[Row]) -> None:
-    by_peer = {row["peer"]: row for row in rows if row["status"] == "ok"}
-    for row in by_peer.values():
-        if UNROLLED in by_peer:
-            row["x_unrolled"] = by_peer[UNROLLED]["ms"] / row["ms"]
-            row["of_ratio"] = row["x_unrolled"] / row["token_ratio"]
-        if PACKED in by_peer and row["peak_bytes"]:
-            row["memory_of_packed"] = row["peak_bytes"] / by_peer[PACKED]["peak_bytes"]
+def relate(rows: dict[str, Row]) -> None:
+    for row in rows.values():
+        if UNROLLED in row["ratios"]:
+            row["of_ratio"] = row["ratios"][UNROLLED] / row["token_ratio"]
+        if PACKED in rows and row["peak_bytes"]:
+            row["memory_of_packed"] = row["peak_bytes"] / rows[PACKED]["peak_bytes"]
 
 
 SUITE = Suite(
@@ -334,13 +344,9 @@ SUITE = Suite(
         _peer(SHARED_PROMPT, shared_prompt_passes),
         _peer(DENSE, group_passes, backend="dense"),
     ],
+    columns={"tokens": "tokens", "of_ratio": "of ratio", "memory_of_packed": "mem / packed"},
+    versus={UNROLLED: "x unrolled", PACKED: "x packed"},
     relate=relate,
-    columns={
-        "tokens": "tokens",
-        "x_unrolled": "x unrolled",
-        "of_ratio": "of ratio",
-        "memory_of_packed": "mem / packed",
-    },
 )
 
 if __name__ == "__main__":

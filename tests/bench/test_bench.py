@@ -3,15 +3,18 @@
 import functools
 import itertools
 import json
+import statistics
+import time
 
 import pytest
 import torch
 
 from bench import attention, decode, layout, rollout, shapes, train_step
-from bench.frame import Options, Peer, Skip, Suite, main, measure
+from bench.frame import Options, Peer, Setup, Skip, Suite, main, measure
 from bench.meter import CpuMeter
 from bench.oracle import TOLERANCE, reference, worst_row
-from bench.peers import DENSE, visible
+from bench.peers import CAUSAL, DENSE, UNROLLED_SDPA, visible
+from bench.roofline import Work, measure_roofline, rates
 from tw_kernels import trie_decode
 from tw_kernels.backends import dense
 
@@ -24,11 +27,21 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-class Doubling:
+ROOFLINE = {"copy_gb_per_s": 10.0, "matmul_tflops": {"float32": 1.0, "bfloat16": 2.0}}
+
+
+class Doubling(Setup):
     """A setup whose right answer is 2 x, on two sets of inputs."""
 
     input_sets = 2
-    key = {"case": "doubling"}  # noqa: RUF012 - never written to
+    closed = False
+
+    @property
+    def key(self):
+        return {"case": "doubling"}
+
+    def close(self):
+        self.closed = True
 
     def check(self, peer, result, inputs):
         return None if result == 2 * inputs else f"{result} is not {2 * inputs}"
@@ -51,7 +64,7 @@ def _counted(answer):
 
 
 def _rows(*peers):
-    rows = measure(Doubling(), list(peers), CpuMeter(), budget=0.01)
+    rows = measure(Doubling(), list(peers), CpuMeter(), budget=0.01, roofline=ROOFLINE)
     return {row["peer"]: row for row in rows}
 
 
@@ -81,6 +94,76 @@ def test_an_absent_peer_says_why_and_a_failing_one_does_not_stop_the_others():
     assert rows["failing"]["status"] == "failed"
     assert rows["failing"]["reason"] == "RuntimeError: no such kernel"
     assert rows["right"]["status"] == "ok"
+
+
+def test_ratios_are_of_the_times_to_every_other_peer_that_was_timed():
+    def absent(_setup):
+        raise Skip("not here")
+
+    right, _ = _counted(lambda x: 2 * x)
+    wrong, _ = _counted(lambda x: 3 * x)
+    slow, _ = _counted(lambda x: time.sleep(2e-3) or 2 * x)
+    rows = _rows(
+        Peer("fast", right), Peer("slow", slow), Peer("wrong", wrong), Peer("absent", absent)
+    )
+    ms = {peer: rows[peer]["ms"] for peer in ("fast", "slow")}
+    assert rows["fast"]["ratios"] == {"slow": ms["slow"] / ms["fast"]}
+    assert rows["slow"]["ratios"] == {"fast": ms["fast"] / ms["slow"]}
+    assert rows["fast"]["ratios"]["slow"] > 1
+    assert "ratios" not in rows["wrong"] and "ratios" not in rows["absent"]
+
+
+def test_a_row_keeps_its_samples():
+    right, _ = _counted(lambda x: 2 * x)
+    row = _rows(Peer("right", right))["right"]
+    assert len(row["samples_ms"]) == row["repeats"] >= 3
+    assert all(float(f"{ms:.4g}") == ms > 0 for ms in row["samples_ms"])
+    assert statistics.median(row["samples_ms"]) == pytest.approx(row["ms"], rel=1e-3)
+
+
+def test_a_setup_is_closed_even_when_a_peer_stops_the_run():
+    def stop(_setup):
+        raise KeyboardInterrupt
+
+    setup = Doubling()
+    with pytest.raises(KeyboardInterrupt):
+        measure(setup, [Peer("stop", stop)], CpuMeter(), budget=0.01, roofline=ROOFLINE)
+    assert setup.closed
+
+
+def test_rates_and_share_follow_from_the_counted_work():
+    # 1 s at 1 TFLOP/s of 2 bounds it by the half, 8 GB/s of 10 by four fifths: the larger holds.
+    both = rates(Work(flops=10**12, bytes=8 * 10**9, dtype="bfloat16"), 1.0, ROOFLINE)
+    assert both["flops"] == 10**12 and both["bytes"] == 8 * 10**9
+    assert (both["tflops"], both["gb_per_s"], both["roofline"]) == (1.0, 8.0, 0.8)
+    assert rates(Work(flops=10**12), 4.0, ROOFLINE)["roofline"] == 0.25
+    assert "gb_per_s" not in rates(Work(flops=10**12), 4.0, ROOFLINE)
+
+
+def test_a_row_that_nobody_counted_has_no_share():
+    right, _ = _counted(lambda x: 2 * x)
+    row = _rows(Peer("right", right))["right"]
+    assert not {"flops", "bytes", "tflops", "gb_per_s", "roofline"} & set(row)
+
+
+def test_the_roofline_is_a_rate_of_each_dtype_and_of_a_copy():
+    roofline = measure_roofline(CpuMeter(), quick=True)
+    assert set(roofline["matmul_tflops"]) == {"float32", "bfloat16"}
+    # The slowest machine that this runs on, and the fastest.
+    assert 0.1 < roofline["copy_gb_per_s"] < 1e4
+    assert all(1e-4 < rate < 1e3 for rate in roofline["matmul_tflops"].values())
+
+
+def test_an_absent_peer_has_no_rows_and_the_environment_says_why(tmp_path, capsys):
+    right, _ = _counted(lambda x: 2 * x)
+    absent = Peer("cuDNN", right, why_absent=lambda device: f"not on {device}")
+    suite = Suite("t", Options, lambda o: [Doubling()], [Peer("right", right), absent])
+    assert main(suite, ["--quick", "--json", str(tmp_path / "t.json")]) == 0
+    record = json.loads((tmp_path / "t.json").read_text())
+    assert record["env"]["absent"] == {"cuDNN": "not on cpu"}
+    assert [row["peer"] for row in record["rows"]] == ["right"]
+    assert main(suite, ["--quick", "--only", "peer=cuDNN"]) == 2
+    assert "cuDNN: not on cpu" in capsys.readouterr().err
 
 
 def test_repeats_are_interleaved_and_inputs_rotate():
@@ -116,9 +199,10 @@ def test_peak_memory_sees_what_a_call_holds_at_once():
     ("arguments", "message"),
     [
         (["--only", "case"], "--only: 'case' is not of the form KEY=GLOB"),
-        (["--only", "colour=red"], "--only: no key 'colour'"),
-        (["--only", "case=nothing"], "nothing matches"),
+        (["--only", "colour=red"], "--only: layout has no key 'colour'"),
+        (["--only", "case=nothing"], "nothing in layout matches"),
         (["--json", "/no/such/folder/x.json"], "--json: there is no folder"),
+        (["--budget", "0"], "--budget is 0"),
         (["--device", "tpu"], "device"),
         (["--device", "cuda"], "--device cuda"),
     ],
@@ -131,18 +215,22 @@ def test_a_bad_option_exits_2_with_one_line(arguments, message, capsys):
 
 def test_a_wrong_row_makes_the_command_exit_1(capsys):
     wrong, _ = _counted(lambda x: 2 * x + 1)
-    suite = Suite("t", Options, lambda o: [Doubling()], [Peer("bad", wrong)], lambda rows: None, {})
+    suite = Suite("t", Options, lambda o: [Doubling()], [Peer("bad", wrong)])
     assert main(suite, []) == 1
     assert "bad" in capsys.readouterr().err
 
 
-def _check_schema(path, benchmark):
+def _check_schema(path, suite):
     record = json.loads(path.read_text())
     assert set(record) == {"env", "rows"}
     env = record["env"]
-    assert env["benchmark"] == benchmark and env["threads"] == 1
+    assert env["benchmark"] == suite.name and env["threads"] == 1
     assert {"device", "cpu", "versions", "commit", "dirty", "date"} <= set(env)
+    assert env["roofline"]["copy_gb_per_s"] > 0
+    peers = {row["peer"] for row in record["rows"]}
+    assert peers | set(env["absent"]) == {peer.name for peer in suite.peers}
     for row in record["rows"]:
+        assert list(row)[: len(env["key"]) + 1] == [*env["key"], "peer"]
         assert row["status"] in ("ok", "skipped"), row
         if row["status"] == "ok":
             assert row["ms"] > 0 and row["iqr_ms"] >= 0 and row["repeats"] >= 1
@@ -153,10 +241,7 @@ def _check_schema(path, benchmark):
 
 def test_bench_layout_quick(tmp_path):
     assert main(layout.SUITE, ["--quick", "--json", str(tmp_path / "l.json")]) == 0
-    rows = _check_schema(tmp_path / "l.json", "layout")
-    assert {row["peer"] for row in rows} == {peer.name for peer in layout.SUITE.peers}
-    ours = [row for row in rows if row["peer"] == layout.SCHEDULED]
-    assert all(row["x_dict"] > 0 and row["x_block_mask"] > 0 for row in ours)
+    rows = _check_schema(tmp_path / "l.json", layout.SUITE)
     # A trie takes O(N): 36 bytes a token at every size, and 4 for each path.
     tries = [row for row in rows if row["peer"] == layout.OURS]
     assert all(36 <= row["bytes_per_token"] < 36.3 for row in tries)
@@ -166,12 +251,11 @@ def test_bench_attention_quick(tmp_path):
     path = tmp_path / "a.json"
     arguments = ["--quick", "--only", "dtype=float32", "--json", str(path)]
     assert main(attention.SUITE, arguments) == 0
-    rows = _check_schema(path, "attention")
-    assert {row["peer"] for row in rows} == {peer.name for peer in attention.SUITE.peers}
+    rows = _check_schema(path, attention.SUITE)
     for row in rows:
-        if row["peer"] in (attention.OURS, DENSE, "SDPA causal"):
-            assert row["status"] == "ok" and row["tflops"] > 0 and row["x_dense"] > 0
-            assert row["roofline"] > 0 and len(row["checked_heads"]) == 9
+        if row["peer"] in (attention.OURS, DENSE, CAUSAL, UNROLLED_SDPA):
+            assert row["status"] == "ok" and row["tflops"] > 0 and row["gb_per_s"] > 0
+            assert row["of_causal"] > 0 and row["roofline"] > 0 and len(row["checked_heads"]) == 9
         if row["peer"] == attention.OURS:
             assert row["backend"] in attention.TRIE_ATTENTION
         if row["peer"].startswith("Flex") and row["pass"] == "fwd+bwd":
@@ -180,13 +264,9 @@ def test_bench_attention_quick(tmp_path):
 
 def test_bench_decode_quick(tmp_path):
     assert main(decode.SUITE, ["--quick", "--json", str(tmp_path / "d.json")]) == 0
-    rows = _check_schema(tmp_path / "d.json", "decode")
-    assert {row["peer"] for row in rows} == {peer.name for peer in decode.SUITE.peers}
+    rows = _check_schema(tmp_path / "d.json", decode.SUITE)
     for row in rows:
-        if row["peer"] == decode.VARLEN:
-            assert row["reason"] == "runs on CUDA only"
-            continue
-        assert row["x_off"] > 0 and row["x_padded"] > 0 and row["gb_per_s"] > 0
+        assert row["tflops"] > 0 and row["gb_per_s"] > 0 and row["roofline"] > 0
         assert row["unshared_kv_bytes"] == row["sharing"] * row["unique_kv_bytes"]
         if row["ours"]:
             assert row["plan_us"] > 0 and row["backend"] == "native"
@@ -219,7 +299,7 @@ def test_the_decode_check_catches_one_wrong_key_page_or_head(wrong, dtype):
 
 def test_bench_train_step_quick_has_equal_gradients_and_less_work(tmp_path):
     assert main(train_step.SUITE, ["--quick", "--json", str(tmp_path / "t.json")]) == 0
-    rows = _check_schema(tmp_path / "t.json", "train_step")
+    rows = _check_schema(tmp_path / "t.json", train_step.SUITE)
     for update in ("SFT", "P-GRPO"):
         by_peer = {row["peer"]: row for row in rows if row["update"] == update}
         assert set(by_peer) == {peer.name for peer in train_step.SUITE.peers}
@@ -227,7 +307,9 @@ def test_bench_train_step_quick_has_equal_gradients_and_less_work(tmp_path):
         assert skipped == ({train_step.PER_ROLLOUT} if update == "SFT" else set())
         ours, unrolled = by_peer[train_step.OURS], by_peer[train_step.UNROLLED]
         assert ours["token_ratio"] == unrolled["tokens"] / ours["tokens"] > 1.5
-        assert ours["x_unrolled"] > 1 and ours["memory_of_packed"] < 1
+        assert ours["ratios"][train_step.UNROLLED] > 1 and ours["memory_of_packed"] < 1
+        assert ours["of_ratio"] == ours["ratios"][train_step.UNROLLED] / ours["token_ratio"]
+        assert ours["flops"] == unrolled["flops"]
         assert ours["tokens"] < by_peer[train_step.SHARED_PROMPT]["tokens"] < unrolled["tokens"]
         assert by_peer[train_step.PACKED]["tokens"] == unrolled["tokens"]
 
@@ -252,7 +334,7 @@ def test_the_train_step_check_catches_one_wrong_weight_order_or_token(wrong):
 def test_bench_rollout_quick_says_the_recorded_tokens_in_fewer_steps(tmp_path):
     path = tmp_path / "r.json"
     assert main(rollout.SUITE, ["--quick", "--dtype", "fp32", "--json", str(path)]) == 0
-    rows = {(row["case"], row["peer"]): row for row in _check_schema(path, "rollout")}
+    rows = {(row["case"], row["peer"]): row for row in _check_schema(path, rollout.SUITE)}
     peers = [peer.name for peer in rollout.SUITE.peers]
     assert set(rows) == {
         (c, p) for c in ("fork-join-1", "multiplication", "mixed-8") for p in peers
@@ -260,24 +342,42 @@ def test_bench_rollout_quick_says_the_recorded_tokens_in_fewer_steps(tmp_path):
     skipped = {key for key, row in rows.items() if row["status"] == "skipped"}
     assert skipped == {("mixed-8", rollout.PARALLEL)}
     for case in ("fork-join-1", "multiplication"):
-        parallel, sequential, generate = (rows[case, peer] for peer in peers)
+        parallel, sequential, generate, continuous = (rows[case, peer] for peer in peers)
+        assert continuous["tokens"] == generate["tokens"] <= continuous["steps"] + 1
         assert sequential["steps"] == generate["steps"] == sequential["tokens"]
         assert parallel["latency_speedup"] > 1.2
         assert parallel["steps"] < sequential["steps"] / parallel["latency_speedup"] + 2
-        assert parallel["of_latency"] > 0 and parallel["x_generate"] > 0
+        assert (
+            parallel["of_latency"]
+            == parallel["ratios"][rollout.SEQUENTIAL] / (parallel["latency_speedup"])
+        )
         for row in (parallel, sequential):
             assert sum(row[key] for key in row if key.endswith("_share")) == pytest.approx(1)
             assert row["max_mismatch"] <= 1e-4 and row["mean_mismatch"] <= 1e-5
 
 
 def test_the_rollout_check_catches_one_wrong_token():
-    language = rollout.Language.load("tiny", "fp32", "cpu")
+    language = rollout.Language("tiny", "fp32", "cpu")
     setup = rollout.RolloutSetup(rollout.mixed(2, 2, 16), language)
     responses = [list(t.response) for t in setup.trajectories]
     assert setup.check("planted", rollout.Said(responses, 1, []), 0) is None
     responses[1][3] += 1
     wrong = setup.check("planted", rollout.Said(responses, 1, []), 0)
     assert wrong == "request 1 did not get its recorded response"
+
+
+def test_continuous_batching_is_checked_by_its_models_own_choice():
+    language = rollout.Language("tiny", "fp32", "cpu")
+    setup = rollout.RolloutSetup(rollout.mixed(2, 2, 16), language)
+    try:
+        said = rollout._continuous(setup)(0)
+    finally:
+        setup.close()
+    assert setup.check(rollout.CONTINUOUS, said, 0) is None
+    said.responses[1][3] = (said.responses[1][3] + 1) % 256
+    assert "below the best" in (setup.check(rollout.CONTINUOUS, said, 0) or "")
+    said.responses[1].pop()
+    assert "request 1" in (setup.check(rollout.CONTINUOUS, said, 0) or "")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,73 @@
+"""What the machine could do at best, measured in the run that it judges: one large matrix product a
+dtype, one large copy.
+
+A roofline (Williams, Waterman and Patterson, 2009) bounds the time of a call from below: its
+operations at the rate of the product, its bytes at the rate of the copy. A row's share is that time
+over the time it took. A share above 1 is no mistake: the copy moves everything through memory, and
+a small call finds its inputs in a cache.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from bench.meter import CpuMeter, CudaMeter
+
+DTYPES = (torch.float32, torch.bfloat16)
+REPEATS = 5
+# Edge of the square matrices, and bytes that are copied: several times the last-level cache.
+SIZES = {"cpu": (1536, 256 * 2**20), "cuda": (8192, 2**30)}
+QUICK_SIZES = {"cpu": (512, 64 * 2**20), "cuda": (2048, 256 * 2**20)}
+
+
+class Work(NamedTuple):
+    """What one call has to do, whoever does it: None where nobody counted.
+
+    Attributes:
+        flops: floating-point operations, a multiply-add being two.
+        bytes: of its inputs and outputs, each once.
+        dtype: of the operations, as in `dtype` columns.
+    """
+
+    flops: int | None = None
+    bytes: int | None = None
+    dtype: str = "float32"
+
+
+def measure_roofline(meter: CpuMeter | CudaMeter, quick: bool) -> dict[str, Any]:
+    """{"copy_gb_per_s": bytes read and written, "matmul_tflops": {dtype: TFLOP/s}}, on the device
+    and with the threads in use."""
+    n, size = (QUICK_SIZES if quick else SIZES)[meter.device]
+    rates = {}
+    for dtype in DTYPES:
+        a, b = torch.randn(2, n, n, device=meter.device).to(dtype)
+        out = torch.empty_like(a)
+        seconds = _median(meter, lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
+        rates[str(dtype).removeprefix("torch.")] = 2 * n**3 / seconds / 1e12
+    source, target = torch.zeros(2, size, dtype=torch.uint8, device=meter.device)
+    seconds = _median(meter, lambda: target.copy_(source))
+    return {"copy_gb_per_s": 2 * size / seconds / 1e9, "matmul_tflops": rates}
+
+
+def _median(meter: CpuMeter | CudaMeter, call: Callable[[], Any]) -> float:
+    """Seconds, after a warm-up."""
+    call()
+    return statistics.median(meter.seconds(call, 1) for _ in range(REPEATS))
+
+
+def rates(work: Work, seconds: float, roofline: dict[str, Any]) -> dict[str, Any]:
+    """A row's entries that follow from its work: flops, bytes, tflops, gb_per_s, and its share,
+    `roofline`; none for what was not counted."""
+    row: dict[str, Any] = {}
+    bounds = []
+    if work.flops is not None:
+        row |= {"flops": work.flops, "tflops": work.flops / seconds / 1e12}
+        bounds.append(row["tflops"] / roofline["matmul_tflops"][work.dtype])
+    if work.bytes is not None:
+        row |= {"bytes": work.bytes, "gb_per_s": work.bytes / seconds / 1e9}
+        bounds.append(row["gb_per_s"] / roofline["copy_gb_per_s"])
+    return row | ({"roofline": max(bounds)} if bounds else {})
