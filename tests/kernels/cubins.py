@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import re
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,19 @@ CACHE = Path(__file__).parents[2] / "build" / "cubins"
 SHARED_LIMIT = 227 * 1024  # bytes that a block on sm_90 can have
 
 
+def digest(source: Path, *others: str) -> str:
+    """Of a source, the headers of ours that it includes, and what else the result depends on."""
+    files, seen = [source], {source}
+    for file in files:
+        for name in re.findall(r'#include "(.+)"', file.read_text()):
+            found = next(f for f in (file.parent / name, cuda_build.SOURCES / name) if f.exists())
+            if found not in seen:
+                seen.add(found)
+                files.append(found)
+    content = b"".join(file.read_bytes() for file in files) + repr(others).encode()
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 def compiled(name: str) -> tuple[Path, str]:
     """The cubin of csrc/cuda/NAME.cu and what the compiler said; compiled anew if sources changed.
 
@@ -22,11 +36,7 @@ def compiled(name: str) -> tuple[Path, str]:
     if reason := cuda_build.why_not():
         pytest.skip(reason)
     source = cuda_build.SOURCES / "cuda" / f"{name}.cu"
-    command = cuda_build.command(source, Path("to"))
-    digest = hashlib.sha256(repr(command).encode())
-    for file in [source, *sorted(source.parent.glob("*.h")), *sorted(source.parent.glob("*.cuh"))]:
-        digest.update(file.read_bytes())
-    folder = CACHE / f"{name}-{digest.hexdigest()[:16]}"
+    folder = CACHE / f"{name}-{digest(source, *cuda_build.command(source, Path('to')))}"
     cubin, log = folder / f"{name}.cubin", folder / "log"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
@@ -37,7 +47,10 @@ def compiled(name: str) -> tuple[Path, str]:
 
 
 def figures(cubin: Path) -> dict[str, dict[str, int]]:
-    """Registers, stack and static shared memory in bytes, barriers and instructions, by kernel."""
+    """Of each kernel: registers, stack and static shared memory in bytes, and instructions.
+
+    Instructions count under their whole name and under its first part: LDG.E.128 and LDG.
+    """
     triton = pytest.importorskip("triton")
     bin_folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     usage, sass = (
@@ -50,11 +63,12 @@ def figures(cubin: Path) -> dict[str, dict[str, int]]:
     found = {}
     for name, line in re.findall(r"Function (\w+):\n(.*)", usage):
         resources = dict(re.findall(r"(\w+):(\d+)", line))
-        instructions = re.findall(r"^\s*/\*\w+\*/\s+(?:@!?\w+\s+)?([A-Z]\w*)", code[name], re.M)
+        names = re.findall(r"^\s*/\*\w+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", code[name], re.M)
         found[name] = {
             "registers": int(resources["REG"]),
             "stack": int(resources["STACK"]),
             "shared": int(resources["SHARED"]),
-            **{i: instructions.count(i) for i in set(instructions)},
+            **Counter(n.partition(".")[0] for n in names),
+            **Counter(n for n in names if "." in n),
         }
     return found
