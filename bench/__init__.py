@@ -1,1 +1,1 @@
-"""Benchmarks: ours and the peers in one run, on one set of inputs: `python -m bench.<name>`."""
+"""Benchmarks: ours and the peers in one run, on one set of inputs: `python -m bench --help`."""

@@ -6,6 +6,7 @@ that were forked from one another share their full pages. Our rows write the new
 for the others they are there already.
 
     ours                  the plan with sharing: each run of pages is read once for all its readers
+    ours: <backend>       the same by a backend that is not the automatic choice
     ours, sharing off     the same kernel, every sequence alone
     padded SDPA           as transformers runs it (its own function): keys and values of every
                           sequence side by side, padded on the left to the longest
@@ -24,6 +25,7 @@ for the others they are there already.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import os
@@ -47,10 +49,13 @@ from bench.oracle import worst_row
 from bench.peers import cuda_only, lacks, why_not_importable
 from bench.roofline import Work
 from tw_kernels import DecodePlan, PagedKV, trie_decode
+from tw_kernels.backends import TRIE_DECODE
 from tw_kernels.decode import choose_backend
 
 OURS, UNSHARED = "ours", "ours, sharing off"
 PADDED, VARLEN, CASCADE = "padded SDPA", "varlen_attn", "FlashInfer cascade"
+# Each by itself; the reference is for tests.
+BACKENDS = {f"{OURS}: {name}": name for name in TRIE_DECODE if name != "reference"}
 PAGE_SIZE = 16
 VARLEN_PAGE_SIZE = 256  # FlashAttention-2, which is behind it, takes multiples of this only
 DTYPES = (torch.float32, torch.bfloat16)
@@ -208,6 +213,18 @@ class DecodeSetup(Setup):
             return None
         return f"out is off by {error:.1e} of a row, more than {tolerance:.0e}"
 
+    @property
+    def sample(self) -> tuple[Tensor, PagedKV]:
+        """Queries, and keys and values in pages, by which backends are chosen."""
+        p = self.problem
+        q = torch.empty(1, p.heads, p.head_dim, dtype=self.dtype, device=self.device)
+        pages = q.new_empty(1, PAGE_SIZE, p.kv_heads, p.head_dim)
+        return q, PagedKV(pages, pages)
+
+    @property
+    def automatic(self) -> str:
+        return choose_backend(*self.sample)
+
     def work(self, peer: str) -> Work:
         """A sequence's one query sees all its tokens."""
         p = self.problem
@@ -224,14 +241,20 @@ class DecodeSetup(Setup):
             "unshared_kv_bytes": self.kv_bytes(p.case.unrolled),
         }
         if peer in self.plan_seconds:
-            q, k, _ = self.inputs(0)
-            row["backend"] = choose_backend(q, PagedKV(k[:, None], k[:, None]))
+            row["backend"] = BACKENDS.get(peer) or self.automatic
             row["plan_us"] = self.plan_seconds[peer] * 1e6
             row["kv_memory"] = p.paging(PAGE_SIZE).num_pages * PAGE_SIZE / len(p.case.trie)
         return row
 
 
-def _ours(setup: DecodeSetup, peer: str, share: bool) -> Callable[[int], Any]:
+def _ours(
+    setup: DecodeSetup, peer: str, share: bool, backend: str | None = None
+) -> Callable[[int], Any]:
+    if backend:
+        if backend == setup.automatic:
+            raise Skip("the automatic choice")
+        if reason := TRIE_DECODE[backend].why_not(*setup.sample):
+            raise Skip(reason)
     paging = setup.problem.paging(PAGE_SIZE)
     plan = setup.plan(peer, paging, share)
     last = torch.stack([nodes[-1] for nodes in setup.problem.nodes]).to(setup.device)
@@ -242,9 +265,17 @@ def _ours(setup: DecodeSetup, peer: str, share: bool) -> Callable[[int], Any]:
 
     def call(i: int) -> Tensor:
         q, kv, new_k, new_v = calls[i]
-        return trie_decode(q, kv, plan, new_k=new_k, new_v=new_v)
+        return trie_decode(q, kv, plan, backend=backend, new_k=new_k, new_v=new_v)
 
     return call
+
+
+def _why_no_backend(name: str, device: str) -> str | None:
+    if name == "triton" and device == "cpu":
+        return "runs in Triton's interpreter on a CPU, which is for tests"
+    q = torch.empty(1, 1, 64, dtype=torch.bfloat16, device=device)
+    pages = q.new_empty(1, PAGE_SIZE, 1, 64)
+    return TRIE_DECODE[name].why_not(q, PagedKV(pages, pages))
 
 
 def _padded(setup: DecodeSetup) -> Callable[[int], Any]:
@@ -445,6 +476,15 @@ SUITE = Suite(
     setups=setups,
     peers=[
         Peer(OURS, lambda setup: _ours(setup, OURS, share=True), ours=True),
+        *(
+            Peer(
+                peer,
+                functools.partial(_ours, peer=peer, share=True, backend=name),
+                ours=True,
+                why_absent=functools.partial(_why_no_backend, name),
+            )
+            for peer, name in BACKENDS.items()
+        ),
         Peer(UNSHARED, lambda setup: _ours(setup, UNSHARED, share=False), ours=True),
         Peer(PADDED, _padded),
         Peer(VARLEN, _varlen, why_absent=_why_no_varlen),

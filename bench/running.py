@@ -29,7 +29,7 @@ DEFAULT = "bench/results/<device>/<date>-<commit>"
 def main(arguments: list[str]) -> int:
     """Returns the exit code: 1 if any row is wrong or one of ours failed."""
     parser = ArgumentParser(prog="python -m bench run", exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("names", nargs="+", choices=list(SUITES), metavar="SUITE")
+    parser.add_argument("suites", nargs="+", choices=list(SUITES), metavar="SUITE")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--quick", action="store_true", help=QUICK_HELP)
     parser.add_argument("--only", nargs="+", default=[], metavar="KEY=GLOB", help=ONLY_HELP)
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
             folder.mkdir(parents=True, exist_ok=True)
         # All that can be wrong with the arguments shows before the first suite takes its time.
         chosen: list[tuple[Suite, Options, Selection]] = []
-        for name in dict.fromkeys(given.names):
+        for name in dict.fromkeys(given.suites):
             suite = load_suite(name)
             options = suite.options(
                 device=given.device,

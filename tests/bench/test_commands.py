@@ -1,0 +1,172 @@
+"""`python -m bench list` and `run`, and where results go."""
+
+import json
+import subprocess
+
+import pytest
+import torch
+
+from bench import decode, environment, frame, rollout
+from bench.__main__ import main
+from bench.suites import SUITES, load_suite
+from tw_kernels.backends import dense
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_a_suite_is_known_by_its_name_and_names_each_peer_once(name):
+    suite = load_suite(name)
+    assert suite.name == name
+    peers = [peer.name for peer in suite.peers]
+    assert len(set(peers)) == len(peers) and set(suite.versus) <= set(peers)
+    assert suite.peers[0].ours and suite.peers[0].why_absent("cpu") is None
+
+
+def test_list_shows_every_peer_and_why_it_is_absent(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in SUITES:
+        for peer in load_suite(name).peers:
+            why = peer.why_absent("cpu") or "here"
+            assert any(peer.name in line and why in line for line in lines), peer.name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "which command?"),
+        (["benchmark"], "no command 'benchmark'"),
+        (["list", "--device", "tpu"], "--device"),
+        (["run"], "suites"),
+        (["run", "speed"], "'speed'"),
+        (["run", "layout", "--quik"], "did you mean 'quick'?"),
+        (["run", "layout", "decode", "--only", "unrolled=1"], "layout matches"),
+        (["run", "layout", "decode", "--only", "case=star*"], "decode matches"),
+        (["run", "layout", "--quick", "--budget", "-1"], "--budget is -1"),
+    ],
+)
+def test_bad_arguments_exit_2_with_one_line_before_anything_runs(arguments, message, capsys):
+    assert main(arguments) == 2
+    out, error = capsys.readouterr()
+    assert message in error and error.count("\n") == 1 and not out
+
+
+def test_a_folder_that_cannot_be_made_exits_2_with_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["run", "layout", "--quick", "--json", str(tmp_path / "file" / "results")]) == 2
+    error = capsys.readouterr().err
+    assert "results" in error and error.count("\n") == 1
+
+
+def test_run_writes_a_file_for_each_suite_even_when_a_planted_error_makes_a_row_wrong(
+    tmp_path, capsys, monkeypatch
+):
+    forward = dense.forward
+
+    def planted(q, k, v, plan, scale):
+        out, lse = forward(q, k, v, plan, scale)
+        out[-1, -1, 0] += 1  # one number of one head of one row
+        return out, lse
+
+    monkeypatch.setattr(dense, "forward", planted)
+    only = ["--only", "case=pack*", "peer=ours*", "peer=*trie"]
+    arguments = ["run", "layout", "attention", "--quick", *only, "--json", str(tmp_path / "new")]
+    assert main(arguments) == 1
+    assert "ours: dense wrong out is off by" in capsys.readouterr().err
+    rows = json.loads((tmp_path / "new" / "attention.json").read_text())["rows"]
+    assert {row["status"] for row in rows if row["peer"] == "ours: dense"} == {"wrong"}
+    wrong = [row for row in rows if row["status"] == "wrong"]
+    assert all(row["ms"] is None and "tflops" not in row for row in wrong)
+    assert {row["status"] for row in rows if row["peer"] == "ours"} == {"ok"}
+    rows = json.loads((tmp_path / "new" / "layout.json").read_text())["rows"]
+    assert {row["status"] for row in rows} == {"ok"}
+
+
+def test_a_filter_that_only_some_suites_know_ends_the_run_before_it_begins(capsys):
+    assert main(["run", "layout", "attention", "--quick", "--only", "dtype=float32"]) == 2
+    assert "layout has no key 'dtype'" in capsys.readouterr().err
+
+
+def test_results_without_a_folder_go_by_device_date_and_commit(tmp_path, monkeypatch):
+    env = environment.environment("cpu")
+    assert env["threads"] == torch.get_num_threads() and env["commit"]
+    fixed = {
+        "device": "AMD EPYC 9B14 96-Core Processor",
+        "device_type": "cpu",
+        "cpu_count": 2,
+        "date": "2026-11-25T18:00:00+00:00",
+        "commit": "0123456789abcdef",
+        "dirty": False,
+    }
+    monkeypatch.setattr(environment, "HOUSE", tmp_path)
+    monkeypatch.setattr("bench.running.environment", lambda device: fixed)
+    assert main(["run", "layout", "--quick", "--only", "case=pack*", "--json"]) == 0
+    folder = tmp_path / "bench" / "results" / "epyc-2-cores" / "2026-11-25-012345678"
+    assert [path.name for path in folder.iterdir()] == ["layout.json"]
+    assert environment.results_folder({**fixed, "dirty": True}).name == "2026-11-25-012345678-dirty"
+
+
+@pytest.mark.parametrize(
+    ("device", "type_", "slug"),
+    [
+        ("NVIDIA H100 80GB HBM3", "cuda", "nvidia-h100"),
+        ("NVIDIA A100-SXM4-80GB", "cuda", "nvidia-a100-sxm4"),
+        ("NVIDIA GeForce RTX 4090", "cuda", "nvidia-geforce-rtx-4090"),
+        ("Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", "cpu", "xeon-2-cores"),
+        ("Apple M3", "cpu", "apple-m3-2-cores"),
+    ],
+)
+def test_a_device_is_known_by_its_name_without_its_memory(device, type_, slug):
+    env = {"device": device, "device_type": type_, "cpu_count": 2}
+    assert environment.device_slug(env) == slug
+
+
+def test_a_tree_is_dirty_where_the_sources_differ_from_the_commit(tmp_path, monkeypatch):
+    def git(*arguments):
+        name = ["-c", "user.name=a", "-c", "user.email=a@example.com"]
+        subprocess.run(["git", *name, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    files = ("kernel.py", "docs/benchmarks.md", "bench/frame.py", "bench/results/a/b.json")
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("one\n")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "one")
+    monkeypatch.setattr(environment, "HOUSE", tmp_path)
+    for file, dirty in zip((*files, "new.py"), (True, False, True, False, False), strict=True):
+        (tmp_path / file).write_text("two\n")
+        assert environment.environment("cpu")["dirty"] is dirty, file
+        git("reset", "--hard")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_decode_sweeps_the_threads_of_one_rollout(device):
+    names = [case.name for case in decode.cases(frame.Options(device=device))]
+    assert [f"fork-1x{threads}-8192+128" for threads in (1, 2, 4, 8, 16)] == names[:5]
+    assert len(set(names)) == len(names)
+
+
+def test_naming_the_setups_of_rollout_loads_no_model(monkeypatch):
+    monkeypatch.setattr(rollout, "load_model", None)
+    keys = [setup.key for setup in rollout.setups(rollout.RolloutOptions())]
+    assert {key["model"] for key in keys} == {"smollm2", "tiny"}
+
+
+@pytest.mark.parametrize(
+    ("suite", "variable"), [("attention", "TW_BACKEND"), ("decode", "TW_DECODE_BACKEND")]
+)
+def test_a_suite_does_not_run_under_a_name_that_is_not_its_backends(
+    suite, variable, monkeypatch, capsys
+):
+    monkeypatch.setenv(variable, "reference")
+    assert main(["run", suite, "--quick"]) == 2
+    assert f"unset {variable}" in capsys.readouterr().err
+
+
+def test_a_table_shows_only_columns_that_a_row_has():
+    columns, versus = {"extra": "extra"}, {"slow": "x slow"}
+    suite = frame.Suite("t", frame.Options, lambda o: [], [], columns, versus)
+    row = {"peer": "fast", "ours": True, "status": "ok", "peak_bytes": None, "ms": 1.0}
+    table = frame._table(suite, {"case": "a"}, [{**row, "iqr_ms": 0.0, "ratios": {"slow": 2.0}}])
+    assert [column.header for column in table.columns] == ["peer", "ms", "± IQR", "x slow", "note"]
