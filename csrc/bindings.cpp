@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/bindings_cpu.h"
+#include "cuda/bindings_cuda.h"
 #include "trie/bindings_decode.h"
 #include "trie/radix.h"
 #include "trie/schedule.h"
@@ -143,4 +144,5 @@ PYBIND11_MODULE(_C, m) {
         py::arg("block_kv"));
   tw::bind_decode_plan(m);
   tw::bind_cpu(m);
+  tw::cuda::bind_cuda(m);
 }

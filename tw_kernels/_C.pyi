@@ -79,3 +79,28 @@ def trie_decode(
     /,
 ) -> None: ...
 def cpu_instruction_sets() -> list[str]: ...
+
+# The driver's answer in one line, empty if it has a device.
+def cuda_driver_missing() -> str: ...
+
+# rows, items, partial slots, tile rows, heads, KV heads, head dim, pages, page size
+# (csrc/cuda/trie_decode.h)
+_CudaDecodeSizes = tuple[int, int, int, int, int, int, int, int, int]
+# addresses of K and V, strides of pages, slots, heads
+_CudaPages = tuple[int, int, int, int, int]
+
+def cuda_trie_decode_refusal(sizes: _CudaDecodeSizes, dtype: int, kv: _CudaPages, /) -> str: ...
+def cuda_trie_decode(
+    sizes: _CudaDecodeSizes,
+    dtype: int,
+    scale: float,
+    place: tuple[int, int, str],  # device, stream, file of the kernels
+    # addresses: rows, positions, slots, merge_ptr, merge_slots, items, pages
+    plan: tuple[int, int, int, int, int, int, int],
+    q: _Strided,
+    kv: _CudaPages,
+    new_k: _Strided,  # address 0: nothing to write
+    new_v: _Strided,
+    results: tuple[int, int, int],  # addresses: out, partial outputs, partial lse
+    /,
+) -> None: ...

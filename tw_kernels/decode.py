@@ -291,8 +291,9 @@ def choose_backend(q: Tensor, kv: PagedKV, name: str | None = None) -> str:
     """The backend that runs this call: `name` if given, else by the module docstring's rule."""
     if name and name not in TRIE_DECODE:
         raise ValueError(f"no backend {name!r} for trie_decode: {', '.join(TRIE_DECODE)}")
-    # On a CPU Triton means its interpreter, which is only ever asked for by name.
-    usual = [n for n in TRIE_DECODE if n != "triton" or q.device.type == "cuda"]
+    # Only ever asked for by name: cuda, which is experimental, and on a CPU Triton's interpreter.
+    named = {"cuda"} if q.device.type == "cuda" else {"cuda", "triton"}
+    usual = [n for n in TRIE_DECODE if n not in named]
     reasons = {}
     for candidate in [name] if name else usual:
         reasons[candidate] = TRIE_DECODE[candidate].why_not(q, kv)

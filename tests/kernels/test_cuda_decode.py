@@ -23,7 +23,8 @@ from tests.kernels.decode_batches import (
     random_inputs,
 )
 from tests.kernels.tries import relative_error
-from tw_kernels import DecodePlan, PagedKV, PlanSizes
+from tw_kernels import DecodePlan, PagedKV, PlanSizes, backends
+from tw_kernels.decode import choose_backend
 
 
 @pytest.fixture(scope="module")
@@ -187,3 +188,14 @@ def test_shapes_that_the_kernels_do_not_take_are_refused_by_name(emulator, chang
     for name, value in change.items():
         setattr(args, name, value)
     assert reason in emulator.why_not_trie_decode(ctypes.byref(args)).decode()
+
+
+def test_the_backend_is_only_asked_for_by_name_and_says_why_not():
+    reason = backends("trie_decode")["cuda"]
+    if not torch.cuda.is_available():
+        assert reason and "CUDA driver" in reason
+    pages = torch.zeros(1, 16, 1, 64, dtype=torch.bfloat16)
+    q, kv = torch.zeros(1, 1, 64, dtype=torch.bfloat16), PagedKV(pages, pages.clone())
+    assert choose_backend(q, kv) == "native"
+    with pytest.raises(ValueError, match="trie_decode cannot run this call: cuda: "):
+        choose_backend(q, kv, "cuda")

@@ -21,9 +21,9 @@ from tw_kernels.backends import TRIE_DECODE
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = [torch.bfloat16, torch.float16]
 # Triton runs in its interpreter here, some ten thousand times slower than on a GPU: it gets small
-# cases of its own below.
-FAST = [name for name, why in backends("trie_decode").items() if why is None and name != "triton"]
-RUNNABLE = [name for name, why in backends("trie_decode").items() if why is None]
+# cases of its own below. The CUDA kernels have theirs in test_cuda_decode_gpu.py.
+RUNNABLE = [name for name, why in backends("trie_decode").items() if why is None and name != "cuda"]
+FAST = [name for name in RUNNABLE if name != "triton"]
 
 
 def run(batch: Batch, inputs: Inputs, backend: str, **options) -> torch.Tensor:
@@ -292,7 +292,7 @@ def pages_of(*shape, dtype=torch.float32):
         ({"new_v": None}, "new_k and new_v come together"),
         ({"new_k": torch.zeros(1, 4, 32)}, r"new_k and new_v must be \(1, 2, 32\), got"),
         ({"scale": 0.0}, "scale must be above 0, got 0"),
-        ({"backend": "cuda"}, "no backend 'cuda' for trie_decode: triton"),
+        ({"backend": "metal"}, "no backend 'metal' for trie_decode: triton"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(change, message):

@@ -24,6 +24,7 @@ from types import ModuleType
 import torch
 
 from tw_kernels.backends import (
+    cuda_decode,
     decode_reference,
     dense,
     native,
@@ -44,6 +45,7 @@ TRIE_DECODE: dict[str, ModuleType] = {
     "triton": triton_decode,
     "native": native_decode,
     "reference": decode_reference,
+    "cuda": cuda_decode,
 }
 
 

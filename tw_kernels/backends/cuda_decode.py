@@ -1,0 +1,114 @@
+"""trie_decode in CUDA C++ on Hopper GPUs (csrc/cuda/trie_decode.cu): compiled, never run.
+
+Experimental, so it is only ever asked for by name (backend="cuda" or TW_DECODE_BACKEND=cuda), until
+tests/kernels/test_cuda_decode_gpu.py has passed on a GPU. Nothing here waits for the device, and
+grids and buffers follow from the plan's capacity, so a call can be captured in a CUDA graph and
+replayed on a plan that another was copied into. A NaN in a key or value that one row of an item
+sees can reach rows beside it that do not, as in any flash attention; what no row sees does not
+matter.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tw_kernels import _C
+from tw_kernels.backends import cuda_build
+
+if TYPE_CHECKING:
+    from tw_kernels.decode import DecodePlan, PagedKV
+
+CUBIN = cuda_build.CUBINS / "trie_decode.cubin"
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Dtype of trie_attention.h
+_NOTHING = 0, 0, 0  # no rows to write
+
+
+def why_not(q: Tensor, kv: PagedKV) -> str | None:
+    """None if this call can run, else the reason in one line."""
+    if reason := _C.cuda_driver_missing():
+        return reason
+    if q.device.type != "cuda":
+        return f"the CUDA kernels run on a Hopper GPU, not on {q.device.type}"
+    if (capability := torch.cuda.get_device_capability(q.device)) != (9, 0):
+        return (
+            f"the CUDA kernels are for compute capability 9.0, not {capability[0]}.{capability[1]}"
+        )
+    if q.dtype not in _DTYPES:
+        return f"the CUDA kernels take bfloat16 and float16, not {q.dtype}"
+    if reason := _C.cuda_trie_decode_refusal(_sizes(q, kv), _DTYPES[q.dtype], _pages(kv)):
+        return reason
+    if not CUBIN.exists():
+        return f"the CUDA kernels are not built: {cuda_build.COMMAND}"
+    return None
+
+
+def forward(
+    q: Tensor,
+    kv: PagedKV,
+    plan: DecodePlan,
+    scale: float,
+    new_k: Tensor | None,
+    new_v: Tensor | None,
+) -> Tensor:
+    """out [Q, Hq, D] in q's dtype; writes new_k and new_v to their slots first."""
+    q = _with_aligned_rows(q)
+    new_k = None if new_k is None else _with_aligned_rows(new_k)
+    new_v = None if new_v is None else _with_aligned_rows(new_v)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    partial_out = torch.empty(
+        plan.capacity.slots, *q.shape[1:], dtype=torch.float32, device=q.device
+    )
+    partial_lse = torch.empty(partial_out.shape[:2], dtype=torch.float32, device=q.device)
+    _C.cuda_trie_decode(
+        _sizes(q, kv, plan),
+        _DTYPES[q.dtype],
+        scale,
+        (q.device.index, torch.cuda.current_stream(q.device).cuda_stream, str(CUBIN)),
+        (
+            plan.rows.data_ptr(),
+            plan.positions.data_ptr(),
+            plan.slots.data_ptr(),
+            plan.merge_ptr.data_ptr(),
+            plan.merge_slots.data_ptr(),
+            plan.items.data_ptr(),
+            plan.pages.data_ptr(),
+        ),
+        _strided(q),
+        _pages(kv),
+        _NOTHING if new_k is None else _strided(new_k),
+        _NOTHING if new_v is None else _strided(new_v),
+        (out.data_ptr(), partial_out.data_ptr(), partial_lse.data_ptr()),
+    )
+    return out
+
+
+def _with_aligned_rows(x: Tensor) -> Tensor:
+    """x if the kernels can read the rows of its heads 16 bytes at a time, else a copy."""
+    per_16_bytes = 16 // x.itemsize
+    aligned = x.data_ptr() % 16 == 0 and all(s % per_16_bytes == 0 for s in x.stride()[:2])
+    return x if aligned and x.stride(2) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+Sizes = tuple[int, int, int, int, int, int, int, int, int]
+
+
+def _sizes(q: Tensor, kv: PagedKV, plan: DecodePlan | None = None) -> Sizes:
+    """Rows, items, partial slots, tile rows, heads, KV heads, head dim, pages, page size."""
+    rows, heads, head_dim = q.shape
+    num_pages, page_size, kv_heads, _ = kv.k_pages.shape
+    items, slots, tile_rows = (0, 0, 0) if plan is None else (*plan.capacity[2:], plan.tile_rows)
+    return rows, items, slots, tile_rows, heads, kv_heads, head_dim, num_pages, page_size
+
+
+def _pages(kv: PagedKV) -> tuple[int, int, int, int, int]:
+    """Addresses of K and V, strides of pages, slots and heads in elements."""
+    page_stride, slot_stride, head_stride, _ = kv.k_pages.stride()
+    return kv.k_pages.data_ptr(), kv.v_pages.data_ptr(), page_stride, slot_stride, head_stride
+
+
+def _strided(x: Tensor) -> tuple[int, int, int]:
+    row_stride, head_stride, _ = x.stride()
+    return x.data_ptr(), row_stride, head_stride
