@@ -1,0 +1,101 @@
+"""Result files as `bench.frame` writes them, read back: the reports stand on these alone.
+
+    {"env": {"benchmark": "decode", "device": ..., "key": [...]}, "rows": [{...}, ...]}
+
+`key` names the entries that identify a setup; files from before it lack it, and there a row's key
+is what stands before its `peer`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Row = dict[str, Any]
+Setup = tuple[tuple[str, Any], ...]
+
+
+class RecordError(ValueError):
+    """A file or folder that holds no results; the message names it."""
+
+
+class Record(NamedTuple):
+    """One run of one suite."""
+
+    path: Path
+    env: Row
+    rows: list[Row]
+
+    @property
+    def suite(self) -> str:
+        return self.env["benchmark"]
+
+    @property
+    def machine(self) -> str:
+        """The device, and on a CPU how many threads of it."""
+        if self.env.get("device_type") == "cuda":
+            return self.env["device"]
+        return f"{self.env['device']}, {self.env.get('threads', '?')} threads"
+
+    def setup(self, row: Row) -> Setup:
+        """What the rows of one setup have in common, as pairs (name, value)."""
+        names = self.env.get("key") or list(itertools.takewhile(lambda name: name != "peer", row))
+        return tuple((name, row.get(name)) for name in names)
+
+    def by_setup(self) -> dict[Setup, dict[str, Row]]:
+        """The rows by setup and peer, in the order they were measured."""
+        setups: dict[Setup, dict[str, Row]] = {}
+        for row in self.rows:
+            setups.setdefault(self.setup(row), {})[row["peer"]] = row
+        return setups
+
+
+def read_record(path: Path) -> Record:
+    """One result file.
+
+    Raises:
+        RecordError: it is missing, not JSON or not a result file; says which.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecordError(f"{path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise RecordError(f"{path}: not JSON: {error}") from error
+    if not is_record(content):
+        raise RecordError(f"{path}: not a result of python -m bench run: no env.benchmark, or rows")
+    return Record(path, content["env"], content["rows"])
+
+
+def read_records(folder: Path) -> list[Record]:
+    """The result files of a folder and of all below it, in the order of their paths; other JSON
+    files are passed over.
+
+    Raises:
+        RecordError: there is none.
+    """
+    records = [r for path in sorted(folder.rglob("*.json")) if (r := _record_or_none(path))]
+    if not records:
+        raise RecordError(f"{folder}: holds no result of python -m bench run")
+    return records
+
+
+def is_record(content: Any) -> bool:
+    if not (isinstance(content, dict) and isinstance(content.get("env"), dict)):
+        return False
+    rows = content.get("rows")
+    return {"benchmark", "device"} <= set(content["env"]) and isinstance(rows, list) and _rows(rows)
+
+
+def _rows(rows: Iterable[Any]) -> bool:
+    return all(isinstance(row, dict) and {"peer", "ours", "status"} <= set(row) for row in rows)
+
+
+def _record_or_none(path: Path) -> Record | None:
+    try:
+        return read_record(path)
+    except RecordError:
+        return None
