@@ -305,6 +305,19 @@ extern "C" void tiles_of_pages(const tw::cuda::TrieDecodeArgs *args, tw::cuda::T
   *tiles = page_tiles(*args, args->kv.k);
 }
 
+// Null, or what the driver refused.
+extern "C" const char *run_trie_decode(const tw::cuda::TrieDecodeArgs *args, int device,
+                                       void *stream, const char *cubin) {
+  static std::string message;
+  try {
+    tw::cuda::trie_decode(*args, tw::cuda::OnDevice(device), stream, cubin);
+    return nullptr;
+  } catch (const std::exception &error) {
+    message = error.what();
+    return message.c_str();
+  }
+}
+
 extern "C" int threads_of_partial(int warpgroups) { return tw::cuda::partial_threads(warpgroups); }
 
 extern "C" int shared_bytes_of_partial(int head_dim, int warpgroups) {

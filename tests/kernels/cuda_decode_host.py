@@ -62,21 +62,27 @@ class Tiles(ctypes.Structure):
 
 def library() -> ctypes.CDLL:
     """Compiled once for a state of its sources."""
-    sources = [
-        Path(__file__).with_name("cuda_decode_emulation.cpp"),
-        *(cuda_build.SOURCES / "cuda" / name for name in ("trie_decode.cpp", "driver.cpp")),
-    ]
-    file = CACHE / f"cuda_decode_host-{digest(sources[0], *map(digest, sources[1:]))}.so"
+    loaded = ctypes.CDLL(str(library_file()))
+    for name in ("emulate_trie_decode", "why_not_trie_decode", "why_not_tiles", "run_trie_decode"):
+        getattr(loaded, name).restype = c_char_p
+    return loaded
+
+
+def library_file() -> Path:
+    host = (cuda_build.SOURCES / "cuda" / name for name in ("trie_decode.cpp", "driver.cpp"))
+    return compiled_library(Path(__file__).with_name("cuda_decode_emulation.cpp"), *host)
+
+
+def compiled_library(*sources: Path) -> Path:
+    """A shared library of these C++ sources, under the first one's name."""
+    file = CACHE / f"{sources[0].stem}-{digest(sources[0], *map(digest, sources[1:]))}.so"
     if not file.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}")  # tests run in several processes
         flags = ["-std=c++17", "-O2", "-shared", "-fPIC", f"-I{cuda_build.SOURCES}"]
         subprocess.run(["c++", *flags, "-o", part, *sources, "-ldl"], check=True)
         part.rename(file)
-    loaded = ctypes.CDLL(str(file))
-    for name in ("emulate_trie_decode", "why_not_trie_decode", "why_not_tiles"):
-        getattr(loaded, name).restype = c_char_p
-    return loaded
+    return file
 
 
 def arguments(inputs: Inputs, plan: DecodePlan) -> TrieDecodeArgs:

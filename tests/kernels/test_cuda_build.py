@@ -1,0 +1,102 @@
+"""The build of the CUDA kernels: what decides on it, and what it says when it cannot."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.kernels.cubins import figures
+from tw_kernels.backends import cuda_build
+
+KERNEL = 'extern "C" __global__ void twice(float *x) { x[threadIdx.x] *= 2; }\n'
+needs_nvcc = pytest.mark.skipif(cuda_build.why_not() is not None, reason=str(cuda_build.why_not()))
+
+
+@pytest.fixture
+def one_kernel(tmp_path, monkeypatch) -> Path:
+    """csrc with one file of kernels that compiles in a second."""
+    monkeypatch.setattr(cuda_build, "SOURCES", tmp_path / "csrc")
+    source = tmp_path / "csrc" / "cuda" / "one.cu"
+    source.parent.mkdir(parents=True)
+    source.write_text(KERNEL)
+    return source
+
+
+@pytest.fixture
+def toolkit(tmp_path, monkeypatch) -> Path:
+    """An nvcc in CUDA_HOME, whatever else the machine has."""
+    nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.touch(mode=0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    return nvcc
+
+
+def test_nothing_is_built_without_a_gpu_unless_asked(one_kernel, tmp_path, monkeypatch):
+    monkeypatch.delenv("TW_CUDA", raising=False)
+    monkeypatch.setattr(cuda_build, "_gpu_is_visible", lambda: False)
+    cuda_build.build(tmp_path / "cubins")
+    assert not (tmp_path / "cubins").exists()
+
+
+def test_nothing_is_built_where_it_is_turned_off(one_kernel, tmp_path, monkeypatch):
+    monkeypatch.setenv("TW_CUDA", "0")
+    monkeypatch.setattr(cuda_build, "_gpu_is_visible", lambda: True)
+    cuda_build.build(tmp_path / "cubins")
+    assert not (tmp_path / "cubins").exists()
+
+
+@needs_nvcc
+def test_every_source_becomes_a_cubin_of_sm_90a(one_kernel, tmp_path, monkeypatch):
+    monkeypatch.setenv("TW_CUDA", "1")
+    cuda_build.build(tmp_path / "cubins")
+    (cubin,) = (tmp_path / "cubins").iterdir()
+    assert cubin.name == "one.cubin" and "twice" in figures(cubin)
+
+
+@needs_nvcc
+def test_an_error_comes_with_the_compilers_words(one_kernel, tmp_path):
+    one_kernel.write_text(KERNEL.replace("x[", "y["))
+    with pytest.raises(RuntimeError, match=r'one\.cu(?s:.*)identifier "y" is undefined'):
+        cuda_build.compile_kernels(one_kernel, tmp_path / "one.cubin")
+
+
+def test_what_is_missing_ends_the_build_if_it_was_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("TW_CUDA", "1")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(cuda_build, "nvcc", lambda: None)
+    with pytest.raises(SystemExit, match="TW_CUDA=1, but no nvcc in CUDA_HOME"):
+        cuda_build.build(tmp_path / "cubins")
+
+
+def test_what_is_missing_leaves_them_out_where_only_a_gpu_is_seen(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("TW_CUDA", raising=False)
+    monkeypatch.setattr(cuda_build, "_gpu_is_visible", lambda: True)
+    monkeypatch.setattr(cuda_build, "cutlass", lambda: None)
+    monkeypatch.setattr(cuda_build, "nvcc", lambda: Path("nvcc"))
+    cuda_build.build(tmp_path / "cubins")
+    assert "left out: no CUTLASS headers: pip install" in capsys.readouterr().out
+    assert not (tmp_path / "cubins").exists()
+
+
+def test_a_choice_that_is_none_is_refused(monkeypatch):
+    monkeypatch.setenv("TW_CUDA", "yes")
+    with pytest.raises(SystemExit, match="TW_CUDA=yes: 1 builds the CUDA kernels, 0 does not"):
+        cuda_build.is_wanted()
+
+
+def test_the_compiler_of_cuda_home_wins(toolkit):
+    assert cuda_build.nvcc() == toolkit
+
+
+def test_the_newest_toolkit_is_the_one_with_the_greatest_number():
+    found = [Path(f"/usr/local/cuda-{v}/bin/nvcc") for v in ("12.9", "13.0", "12.10")]
+    assert max(found, key=cuda_build._version) == found[1]
+    assert max(found[::2], key=cuda_build._version) == found[2]
+
+
+def test_setup_can_load_the_build_before_anything_is_installed():
+    # -I -S: the standard library alone, no installed packages.
+    code = f"import runpy; runpy.run_path({cuda_build.__file__!r})['build']"
+    subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True)
