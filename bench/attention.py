@@ -62,8 +62,8 @@ class AttentionOptions(Options):
     """Options of bench.attention, beside those of every benchmark.
 
     Args:
-        heads: query heads. Default: 9, on CUDA 32.
-        kv_heads: key-value heads. Default: 9, on CUDA 8.
+        heads: query heads. Default: 9, on CUDA 32, with --quick 4.
+        kv_heads: key-value heads. Default: 9, on CUDA 8, with --quick 2.
         head_dims: head dims. Default: 64, on CUDA 64 and 128.
     """
 
@@ -318,8 +318,8 @@ def setups(options: AttentionOptions) -> Iterator[AttentionSetup]:
     if os.environ.get("TW_BACKEND"):
         raise UsageError("unset TW_BACKEND: it would rename the automatic choice")
     cpu = options.device == "cpu"
-    heads = options.heads or (9 if cpu else 32)
-    kv_heads = options.kv_heads or (9 if cpu else 8)
+    usual = (4, 2) if options.quick else (9, 9) if cpu else (32, 8)
+    heads, kv_heads = options.heads or usual[0], options.kv_heads or usual[1]
     if heads < 1 or kv_heads < 1 or heads % kv_heads:
         raise UsageError(f"--heads {heads} is not a multiple of --kv_heads {kv_heads}")
     for case in cases(options):

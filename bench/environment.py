@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "numpy", "transformers")
+PACKAGES = (
+    *("torch", "triton", "numpy", "transformers"),
+    *("flash-attn", "flash-attn-3", "fa3-fwd", "flash-attn-4", "flashinfer-python"),
+)
 HOUSE = Path(__file__).parent.parent
 # What a result depends on: not what was written about results, nor results themselves.
 SOURCES = ("--", ":/", ":(top,exclude)bench/results", ":(top,exclude)docs")
@@ -34,7 +37,7 @@ def environment(device: str) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {package: _version(package) for package in PACKAGES},
+        "versions": {package: v for package in PACKAGES if (v := _version(package))},
         "commit": _output("git", "rev-parse", "HEAD"),
         "dirty": bool(_output("git", "status", "--porcelain", "--untracked-files=no", *SOURCES)),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

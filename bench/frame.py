@@ -24,6 +24,7 @@ import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -171,19 +172,6 @@ def measure(
     roofline: Row,
 ) -> list[Row]:
     """One row for each peer, in order; `roofline` as measure_roofline returns it."""
-    try:
-        return _measure(setup, peers, meter, budget, roofline)
-    finally:
-        setup.close()
-
-
-def _measure(
-    setup: S,
-    peers: Sequence[Peer[S]],
-    meter: CpuMeter | CudaMeter,
-    budget: float,
-    roofline: Row,
-) -> list[Row]:
     rows, timed = [], []
     for peer in peers:
         row: Row = {**setup.key, "peer": peer.name, "ours": peer.ours, "status": "ok"}
@@ -346,8 +334,8 @@ def run(suite: Suite[O, S], options: O, selection: Selection[S], console: Consol
     _introduce(env, console)
     rows: list[Row] = []
     while setups:
-        setup = setups.pop(0)
-        new = measure(setup, selection.peers, meter, budget, roofline)
+        with closing(setups.pop(0)) as setup:
+            new = measure(setup, selection.peers, meter, budget, roofline)
         suite.relate({row["peer"]: row for row in new if row["status"] == "ok"})
         rows += new
         console.print(_table(suite, setup.key, new))
@@ -414,7 +402,7 @@ def _show(value: Any) -> str:
 
 def console() -> Console:
     """A log is not to fold its tables."""
-    return Console(width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", 160)))
+    return Console(width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", 200)))
 
 
 def exit_code(rows: list[Row]) -> int:

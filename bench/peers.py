@@ -42,6 +42,7 @@ UNROLLED_VARLEN, UNROLLED_SDPA = "unrolled varlen_attn", "unrolled SDPA"
 UNROLLED_PEERS = (UNROLLED_VARLEN, UNROLLED_SDPA)
 FLEX_BLOCK = 128
 FLEX_FEWEST_TOKENS = 1024  # on a CPU
+MOST_SCORE_BYTES = 8 * 2**30
 DENSE_KERNELS = {
     "math": SDPBackend.MATH,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -146,6 +147,10 @@ def _by_kernel(attend: Attend, kernel: SDPBackend) -> Attend:
 def _dense(setup: AttentionSetup, kernel: SDPBackend | None) -> Call:
     n = setup.layout.num_tokens
     setup.limit(n * n, f"its mask is {n * n / 1e9:.1f} GB")
+    if kernel is SDPBackend.MATH:
+        scores = n * n * setup.problem.heads * 4
+        if scores > MOST_SCORE_BYTES:
+            raise Skip(f"writes {scores / 1e9:.0f} GB of scores")
     mask, grouped = visible(setup.layout.subtree_ends), setup.group > 1
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ draws and log-probabilities are computed as ever. So it does not matter what the
     tok/s         tokens of the responses, forced ones included, over the time
     steps         forward passes; ms/step: time for one, whatever it holds
     latency x     tokens of the responses / tokens on their longest paths
-    x sequential  how many times faster than ours, sequential; of latency: as a share of latency x
-    x generate, x continuous   how many times faster than transformers
+    x seq         how many times faster than ours, sequential; of latency: as a share of latency x
+    x generate, x cont.   how many times faster than transformers
     time %        model without attention / attention / plan / orchestration / sampling
     mean, max Δ   |Δ log p| of the sampled tokens against the trie trainer's forward pass, over
                   the first few requests
@@ -537,7 +537,7 @@ SUITE = Suite(
         "mean_mismatch": "mean Δ",
         "max_mismatch": "max Δ",
     },
-    versus={SEQUENTIAL: "x sequential", GENERATE: "x generate", CONTINUOUS: "x continuous"},
+    versus={SEQUENTIAL: "x seq", GENERATE: "x generate", CONTINUOUS: "x cont."},
     relate=relate,
 )
 

@@ -127,7 +127,7 @@ def test_a_setup_is_closed_even_when_a_peer_stops_the_run():
 
     setup = Doubling()
     with pytest.raises(KeyboardInterrupt):
-        measure(setup, [Peer("stop", stop)], CpuMeter(), budget=0.01, roofline=ROOFLINE)
+        main(Suite("t", Options, lambda o: [setup], [Peer("stop", stop)]), ["--quick"])
     assert setup.closed
 
 
@@ -255,7 +255,7 @@ def test_bench_attention_quick(tmp_path):
     for row in rows:
         if row["peer"] in (attention.OURS, DENSE, CAUSAL, UNROLLED_SDPA):
             assert row["status"] == "ok" and row["tflops"] > 0 and row["gb_per_s"] > 0
-            assert row["of_causal"] > 0 and row["roofline"] > 0 and len(row["checked_heads"]) == 9
+            assert row["of_causal"] > 0 and row["roofline"] > 0 and len(row["checked_heads"]) == 4
         if row["peer"] == attention.OURS:
             assert row["backend"] in attention.TRIE_ATTENTION
         if row["peer"].startswith("Flex") and row["pass"] == "fwd+bwd":

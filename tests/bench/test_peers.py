@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
-from torch.nn.attention import varlen
+from torch.nn.attention import SDPBackend, varlen
 
 from bench import attention, decode, peers, shapes
 from bench.frame import Skip
@@ -77,6 +77,12 @@ def test_an_absent_package_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, package.module, SimpleNamespace(flash_attn_func=Flash(False)))
     assert why("cuda") is None
     assert decode._why_no_cascade("cuda") == "flashinfer-python is not installed"
+
+
+def test_dense_math_says_how_many_scores_it_would_write():
+    heads = peers.MOST_SCORE_BYTES // (4 * 200 * 200) + 1
+    with pytest.raises(Skip, match="writes 9 GB of scores"):
+        peers._dense(_attention(heads=heads, kv_heads=heads), SDPBackend.MATH)
 
 
 def test_a_package_built_for_another_torch_says_so(tmp_path, monkeypatch):
