@@ -61,7 +61,7 @@ NCU = [
 ]
 ATTENTION_CASES = ["case=star-8192", "case=trajectory-8192", "case=pack-64x512"]
 INTERPRETED = "tests/kernels/test_triton_attention.py"  # where there is no GPU
-DECODE_CASES = ["case=fork-4x8-8192+128", "case=fork-1x16-8192+256", "case=docmergeToT-4"]
+DECODE_CASES = ["case=fork-4x8-8192+128", "case=fork-1x16-8192+128", "case=docmergeToT-4"]
 
 
 class Step(NamedTuple):
