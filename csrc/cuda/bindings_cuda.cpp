@@ -19,7 +19,7 @@ using Sizes = std::array<int64_t, 9>;   // rows, items, partial slots, tile rows
                                         // head dim, pages, page size
 using PlanArrays = std::array<int64_t, 7>; // addresses: rows, positions, slots, merge_ptr,
                                            // merge_slots, items, pages
-using PageArrays = std::array<int64_t, 5>; // addresses of K and V, strides of pages, slots and heads
+using PageArrays = std::array<int64_t, 5>; // addresses of K and V, strides of pages, slots, heads
 using Results = std::array<int64_t, 3>;    // addresses: out, partial outputs, partial lse
 using Place = std::tuple<int, int64_t, std::string>; // device, stream, cubin
 

@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -66,7 +67,8 @@ struct Driver {
     int count = 0;
     if (!why_not.empty()) return;
     if (const Result error = cuInit(0)) why_not = text(error, "cuInit");
-    else if (const Result error = cuDeviceGetCount(&count)) why_not = text(error, "cuDeviceGetCount");
+    else if (const Result error = cuDeviceGetCount(&count))
+      why_not = text(error, "cuDeviceGetCount");
     else if (count == 0) why_not = "the CUDA driver sees no device";
   }
 
@@ -137,7 +139,8 @@ OnDevice::OnDevice(int ordinal) {
   const std::lock_guard lock(mutex);
   Handle &context = contexts[handle_];
   if (!context)
-    driver().check(driver().cuDevicePrimaryCtxRetain(&context, handle_), "cuDevicePrimaryCtxRetain");
+    driver().check(driver().cuDevicePrimaryCtxRetain(&context, handle_),
+                   "cuDevicePrimaryCtxRetain");
   driver().check(driver().cuCtxPushCurrent_v2(context), "cuCtxPushCurrent");
 }
 
@@ -169,7 +172,8 @@ std::string why_not(const Tiles &tiles) {
       return "a stride of " + std::to_string(tiles.strides[i]) + " bytes" + dimension +
              ", not a multiple of 16 below 2^40";
     if (tiles.box[i] == 0 || tiles.box[i] > 256)
-      return "a box of " + std::to_string(tiles.box[i]) + " elements" + dimension + ", not 1 to 256";
+      return "a box of " + std::to_string(tiles.box[i]) + " elements" + dimension +
+             ", not 1 to 256";
   }
   const uint64_t row = tiles.box[0] * element;
   if (row % 16) return "a box of " + std::to_string(row) + " bytes a row, not a multiple of 16";
@@ -185,14 +189,18 @@ TensorMap tensor_map(const OnDevice &, const Tiles &tiles) {
   if (!reason.empty()) throw std::invalid_argument("the copy engine does not take " + reason);
   constexpr int kNoInterleave = 0, kPromoteTo256Bytes = 3, kFillWithZero = 0;
   const uint32_t every_element[Tiles::kMaxRank] = {1, 1, 1, 1, 1};
-  TensorMap map;
+  // The driver writes to 64-byte boundaries only, and GCC does not lay every temporary that a result
+  // of this function goes to on one.
+  alignas(TensorMap) uint64_t encoded[16];
   driver().check(
       driver().cuTensorMapEncodeTiled(
-          &map, static_cast<int>(tiles.element), static_cast<uint32_t>(tiles.rank),
+          encoded, static_cast<int>(tiles.element), static_cast<uint32_t>(tiles.rank),
           reinterpret_cast<void *>(tiles.address), tiles.sizes, tiles.strides + 1, tiles.box,
           every_element, kNoInterleave, static_cast<int>(tiles.swizzle), kPromoteTo256Bytes,
           kFillWithZero),
       "cuTensorMapEncodeTiled");
+  TensorMap map;
+  std::copy_n(encoded, 16, map.opaque);
   return map;
 }
 

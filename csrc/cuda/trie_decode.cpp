@@ -16,7 +16,9 @@ int64_t matrix_rows(const TrieDecodeArgs &a) {
   return std::min(a.tile_rows, a.rows) * (a.heads / a.kv_heads);
 }
 
-int64_t row_blocks(const TrieDecodeArgs &a) { return ceil_div(matrix_rows(a), warpgroups(a) * kTile); }
+int64_t row_blocks(const TrieDecodeArgs &a) {
+  return ceil_div(matrix_rows(a), warpgroups(a) * kTile);
+}
 
 Grid grid(int64_t blocks, int threads, int shared_bytes = 0) {
   return {static_cast<unsigned>(blocks), static_cast<unsigned>(threads),
@@ -28,7 +30,8 @@ Grid grid(int64_t blocks, int threads, int shared_bytes = 0) {
 int warpgroups(const TrieDecodeArgs &a) { return matrix_rows(a) > kTile ? kMaxWarpgroups : 1; }
 
 std::string why_not(const TrieDecodeArgs &a) {
-  if (a.element == Element::float32) return "the CUDA kernels take bfloat16 and float16, not float32";
+  if (a.element == Element::float32)
+    return "the CUDA kernels take bfloat16 and float16, not float32";
   if (a.head_dim != 64 && a.head_dim != 128)
     return "the CUDA kernels take head dims 64 and 128, not " + std::to_string(a.head_dim);
   if (a.page_size != 16 && a.page_size != 32 && (a.page_size < kTile || a.page_size % kTile))

@@ -1,14 +1,14 @@
 // The decode kernels for sm_90a (trie_decode.h says what they do for one another).
 //
-// Which limit: a block reads 4 x head_dim bytes for a key and head and multiplies 4 x head_dim times
-// its matrix rows, so up to some 200 rows memory is the limit, not the tensor cores, and padding few
-// rows to the 64 of a warpgroup's product costs no time: it takes a fifth of the tile's fetch. Hence
-// one kernel for all items. Above 64 rows two warpgroups share each tile, which halves what row
-// blocks of one item fetch again from L2.
+// Which limit: a key and its value are 4 x head_dim bytes and take 4 x head_dim operations a matrix
+// row. By the data sheet (3.35 TB/s, 989 TFLOP/s) memory is the limit up to some 300 rows, and the
+// product of a tile with 64 rows takes a fifth of the time that the tile's fetch does. So few rows
+// are padded to the 64 of a warpgroup's product, and one kernel serves all items. Above 64 rows two
+// warpgroups share each tile, which halves what row blocks of one item fetch again from L2.
 //
-// A block is one item, KV head and block of matrix rows (query rows x query heads of the group). One
-// warp fetches tiles of K and V in turn, K0 V0 K1 V1 ..., to a ring of slots in shared memory; every
-// warpgroup multiplies its 64 rows of q with each of them and runs the softmax in registers.
+// A block is one item, KV head and block of matrix rows (query rows x query heads of the group).
+// One warp fetches tiles of K and V in turn, K0 V0 K1 V1 ..., to a ring of slots in shared memory;
+// every warpgroup multiplies its 64 rows with each of them and runs the softmax in registers.
 #include <cuda_runtime.h>
 
 #include <cute/tensor.hpp>
@@ -47,19 +47,43 @@ __device__ void publish_to_wgmma() { asm volatile("fence.proxy.async.shared::cta
 
 __device__ void sync_threads(int count) { cutlass::arch::NamedBarrier::sync(count, 0); }
 
+// Of a tile [kTile, head_dim], and of a ring of tiles read as V^T: [head_dim, kTile, slots].
 template <class Element, int kHeadDim>
 using TileLayout = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{},
                                           Shape<Int<kTile>, Int<kHeadDim>>{}));
+template <class Element, int kHeadDim, int kSlots>
+using RingLayout = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{},
+                                          Shape<Int<kTile>, Int<kHeadDim>, Int<kSlots>>{}));
+template <class Element, int kHeadDim, int kSlots>
+using TransposedRingLayout = decltype(composition(
+    RingLayout<Element, kHeadDim, kSlots>{},
+    make_layout(Shape<Int<kHeadDim>, Int<kTile>, Int<kSlots>>{},
+                Stride<Int<kTile>, _1, Int<kTile * kHeadDim>>{})));
 
-template <class Element, int kHeadDim> constexpr bool wgmma_reads_chunks_there() {
-  decltype(as_position_independent_swizzle_layout(TileLayout<Element, kHeadDim>{})) layout{};
+// Whether products read 16-byte chunks where chunk_offset has them; `element(row, column)` is where
+// they read an element.
+template <int kHeadDim, class Place> constexpr bool chunks_are_there(Place element) {
   for (int row = 0; row < kTile; ++row)
-    for (int chunk = 0; chunk < kHeadDim / 8; ++chunk)
+    for (int chunk = 0; chunk < kHeadDim / kChunkColumns; ++chunk)
       for (const int column : {0, kChunkColumns - 1})
-        if (static_cast<int>(layout(row, kChunkColumns * chunk + column)) * kElementBytes !=
+        if (element(row, kChunkColumns * chunk + column) * kElementBytes !=
             chunk_offset(row, chunk) + column * kElementBytes)
           return false;
   return true;
+}
+
+template <class Element, int kHeadDim> constexpr bool tile_is_where_products_read_it() {
+  decltype(as_position_independent_swizzle_layout(TileLayout<Element, kHeadDim>{})) layout{};
+  return chunks_are_there<kHeadDim>(
+      [=](int row, int column) { return static_cast<int>(layout(row, column)); });
+}
+
+template <class Element, int kHeadDim, int kSlots> constexpr bool ring_is_where_products_read_it() {
+  decltype(as_position_independent_swizzle_layout(
+      TransposedRingLayout<Element, kHeadDim, kSlots>{})) layout{};
+  return chunks_are_there<kHeadDim>([=](int row, int column) {
+    return static_cast<int>(layout(column, row, kSlots - 1)) - (kSlots - 1) * kTile * kHeadDim;
+  });
 }
 
 // Rows of the block see at least and at most so many keys of the item. By whole warps.
@@ -123,12 +147,14 @@ struct Softmax {
 
   // Takes a tile of scores and leaves 2^(score - top) in their place. `factor` brings what was
   // accumulated under the old top to the new one.
-  template <class Scores> __device__ void step(Scores &scores, float scale_log2, float (&factor)[2]) {
+  template <class Scores>
+  __device__ void step(Scores &scores, float scale_log2, float (&factor)[2]) {
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
       float high = -INFINITY;
       CUTE_UNROLL
-      for (int i = 2 * r; i < size(scores); i += 4) high = fmaxf(high, fmaxf(scores(i), scores(i + 1)));
+      for (int i = 2 * r; i < size(scores); i += 4)
+        high = fmaxf(high, fmaxf(scores(i), scores(i + 1)));
       high = fmaxf(high, __shfl_xor_sync(kWarp, high, 1));
       high = fmaxf(high, __shfl_xor_sync(kWarp, high, 2));
       const float new_top = fmaxf(top[r], high * scale_log2);
@@ -176,30 +202,28 @@ __device__ void attend(const PartialArguments &a, const DecodeItem &item, int he
   int visible[2]; // keys of the thread's two rows
   for (int r = 0; r < 2; ++r) {
     const int m = first_m + fragment_row(thread, 2 * r);
-    visible[r] = m < end_m ? visible_keys(item, a.positions[item.first_row + row_of(m, a.group)]) : 0;
+    const int row = item.first_row + row_of(m, a.group);
+    visible[r] = m < end_m ? visible_keys(item, a.positions[row]) : 0;
   }
 
-  using Tile = TileLayout<Element, kHeadDim>;
-  using Slots = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{},
-                                       Shape<Int<kTile>, Int<kHeadDim>, Int<kSlots>>{}));
-  // A tile of V read as [head_dim, keys].
-  using Transposed = decltype(composition(
-      Slots{}, make_layout(Shape<Int<kHeadDim>, Int<kTile>, Int<kSlots>>{},
-                           Stride<Int<kTile>, _1, Int<kTile * kHeadDim>>{})));
   using KeyProduct = decltype(make_tiled_mma(
-      GMMA::ss_op_selector<Element, Element, float, Shape<Int<kTile>, Int<kTile>, Int<kHeadDim>>>()));
+      GMMA::ss_op_selector<Element, Element, float,
+                           Shape<Int<kTile>, Int<kTile>, Int<kHeadDim>>>()));
   using ValueProduct = decltype(make_tiled_mma(
       GMMA::rs_op_selector<Element, Element, float, Shape<Int<kTile>, Int<kHeadDim>, Int<kTile>>,
                            GMMA::Major::K, GMMA::Major::MN>()));
   const auto ring_start = make_smem_ptr(reinterpret_cast<Element *>(ring.slots));
-  const auto q = make_tensor(make_smem_ptr(reinterpret_cast<Element *>(q_tile)), Tile{});
+  const auto q = make_tensor(make_smem_ptr(reinterpret_cast<Element *>(q_tile)),
+                             TileLayout<Element, kHeadDim>{});
   KeyProduct key_product;
   ValueProduct value_product;
   const auto key_thread = key_product.get_thread_slice(thread);
   const auto value_thread = value_product.get_thread_slice(thread);
   const auto q_part = key_thread.partition_fragment_A(q);
-  const auto k_part = key_thread.partition_fragment_B(make_tensor(ring_start, Slots{}));
-  const auto v_part = value_thread.partition_fragment_B(make_tensor(ring_start, Transposed{}));
+  const auto k_part = key_thread.partition_fragment_B(
+      make_tensor(ring_start, RingLayout<Element, kHeadDim, kSlots>{}));
+  const auto v_part = value_thread.partition_fragment_B(
+      make_tensor(ring_start, TransposedRingLayout<Element, kHeadDim, kSlots>{}));
   auto scores = partition_fragment_C(key_product, Shape<Int<kTile>, Int<kTile>>{});
   auto sums = partition_fragment_C(value_product, Shape<Int<kTile>, Int<kHeadDim>>{});
   clear(sums);
@@ -285,8 +309,9 @@ __device__ void attend(const PartialArguments &a, const DecodeItem &item, int he
 
 template <class Element, int kHeadDim, int kWarpgroups>
 __device__ void partial(const PartialArguments &a) {
-  static_assert(wgmma_reads_chunks_there<Element, kHeadDim>());
   constexpr int kSlots = ring_slots(kHeadDim, kWarpgroups);
+  static_assert(tile_is_where_products_read_it<Element, kHeadDim>());
+  static_assert(ring_is_where_products_read_it<Element, kHeadDim, kSlots>());
   extern __shared__ __align__(1024) char shared[]; // swizzled tiles start at multiples of 1024
   Ring ring;
   ring.slots = shared + kWarpgroups * tile_bytes(kHeadDim);
@@ -381,21 +406,21 @@ extern "C" __global__ void __launch_bounds__(kWriteThreads)
   }
 }
 
-#define TW_PARTIAL(DTYPE, ELEMENT, HEAD_DIM, WARPGROUPS)                                            \
-  extern "C" __global__ void __launch_bounds__(partial_threads(WARPGROUPS),                         \
+#define TW_PARTIAL(DTYPE, ELEMENT, HEAD_DIM, WARPGROUPS)                                           \
+  extern "C" __global__ void __launch_bounds__(partial_threads(WARPGROUPS),                        \
                                                blocks_per_multiprocessor(HEAD_DIM, WARPGROUPS))    \
-      trie_decode_partial_##DTYPE##_##HEAD_DIM##_##WARPGROUPS(                                      \
-          const __grid_constant__ PartialArguments a) {                                             \
-    partial<ELEMENT, HEAD_DIM, WARPGROUPS>(a);                                                      \
+      trie_decode_partial_##DTYPE##_##HEAD_DIM##_##WARPGROUPS(                                     \
+          const __grid_constant__ PartialArguments a) {                                            \
+    partial<ELEMENT, HEAD_DIM, WARPGROUPS>(a);                                                     \
   }
-#define TW_MERGE(DTYPE, ELEMENT, HEAD_DIM)                                                          \
-  extern "C" __global__ void __launch_bounds__(kMergeThreads)                                       \
-      trie_decode_merge_##DTYPE##_##HEAD_DIM(const __grid_constant__ MergeArguments a) {            \
-    merge<ELEMENT, HEAD_DIM>(a);                                                                    \
+#define TW_MERGE(DTYPE, ELEMENT, HEAD_DIM)                                                         \
+  extern "C" __global__ void __launch_bounds__(kMergeThreads)                                      \
+      trie_decode_merge_##DTYPE##_##HEAD_DIM(const __grid_constant__ MergeArguments a) {           \
+    merge<ELEMENT, HEAD_DIM>(a);                                                                   \
   }
-#define TW_KERNELS(DTYPE, ELEMENT, HEAD_DIM)                                                        \
-  TW_PARTIAL(DTYPE, ELEMENT, HEAD_DIM, 1)                                                           \
-  TW_PARTIAL(DTYPE, ELEMENT, HEAD_DIM, 2)                                                           \
+#define TW_KERNELS(DTYPE, ELEMENT, HEAD_DIM)                                                       \
+  TW_PARTIAL(DTYPE, ELEMENT, HEAD_DIM, 1)                                                          \
+  TW_PARTIAL(DTYPE, ELEMENT, HEAD_DIM, 2)                                                          \
   TW_MERGE(DTYPE, ELEMENT, HEAD_DIM)
 
 TW_KERNELS(bfloat16, cutlass::bfloat16_t, 64)

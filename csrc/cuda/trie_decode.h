@@ -1,11 +1,11 @@
-// trie_decode on a Hopper GPU: what the host (trie_decode.cpp) and the kernels (trie_decode.cu) tell
-// each other. Plain C++: both compile it.
+// trie_decode on a Hopper GPU: what the host (trie_decode.cpp) and the kernels (trie_decode.cu)
+// tell each other. Plain C++: both compile it.
 //
 // Three launches a call. `write` puts the new keys and values in their slots; it is a launch of its
 // own because any item may read any of them, and the end of a launch is the one order between
-// blocks that costs no waiting. `partial` leaves the softmax of every item, `merge` weighs the items
-// of each row. Grids follow from the plan's capacity alone, so that a CUDA graph can be replayed on
-// another plan in the same buffers: what is padding does nothing.
+// blocks that costs no waiting. `partial` leaves the softmax of every item, `merge` weighs the
+// items of each row. Grids follow from the plan's capacity alone, so that a CUDA graph can be
+// replayed on another plan in the same buffers: what is padding does nothing.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +35,8 @@ struct TrieDecodeArgs {
   int64_t num_pages, page_size;
   Element element; // bfloat16 or float16
   float scale;
-  // The plan's arrays (DecodePlan in trie/decode_plan.h). Padding rows have slot -1 and merge nothing.
+  // The plan's arrays (DecodePlan in trie/decode_plan.h). Padding rows have slot -1 and merge
+  // nothing.
   const int32_t *caller_rows, *positions, *slots, *merge_ptr, *merge_slots, *pages;
   const DecodeItem *items; // [num_items]
   Rows q;                  // [rows, heads, head_dim]
@@ -83,7 +84,7 @@ struct MergeArguments {
   int32_t num_rows, heads;
 };
 
-// K or V as [num_pages, page_size, kv_heads, head_dim] in boxes of the keys that a page has in a tile.
+// K or V, [num_pages, page_size, kv_heads, head_dim], in boxes of the keys of a page in a tile.
 Tiles page_tiles(const TrieDecodeArgs &args, const void *pages);
 int warpgroups(const TrieDecodeArgs &args); // that share a tile of keys: 1 or 2
 WriteArguments write_arguments(const TrieDecodeArgs &args);

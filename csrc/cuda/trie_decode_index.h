@@ -91,8 +91,8 @@ TW_INDEX int arriving_bytes(int keys, int page_size, int head_dim) {
   return (rounded < kTile ? rounded : kTile) * head_dim * kElementBytes;
 }
 
-// Element i of a thread's fragment of a warpgroup's product (PTX ISA, wgmma with m64: D). Elements
-// i and i + 1 of even i are neighbours in a row; a thread has two rows, and four threads share them.
+// Element i of a thread's fragment of a warpgroup's product (PTX ISA, wgmma with m64: D). For even
+// i, elements i and i + 1 are neighbours in a row; a thread has two rows, which four threads share.
 TW_INDEX int fragment_row(int thread, int i) {
   return thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
 }

@@ -121,7 +121,8 @@ void softmax_step(Warpgroup &w, int first_key, bool masked, double scale_log2) {
   for (int thread = 0; thread < kWarpgroupThreads; ++thread)
     for (int r = 0; r < 2; ++r) {
       double row_high = -kInfinity; // of the four threads that share the row
-      for (int lane = 0; lane < 4; ++lane) row_high = std::fmax(row_high, high[thread / 4 * 4 + lane][r]);
+      for (int lane = 0; lane < 4; ++lane)
+        row_high = std::fmax(row_high, high[thread / 4 * 4 + lane][r]);
       const double new_top = std::fmax(w.top[thread][r], row_high * scale_log2);
       const double factor = std::exp2(w.top[thread][r] - new_top);
       w.top[thread][r] = new_top;
@@ -137,7 +138,7 @@ void softmax_step(Warpgroup &w, int first_key, bool masked, double scale_log2) {
 }
 
 void multiply_values(Warpgroup &w, const std::vector<double> &v, int head_dim) {
-  // The first operand from registers, four products of 16 keys each (PTX ISA, wgmma with m64k16: A).
+  // The first operand from registers, four products of 16 keys (PTX ISA, wgmma with m64k16: A).
   std::vector<double> weights(kTile * kTile, kNaN); // [row, key]
   for (int thread = 0; thread < kWarpgroupThreads; ++thread)
     for (int product = 0; product < kTile / 16; ++product)
@@ -237,13 +238,14 @@ void partial_block(const TrieDecodeArgs &args, const PartialArguments &a, int bl
         for (int lane = 0; lane < 4; ++lane) sum += w.sum[thread / 4 * 4 + lane][r];
         const int m = w.first_m + fragment_row(thread, 2 * r);
         if (m >= end_m) continue;
-        const int64_t result =
-            (int64_t{item.first_slot} + row_of(m, a.group)) * args.heads + head_of(m, a.group, part.head);
+        const int64_t result = (int64_t{item.first_slot} + row_of(m, a.group)) * args.heads +
+                               head_of(m, a.group, part.head);
         for (int i = 2 * r; i < head_dim / 2; i += 4)
           for (int c = 0; c < 2; ++c)
             a.out[result * head_dim + fragment_column(thread, i + c)] =
                 sum == 0 ? 0 : w.sums[thread][i + c] / sum;
-        if (thread % 4 == 0) a.lse[result] = sum == 0 ? -kInfinity : w.top[thread][r] + std::log2(sum);
+        if (thread % 4 == 0)
+          a.lse[result] = sum == 0 ? -kInfinity : w.top[thread][r] + std::log2(sum);
       }
 }
 

@@ -61,8 +61,8 @@ int cuLibraryGetKernel(void **to, void *, const char *name) {
 }
 
 int cuKernelSetAttribute(int attribute, int value, void *kernel, int device) {
-  std::printf("attribute %d of %s on %d: %d\n", attribute, static_cast<const char *>(kernel), device,
-              value);
+  std::printf("attribute %d of %s on %d: %d\n", attribute, static_cast<const char *>(kernel),
+              device, value);
   return 0;
 }
 
@@ -83,7 +83,8 @@ int cuTensorMapEncodeTiled(void *map, int type, uint32_t rank, void *address, co
   std::printf("map type %d swizzle %d at %" PRIuPTR ":", type, swizzle,
               reinterpret_cast<uintptr_t>(address));
   for (uint32_t i = 0; i < rank; ++i)
-    std::printf(" %" PRIu64 "/%" PRIu64 "/%u/%u", sizes[i], i ? strides[i - 1] : 0, box[i], steps[i]);
+    std::printf(" %" PRIu64 "/%" PRIu64 "/%u/%u", sizes[i], i ? strides[i - 1] : 0, box[i],
+                steps[i]);
   std::printf("\n");
   return answer("cuTensorMapEncodeTiled");
 }
