@@ -123,8 +123,8 @@ __device__ void fetch(const PartialArguments &a, const DecodeItem &item, int hea
   for (int first_key = 0, turn = 0; first_key < num_keys; first_key += kTile) {
     const int next_page = page_of_tile(first_key + kTile);
     for (const TensorMap *map : {&a.k, &a.v}) {
-      const int slot = turn % kSlots, round = turn / kSlots;
-      wait(ring.empty + slot, round % 2 ^ 1);
+      const int slot = ring_slot(turn, kSlots);
+      wait(ring.empty + slot, released_parity(turn, kSlots));
       if (lane == 0)
         Barrier::arrive_and_expect_tx(
             ring.full + slot, arriving_bytes(num_keys - first_key, a.page_size, kHeadDim));
@@ -249,8 +249,8 @@ __device__ void attend(const PartialArguments &a, const DecodeItem &item, int he
 
   Softmax softmax;
   for (int first_key = 0, turn = 0; first_key < keys.most; first_key += kTile, turn += 2) {
-    const int k_slot = turn % kSlots, v_slot = (turn + 1) % kSlots;
-    wait(ring.full + k_slot, turn / kSlots % 2);
+    const int k_slot = ring_slot(turn, kSlots), v_slot = ring_slot(turn + 1, kSlots);
+    wait(ring.full + k_slot, filled_parity(turn, kSlots));
     key_product.accumulate_ = GMMA::ScaleOut::Zero;
     multiply(key_product, q_part, k_part(_, _, _, k_slot), scores);
     release(k_slot);
@@ -273,7 +273,7 @@ __device__ void attend(const PartialArguments &a, const DecodeItem &item, int he
       weights(i) = rounded[0], weights(i + 1) = rounded[1];
     }
 
-    wait(ring.full + v_slot, (turn + 1) / kSlots % 2);
+    wait(ring.full + v_slot, filled_parity(turn + 1, kSlots));
     if (first_key + kTile > keys.most) {
       // Beyond the last key the tile has whatever the page or the ring had, and 0 x NaN is NaN.
       const int first = keys.most - first_key, count = (kTile - first) * kChunks;
@@ -330,7 +330,7 @@ __device__ void partial(const PartialArguments &a) {
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < kSlots; ++slot) {
       Barrier::init(ring.full + slot, 1);
-      Barrier::init(ring.empty + slot, warpgroups * 4);
+      Barrier::init(ring.empty + slot, releases(warpgroups));
     }
     cutlass::arch::fence_barrier_init();
   }

@@ -43,6 +43,14 @@ TW_INDEX int blocks_per_multiprocessor(int head_dim, int warpgroups) {
 TW_INDEX int ring_slots(int head_dim, int warpgroups) {
   return 192 * 1024 / blocks_per_multiprocessor(head_dim, warpgroups) / tile_bytes(head_dim);
 }
+// The tile of a turn goes to this slot. To fill it one waits until its last tile was released, to
+// read it until it is filled: for the phase of that parity of its barrier (PTX ISA, mbarrier). The
+// phase before a barrier's first counts as complete.
+TW_INDEX int ring_slot(int turn, int slots) { return turn % slots; }
+TW_INDEX int filled_parity(int turn, int slots) { return turn / slots % 2; }
+TW_INDEX int released_parity(int turn, int slots) { return filled_parity(turn, slots) ^ 1; }
+// Of the barrier that a slot is released through: one from each warp that multiplies.
+TW_INDEX int releases(int warpgroups) { return warpgroups * (kWarpgroupThreads / 32); }
 // The warpgroups, and a warp that fetches.
 TW_INDEX int partial_threads(int warpgroups) { return warpgroups * kWarpgroupThreads + 32; }
 // Tiles of q, the ring, and two 8-byte barriers for each of its slots.

@@ -1,10 +1,12 @@
 // The decode kernels (csrc/cuda/trie_decode.cu) step by step on the CPU, in double precision: the
 // same index arithmetic, launches and arguments (trie_decode_index.h, trie_decode.cpp), with the
-// copy engine, the tensor cores and the threads' registers played after the PTX ISA. Barriers are
-// not: everything runs in one order.
+// copy engine, the tensor cores and the threads' registers played after the PTX ISA. There it all
+// runs in one order; the ring, with its barriers, is played alone and in any order.
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
+#include <random>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -202,7 +204,7 @@ void partial_block(const TrieDecodeArgs &args, const PartialArguments &a, int bl
   std::vector<char> ring(slots * tile_bytes(head_dim), -1); // NaN until something is copied there
   for (int first_key = 0, turn = 0; first_key < most; first_key += kTile) {
     for (const Tiles &pages : tiles) {
-      char *tile = &ring[turn % slots * tile_bytes(head_dim)];
+      char *tile = &ring[ring_slot(turn, slots) * tile_bytes(head_dim)];
       int arrived = 0;
       for (int lane = 0; lane < 32; ++lane) {
         const Box box = box_of_lane(lane, a.page_size);
@@ -271,6 +273,85 @@ void merge(const TrieDecodeArgs &args, const MergeArguments &a, const Grid &grid
   }
 }
 
+// A barrier in shared memory (PTX ISA, mbarrier).
+struct Barrier {
+  int arrivals, pending = arrivals, bytes = 0, parity = 0; // of the phase that is not complete yet
+
+  explicit Barrier(int arrivals) : arrivals(arrivals) {}
+  bool is_complete(int of_parity) const { return of_parity != parity; }
+  void arrive(int expected_bytes = 0) {
+    require(pending > 0, "a barrier has more arrivals than it counts");
+    --pending, bytes += expected_bytes;
+    finish();
+  }
+  void receive(int count) {
+    bytes -= count;
+    finish();
+  }
+
+private:
+  void finish() {
+    if (pending || bytes) return;
+    pending = arrivals, parity ^= 1;
+  }
+};
+
+// The ring's protocol, in an order that `seed` draws: who goes on next, and which copy lands.
+void run_ring(int head_dim, int groups, int turns, unsigned seed) {
+  struct Copy {
+    int turn, box;
+  };
+  struct Reader { // a multiplying warp
+    int turn = 0;
+    bool reads = false;
+  };
+  const int slots = ring_slots(head_dim, groups), box_bytes = tile_bytes(head_dim) / 4;
+  std::vector<Barrier> full(slots, Barrier(1)), empty(slots, Barrier(releases(groups)));
+  std::vector<int> holds(slots * 4, -1); // the turn that each quarter of a slot is of
+  std::vector<Reader> readers(groups * kWarpgroupThreads / 32);
+  std::vector<Copy> in_flight;
+  int fetched = 0;
+  std::mt19937 random(seed);
+  for (;;) {
+    std::vector<std::function<void()>> possible;
+    const int next = ring_slot(fetched, slots);
+    if (fetched < turns && empty[next].is_complete(released_parity(fetched, slots)))
+      possible.push_back([&] {
+        full[next].arrive(4 * box_bytes);
+        for (int box = 0; box < 4; ++box) in_flight.push_back({fetched, box});
+        ++fetched;
+      });
+    if (!in_flight.empty())
+      possible.push_back([&] {
+        std::swap(in_flight[random() % in_flight.size()], in_flight.back());
+        const auto [turn, box] = in_flight.back();
+        in_flight.pop_back();
+        for (const Reader &reader : readers)
+          require(reader.turn > turn - slots, "a slot is filled before every warp has released it");
+        holds[ring_slot(turn, slots) * 4 + box] = turn;
+        full[ring_slot(turn, slots)].receive(box_bytes);
+      });
+    for (Reader &reader : readers) {
+      if (reader.turn == turns) continue;
+      const int slot = ring_slot(reader.turn, slots);
+      if (reader.reads)
+        possible.push_back([&reader, &empty, slot] {
+          empty[slot].arrive();
+          reader.reads = false, ++reader.turn;
+        });
+      else if (full[slot].is_complete(filled_parity(reader.turn, slots)))
+        possible.push_back([&reader, &holds, slot] {
+          for (int box = 0; box < 4; ++box)
+            require(holds[slot * 4 + box] == reader.turn, "a slot is read before it is filled");
+          reader.reads = true;
+        });
+    }
+    if (possible.empty()) break;
+    possible[random() % possible.size()]();
+  }
+  for (const Reader &reader : readers) require(reader.turn == turns, "the ring has come to a halt");
+}
+
 } // namespace
 
 } // namespace tw::cuda
@@ -284,6 +365,18 @@ extern "C" const char *emulate_trie_decode(const tw::cuda::TrieDecodeArgs *args,
     for (unsigned block = 0; block < partial_grid(*args).blocks; ++block)
       partial_block(*args, partial_arguments(*args), block);
     merge(*args, merge_arguments(*args), merge_grid(*args), out);
+    return nullptr;
+  } catch (const std::exception &error) {
+    message = error.what();
+    return message.c_str();
+  }
+}
+
+// Null, or how the protocol failed.
+extern "C" const char *emulate_ring(int head_dim, int warpgroups, int turns, unsigned seed) {
+  static std::string message;
+  try {
+    tw::cuda::run_ring(head_dim, warpgroups, turns, seed);
     return nullptr;
   } catch (const std::exception &error) {
     message = error.what();

@@ -63,7 +63,10 @@ class Tiles(ctypes.Structure):
 def library() -> ctypes.CDLL:
     """Compiled once for a state of its sources."""
     loaded = ctypes.CDLL(str(library_file()))
-    for name in ("emulate_trie_decode", "why_not_trie_decode", "why_not_tiles", "run_trie_decode"):
+    for name in (
+        *("emulate_trie_decode", "emulate_ring", "run_trie_decode"),
+        *("why_not_trie_decode", "why_not_tiles"),
+    ):
         getattr(loaded, name).restype = c_char_p
     return loaded
 

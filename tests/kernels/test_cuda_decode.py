@@ -85,6 +85,19 @@ def test_every_step_of_the_kernels_finds_what_it_needs(
     assert (got[batch.num_rows :] == 0).all()
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    head_dim=st.sampled_from([64, 128]),
+    warpgroups=st.sampled_from([1, 2]),
+    tiles=st.integers(0, 40),
+)
+def test_no_slot_of_the_ring_is_read_early_or_filled_early_in_any_order(
+    emulator, seed, head_dim, warpgroups, tiles
+):
+    assert emulator.emulate_ring(head_dim, warpgroups, 2 * tiles, seed) is None
+
+
 def test_new_keys_are_read_in_the_call_that_writes_them(emulator):
     batch = Batch([[0, 1], [0, 2]], [24, 20], [20, 2], page_size=16, num_pages=3)
     inputs = random_inputs(batch, (2, 1, 64), torch.bfloat16)
