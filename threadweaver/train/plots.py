@@ -17,9 +17,10 @@ SHARES = (("accuracy", "accuracy"), ("format", "format correct"), ("activation",
 
 
 def plot_stages(stages: dict[str, Any], path: Path) -> None:
-    """Shares and token counts after each stage, in both modes."""
+    """Shares, token counts and what threads gain after each stage."""
     names = [name.replace("_", "-") for name in stages]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    left, middle, right = axes
     parallel = [stage["parallel"] for stage in stages.values()]
     sequential = [stage["sequential"] for stage in stages.values()]
     for key, label in SHARES:
@@ -38,10 +39,17 @@ def plot_stages(stages: dict[str, Any], path: Path) -> None:
         (parallel, "total_tokens", "all tokens", "-"),
         (parallel, "longest_path_tokens", "longest path", "-"),
     ):
-        right.plot(names, [s[key] for s in source], marker="o", linestyle=style, label=label)
-    right.set_ylabel("tokens, mean")
-    right.set_ylim(bottom=0)
-    _save(figure, (left, right), path)
+        middle.plot(names, [s[key] for s in source], marker="o", linestyle=style, label=label)
+    middle.set_ylabel("tokens, mean")
+    middle.set_ylim(bottom=0)
+    speedups = [
+        s["total_tokens"] / p["longest_path_tokens"]
+        for s, p in zip(sequential, parallel, strict=True)
+    ]
+    right.plot(names, speedups, marker="o", label="all tokens, sequential mode / longest path")
+    right.set_ylabel("token-latency speed-up")
+    right.set_ylim(bottom=1)
+    _save(figure, axes, path)
 
 
 def plot_rl(metrics: Path, path: Path) -> None:
