@@ -1,0 +1,193 @@
+// Forward: out and lse. A thread block owns 128 rows of one query head, 64 a warpgroup, and streams
+// the KV blocks of its schedule row past them: scores by wgmma, softmax online in base 2, and while
+// the softmax of one tile runs the product of the last one's probabilities with V.
+//
+// What bounds it: at head dim 128, 4 * D operations a pair of row and column in the tensor cores
+// (2 * D each for Q K^T and P V) against one exponential, of which an SM does 16 a cycle; bytes do
+// not matter, a K or V tile serving 128 rows.
+#include "cuda/trie_attention_device.h"
+
+namespace tw::cuda {
+
+template <int D> __device__ void init_barriers(ForwardShared<D> &shared) {
+  for (int w = 0; w < kConsumers; ++w) {
+    init(shared.q_full[w], 1);
+    init(shared.q_empty[w], kWarpArrivals / kConsumers);
+  }
+  for (int s = 0; s < ForwardShared<D>::kStream.stages; ++s) {
+    init(shared.k_full[s], 1), init(shared.k_empty[s], kWarpArrivals);
+    init(shared.v_full[s], 1), init(shared.v_empty[s], kWarpArrivals);
+  }
+}
+
+template <int D>
+__device__ void produce(const ForwardArguments &a, ForwardShared<D> &shared) {
+  constexpr Stream kStream = ForwardShared<D>::kStream;
+  Ring<kStream.stages> k_ring, v_ring;
+  const auto load_k = [&](int head, int row) {
+    uint64_t &full = shared.k_full[k_ring.stage];
+    wait(shared.k_empty[k_ring.stage], k_ring.parity ^ 1);
+    arrive_expecting(full, sizeof(shared.k[0]) + sizeof(shared.ends[0]));
+    load_tile<kStream.rows, D>(a.k, full, shared.k[k_ring.stage], head, row);
+    load_numbers<kStream.rows>(a.ends + row, full, shared.ends[k_ring.stage]);
+    k_ring.advance();
+  };
+  const auto load_v = [&](int head, int row) {
+    uint64_t &full = shared.v_full[v_ring.stage];
+    wait(shared.v_empty[v_ring.stage], v_ring.parity ^ 1);
+    arrive_expecting(full, sizeof(shared.v[0]));
+    load_tile<kStream.rows, D>(a.v, full, shared.v[v_ring.stage], head, row);
+    v_ring.advance();
+  };
+  for (int round = 0, tile; (tile = tile_of(round, gridDim.x, blockIdx.x)) < a.tiles; ++round) {
+    const RowTile t = row_tile(a.rows, a.heads, tile);
+    const int kv_head = t.head / a.group;
+    for (int w = 0; w < kConsumers; ++w) {
+      wait(shared.q_empty[w], round % 2 ^ 1);
+      arrive_expecting(shared.q_full[w], sizeof(shared.q[w]));
+      load_tile<kWarpgroupRows, D>(a.q, shared.q_full[w], shared.q[w], t.head,
+                                   t.first_row + w * kWarpgroupRows);
+    }
+    // In the order in which the consumers need them: a V after the K of the next block.
+    int row = a.rows.kv_blocks[t.begin] * kStream.rows;
+    load_k(kv_head, row);
+    for (int i = t.begin + 1; i < t.end; ++i) {
+      const int next = a.rows.kv_blocks[i] * kStream.rows;
+      load_k(kv_head, next);
+      load_v(kv_head, row);
+      row = next;
+    }
+    load_v(kv_head, row);
+  }
+}
+
+// Of the two rows whose elements a thread holds.
+struct Softmax {
+  // Sums and products are relative to 2^max. A row that has seen no column keeps the finite start
+  // value, so that 2^(-inf - max) is 0 and never NaN.
+  float max[2] = {-1e30f, -1e30f};
+  float sum[2] = {0, 0}; // of this thread's columns alone
+
+  // Turns scores into probabilities; returns by what earlier sums and products shrink.
+  template <class Scores> __device__ float2 update(Scores &s, float scale_log2) {
+    float shrink[2];
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      float highest = s(2 * h);
+      CUTE_UNROLL
+      for (int e = 0; e < size(s); e += 4)
+        highest = fmaxf(highest, fmaxf(s(e + 2 * h), s(e + 2 * h + 1)));
+      highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
+      highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
+      const float next = fmaxf(max[h], highest * scale_log2);
+      shrink[h] = exp2_approximate(max[h] - next);
+      max[h] = next;
+      sum[h] *= shrink[h];
+      CUTE_UNROLL
+      for (int e = 0; e < size(s); e += 4)
+        CUTE_UNROLL
+        for (int column = 0; column < 2; ++column) {
+          float &value = s(e + 2 * h + column);
+          value = exp2_approximate(fmaf(value, scale_log2, -next));
+          sum[h] += value;
+        }
+    }
+    return {shrink[0], shrink[1]};
+  }
+
+  __device__ float total(int h) const {
+    float total = sum[h] + __shfl_xor_sync(~0u, sum[h], 1);
+    return total + __shfl_xor_sync(~0u, total, 2);
+  }
+};
+
+template <class Values> __device__ void scale_rows(Values &values, float first, float second) {
+  CUTE_UNROLL
+  for (int e = 0; e < size(values); ++e) values(e) *= e / 2 % 2 ? second : first;
+}
+
+template <int D>
+__device__ void consume(const ForwardArguments &a, ForwardShared<D> &shared, unsigned warpgroup) {
+  constexpr Stream kStream = ForwardShared<D>::kStream;
+  using Scores = SharedProduct<kStream.rows, D>;
+  using Output = RegisterProduct<D, kStream.rows>;
+  using TileRows = TileLayout<kStream.rows, D, kStream.stages>;
+  using TileColumns = TransposedLayout<kStream.rows, D, kStream.stages>;
+  const auto q = left_operand<Scores, D>(shared.q[0]);
+  const auto k = right_operand<Scores, TileRows>(shared.k[0]);
+  const auto v = right_operand<Output, TileColumns>(shared.v[0]);
+
+  Ring<kStream.stages> k_ring, v_ring;
+  for (int round = 0, tile; (tile = tile_of(round, gridDim.x, blockIdx.x)) < a.tiles; ++round) {
+    const RowTile t = row_tile(a.rows, a.heads, tile);
+    const int first_row = t.first_row + warpgroup * kWarpgroupRows;
+    const int row = first_row + row_of(threadIdx.x % 128, 0);
+    Softmax softmax;
+    Fragment<kStream.rows> s;
+    Operand<kStream.rows> p;
+    Fragment<D> out;
+
+    const auto wait_for_k = [&] { wait(shared.k_full[k_ring.stage], k_ring.parity); };
+    const auto start_scores = [&] {
+      start(Scores{}, q(_, _, _, warpgroup), k(_, _, _, k_ring.stage), s, Into::zero);
+    };
+    const auto start_output = [&](Into into) {
+      wait(shared.v_full[v_ring.stage], v_ring.parity);
+      start(Output{}, p, v(_, _, _, v_ring.stage), out, into);
+    };
+    const auto mask = [&](int i) {
+      if (i >= t.partial)
+        hide(s, row, a.rows.kv_blocks[i] * kStream.rows, shared.ends[k_ring.stage]);
+      release(shared.k_empty[k_ring.stage]);
+      k_ring.advance();
+    };
+
+    wait(shared.q_full[warpgroup], round % 2);
+    wait_for_k();
+    start_scores();
+    finish<0>(s);
+    mask(t.begin);
+    softmax.update(s, a.scale_log2);
+    narrow(s, p);
+    if (t.begin + 1 < t.end) wait_for_k();
+    for (int i = t.begin + 1; i < t.end; ++i) {
+      start_scores();
+      start_output(i == t.begin + 1 ? Into::zero : Into::sum);
+      finish<1>(s);
+      mask(i);
+      const float2 shrink = softmax.update(s, a.scale_log2);
+      compute_now(s);
+      if (i + 1 < t.end) wait_for_k();
+      finish<0>(out);
+      release(shared.v_empty[v_ring.stage]);
+      v_ring.advance();
+      scale_rows(out, shrink.x, shrink.y);
+      narrow(s, p);
+    }
+    release(shared.q_empty[warpgroup]);
+    start_output(t.end == t.begin + 1 ? Into::zero : Into::sum);
+    finish<0>(out);
+    release(shared.v_empty[v_ring.stage]);
+    v_ring.advance();
+
+    const float sums[2] = {softmax.total(0), softmax.total(1)};
+    scale_rows(out, 1 / sums[0], 1 / sums[1]); // rows beyond N: NaN, not stored
+    store_tile<D>(a.out, shared.out[warpgroup], out, t.head, first_row);
+    for (int h = 0; h < 2; ++h)
+      if (threadIdx.x % 4 == 0 && row + 8 * h < a.tokens)
+        a.lse[static_cast<int64_t>(t.head) * a.tokens + row + 8 * h] =
+            (softmax.max[h] + log2f(sums[h])) * kLn2;
+  }
+}
+
+} // namespace tw::cuda
+
+extern "C" __global__ void __launch_bounds__(tw::cuda::kThreads, 1)
+    trie_attention_forward_64(const __grid_constant__ tw::cuda::ForwardArguments arguments) {
+  tw::cuda::run<tw::cuda::ForwardShared<64>>(arguments);
+}
+
+extern "C" __global__ void __launch_bounds__(tw::cuda::kThreads, 1)
+    trie_attention_forward_128(const __grid_constant__ tw::cuda::ForwardArguments arguments) {
+  tw::cuda::run<tw::cuda::ForwardShared<128>>(arguments);
+}

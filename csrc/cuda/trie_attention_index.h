@@ -1,0 +1,95 @@
+// Where everything is in the trie attention kernels: their sizes and index arithmetic. The kernels
+// and the host compile it, and so does the emulation that tests it (tests/kernels).
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define TW_INDEX __host__ __device__ constexpr
+#else
+#define TW_INDEX constexpr
+#endif
+
+namespace tw::cuda {
+
+constexpr int kBoxColumns = 64;    // of one bulk copy: 128 bytes, the span of the swizzle
+constexpr int kWarpgroupRows = 64; // of one product (wgmma)
+constexpr int kConsumers = 2;      // warpgroups that compute; one more warp only copies
+constexpr int kThreads = 128 * (1 + kConsumers);
+constexpr int kOwnRows = kConsumers * kWarpgroupRows; // rows that a thread block owns at a time
+constexpr int kPadding = 128; // per-token arrays of int32 and float32 are padded to a multiple
+
+// Tiles of `rows` rows stream past the rows that a thread block owns, up to `stages` in flight.
+struct Stream {
+  int rows, stages;
+};
+TW_INDEX Stream forward_stream(int head_dim) { return {128, head_dim == 64 ? 4 : 2}; }
+TW_INDEX Stream dq_stream(int head_dim) {
+  return head_dim == 64 ? Stream{128, 4} : Stream{64, 3};
+}
+TW_INDEX Stream dkv_stream(int head_dim) { return {64, head_dim == 64 ? 4 : 2}; }
+
+TW_INDEX int64_t padded(int64_t tokens) { return (tokens + kPadding - 1) / kPadding * kPadding; }
+
+// The trie mask (ARCHITECTURE, fact 1).
+TW_INDEX bool visible(int row, int column, int column_end) {
+  return column <= row && row < column_end;
+}
+
+// Where the copy engine puts an element of a tile, in elements: boxes of 64 columns one after the
+// other, rows of 128 bytes, whose 16-byte pieces are permuted by the row (CUtensorMapSwizzle).
+TW_INDEX int box_offset(int rows, int row, int column) {
+  const int piece = (column % kBoxColumns / 8) ^ (row % 8);
+  return (column / kBoxColumns * rows + row) * kBoxColumns + piece * 8 + column % 8;
+}
+
+// Element e of a thread's share of a warpgroup's product (PTX ISA, wgmma with m64: D). Elements e
+// and e + 1 of even e are neighbours in a row; a thread has two rows, and four threads share them.
+TW_INDEX int row_of(int thread, int e) {
+  return thread / 32 * 16 + thread % 32 / 4 + e / 2 % 2 * 8;
+}
+TW_INDEX int column_of(int thread, int e) { return e / 4 * 8 + thread % 4 * 2 + e % 2; }
+
+// The tile that a thread block takes in one round of a persistent grid: forth in even rounds, back
+// in odd ones, so that a block which got a longer tile, longest coming first, gets a shorter next.
+TW_INDEX int tile_of(int round, int blocks, int block) {
+  return round * blocks + (round % 2 ? blocks - 1 - block : block);
+}
+
+// The CSR half of a block schedule (trie/schedule.h).
+struct RowSchedule {
+  const int32_t *row_ptr, *full_end, *kv_blocks;
+  const int32_t *order; // row blocks, longest first
+};
+
+// What a thread block does with one head's rows [first_row, first_row + kOwnRows): KV blocks
+// kv_blocks[begin, end), those from `partial` on under the mask.
+struct RowTile {
+  int head, first_row, begin, partial, end;
+};
+TW_INDEX RowTile row_tile(const RowSchedule &schedule, int heads, int tile) {
+  const int block = schedule.order[tile / heads];
+  return {tile % heads, block * kOwnRows, schedule.row_ptr[block], schedule.full_end[block],
+          schedule.row_ptr[block + 1]};
+}
+
+// Its other half.
+struct ColumnSchedule {
+  const int32_t *q_range;
+  const int32_t *order; // KV blocks, longest first
+};
+
+// What a thread block does with one KV head's columns [first_column, first_column + kOwnRows): row
+// blocks [first, last) of every query head of the group, those in [full_first, full_last) without a
+// mask. (Rows beyond N of a full block are zero in q, dout, lse2 and delta, and add nothing.)
+struct ColumnTile {
+  int kv_head, first_column, first, full_first, full_last, last;
+  TW_INDEX bool is_masked(int block) const { return block < full_first || block >= full_last; }
+};
+TW_INDEX ColumnTile column_tile(const ColumnSchedule &schedule, int kv_heads, int tile) {
+  const int block = schedule.order[tile / kv_heads];
+  const int32_t *range = schedule.q_range + 4 * block;
+  return {tile % kv_heads, block * kOwnRows, range[0], range[1], range[2], range[3]};
+}
+
+} // namespace tw::cuda

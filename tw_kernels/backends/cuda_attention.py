@@ -1,0 +1,179 @@
+"""trie_attention in CUDA C++ on Hopper GPUs (csrc/cuda/trie_attention.h): compiled, never run.
+
+Experimental, so it is only ever asked for by name (backend="cuda" or TW_BACKEND=cuda), until the
+GPU tests (docs/kernels.md) have passed on hardware. bfloat16, head dims 64 and 128. Nothing here
+waits for the device. Each gradient is summed in a fixed order: two runs agree to the last bit.
+
+What a block of rows and columns shares is multiplied by a zero probability where the trie hides it:
+a NaN or infinity in k, v or dout can reach rows that do not see it, as in any flash attention.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tw_kernels import _C
+from tw_kernels.backends import cuda_build
+from tw_kernels.trie import BlockSchedule, TrieLayout
+
+# Of csrc/cuda/trie_attention_index.h: rows or columns that a thread block owns, to a multiple of
+# which subtree_ends is padded too; and by head dim the rows of the tiles that stream past them in
+# forward, dQ, and dK with dV.
+OWN_ROWS = 128
+STREAMED_ROWS = {64: (128, 128, 64), 128: (128, 64, 64)}
+
+FORWARD_CUBIN = cuda_build.CUBINS / "trie_attention_fwd.cubin"
+BACKWARD_CUBIN = cuda_build.CUBINS / "trie_attention_bwd.cubin"
+
+_FIELDS = len(BlockSchedule._fields)
+
+
+class Schedules(NamedTuple):
+    """What each kernel walks."""
+
+    forward: BlockSchedule
+    dq: BlockSchedule
+    dkv: BlockSchedule
+
+
+def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """None if this call can run, else the reason in one line."""
+    if reason := _C.cuda_driver_missing():
+        return reason
+    if q.device.type != "cuda":
+        return f"the CUDA kernels run on a Hopper GPU, not on {q.device.type}"
+    if (capability := torch.cuda.get_device_capability(q.device)) != (9, 0):
+        return (
+            f"the CUDA kernels are for compute capability 9.0, not {capability[0]}.{capability[1]}"
+        )
+    if q.dtype != torch.bfloat16:
+        return f"the CUDA kernels take bfloat16, not {q.dtype}"
+    if q.shape[-1] not in STREAMED_ROWS:
+        return f"the CUDA kernels take head dims 64 and 128, not {q.shape[-1]}"
+    if not (FORWARD_CUBIN.exists() and BACKWARD_CUBIN.exists()):
+        return f"the CUDA kernels are not built: {cuda_build.COMMAND}"
+    return None
+
+
+def plan(layout: TrieLayout, q: Tensor) -> list[Tensor]:
+    """subtree_ends padded with zeros, then the fields of three schedules: forward, dQ, dK with dV.
+
+    The layout keeps them; kernels of equal block sizes share one.
+    """
+    if "padded_ends" not in layout.memo:
+        missing = -layout.num_tokens % OWN_ROWS
+        layout.memo["padded_ends"] = F.pad(layout.subtree_ends, (0, missing))
+    forward, dq, dkv = STREAMED_ROWS[q.shape[-1]]
+    schedules = (
+        layout.block_schedule(OWN_ROWS, forward),
+        layout.block_schedule(OWN_ROWS, dq),
+        layout.block_schedule(dkv, OWN_ROWS),
+    )
+    return [layout.memo["padded_ends"], *(field for schedule in schedules for field in schedule)]
+
+
+def schedules_of(plan: list[Tensor]) -> Schedules:
+    starts = range(1, len(plan), _FIELDS)
+    return Schedules(*(BlockSchedule(*plan[i : i + _FIELDS]) for i in starts))
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, plan: list[Tensor], scale: float
+) -> tuple[Tensor, Tensor]:
+    """out [N, Hq, D] in q's dtype and lse [Hq, N], float32."""
+    q, k, v = (_for_bulk_copies(x) for x in (q, k, v))
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+    _C.cuda_trie_attention_forward(
+        _sizes(q, k),
+        scale,
+        _place(q, str(FORWARD_CUBIN)),
+        plan[0].data_ptr(),
+        _rows(schedules_of(plan).forward),
+        (_strided(q), _strided(k), _strided(v), _strided(out)),
+        lse.data_ptr(),
+    )
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: list[Tensor],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq [N, Hq, D], dk and dv [N, Hkv, D] in the dtypes of q, k and v."""
+    dout, q, k, v, out = (_for_bulk_copies(x) for x in (dout, q, k, v, out))
+    lse = lse.contiguous()
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    lse2, delta = torch.empty(
+        2, q.shape[1], plan[0].numel(), dtype=torch.float32, device=q.device
+    ).unbind()
+    schedules = schedules_of(plan)
+    _C.cuda_trie_attention_backward(
+        _sizes(q, k),
+        scale,
+        _place(q, str(BACKWARD_CUBIN)),
+        plan[0].data_ptr(),
+        _rows(schedules.dq),
+        _columns(schedules.dkv),
+        (_strided(q), _strided(k), _strided(v), _strided(out)),
+        (_strided(dout), _strided(dq), _strided(dk), _strided(dv)),
+        (lse.data_ptr(), lse2.data_ptr(), delta.data_ptr()),
+    )
+    return dq, dk, dv
+
+
+def _for_bulk_copies(x: Tensor) -> Tensor:
+    """x if its strides are ones that a tensor map takes, else a contiguous copy.
+
+    The address and both strides are multiples of 16 bytes, and that of the rows a multiple of that
+    of the heads (cuTensorMapEncodeTiled in the CUDA driver API).
+    """
+    address, row_stride, head_stride = _strided(x)
+    aligned = address % 16 == 0 and head_stride % 8 == 0
+    nested = 0 < head_stride <= row_stride and row_stride % head_stride == 0
+    return (
+        x
+        if aligned and nested and x.stride(2) == 1
+        else x.clone(memory_format=torch.contiguous_format)
+    )
+
+
+def _strided(x: Tensor) -> tuple[int, int, int]:
+    """Address, strides of rows and heads in elements; where there is one, what a dense one has."""
+    row_stride, head_stride, _ = x.stride()
+    head_stride = head_stride if x.shape[1] > 1 else x.shape[2]
+    row_stride = row_stride if x.shape[0] > 1 else x.shape[1] * head_stride
+    return x.data_ptr(), row_stride, head_stride
+
+
+def _sizes(q: Tensor, k: Tensor) -> tuple[int, int, int, int, int]:
+    """Tokens, heads, KV heads, head dim, multiprocessors of the device."""
+    multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    return q.shape[0], q.shape[1], k.shape[1], q.shape[2], multiprocessors
+
+
+def _place(q: Tensor, cubin: str) -> tuple[int, int, str]:
+    return q.device.index, torch.cuda.current_stream(q.device).cuda_stream, cubin
+
+
+def _rows(schedule: BlockSchedule) -> tuple[int, int, int, int]:
+    return (
+        schedule.row_ptr.data_ptr(),
+        schedule.full_end.data_ptr(),
+        schedule.kv_blocks.data_ptr(),
+        schedule.q_order.data_ptr(),
+    )
+
+
+def _columns(schedule: BlockSchedule) -> tuple[int, int]:
+    return schedule.q_range.data_ptr(), schedule.kv_order.data_ptr()
