@@ -104,3 +104,30 @@ def cuda_trie_decode(
     results: tuple[int, int, int],  # addresses: out, partial outputs, partial lse
     /,
 ) -> None: ...
+
+# tokens, heads, KV heads, head dim, multiprocessors (csrc/cuda/trie_attention.h)
+_CudaAttentionSizes = tuple[int, int, int, int, int]
+_CudaRows = tuple[int, int, int, int]  # addresses: row_ptr, full_end, kv_blocks, q_order
+
+def cuda_trie_attention_forward(
+    sizes: _CudaAttentionSizes,
+    scale: float,
+    place: tuple[int, int, str],  # device, stream, file of the kernels
+    ends: int,
+    rows: _CudaRows,
+    tensors: tuple[_Strided, _Strided, _Strided, _Strided],  # q, k, v, out
+    lse: int,
+    /,
+) -> None: ...
+def cuda_trie_attention_backward(
+    sizes: _CudaAttentionSizes,
+    scale: float,
+    place: tuple[int, int, str],
+    ends: int,
+    rows: _CudaRows,
+    columns: tuple[int, int],  # addresses: q_range, kv_order
+    tensors: tuple[_Strided, _Strided, _Strided, _Strided],  # q, k, v, out
+    gradients: tuple[_Strided, _Strided, _Strided, _Strided],  # of out, q, k, v
+    stats: tuple[int, int, int],  # addresses: lse, lse2, delta
+    /,
+) -> None: ...

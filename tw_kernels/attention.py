@@ -9,6 +9,8 @@ Which backend runs, unless `backend` or the environment variable TW_BACKEND name
     CPU   native if it can run the call (all but float64), else segments. In bfloat16 only up to
           NATIVE_PAIRS visible pairs: beyond, ATen's kernels behind segments win by their bfloat16
           matrix instructions, which native has not.
+
+cuda, experimental, is only ever asked for by name.
 """
 
 from __future__ import annotations
@@ -65,7 +67,8 @@ def trie_attention(
         k, v: [N, Hkv, D], Hq a multiple of Hkv (grouped heads).
         layout: the trie's geometry, on q's device.
         scale: default 1 / sqrt(D).
-        backend: "native", "triton", "segments" or "dense"; default: see the module's docstring.
+        backend: "native", "triton", "segments", "dense" or "cuda"; default: see the module's
+            docstring.
         return_lse: also return the log-sum-exp of each softmax. It carries no gradient.
 
     Returns:

@@ -17,7 +17,7 @@ from tw_kernels import Trie, TrieLayout, backends, trie_attention
 from tw_kernels.attention import choose_backend
 from tw_kernels.backends import TRIE_ATTENTION, segments
 
-CPU_BACKENDS = [n for n in TRIE_ATTENTION if n != "triton"]
+CPU_BACKENDS = [n for n in TRIE_ATTENTION if n not in ("triton", "cuda")]
 Grads = tuple[Tensor, ...]
 
 

@@ -24,6 +24,7 @@ from types import ModuleType
 import torch
 
 from tw_kernels.backends import (
+    cuda_attention,
     cuda_decode,
     decode_reference,
     dense,
@@ -39,6 +40,7 @@ TRIE_ATTENTION: dict[str, ModuleType] = {
     "triton": triton_attention,
     "segments": segments,
     "dense": dense,
+    "cuda": cuda_attention,
 }
 
 TRIE_DECODE: dict[str, ModuleType] = {
