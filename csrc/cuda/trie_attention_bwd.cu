@@ -94,7 +94,7 @@ __device__ void consume(const DqArguments &a, DqShared<D> &shared, unsigned warp
   for (int round = 0, tile; (tile = tile_of(round, gridDim.x, blockIdx.x)) < a.tiles; ++round) {
     const RowTile t = row_tile(a.rows, a.heads, tile);
     const int first_row = t.first_row + warpgroup * kWarpgroupRows;
-    const int row = first_row + row_of(thread, 0);
+    const int row = first_row + product_row(thread, 0);
     const int64_t at = static_cast<int64_t>(t.head) * a.padded + row;
     const float lse2[2] = {a.lse2[at], a.lse2[at + 8]};
     const float delta[2] = {a.delta[at], a.delta[at + 8]};
@@ -149,8 +149,8 @@ template <class Scores>
 __device__ void hide_transposed(Scores &s, int first_row, int column, const int (&ends)[2]) {
   CUTE_UNROLL
   for (int e = 0; e < size(s); ++e) {
-    const int h = e / 2 % 2;
-    if (!visible(first_row + column_of(threadIdx.x, e), column + 8 * h, ends[h])) s(e) = -INFINITY;
+    const int h = e / 2 % 2, row = first_row + product_column(threadIdx.x, e);
+    if (!visible(row, column + 8 * h, ends[h])) s(e) = -INFINITY;
   }
 }
 
@@ -203,7 +203,7 @@ __device__ void consume(const DkvArguments &a, DkvShared<D> &shared, unsigned wa
   for (int round = 0, tile; (tile = tile_of(round, gridDim.x, blockIdx.x)) < a.tiles; ++round) {
     const ColumnTile t = column_tile(a.columns, a.kv_heads, tile);
     const int first_column = t.first_column + warpgroup * kWarpgroupRows;
-    const int column = first_column + row_of(thread, 0);
+    const int column = first_column + product_row(thread, 0);
     const int ends[2] = {a.ends[column], a.ends[column + 8]};
     Fragment<kStream.rows> s, dp;
     Operand<kStream.rows> p, ds;
@@ -222,12 +222,12 @@ __device__ void consume(const DkvArguments &a, DkvShared<D> &shared, unsigned wa
         const float *lse2 = shared.lse2[ring.stage], *delta = shared.delta[ring.stage];
         CUTE_UNROLL
         for (int e = 0; e < size(s); ++e)
-          s(e) = exp2_approximate(fmaf(s(e), a.scale_log2, -lse2[column_of(thread, e)]));
+          s(e) = exp2_approximate(fmaf(s(e), a.scale_log2, -lse2[product_column(thread, e)]));
         narrow(s, p);
         start(Gradient{}, p, dout_columns(_, _, _, ring.stage), dv, into);
         finish<1>(dp);
         CUTE_UNROLL
-        for (int e = 0; e < size(s); ++e) dp(e) = s(e) * (dp(e) - delta[column_of(thread, e)]);
+        for (int e = 0; e < size(s); ++e) dp(e) = s(e) * (dp(e) - delta[product_column(thread, e)]);
         narrow(dp, ds);
         start(Gradient{}, ds, q_columns(_, _, _, ring.stage), dk, into);
         into = Into::sum;

@@ -136,7 +136,7 @@ using RegisterProduct = decltype(make_tiled_mma(
     gmma::rs_op_selector<Bfloat, Bfloat, float, Shape<_64, Int<kColumns>, Int<kDepth>>,
                          gmma::Major::K, gmma::Major::MN>()));
 
-// A thread's share of 64 x kColumns, its elements as row_of and column_of number them.
+// A thread's share of 64 x kColumns, its elements as product_row and product_column number them.
 template <int kColumns>
 using Fragment = decltype(partition_fragment_C(SharedProduct<kColumns, 64>{},
                                                Shape<_64, Int<kColumns>>{}));
@@ -208,7 +208,7 @@ template <class Scores>
 __device__ void hide(Scores &s, int row, int first_column, const int32_t *ends) {
   CUTE_UNROLL
   for (int e = 0; e < size(s); ++e) {
-    const int column = column_of(threadIdx.x, e);
+    const int column = product_column(threadIdx.x, e);
     if (!visible(row + e / 2 % 2 * 8, first_column + column, ends[column])) s(e) = -INFINITY;
   }
 }

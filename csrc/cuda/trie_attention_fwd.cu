@@ -121,7 +121,7 @@ __device__ void consume(const ForwardArguments &a, ForwardShared<D> &shared, uns
   for (int round = 0, tile; (tile = tile_of(round, gridDim.x, blockIdx.x)) < a.tiles; ++round) {
     const RowTile t = row_tile(a.rows, a.heads, tile);
     const int first_row = t.first_row + warpgroup * kWarpgroupRows;
-    const int row = first_row + row_of(threadIdx.x % 128, 0);
+    const int row = first_row + product_row(threadIdx.x % 128, 0);
     Softmax softmax;
     Fragment<kStream.rows> s;
     Operand<kStream.rows> p;

@@ -45,10 +45,10 @@ TW_INDEX int box_offset(int rows, int row, int column) {
 
 // Element e of a thread's share of a warpgroup's product (PTX ISA, wgmma with m64: D). Elements e
 // and e + 1 of even e are neighbours in a row; a thread has two rows, and four threads share them.
-TW_INDEX int row_of(int thread, int e) {
+TW_INDEX int product_row(int thread, int e) {
   return thread / 32 * 16 + thread % 32 / 4 + e / 2 % 2 * 8;
 }
-TW_INDEX int column_of(int thread, int e) { return e / 4 * 8 + thread % 4 * 2 + e % 2; }
+TW_INDEX int product_column(int thread, int e) { return e / 4 * 8 + thread % 4 * 2 + e % 2; }
 
 // The tile that a thread block takes in one round of a persistent grid: forth in even rounds, back
 // in odd ones, so that a block which got a longer tile, longest coming first, gets a shorter next.

@@ -94,7 +94,8 @@ Registers scores(const Matrix &a, const Matrix &b) {
   for (int t = 0; t < kWarpgroupThreads; ++t)
     for (int e = 0; e < b.rows / 2; ++e) {
       double sum = 0;
-      for (int c = 0; c < a.columns; ++c) sum += a.at(row_of(t, e), c) * b.at(column_of(t, e), c);
+      for (int c = 0; c < a.columns; ++c)
+        sum += a.at(product_row(t, e), c) * b.at(product_column(t, e), c);
       result[t][e] = sum;
     }
   return result;
@@ -110,7 +111,7 @@ void add_product(Registers &sum, const Registers &a, const Matrix &b) {
   for (int t = 0; t < kWarpgroupThreads; ++t)
     for (int e = 0; e < b.columns / 2; ++e)
       for (int k = 0; k < b.rows; ++k)
-        sum[t][e] += left.at(row_of(t, e), k) * b.at(k, column_of(t, e));
+        sum[t][e] += left.at(product_row(t, e), k) * b.at(k, product_column(t, e));
 }
 
 // ---- The two sides of a thread block
@@ -162,7 +163,7 @@ void store_tile(const Tiles &map, const TrieAttentionArgs &args, const Registers
   Tile buffer(kWarpgroupRows * head_dim, NAN);
   for (int t = 0; t < kWarpgroupThreads; ++t)
     for (int e = 0; e < head_dim / 2; ++e)
-      buffer[box_offset(kWarpgroupRows, row_of(t, e), column_of(t, e))] = values[t][e];
+      buffer[box_offset(kWarpgroupRows, product_row(t, e), product_column(t, e))] = values[t][e];
   // The destination is double in place of bfloat16: found from the address by the tensor's strides.
   for_each_copied(map, head_dim, kWarpgroupRows, head, row, [&](int at, const Bits *address) {
     if (!address) return;
@@ -186,8 +187,8 @@ template <class F> double over_quad(int thread, F f, bool largest) {
 void hide(Registers &s, int first_row, int first_column, const std::vector<int32_t> &ends) {
   for (int t = 0; t < kWarpgroupThreads; ++t)
     for (size_t e = 0; e < s[t].size(); ++e) {
-      const int column = column_of(t, e);
-      if (!visible(first_row + row_of(t, e), first_column + column, ends[column]))
+      const int column = product_column(t, e);
+      if (!visible(first_row + product_row(t, e), first_column + column, ends[column]))
         s[t][e] = -kInfinity;
     }
 }
@@ -304,7 +305,7 @@ void forward_block(const TrieAttentionArgs &args, const ForwardArguments &a, int
           const double total = over_quad(thread, [&](int of) { return softmax.sum[of][h]; }, false);
           for (size_t e = 0; e < sums[thread].size(); ++e)
             if (static_cast<int>(e / 2 % 2) == h) sums[thread][e] *= 1 / total;
-          const int row = first_row + row_of(thread, 0) + 8 * h;
+          const int row = first_row + product_row(thread, 0) + 8 * h;
           if (thread % 4 == 0 && row < a.tokens)
             lse[static_cast<int64_t>(t.head) * a.tokens + row] =
                 (softmax.max[thread][h] + std::log2(total)) * M_LN2;
@@ -384,7 +385,7 @@ void dq_block(const TrieAttentionArgs &args, const DqArguments &a, int blocks, i
         for (int thread = 0; thread < kWarpgroupThreads; ++thread)
           for (int e = 0; e < stream.rows / 2; ++e) {
             const int64_t at =
-                static_cast<int64_t>(t.head) * a.padded + first_row + row_of(thread, e);
+                static_cast<int64_t>(t.head) * a.padded + first_row + product_row(thread, e);
             s[thread][e] = std::exp2(s[thread][e] * a.scale_log2 - a.lse2[at]) *
                            (dp[thread][e] - a.delta[at]);
           }
@@ -450,7 +451,8 @@ void dkv_block(const TrieAttentionArgs &args, const DkvArguments &a, int blocks,
           Registers p = scores(k, q), ds = scores(v, dout);
           for (int thread = 0; thread < kWarpgroupThreads; ++thread)
             for (int e = 0; e < stream.rows / 2; ++e) {
-              const int column = first_column + row_of(thread, e), in_tile = column_of(thread, e);
+              const int column = first_column + product_row(thread, e);
+              const int in_tile = product_column(thread, e);
               double &x = p[thread][e];
               if (t.is_masked(b) && !visible(b * stream.rows + in_tile, column, a.ends[column]))
                 x = -kInfinity;
