@@ -216,7 +216,6 @@ def _integers(name: str, values: Sequence[int] | np.ndarray | Tensor) -> np.ndar
     return array
 
 
-@torch.no_grad()
 def trie_decode(
     q: Tensor,
     kv: PagedKV,

@@ -96,9 +96,11 @@ template <class Word> struct ManyRows : ItemTask {
                                             min(kMicroRows, count - c), lanes);
     for (int64_t lane = 0; lane < lanes; lane += kLanes)
       softmax(first + lane, w.p + lane, c0, count, c0 + count > least);
-    for (int64_t r = first; r < first + n; ++r)
+    for (int64_t r = first; r < first + n; ++r) {
+      if (w.factor[r] == 1) continue; // mostly: a maximum seldom moves after the first blocks
       for (int64_t d = 0; d < width; d += kLanes)
         store(acc + r * width + d, load(acc + r * width + d) * w.factor[r]);
+    }
     for (int64_t r = 0; r < n; r += kMicroRows)
       multiply_rows<Order::column_major, Word>({p + r, kTileRows, v, width,
                                                 acc + (first + r) * width, width,
@@ -121,17 +123,15 @@ template <class Word> struct ManyRows : ItemTask {
     }
     if (count % kValues) store(s + count * kTileRows, minus_infinity);
     const Floats old_top = load(w.top + row), top = max(largest * scale, old_top);
-    const auto probability = [&](int64_t c) {
-      return exp2(load(s + c * kTileRows) * scale - top);
-    };
+    const auto exponent = [&](int64_t c) { return load(s + c * kTileRows) * scale - top; };
     Floats sum = Floats{}; // of what the product with V sees: of P after rounding
     for (int64_t c = 0; c < count; c += kValues) {
       if constexpr (kPairs) {
-        const Bits x = rounded_pairs(probability(c), probability(c + 1));
+        const Bits x = rounded_pairs(coarse_exp2(exponent(c)), coarse_exp2(exponent(c + 1)));
         store(s + c / 2 * kTileRows, x);
         sum = multiply_add(x, all(kPairOfOnes), sum);
       } else {
-        const Floats x = probability(c);
+        const Floats x = exp2(exponent(c));
         store(s + c * kTileRows, x);
         sum += x;
       }

@@ -213,6 +213,17 @@ def test_the_same_call_gives_the_same_bits(backend):
 
 
 @pytest.mark.parametrize("backend", RUNNABLE)
+def test_no_gradients_flow(backend):
+    batch = random_batch(14, sequences=3, page_size=8, longest=30, most_new=2)
+    inputs = random_inputs(batch, (2, 1, 32), torch.float32)
+    want = run(batch, inputs, backend)
+    for x in (inputs.q, inputs.new_k, inputs.new_v):
+        x.requires_grad_()
+    got = run(batch, inputs, backend)
+    assert not got.requires_grad and torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_a_padded_plan_gives_the_same_bits_and_zero_in_padding_rows(backend):
     batch = random_batch(15, sequences=4, page_size=8, longest=40, most_new=2)
     inputs = random_inputs(batch, (2, 1, 32), torch.float32)

@@ -149,6 +149,18 @@ def test_rows_of_an_item_may_see_nothing_of_it(isa):
         assert_equals_definition(batch, inputs, tile_rows=tile_rows)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_finite_keys_and_values_never_reach_rows_that_do_not_see_them(isa, dtype):
+    """Their scores overflow, too. Rows of both kinds stand in every item."""
+    batch = Batch([list(range(13))], [200], [150], page_size=16, num_pages=13)
+    inputs = random_inputs(batch, (3, 1, 32), dtype)
+    changed = Inputs(inputs.q, inputs.kv, inputs.new_k.clone(), inputs.new_v.clone())
+    changed.new_k[120:] = changed.new_v[120:] = torch.finfo(dtype).max
+    plan = {"tile_rows": 150, "num_workers": 1}
+    assert (batch.plan(**plan).items[:, 3:5] == torch.tensor([0, 150])).all()
+    assert torch.equal(run(batch, changed, **plan)[:120], run(batch, inputs, **plan)[:120])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_conversions_round_like_torch(isa, dtype):
     """A sequence of one token gives its own value: subnormals and overflow included."""

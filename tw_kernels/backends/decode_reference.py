@@ -33,6 +33,7 @@ def why_not(q: Tensor, kv: PagedKV) -> str | None:
     return None if q.dtype in DTYPES else f"{q.dtype} is not one of {', '.join(map(str, DTYPES))}"
 
 
+@torch.no_grad()
 def forward(
     q: Tensor,
     kv: PagedKV,
