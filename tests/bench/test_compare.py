@@ -160,7 +160,8 @@ def write(record, path):
     return path
 
 
-def test_the_command_says_the_verdict_last_and_exits_with_it(tmp_path, capsys):
+def test_the_command_says_the_verdict_last_and_exits_with_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # a row a line
     a = write(run(tmp_path, TIMES, seed=1), tmp_path / "a" / "x.json")
     env = {"device": "another CPU"}
     b = write(run(tmp_path, slower(TIMES, 1.5), seed=2, env=env), tmp_path / "b" / "x.json")
