@@ -64,7 +64,7 @@ def device_slug(env: dict[str, Any]) -> str:
 
 def _module() -> list[str]:
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    return [spec.name] if spec else [Path(sys.argv[0]).name]
+    return [spec.name.removesuffix(".__main__")] if spec else [Path(sys.argv[0]).name]
 
 
 def _version(package: str) -> str | None:
