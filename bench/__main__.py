@@ -37,8 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(__doc__)
         return 0
     if arguments[:1] == [] or arguments[0] not in COMMANDS:
-        got = f"no command {arguments[0]!r}" if arguments else "which command?"
-        return fail(f"{got} One of {', '.join(COMMANDS)}; see python -m bench --help", 2)
+        got = f"no command {arguments[0]!r}" if arguments else "no command"
+        return fail(f"{got}: one of {', '.join(COMMANDS)}; see python -m bench --help", 2)
     return importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:])
 
 

@@ -416,7 +416,9 @@ def exit_code(rows: list[Row]) -> int:
 
 def main(suite: Suite[O, S], arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 1 if any row is wrong or one of ours failed."""
-    parser = ArgumentParser(prog=f"python -m bench.{suite.name}", exit_on_error=False)
+    parser = ArgumentParser(
+        prog=f"python -m bench.{suite.name}", exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument("--quick", action="store_true", help=QUICK_HELP)
     parser.add_argument("--only", nargs="+", default=[], metavar="KEY=GLOB", help=ONLY_HELP)
     parser.add_class_arguments(suite.options, skip={"quick", "only"})

@@ -34,7 +34,7 @@ def test_list_shows_every_peer_and_why_it_is_absent(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "which command?"),
+        ([], "no command: one of list"),
         (["benchmark"], "no command 'benchmark'"),
         (["list", "--device", "tpu"], "--device"),
         (["run"], "suites"),

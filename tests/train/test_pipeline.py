@@ -138,6 +138,7 @@ def test_other_settings_are_refused_on_resume(whole, task_file, capsys):
         ("rl.polcy.kl", "0", "did you mean 'rl.policy.kl'"),
         ("rl.policy.advantage", "median", "rl.policy.advantage"),
         ("evaluate.problems", "1000", "problems for validation"),
+        ("sft.demonstration", "9", "did you mean 'sft.demonstrations'"),
         ("sft.parallel_share", "2", "must be between 0 and 1"),
         ("rl.rollouts.generation.sampling.temperature", "-1", "temperature is -1"),
         ("rl.reward.rho", ".nan", "rho is nan"),
@@ -151,3 +152,22 @@ def test_a_setting_that_cannot_be_used_is_named(
     assert error.startswith("error: ") and error.count("\n") == 1
     assert message in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_could_not_begin_leaves_its_folder_free(task_file, tmp_path, capsys):
+    folder = tmp_path / "run"
+    config = arguments(folder, task_file, "--task.name", "multiplication", "--task.problems", "8")
+    config += ["--task.options", "{}", "--sft.data", "null", "--sft.demonstrations"]
+    demonstrations = []
+    for count, seed, message in (
+        ("9", "0", "sft.demonstrations is 9: there are 8"),
+        ("8", "0", "model.arch"),
+        ("8", "1", "model.arch"),
+    ):
+        options = [count, "--seed", seed, "--model.arch.model_type", "nonsense"]
+        assert main([*config, *options]) == 2
+        assert message in capsys.readouterr().err
+        assert not (folder / "config.yaml").exists()
+        if count == "8":
+            demonstrations.append((folder / "data.jsonl").read_text())
+    assert demonstrations[0] != demonstrations[1]

@@ -6,12 +6,13 @@ Writes DIR/train and DIR/validation as JSON lines or parquet, in the columns of 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from jsonargparse import ArgumentParser, auto_cli
 from rich.console import Console
 from rich.progress import track
 
+from threadweaver.command import fail
 from threadweaver.data import save_rows
 from threadweaver.tasks import Problem, Task, load_task
 from threadweaver.tasks.multiplication import make_rows, split_problems
@@ -106,7 +107,14 @@ def _rows(task: Task, problems: Sequence[Problem], parallel: bool) -> list[dict]
 
 
 class _DashParser(ArgumentParser):
-    """Options of several words are spelt with dashes on the command line, or as in the code."""
+    """Options of several words are spelt with dashes on the command line, or as in the code; none
+    by its beginning."""
+
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings, allow_abbrev=False)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        sys.exit(fail(message, 2))
 
     def add_argument(self, *names, **settings):
         dashed = [name.replace("_", "-") for name in names if name.startswith("--") and "_" in name]
@@ -119,8 +127,7 @@ def main() -> None:
     try:
         auto_cli(commands, as_positional=False, parser_class=_DashParser)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(fail(error, 2))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command line (default: the process's own) and returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parsers = {command: parser_of(kind) for command, kind in KINDS.items()}
-    parser = ArgumentParser(prog="python -m threadweaver.train", exit_on_error=False)
+    parser = ArgumentParser(
+        prog="python -m threadweaver.train", exit_on_error=False, allow_abbrev=False
+    )
     subcommands = parser.add_subcommands(required=True, dest="kind")
     for command, of_kind in parsers.items():
         subcommands.add_subcommand(command, of_kind)

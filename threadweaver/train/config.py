@@ -271,7 +271,7 @@ FREE_ON_RESUME = (
 def parser_of(kind: type) -> ArgumentParser:
     """Parser of the settings of one kind of training; raises argparse.ArgumentError instead of
     leaving the process."""
-    parser = ArgumentParser(exit_on_error=False, description=kind.__doc__)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=kind.__doc__)
     parser.add_argument("--config", action="config", help="YAML file of settings.")
     parser.add_argument(
         "--resume", action="store_true", help="Continue the run in run_dir where it was stopped."

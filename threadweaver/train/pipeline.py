@@ -71,9 +71,7 @@ class Pipeline:
     def prepare(cls, config: PipelineConfig, resume: bool, console: Console) -> Pipeline:
         check_run_dir(Path(config.run_dir), resume)
         check_same_config(config)
-        pipeline = cls(config, console)
-        write_config(config)
-        return pipeline
+        return cls(config, console)
 
     def run(self) -> int:
         """To the end. Returns the exit code: 0, or that of the stage that was stopped."""
@@ -81,6 +79,8 @@ class Pipeline:
         for stage, prepare in self._stages():
             self.console.rule(f"{stage.replace('_', '-')}", align="left")
             run = prepare(model)
+            # From here on the folder holds a run: what its first stage needs is known to be good.
+            write_config(self.config)
             if run is not None and (code := run.run()):
                 return code
             model = ModelConfig(path=self._summary_of(stage)["checkpoint"])
@@ -141,9 +141,9 @@ class Pipeline:
         return RLTrainer.prepare(settings, holds_run(folder), self.console)
 
     def _demonstrations(self) -> str:
-        """The file of demonstrations, written if it is not there."""
+        """The file of demonstrations, written if this run has not done so."""
         path = self.run_dir / "data.jsonl"
-        if path.exists():
+        if path.exists() and holds_run(self.run_dir):
             return str(path)
         stage, config = self.config.sft, self.config
         problems = self.task.problems("train", config.task.problems, config.seed)
