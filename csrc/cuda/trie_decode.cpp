@@ -52,7 +52,7 @@ Tiles page_tiles(const TrieDecodeArgs &a, const void *pages) {
   tiles.address = reinterpret_cast<uint64_t>(pages);
   const int64_t sizes[] = {a.head_dim, a.kv_heads, a.page_size, a.num_pages};
   const int64_t strides[] = {1, a.kv.head_stride, a.kv.slot_stride, a.kv.page_stride};
-  const int box[] = {kStripColumns, 1, box_keys(static_cast<int>(a.page_size)), 1};
+  const int box[] = {kBoxColumns, 1, box_keys(static_cast<int>(a.page_size)), 1};
   for (int i = 0; i < tiles.rank; ++i) {
     tiles.sizes[i] = sizes[i];
     tiles.strides[i] = strides[i] * kElementBytes;

@@ -117,7 +117,7 @@ __device__ void fetch(const PartialArguments &a, const DecodeItem &item, int hea
   // Read a tile ahead. Negative: the lane has no keys to copy.
   const auto page_of_tile = [&](int first_key) {
     const int key = first_key + box.key;
-    return box.strip * kStripColumns < kHeadDim && key < num_keys ? pages[key / a.page_size] : -1;
+    return box.strip * kBoxColumns < kHeadDim && key < num_keys ? pages[key / a.page_size] : -1;
   };
   int page = page_of_tile(0);
   for (int first_key = 0, turn = 0; first_key < num_keys; first_key += kTile) {
@@ -133,7 +133,7 @@ __device__ void fetch(const PartialArguments &a, const DecodeItem &item, int hea
         SM90_TMA_LOAD_4D::copy(map, ring.full + slot,
                                static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL),
                                ring.slots + slot * tile_bytes(kHeadDim) + box.offset(),
-                               box.strip * kStripColumns, head,
+                               box.strip * kBoxColumns, head,
                                (first_key + box.key) % a.page_size, page);
       ++turn;
     }
@@ -201,7 +201,7 @@ __device__ void attend(const PartialArguments &a, const DecodeItem &item, int he
 
   int visible[2]; // keys of the thread's two rows
   for (int r = 0; r < 2; ++r) {
-    const int m = first_m + fragment_row(thread, 2 * r);
+    const int m = first_m + product_row(thread, 2 * r);
     const int row = item.first_row + row_of(m, a.group);
     visible[r] = m < end_m ? visible_keys(item, a.positions[row]) : 0;
   }
@@ -258,7 +258,7 @@ __device__ void attend(const PartialArguments &a, const DecodeItem &item, int he
     if (first_key + kTile > keys.least) {
       CUTE_UNROLL
       for (int i = 0; i < size(scores); ++i) {
-        const int key = first_key + fragment_column(thread, i);
+        const int key = first_key + product_column(thread, i);
         if (key >= visible[i / 2 % 2]) scores(i) = -INFINITY;
       }
     }
@@ -291,7 +291,7 @@ __device__ void attend(const PartialArguments &a, const DecodeItem &item, int he
   CUTE_UNROLL
   for (int r = 0; r < 2; ++r) {
     const float sum = softmax.whole_sum(r);
-    const int m = first_m + fragment_row(thread, 2 * r);
+    const int m = first_m + product_row(thread, 2 * r);
     if (m >= end_m) continue;
     const int64_t result = (int64_t{item.first_slot} + row_of(m, a.group)) * query_heads +
                            head_of(m, a.group, head);
@@ -300,7 +300,7 @@ __device__ void attend(const PartialArguments &a, const DecodeItem &item, int he
     for (int i = 2 * r; i < size(sums); i += 4) {
       // 0 x NaN is NaN, too, and a row that sees no key must not have it from those that do.
       const float2 pair = {sums(i) * inverse, sums(i + 1) * inverse};
-      *reinterpret_cast<float2 *>(a.out + result * kHeadDim + fragment_column(thread, i)) =
+      *reinterpret_cast<float2 *>(a.out + result * kHeadDim + product_column(thread, i)) =
           sum == 0 ? float2{0, 0} : pair;
     }
     if (thread % 4 == 0) a.lse[result] = sum == 0 ? -INFINITY : softmax.top[r] + log2f(sum);

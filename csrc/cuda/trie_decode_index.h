@@ -5,31 +5,24 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/hopper_index.h"
 #include "trie/decode_plan.h"
-
-#ifdef __CUDACC__
-#define TW_INDEX __host__ __device__ constexpr
-#else
-#define TW_INDEX constexpr
-#endif
 
 namespace tw::cuda {
 
 // A tile is kTile matrix rows of an item, or kTile keys: a warpgroup's product is 64 rows high, and
 // pages of 16, 32 or n x 64 keys fill it or are cut into it. In shared memory a tile
-// [kTile, head_dim] is head_dim / 64 strips of 64 columns, in which each row has 128 bytes, its
-// 16-byte chunks swizzled within 8 rows.
+// [kTile, head_dim] is strips of kBoxColumns columns, swizzled (box_offset).
 constexpr int kTile = 64;
 constexpr int kElementBytes = 2;
-constexpr int kStripBytes = 128; // of a row
-constexpr int kStripColumns = kStripBytes / kElementBytes;
+constexpr int kStripBytes = kBoxColumns * kElementBytes; // of a row
 constexpr int kChunkColumns = 16 / kElementBytes;
 
 TW_INDEX int tile_bytes(int head_dim) { return kTile * head_dim * kElementBytes; }
 
 // Byte of a tile at which a row has columns [8 chunk, 8 chunk + 8).
 TW_INDEX int chunk_offset(int row, int chunk) {
-  return chunk / 8 * (kTile * kStripBytes) + row * kStripBytes + (chunk % 8 ^ row % 8) * 16;
+  return box_offset(kTile, row, chunk * kChunkColumns) * kElementBytes;
 }
 
 constexpr int kMaxWarpgroups = 2; // that multiply, each a tile of matrix rows
@@ -82,7 +75,7 @@ TW_INDEX int visible_keys(const DecodeItem &item, int position) {
   return up_to_itself < item.num_keys ? up_to_itself : item.num_keys;
 }
 
-// A bulk copy: the keys that one page has in a tile, kStripColumns columns of them.
+// A bulk copy: the keys that one page has in a tile, kBoxColumns columns of them.
 struct Box {
   int strip, key; // first key in the tile
   TW_INDEX int offset() const { return strip * (kTile * kStripBytes) + key * kStripBytes; }
@@ -98,12 +91,5 @@ TW_INDEX int arriving_bytes(int keys, int page_size, int head_dim) {
   const int rounded = (keys + box - 1) / box * box;
   return (rounded < kTile ? rounded : kTile) * head_dim * kElementBytes;
 }
-
-// Element i of a thread's fragment of a warpgroup's product (PTX ISA, wgmma with m64: D). For even
-// i, elements i and i + 1 are neighbours in a row; a thread has two rows, which four threads share.
-TW_INDEX int fragment_row(int thread, int i) {
-  return thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
-}
-TW_INDEX int fragment_column(int thread, int i) { return i / 4 * 8 + thread % 4 * 2 + i % 2; }
 
 } // namespace tw::cuda

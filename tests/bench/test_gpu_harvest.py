@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import attention, decode
+from bench import attention, decode, gpu
 from bench.__main__ import main
 from bench.environment import HOUSE
 from bench.gpu import Harvest, Step, dry_steps, gpu_steps
+from tw_kernels.backends import cuda_build
 
 WAIT = "import time; print('waiting', flush=True); time.sleep(60)"
 
@@ -86,10 +87,30 @@ def test_without_time_steps_are_left_out_but_the_report_is_written(tmp_path):
     }
 
 
-def test_without_the_extension_nothing_else_is_tried(tmp_path):
+@pytest.mark.parametrize(("there", "tried"), [(False, ["build"]), (True, ["build", "next"])])
+def test_without_the_extension_nothing_else_is_tried(tmp_path, monkeypatch, there, tried):
+    """A build that fails at the CUDA kernels alone costs no more than those."""
+    monkeypatch.setattr(gpu, "_extension_is_there", lambda: there)
     steps = [Step("build", python("raise SystemExit(1)"), 1), Step("next", python("0"), 1)]
     assert Harvest(tmp_path, 100).run(steps) is False
-    assert list(summary(tmp_path)) == ["build"]
+    assert list(summary(tmp_path)) == tried
+
+
+def test_cuda_kernels_are_built_where_they_can_be(tmp_path, monkeypatch):
+    def build() -> Step:
+        return next(step for step in gpu._first() if step.name == "build")
+
+    monkeypatch.setattr(cuda_build, "is_wanted", lambda: False)
+    assert build().absent == "tw_kernels._C is there"
+    monkeypatch.setattr(cuda_build, "is_wanted", lambda: True)
+    monkeypatch.setattr(cuda_build, "why_not", lambda: "no nvcc")
+    assert build().absent == "tw_kernels._C is there"
+    monkeypatch.setattr(cuda_build, "why_not", lambda: None)
+    monkeypatch.setattr(cuda_build, "CUBINS", tmp_path)
+    assert build().absent is None
+    for source in cuda_build.sources():
+        (tmp_path / f"{source.stem}.cubin").touch()
+    assert build().absent == "all is built"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

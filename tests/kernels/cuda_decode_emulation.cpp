@@ -99,8 +99,8 @@ struct Warpgroup {
 void multiply_keys(Warpgroup &w, const std::vector<double> &k, int head_dim) {
   for (int thread = 0; thread < kWarpgroupThreads; ++thread)
     for (int i = 0; i < kTile / 2; ++i) {
-      const double *q_row = &w.q[fragment_row(thread, i) * head_dim];
-      const double *k_row = &k[fragment_column(thread, i) * head_dim];
+      const double *q_row = &w.q[product_row(thread, i) * head_dim];
+      const double *k_row = &k[product_column(thread, i) * head_dim];
       double score = 0;
       for (int c = 0; c < head_dim; ++c) score += q_row[c] * k_row[c];
       w.scores[thread][i] = score;
@@ -115,7 +115,7 @@ void softmax_step(Warpgroup &w, int first_key, bool masked, double scale_log2) {
       high[thread][r] = -kInfinity;
       for (int i = 0; i < kTile / 2; ++i) {
         if (i / 2 % 2 != r) continue;
-        if (masked && first_key + fragment_column(thread, i) >= w.visible[thread][r])
+        if (masked && first_key + product_column(thread, i) >= w.visible[thread][r])
           w.scores[thread][i] = -kInfinity;
         high[thread][r] = std::fmax(high[thread][r], w.scores[thread][i]);
       }
@@ -151,7 +151,7 @@ void multiply_values(Warpgroup &w, const std::vector<double> &v, int head_dim) {
       }
   for (int thread = 0; thread < kWarpgroupThreads; ++thread)
     for (int i = 0; i < head_dim / 2; ++i) {
-      const int row = fragment_row(thread, i), column = fragment_column(thread, i);
+      const int row = product_row(thread, i), column = product_column(thread, i);
       for (int key = 0; key < kTile; ++key)
         w.sums[thread][i] += weights[row * kTile + key] * v[key * head_dim + column];
     }
@@ -194,7 +194,7 @@ void partial_block(const TrieDecodeArgs &args, const PartialArguments &a, int bl
     w.sums.assign(kWarpgroupThreads, std::vector<double>(head_dim / 2, 0));
     for (int thread = 0; thread < kWarpgroupThreads; ++thread)
       for (int r = 0; r < 2; ++r) {
-        const int m = w.first_m + fragment_row(thread, 2 * r);
+        const int m = w.first_m + product_row(thread, 2 * r);
         w.top[thread][r] = -1e30, w.sum[thread][r] = 0;
         w.visible[thread][r] =
             m < end_m ? visible_keys(item, a.positions[item.first_row + row_of(m, a.group)]) : 0;
@@ -209,8 +209,8 @@ void partial_block(const TrieDecodeArgs &args, const PartialArguments &a, int bl
       for (int lane = 0; lane < 32; ++lane) {
         const Box box = box_of_lane(lane, a.page_size);
         const int key = first_key + box.key;
-        if (box.strip * kStripColumns >= head_dim || key >= most) continue;
-        const int64_t at[] = {box.strip * kStripColumns, part.head, key % a.page_size,
+        if (box.strip * kBoxColumns >= head_dim || key >= most) continue;
+        const int64_t at[] = {box.strip * kBoxColumns, part.head, key % a.page_size,
                               a.pages[item.first_page + key / a.page_size]};
         arrived += copy_box(pages, at, tile, box.offset());
       }
@@ -238,13 +238,13 @@ void partial_block(const TrieDecodeArgs &args, const PartialArguments &a, int bl
       for (int r = 0; r < 2; ++r) {
         double sum = 0;
         for (int lane = 0; lane < 4; ++lane) sum += w.sum[thread / 4 * 4 + lane][r];
-        const int m = w.first_m + fragment_row(thread, 2 * r);
+        const int m = w.first_m + product_row(thread, 2 * r);
         if (m >= end_m) continue;
         const int64_t result = (int64_t{item.first_slot} + row_of(m, a.group)) * args.heads +
                                head_of(m, a.group, part.head);
         for (int i = 2 * r; i < head_dim / 2; i += 4)
           for (int c = 0; c < 2; ++c)
-            a.out[result * head_dim + fragment_column(thread, i + c)] =
+            a.out[result * head_dim + product_column(thread, i + c)] =
                 sum == 0 ? 0 : w.sums[thread][i + c] / sum;
         if (thread % 4 == 0)
           a.lse[result] = sum == 0 ? -kInfinity : w.top[thread][r] + std::log2(sum);

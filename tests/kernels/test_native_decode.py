@@ -12,34 +12,15 @@ from tests.kernels.decode_batches import (
     random_inputs,
 )
 from tests.kernels.tries import relative_error
-from tw_kernels import _C, PagedKV, backends, trie_decode
+from tw_kernels import PagedKV, backends, trie_decode
 from tw_kernels.backends import native_decode
 from tw_kernels.decode import choose_backend
 
-INSTRUCTION_SETS = _C.cpu_instruction_sets()
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+
 # Half-precision outputs carry their rounding, and bfloat16's that of the probabilities too where
 # products take pairs; all other arithmetic is float32's.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-
-
-@pytest.fixture(params=INSTRUCTION_SETS)
-def isa(request, monkeypatch):
-    monkeypatch.setenv("TW_CPU", request.param)
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs(monkeypatch):
-    """Whatever the kernels fail to write shows as NaN."""
-    empty_like = torch.empty_like
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **kw: empty_like(*a, **kw).fill_(torch.nan))
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def run(batch: Batch, inputs: Inputs, **options) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tw_kernels import _C
-from tw_kernels.backends import cuda_build
+from tw_kernels.backends import cuda_build, cuda_device
 from tw_kernels.trie import BlockSchedule, TrieLayout
 
 # Of csrc/cuda/trie_attention_index.h: rows or columns that a thread block owns, to a multiple of
@@ -42,21 +42,13 @@ class Schedules(NamedTuple):
 
 def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """None if this call can run, else the reason in one line."""
-    if reason := _C.cuda_driver_missing():
+    if reason := cuda_device.why_not(q):
         return reason
-    if q.device.type != "cuda":
-        return f"the CUDA kernels run on a Hopper GPU, not on {q.device.type}"
-    if (capability := torch.cuda.get_device_capability(q.device)) != (9, 0):
-        return (
-            f"the CUDA kernels are for compute capability 9.0, not {capability[0]}.{capability[1]}"
-        )
     if q.dtype != torch.bfloat16:
         return f"the CUDA kernels take bfloat16, not {q.dtype}"
     if q.shape[-1] not in STREAMED_ROWS:
         return f"the CUDA kernels take head dims 64 and 128, not {q.shape[-1]}"
-    if not (FORWARD_CUBIN.exists() and BACKWARD_CUBIN.exists()):
-        return f"the CUDA kernels are not built: {cuda_build.COMMAND}"
-    return None
+    return cuda_device.why_not_built(FORWARD_CUBIN, BACKWARD_CUBIN)
 
 
 def plan(layout: TrieLayout, q: Tensor) -> list[Tensor]:
@@ -91,7 +83,7 @@ def forward(
     _C.cuda_trie_attention_forward(
         _sizes(q, k),
         scale,
-        _place(q, str(FORWARD_CUBIN)),
+        cuda_device.place(q, FORWARD_CUBIN),
         plan[0].data_ptr(),
         _rows(schedules_of(plan).forward),
         (_strided(q), _strided(k), _strided(v), _strided(out)),
@@ -121,7 +113,7 @@ def backward(
     _C.cuda_trie_attention_backward(
         _sizes(q, k),
         scale,
-        _place(q, str(BACKWARD_CUBIN)),
+        cuda_device.place(q, BACKWARD_CUBIN),
         plan[0].data_ptr(),
         _rows(schedules.dq),
         _columns(schedules.dkv),
@@ -160,10 +152,6 @@ def _sizes(q: Tensor, k: Tensor) -> tuple[int, int, int, int, int]:
     """Tokens, heads, KV heads, head dim, multiprocessors of the device."""
     multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
     return q.shape[0], q.shape[1], k.shape[1], q.shape[2], multiprocessors
-
-
-def _place(q: Tensor, cubin: str) -> tuple[int, int, str]:
-    return q.device.index, torch.cuda.current_stream(q.device).cuda_stream, cubin
 
 
 def _rows(schedule: BlockSchedule) -> tuple[int, int, int, int]:

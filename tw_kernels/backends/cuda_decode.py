@@ -16,33 +16,23 @@ import torch
 from torch import Tensor
 
 from tw_kernels import _C
-from tw_kernels.backends import cuda_build
+from tw_kernels.backends import cuda_build, cuda_device
+from tw_kernels.backends.addresses import DTYPES, pages, plan_arrays, strided
 
 if TYPE_CHECKING:
     from tw_kernels.decode import DecodePlan, PagedKV
 
 CUBIN = cuda_build.CUBINS / "trie_decode.cubin"
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Dtype of trie_attention.h
-_NOTHING = 0, 0, 0  # no rows to write
 
 
 def why_not(q: Tensor, kv: PagedKV) -> str | None:
     """None if this call can run, else the reason in one line."""
-    if reason := _C.cuda_driver_missing():
+    if reason := cuda_device.why_not(q):
         return reason
-    if q.device.type != "cuda":
-        return f"the CUDA kernels run on a Hopper GPU, not on {q.device.type}"
-    if (capability := torch.cuda.get_device_capability(q.device)) != (9, 0):
-        return (
-            f"the CUDA kernels are for compute capability 9.0, not {capability[0]}.{capability[1]}"
-        )
-    if q.dtype not in _DTYPES:
+    if q.dtype not in DTYPES:
         return f"the CUDA kernels take bfloat16 and float16, not {q.dtype}"
-    if reason := _C.cuda_trie_decode_refusal(_sizes(q, kv), _DTYPES[q.dtype], _pages(kv)):
-        return reason
-    if not CUBIN.exists():
-        return f"the CUDA kernels are not built: {cuda_build.COMMAND}"
-    return None
+    refusal = _C.cuda_trie_decode_refusal(_sizes(q, kv), DTYPES[q.dtype], pages(kv))
+    return refusal or cuda_device.why_not_built(CUBIN)
 
 
 def forward(
@@ -64,22 +54,14 @@ def forward(
     partial_lse = torch.empty(partial_out.shape[:2], dtype=torch.float32, device=q.device)
     _C.cuda_trie_decode(
         _sizes(q, kv, plan),
-        _DTYPES[q.dtype],
+        DTYPES[q.dtype],
         scale,
-        (q.device.index, torch.cuda.current_stream(q.device).cuda_stream, str(CUBIN)),
-        (
-            plan.rows.data_ptr(),
-            plan.positions.data_ptr(),
-            plan.slots.data_ptr(),
-            plan.merge_ptr.data_ptr(),
-            plan.merge_slots.data_ptr(),
-            plan.items.data_ptr(),
-            plan.pages.data_ptr(),
-        ),
-        _strided(q),
-        _pages(kv),
-        _NOTHING if new_k is None else _strided(new_k),
-        _NOTHING if new_v is None else _strided(new_v),
+        cuda_device.place(q, CUBIN),
+        plan_arrays(plan),
+        strided(q),
+        pages(kv),
+        strided(new_k),
+        strided(new_v),
         (out.data_ptr(), partial_out.data_ptr(), partial_lse.data_ptr()),
     )
     return out
@@ -101,14 +83,3 @@ def _sizes(q: Tensor, kv: PagedKV, plan: DecodePlan | None = None) -> Sizes:
     num_pages, page_size, kv_heads, _ = kv.k_pages.shape
     items, slots, tile_rows = (0, 0, 0) if plan is None else (*plan.capacity[2:], plan.tile_rows)
     return rows, items, slots, tile_rows, heads, kv_heads, head_dim, num_pages, page_size
-
-
-def _pages(kv: PagedKV) -> tuple[int, int, int, int, int]:
-    """Addresses of K and V, strides of pages, slots and heads in elements."""
-    page_stride, slot_stride, head_stride, _ = kv.k_pages.stride()
-    return kv.k_pages.data_ptr(), kv.v_pages.data_ptr(), page_stride, slot_stride, head_stride
-
-
-def _strided(x: Tensor) -> tuple[int, int, int]:
-    row_stride, head_stride, _ = x.stride()
-    return x.data_ptr(), row_stride, head_stride

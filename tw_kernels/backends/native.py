@@ -9,18 +9,16 @@ import torch
 from torch import Tensor
 
 from tw_kernels import _C
+from tw_kernels.backends.addresses import DTYPES, Strided, strided
 from tw_kernels.trie import TrieLayout
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Dtype of trie_attention.h
-
 Sizes = tuple[int, int, int, int]  # tokens, heads, KV heads, head dim
-Strided = tuple[int, int, int]  # address, strides of the rows and of the heads in elements
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     if q.device.type != "cpu":
         return f"the native kernels run on the CPU, not on {q.device.type}"
-    if q.dtype not in _DTYPES:
+    if q.dtype not in DTYPES:
         return f"the native kernels take float32, bfloat16 and float16, not {q.dtype}"
     return None
 
@@ -55,7 +53,7 @@ def backward(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     arguments = _arguments(q, k, v, out, lse, plan, scale)
     grads = dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
-    _C.trie_attention_backward(*arguments, _strided(dout), *grads)
+    _C.trie_attention_backward(*arguments, strided(dout), *grads)
     return dq, dk, dv
 
 
@@ -63,24 +61,20 @@ def _with_dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def _strided(x: Tensor) -> Strided:
-    return x.data_ptr(), x.stride(0), x.stride(1)
-
-
 def _arguments(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: list[Tensor], scale: float
 ) -> tuple[Sizes, int, float, int, int, Strided, Strided, Strided, int, int]:
-    """What both passes take first. Addresses: the caller keeps the tensors alive."""
+    """What both passes take first."""
     n, heads, head_dim = q.shape
     return (
         (n, heads, k.shape[1], head_dim),
-        _DTYPES[q.dtype],
+        DTYPES[q.dtype],
         scale,
         torch.get_num_threads(),
         plan[0].data_ptr(),
-        _strided(q),
-        _strided(k),
-        _strided(v),
+        strided(q),
+        strided(k),
+        strided(v),
         out.data_ptr(),
         lse.data_ptr(),
     )

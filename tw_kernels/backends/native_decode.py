@@ -17,12 +17,10 @@ from torch import Tensor
 
 from tw_kernels import _C
 from tw_kernels.backends import native
+from tw_kernels.backends.addresses import DTYPES, pages, plan_arrays, strided
 
 if TYPE_CHECKING:
     from tw_kernels.decode import DecodePlan, PagedKV
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Dtype of trie_attention.h
-_NOTHING = 0, 0, 0  # no rows to write
 
 
 def why_not(q: Tensor, kv: PagedKV) -> str | None:
@@ -43,36 +41,22 @@ def forward(
     new_k = None if new_k is None else _with_dense_rows(new_k)
     new_v = None if new_v is None else _with_dense_rows(new_v)
     rows, heads, head_dim = q.shape
-    page_stride, slot_stride, head_stride, _ = kv.k_pages.stride()
     slots, kv_heads = plan.capacity.slots, kv.k_pages.shape[2]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     _C.trie_decode(
         (rows, plan.size.items, slots, heads, kv_heads, head_dim, plan.page_size),
-        _DTYPES[q.dtype],
+        DTYPES[q.dtype],
         scale,
         torch.get_num_threads(),
-        (
-            plan.rows.data_ptr(),
-            plan.positions.data_ptr(),
-            plan.slots.data_ptr(),
-            plan.merge_ptr.data_ptr(),
-            plan.merge_slots.data_ptr(),
-            plan.items.data_ptr(),
-            plan.pages.data_ptr(),
-        ),
-        _strided(q),
+        plan_arrays(plan),
+        strided(q),
         out.data_ptr(),
-        (kv.k_pages.data_ptr(), kv.v_pages.data_ptr(), page_stride, slot_stride, head_stride),
-        _NOTHING if new_k is None else _strided(new_k),
-        _NOTHING if new_v is None else _strided(new_v),
+        pages(kv),
+        strided(new_k),
+        strided(new_v),
     )
     return out
 
 
 def _with_dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
-
-
-def _strided(x: Tensor) -> tuple[int, int, int]:
-    row_stride, head_stride, _ = x.stride()
-    return x.data_ptr(), row_stride, head_stride
