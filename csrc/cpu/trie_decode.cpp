@@ -43,7 +43,7 @@ void trie_decode(const TrieDecodeArgs &args, int threads) {
     job.matrix_rows = std::max(job.matrix_rows, rows);
     work += 1.0 * item.num_keys * (kFetchRows + rows);
   }
-  const int attend_threads = work * args.kv_heads * args.head_dim < kOneThread ? 1 : threads;
+  job.threads = work * args.kv_heads * args.head_dim < kOneThread ? 1 : std::max(threads, 1);
   const int64_t element = args.dtype == Dtype::float32 ? 4 : 2;
   const int64_t new_bytes = 2 * element * args.rows * args.kv_heads * args.head_dim;
   const int64_t results = args.partial_slots * args.heads;
@@ -60,7 +60,7 @@ void trie_decode(const TrieDecodeArgs &args, int threads) {
 
   if (args.new_k.data)
     parallel_for(args.rows, new_bytes < kOneThreadBytes ? 1 : threads, kernel.write, &job);
-  parallel_for(args.num_items * args.kv_heads, attend_threads, kernel.attend, &job);
+  parallel_for(args.num_items * args.kv_heads, job.threads, kernel.attend, &job);
   parallel_for(args.rows, result_bytes < kOneThreadBytes ? 1 : threads, kernel.merge, &job);
 }
 

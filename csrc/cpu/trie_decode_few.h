@@ -13,6 +13,21 @@ namespace {
 struct FewRows : ItemTask {
   explicit FewRows(const ItemTask &task) : ItemTask(task) {}
 
+  // Keys [c0, c1) to w.k and w.v.
+  void pack(int64_t c0, int64_t c1) const {
+    const int64_t stride = args.kv.slot_stride * size_of(args.dtype);
+    float *k = w.k, *v = w.v;
+    for (int64_t c = c0; c < c1;) {
+      const Run run = run_at(c, c1);
+      prefetch(c + kBlock, kRun);
+      for (int64_t i = 0; i < run.count; ++i, k += width, v += width) {
+        load_row(k, run.k + i * stride, args.dtype, head_dim);
+        load_row(v, run.v + i * stride, args.dtype, head_dim);
+      }
+      c += run.count;
+    }
+  }
+
   // Scores of keys [0, count) from k on, to p[row][0:count]; what follows up to a
   // whole vector is undefined.
   void scores(const float *k, int64_t stride, int64_t count, float *p) const {
@@ -80,7 +95,7 @@ struct FewRows : ItemTask {
       }
       for (int64_t c = c0; c < c1;) {
         const Run run = run_at(c, c1);
-        prefetch(c + kBlock);
+        prefetch(c + kBlock, kRun);
         scores(reinterpret_cast<const float *>(run.k), stride, run.count, w.p + (c - c0));
         c += run.count;
       }

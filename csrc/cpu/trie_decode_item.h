@@ -9,6 +9,7 @@ namespace tw::TW_ISA {
 namespace {
 
 constexpr int64_t kBlock = 64;               // keys between two updates of the softmax
+constexpr int64_t kPairBlock = 2 * kBlock;   // the same in products of pairs: as many words of V
 constexpr int64_t kRun = 16;                 // keys fetched at a time
 constexpr int64_t kTileRows = 2 * kLanes;    // matrix rows that a block of scores holds
 // Matrix rows up to which dot products are faster. Measured at D = 64; against products of pairs
@@ -20,7 +21,7 @@ static_assert(kBlock % kLanes == 0 && kRun % kLanes == 0);
 // A worker's memory for one task. width: head_dim rounded up to whole vectors; the rest is zero.
 struct DecodeWorkspace {
   float *k, *v;     // [kBlock][width], keys and values packed
-  float *p;         // scores, then probabilities: [kBlock][kTileRows], or [rows][kBlock] of few
+  float *p;         // scores, then probabilities: [keys][kTileRows], or [rows][kBlock] of few
   float *q;         // [tiles][width][kTileRows], or [rows][width] of few
   float *q_rows;    // [kTileRows][width], before transposition
   float *top, *sum, *factor; // [matrix rows]
@@ -34,7 +35,7 @@ struct DecodeWorkspace {
     };
     const int64_t rows = (matrix_rows + kTileRows - 1) / kTileRows * kTileRows;
     take(k, kBlock * width), take(v, kBlock * width);
-    take(p, kBlock * max(kTileRows, kFewRows));
+    take(p, max(kPairBlock * kTileRows, kBlock * kFewRows));
     take(q, rows * width), take(q_rows, kTileRows * width);
     take(top, rows), take(sum, rows), take(factor, rows), take(visible, rows);
     return base;
@@ -83,32 +84,19 @@ struct ItemTask {
             min(kRun, min(args.page_size - slot, end - key))};
   }
 
-  // Asks for the keys some way ahead: pages lie anywhere, and a head's rows a stride apart, which
+  // Asks for keys some way ahead: pages lie anywhere, and a head's rows a stride apart, which
   // hardware prefetchers miss. (Not inlined, GCC takes it for a function without effect and drops
   // the call.)
-  TW_INLINE void prefetch(int64_t key) const {
-    if (key >= item.num_keys) return;
-    const Run run = run_at(key, item.num_keys);
-    const int64_t size = size_of(args.dtype), stride = args.kv.slot_stride * size;
-    for (int64_t i = 0; i < run.count; ++i)
-      for (int64_t byte = 0; byte < head_dim * size; byte += 64) {
-        __builtin_prefetch(run.k + i * stride + byte, 0, 2);
-        __builtin_prefetch(run.v + i * stride + byte, 0, 2);
-      }
-  }
-
-  // Keys [c0, c1) to w.k and w.v.
-  void pack(int64_t c0, int64_t c1) const {
-    const int64_t stride = args.kv.slot_stride * size_of(args.dtype);
-    float *k = w.k, *v = w.v;
-    for (int64_t c = c0; c < c1;) {
-      const Run run = run_at(c, c1);
-      prefetch(c + kBlock);
-      for (int64_t i = 0; i < run.count; ++i, k += width, v += width) {
-        load_row(k, run.k + i * stride, args.dtype, head_dim);
-        load_row(v, run.v + i * stride, args.dtype, head_dim);
-      }
-      c += run.count;
+  TW_INLINE void prefetch(int64_t key, int64_t count) const {
+    for (const int64_t end = min(key + count, item.num_keys); key < end;) {
+      const Run run = run_at(key, end);
+      const int64_t size = size_of(args.dtype), stride = args.kv.slot_stride * size;
+      for (int64_t i = 0; i < run.count; ++i)
+        for (int64_t byte = 0; byte < head_dim * size; byte += 64) {
+          __builtin_prefetch(run.k + i * stride + byte, 0, 2);
+          __builtin_prefetch(run.v + i * stride + byte, 0, 2);
+        }
+      key += run.count;
     }
   }
 
@@ -130,7 +118,7 @@ struct ItemTask {
       w.sum[r] = 0;
     }
     memset(acc, 0, rows * width * 4);
-    for (int64_t key = 0; key < kBlock; key += kRun) prefetch(key); // the rest as keys are read
+    prefetch(0, kPairBlock); // the rest as keys are read
   }
 
   void finish() const {

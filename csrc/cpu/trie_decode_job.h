@@ -14,6 +14,7 @@ struct TrieDecodeJob {
   float *partial_top, *partial_sum; // [kv_heads, partial_slots, group]
   char *workspaces;               // one a worker
   int64_t workspace_bytes;
+  int threads; // of `attend`
 };
 
 struct TrieDecodeKernels {

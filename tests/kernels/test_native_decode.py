@@ -119,6 +119,22 @@ def test_heads_may_lie_anywhere(isa):
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_the_result_is_the_same_wherever_keys_lie(isa, dtype):
+    """Keys of many rows are read in their pages, or from a copy if pairs would straddle words."""
+    batch = fork_join_batch(prefix=160, suffix=21, prompts=2, threads=3, page_size=16)
+    inputs = random_inputs(batch, (12, 1, 32), dtype)
+    want = run(batch, inputs)
+    for first in (0, 1):
+        *shape, head_dim = inputs.kv.k_pages.shape
+        pages = torch.empty(2, *shape, head_dim + 1, dtype=dtype)[..., first : first + head_dim]
+        pages[0], pages[1] = inputs.kv.k_pages, inputs.kv.v_pages
+        kv = PagedKV(*pages)
+        new = {"new_k": inputs.new_k, "new_v": inputs.new_v}
+        got = trie_decode(inputs.q, kv, batch.plan(), None, "native", **new)
+        assert torch.equal(got, want)
+
+
 def test_rows_of_an_item_may_see_nothing_of_it(isa):
     """They are older than its run, and stand beside rows that see all of it."""
     batch = random_batch(0, 4, 8, 40, 14)
