@@ -59,8 +59,9 @@ TW_INLINE Floats exp2(Floats x) {
   y = r * y + 0.24022647738456726f;
   y = r * y + 0.6931471824645996f;
   y = r * y + 1.0f;
-  const Floats scaled = (Floats)((Bits)y + ((Bits)shifted << 23));
-  return x <= -126.0f ? Floats{} : scaled; // written so that a NaN stays one
+  const Floats power = (Floats)(((Bits)shifted << 23) + 0x3f800000u);
+  // Written so that a NaN stays one, whatever its payload is: that excludes adding to y's exponent.
+  return x <= -126.0f ? Floats{} : y * power;
 }
 
 TW_INLINE Floats from_bfloat16(Halves h) {

@@ -135,6 +135,21 @@ def test_the_result_is_the_same_wherever_keys_lie(isa, dtype):
         assert torch.equal(got, want)
 
 
+NANS = [(torch.float32, bits) for bits in (0x7FC00000, 0x7FC00001, 0x7F800001, -1)]
+NANS += [(torch.bfloat16, bits) for bits in (0x7FC0, 0x7FC1, 0x7F81, -1)]
+
+
+@pytest.mark.parametrize("dtype, bits", NANS)
+@pytest.mark.parametrize("heads", [1, 12])
+def test_a_nan_reaches_its_row_and_no_other(isa, dtype, bits, heads):
+    batch = fork_join_batch(prefix=160, suffix=21, prompts=2, threads=3, page_size=16)
+    inputs = random_inputs(batch, (heads, 1, 32), dtype)
+    as_int = torch.int32 if dtype == torch.float32 else torch.int16
+    inputs.q.view(as_int)[0, 0, 5] = bits
+    assert run(batch, inputs).isnan().nonzero()[:, :2].unique(dim=0).tolist() == [[0, 0]]
+    assert run(batch, inputs)[0, 0].isnan().all()
+
+
 def test_rows_of_an_item_may_see_nothing_of_it(isa):
     """They are older than its run, and stand beside rows that see all of it."""
     batch = random_batch(0, 4, 8, 40, 14)
