@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from threadweaver.generate.sampler import SamplingParams, sample, stream_key, uniforms
 
 VOCABULARY = 50
+LARGE = 1000  # several blocks, the last not full
 
 
-def logits_of(seed: int, rows: int) -> torch.Tensor:
-    return torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 2
+def logits_of(seed: int, rows: int, vocabulary: int = VOCABULARY) -> torch.Tensor:
+    return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * 2
 
 
 def points(count: int, seed: int = 0) -> np.ndarray:
@@ -43,16 +44,17 @@ def kept(row: torch.Tensor, params: SamplingParams) -> torch.Tensor:
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 999),
+    vocabulary=st.sampled_from([1, VOCABULARY, LARGE]),
     temperature=st.sampled_from([0.3, 1.0, 1.7]),
     top_k=st.sampled_from([None, 1, 7]),
     top_p=st.sampled_from([1.0, 0.9, 0.3, 1e-6]),
     min_p=st.sampled_from([0.0, 0.1, 1.0]),
 )
 def test_a_draw_inverts_the_cumulative_distribution_of_what_truncation_keeps(
-    seed, temperature, top_k, top_p, min_p
+    seed, vocabulary, temperature, top_k, top_p, min_p
 ):
     params = SamplingParams(temperature, top_k, top_p, min_p)
-    logits, u = logits_of(seed, 20), points(20, seed)
+    logits, u = logits_of(seed, 20, vocabulary), points(20, seed)
     draws = sample(logits, [params] * 20, u)
     for row, point, token, logprob, sampled in zip(logits, u, *draws, strict=True):
         p = kept(row, params)
@@ -80,6 +82,47 @@ def test_temperature_zero_takes_the_likeliest_token_with_certainty():
     assert torch.equal(draws.sampled_logprobs, torch.zeros(30))
     expected = logits.log_softmax(-1).amax(-1)
     torch.testing.assert_close(draws.logprobs, expected)
+
+
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, LARGE])
+def test_tokens_without_probability_are_never_drawn(vocabulary):
+    """Wherever the point falls: at either end, and at the ends of blocks."""
+    logits = torch.full((4, vocabulary), -math.inf)
+    allowed = [[17], [0, vocabulary - 1], [40, 41], [3, vocabulary // 2, vocabulary - 2]]
+    for row, tokens in zip(logits, allowed, strict=True):
+        row[tokens] = torch.tensor([0.1 * i for i in range(len(tokens))])
+    ends = logits.double().softmax(-1).cumsum(-1).unique().clamp(max=1 - 2.0**-52)
+    for end in ends.tolist():
+        for u in (end, end - 1e-9, end + 1e-9, end + 1e-7):
+            u = np.full(4, min(max(u, 0.0), 1 - 2.0**-52))
+            draws = sample(logits, [SamplingParams()] * 4, u)
+            assert all(t in tokens for t, tokens in zip(draws.tokens, allowed, strict=True))
+
+
+def test_a_point_at_the_end_of_a_block_draws_a_token_with_probability():
+    """Blocks are found by sums that are rounded otherwise than the weights in them."""
+    rows, blocks, size = 40, 79, 256
+    logits = logits_of(0, rows, blocks * size) * 4
+    logits[:, ::2] = -math.inf  # the first of a block among them
+    weights = (logits - logits.amax(-1, keepdim=True)).exp()
+    ends = weights.view(rows, blocks, size).sum(-1).cumsum(-1, dtype=torch.float64)
+    for end in (ends / ends[:, -1:]).T.numpy():
+        for u in (end, np.nextafter(end, 0), np.nextafter(end, 2)):
+            u = u.clip(0, 1 - 2.0**-52)
+            draws = sample(logits, [SamplingParams()] * rows, u)
+            assert (draws.logprobs > -math.inf).all()
+
+
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, LARGE, 200_000])
+def test_rows_of_a_large_batch_are_drawn_as_if_alone(vocabulary):
+    """On a CPU a batch is taken in parts (_CPU_LOGITS)."""
+    logits, u = logits_of(7, 9, vocabulary).bfloat16(), points(9)
+    params = [SamplingParams(0.9 if i % 3 else 1.0) for i in range(9)]
+    together = sample(logits, params, u)
+    for i in range(9):
+        alone = sample(logits[[i]], [params[i]], u[[i]])
+        assert together.tokens[i] == alone.tokens[0]
+        torch.testing.assert_close(together.sampled_logprobs[i], alone.sampled_logprobs[0])
 
 
 @settings(max_examples=20, deadline=None)

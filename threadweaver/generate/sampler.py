@@ -13,12 +13,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 _WORD = 2**64
 # Mixing constants of SplitMix64 (Steele, Lea, Flood 2014).
 _STEP, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_BLOCK = 256  # tokens whose weights are summed before any of them is looked at
+_CPU_LOGITS = 2**19  # at a time: so that what is computed from them stays in a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,6 @@ def sample(
         forced: tokens to take instead of the drawn ones, None where there is none; the
             log-probabilities are theirs (-inf for one that truncation excludes).
     """
-    logits = logits.float()
     rows_of: dict[SamplingParams, list[int]] = {}
     for row, p in enumerate(params):
         rows_of.setdefault(p, []).append(row)
@@ -117,15 +119,25 @@ def sample(
     if forced is not None and any(token is not None for token in forced):
         fixed = torch.tensor([-1 if t is None else t for t in forced], device=logits.device)
     points = torch.from_numpy(u).to(logits.device)
-    if len(rows_of) == 1:
-        return _sample_alike(logits, params[0], points, fixed)
     tokens = torch.empty(len(params), dtype=torch.int64, device=logits.device)
     logprobs, sampled = (torch.empty(len(params), device=logits.device) for _ in range(2))
+    at_once = len(params)
+    if logits.device.type == "cpu":
+        at_once = max(1, _CPU_LOGITS // logits.shape[-1])
     for p, rows in rows_of.items():
-        at = torch.tensor(rows, device=logits.device)
-        part = _sample_alike(logits[at], p, points[at], None if fixed is None else fixed[at])
-        tokens[at], logprobs[at], sampled[at] = part
+        for first in range(0, len(rows), at_once):
+            at = _index(rows[first : first + at_once], logits.device)
+            part_fixed = None if fixed is None else fixed[at]
+            part = _sample_alike(logits[at].float(), p, points[at], part_fixed)
+            tokens[at], logprobs[at], sampled[at] = part
     return Draws(tokens, logprobs, sampled)
+
+
+def _index(rows: list[int], device: torch.device) -> slice | Tensor:
+    """A slice if it can be, which copies nothing."""
+    if rows[-1] - rows[0] + 1 == len(rows):
+        return slice(rows[0], rows[-1] + 1)
+    return torch.tensor(rows, device=device)
 
 
 def _sample_alike(
@@ -150,14 +162,31 @@ def _sample_alike(
 
 
 def _draw(logits: Tensor, u: Tensor) -> Tensor:
-    """int64 [S]: where u falls in the cumulative distribution of each row."""
+    """int64 [S]: where u falls in the cumulative distribution of each row.
+
+    A large vocabulary is summed by blocks; only the block that holds the point is looked into.
+    """
+    vocabulary = logits.shape[-1]
     weights = (logits - logits.amax(-1, keepdim=True)).exp_()
-    cumulative = weights.cumsum(-1, dtype=torch.float64)
-    # The first token whose cumulative weight exceeds the point has a weight above 0, and there is
-    # one in every row that is finite, as u * total < total.
-    points = (u * cumulative[:, -1])[:, None]
-    tokens = torch.searchsorted(cumulative, points, right=True)[:, 0]
-    return tokens.clamp_(max=logits.shape[-1] - 1)
+    if vocabulary <= _BLOCK:
+        cumulative = weights.cumsum(-1, dtype=torch.float64)
+        # The point is below the last of a row that is finite, so that there is a first token whose
+        # cumulative weight exceeds it; that token has a weight above 0.
+        tokens = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)
+        return tokens[:, 0].clamp_(max=vocabulary - 1)
+    blocks = F.pad(weights, (0, -vocabulary % _BLOCK)).unflatten(-1, (-1, _BLOCK))
+    sums = blocks.sum(-1)
+    ends = sums.cumsum(-1, dtype=torch.float64)
+    points = u[:, None] * ends[:, -1:]
+    block = torch.searchsorted(ends, points, right=True).clamp_(max=blocks.shape[1] - 1)
+    before = ends.gather(1, block) - sums.gather(1, block)
+    cumulative = blocks.gather(1, block[..., None].expand(-1, -1, _BLOCK))[:, 0]
+    cumulative = cumulative.cumsum(-1, dtype=torch.float64)
+    # The block's sum is rounded otherwise than its weights', so that a point close to an end may
+    # miss them: it is moved to between 0 and their last.
+    points = torch.minimum((points - before).clamp_(min=0), cumulative[:, -1:] * (1 - 2.0**-52))
+    tokens = block * _BLOCK + torch.searchsorted(cumulative, points, right=True)
+    return tokens[:, 0].clamp_(max=vocabulary - 1)
 
 
 def _truncate(logits: Tensor, params: SamplingParams) -> Tensor:
