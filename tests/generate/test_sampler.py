@@ -1,6 +1,7 @@
 """Draws: their distribution, their truncation, and that they depend on their key alone."""
 
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from threadweaver.generate import sampler
 from threadweaver.generate.sampler import SamplingParams, sample, stream_key, uniforms
 
 VOCABULARY = 50
@@ -41,9 +43,11 @@ def kept(row: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     return out / out.sum()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 999),
+    candidates=st.sampled_from([1, 5, 1024]),
+    ties=st.booleans(),
     vocabulary=st.sampled_from([1, VOCABULARY, LARGE]),
     temperature=st.sampled_from([0.3, 1.0, 1.7]),
     top_k=st.sampled_from([None, 1, 7]),
@@ -51,11 +55,14 @@ def kept(row: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     min_p=st.sampled_from([0.0, 0.1, 1.0]),
 )
 def test_a_draw_inverts_the_cumulative_distribution_of_what_truncation_keeps(
-    seed, vocabulary, temperature, top_k, top_p, min_p
+    seed, candidates, ties, vocabulary, temperature, top_k, top_p, min_p
 ):
     params = SamplingParams(temperature, top_k, top_p, min_p)
     logits, u = logits_of(seed, 20, vocabulary), points(20, seed)
-    draws = sample(logits, [params] * 20, u)
+    if ties:
+        logits = logits.round()
+    with mock.patch.object(sampler, "_CANDIDATES", candidates):
+        draws = sample(logits, [params] * 20, u)
     for row, point, token, logprob, sampled in zip(logits, u, *draws, strict=True):
         p = kept(row, params)
         low, high = p[:token].sum(), p[: token + 1].sum()

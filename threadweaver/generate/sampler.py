@@ -21,6 +21,7 @@ _WORD = 2**64
 # Mixing constants of SplitMix64 (Steele, Lea, Flood 2014).
 _STEP, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _BLOCK = 256  # tokens whose weights are summed before any of them is looked at
+_CANDIDATES = 1024  # likeliest tokens among which truncation is first tried
 _CPU_LOGITS = 2**19  # at a time: so that what is computed from them stays in a CPU's cache
 
 
@@ -191,17 +192,38 @@ def _draw(logits: Tensor, u: Tensor) -> Tensor:
 
 def _truncate(logits: Tensor, params: SamplingParams) -> Tensor:
     """-inf for the tokens that are cut off; of equal ones the lower id is kept."""
-    ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
+    vocabulary = logits.shape[-1]
+    candidates = max(_CANDIDATES, 2 * (params.top_k or 0))
+    if 4 * candidates > vocabulary:
+        return _keep(logits, *logits.sort(dim=-1, descending=True, stable=True), params)[0]
+    # Sorting everything costs more than a small model's pass, and almost always a few tokens hold
+    # what is kept. They do unless one is kept that equals the last of them.
+    ids = logits.topk(candidates, sorted=False).indices.sort().values
+    ordered, order = logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+    truncated, keep = _keep(logits, ordered, ids.gather(-1, order), params)
+    beyond = (keep & (ordered == ordered[:, -1:])).any(-1).nonzero()[:, 0]
+    if len(beyond):
+        rest = logits[beyond]
+        sorted_rest = rest.sort(dim=-1, descending=True, stable=True)
+        truncated[beyond] = _keep(rest, *sorted_rest, params)[0]
+    return truncated
+
+
+def _keep(
+    logits: Tensor, ordered: Tensor, ids: Tensor, params: SamplingParams
+) -> tuple[Tensor, Tensor]:
+    """The truncated logits, and which of the likeliest tokens, `ids` in this order, are kept."""
     keep = torch.ones_like(ordered, dtype=torch.bool)
+    norm = logits.logsumexp(-1, keepdim=True)
     if params.top_k is not None:
         keep[:, params.top_k :] = False
-    probabilities = ordered.masked_fill(~keep, -math.inf).softmax(-1)
+        norm = ordered[:, : params.top_k].logsumexp(-1, keepdim=True)
+    probabilities = (ordered - norm).exp()
     if params.top_p < 1:
         before = probabilities.cumsum(-1) - probabilities
         keep &= before < params.top_p
     if params.min_p > 0:
         keep &= probabilities >= params.min_p * probabilities[:, :1]
     keep[:, 0] = True
-    return torch.full_like(logits, -math.inf).scatter_(
-        -1, ids, ordered.masked_fill(~keep, -math.inf)
-    )
+    truncated = torch.full_like(logits, -math.inf)
+    return truncated.scatter_(-1, ids, ordered.masked_fill(~keep, -math.inf)), keep
