@@ -44,6 +44,11 @@ def main(arguments: list[str]) -> int:
     try:
         given = parser.parse_args(arguments)
         folder = None if given.json is None else Path(given.json)
+        if folder and folder.suffix == ".json":
+            raise UsageError(
+                f"--json: {folder} is a file's name; run writes a file for each suite into a "
+                f"folder, and python -m bench.{given.suites[0]} takes a file"
+            )
         if given.json == DEFAULT:
             folder = results_folder(environment(given.device))
         if folder:

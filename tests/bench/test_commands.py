@@ -87,6 +87,12 @@ def test_a_filter_that_only_some_suites_know_ends_the_run_before_it_begins(capsy
     assert "layout has no key 'dtype'" in capsys.readouterr().err
 
 
+def test_a_file_where_run_wants_a_folder_is_refused(tmp_path, capsys):
+    assert main(["run", "layout", "--quick", "--json", str(tmp_path / "layout.json")]) == 2
+    assert "python -m bench.layout takes a file" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_results_without_a_folder_go_by_device_date_and_commit(tmp_path, monkeypatch):
     env = environment.environment("cpu")
     assert env["threads"] == torch.get_num_threads() and env["commit"]
