@@ -17,11 +17,11 @@ void attend(const void *job, int64_t index, int worker) {
   const bool in_pairs = kMultipliesPairs && task.args.dtype == Dtype::bfloat16;
   const int64_t few = in_pairs ? min(kFewRows, kFewPairRows / task.head_dim) : kFewRows;
   task.begin();
-  // What this worker is likely to take next: fetched only then, the first keys of a short task would
-  // cost as much as its arithmetic.
-  const auto &j = *static_cast<const TrieDecodeJob *>(job);
-  if (index + j.threads < j.args.num_items * j.args.kv_heads)
-    ItemTask(job, index + j.threads, worker).prefetch(0, kPairBlock);
+  // The first keys of what this worker is likely to take next: fetched only as it begins, they would
+  // cost a short task as much as its arithmetic.
+  const int64_t next = index + task.job.threads;
+  if (next < task.args.num_items * task.args.kv_heads)
+    ItemTask(job, next, worker).prefetch(0, kPairBlock);
   if (task.rows <= few)
     FewRows(task).attend();
   else if (in_pairs)
