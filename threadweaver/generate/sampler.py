@@ -214,11 +214,10 @@ def _keep(
 ) -> tuple[Tensor, Tensor]:
     """The truncated logits, and which of the likeliest tokens, `ids` in this order, are kept."""
     keep = torch.ones_like(ordered, dtype=torch.bool)
-    norm = logits.logsumexp(-1, keepdim=True)
     if params.top_k is not None:
         keep[:, params.top_k :] = False
-        norm = ordered[:, : params.top_k].logsumexp(-1, keepdim=True)
-    probabilities = (ordered - norm).exp()
+    left = logits if params.top_k is None else ordered[:, : params.top_k]
+    probabilities = (ordered - left.logsumexp(-1, keepdim=True)).exp()
     if params.top_p < 1:
         before = probabilities.cumsum(-1) - probabilities
         keep &= before < params.top_p
