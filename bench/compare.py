@@ -269,6 +269,9 @@ def matched(before: Path, after: Path) -> tuple[list[tuple[Record, Record]], lis
     Raises:
         RecordError: not two files or two folders of results; says which and what is wrong.
     """
+    for path in (before, after):
+        if not path.exists():
+            raise RecordError(f"{path}: No such file or folder")
     if before.is_dir() != after.is_dir():
         raise RecordError(f"{before} and {after}: one is a folder; give two files or two folders")
     if not before.is_dir():

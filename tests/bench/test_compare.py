@@ -185,6 +185,7 @@ def test_the_command_says_the_verdict_last_and_exits_with_it(tmp_path, capsys, m
     ("before", "after", "message"),
     [
         ("none.json", "a.json", "none.json: No such file"),
+        ("none", ".", "none: No such file or folder"),
         ("a.json", "broken.json", "broken.json: not JSON"),
         ("a.json", "other.json", "other.json: not a result"),
         ("a.json", "decode.json", "holds decode: not comparable"),
