@@ -115,7 +115,9 @@ def test_cuda_kernels_are_built_where_they_can_be(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_loses_nothing_and_exits_130(tmp_path, number):
+    # A shell starts background jobs with SIGINT ignored, and whoever they start inherits that.
     code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
         "import sys, bench.gpu as gpu; from pathlib import Path; steps ="
         f" [gpu.Step('done', {python('0')!r}, 1), gpu.Step('slow', {python(WAIT)!r}, 1)]"
         "; gpu.dry_steps = lambda out: steps; sys.exit(gpu.main(sys.argv[1:]))"
