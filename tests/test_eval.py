@@ -25,7 +25,20 @@ def solve(folder):
 
     def run(*options: str, model: str = folder, task: str = "multiplication") -> int:
         fixed = ["--model", model, "--task", task, "--temperature", "0", "--kv_gigabytes", "0.01"]
-        return main([*fixed, "--device", "cpu", "--max_tokens", "300", "--n", "2", *options])
+        return main(
+            [
+                *fixed,
+                "--device",
+                "cpu",
+                "--precision",
+                "fp32",
+                "--max_tokens",
+                "300",
+                "--n",
+                "2",
+                *options,
+            ]
+        )
 
     return run
 

@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     # After the arguments are known to be good: these take seconds to import.
     from threadweaver.evaluation import compare, evaluate
     from threadweaver.generate.engine import NonFiniteLogits
-    from threadweaver.generate.load import chat_prompt, load_engine
+    from threadweaver.generate.load import chat_prompt, load_engine, settle_precision
     from threadweaver.rollouts import queue
     from threadweaver.tasks import load_task
 
@@ -64,8 +64,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         task = load_task(options.task, **options.task_options or {})
         problems = task.problems("validation", options.n, options.seed)
+        engine_options, precision_note = settle_precision(engine_settings(options))
+        if precision_note:
+            console.print(precision_note, soft_wrap=True, highlight=False)
         engine, tokenizer = load_engine(
-            options.model, engine_settings(options), parallel="parallel" in settings
+            options.model, engine_options, parallel="parallel" in settings
         )
         if options.chat:
             problems = [replace(p, prompt=chat_prompt(tokenizer, p.prompt)) for p in problems]
@@ -95,7 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         record = {
             **{name: options[name] for name in ("model", "task", "task_options", "seed", "chat")},
-            "engine": asdict(engine_settings(options)),
+            "engine": asdict(engine_options),
+            "precision": precision_note,
             **{mode: evaluation.as_dict() for mode, evaluation in evaluations.items()},
             "comparison": asdict(gain) if gain else None,
         }

@@ -78,6 +78,19 @@ def trie_decode(
     new_v: _Strided,
     /,
 ) -> None: ...
+def few_row_linear(
+    rows: int,
+    inputs: int,
+    outputs: int,
+    threads: int,
+    x: int,
+    x_stride: int,
+    weight: int,
+    weight_stride: int,
+    bias: int,  # 0: none
+    y: int,
+    /,
+) -> None: ...
 def cpu_instruction_sets() -> list[str]: ...
 
 # The driver's answer in one line, empty if it has a device.

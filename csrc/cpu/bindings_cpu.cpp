@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "linear.h"
 #include "trie_attention.h"
 #include "trie_decode.h"
 
@@ -85,6 +86,14 @@ void decode(const DecodeSizes &sizes, int dtype, float scale, int threads, const
   trie_decode(a, threads);
 }
 
+void linear(int64_t rows, int64_t inputs, int64_t outputs, int threads, int64_t x,
+            int64_t x_stride, int64_t weight, int64_t weight_stride, int64_t bias, int64_t y) {
+  few_row_linear({rows, inputs, outputs, pointer<const float>(x), x_stride,
+                  pointer<const float>(weight), weight_stride, pointer<const float>(bias),
+                  pointer<float>(y)},
+                 threads);
+}
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (const Isa isa : kBestFirst)
@@ -99,6 +108,7 @@ void bind_cpu(py::module_ &m) {
   m.def("trie_attention_forward", &forward, release());
   m.def("trie_attention_backward", &backward, release());
   m.def("trie_decode", &decode, release());
+  m.def("few_row_linear", &linear, release());
   m.def("cpu_instruction_sets", &instruction_sets);
 }
 

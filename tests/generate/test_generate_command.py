@@ -43,7 +43,9 @@ def generate(folder):
 
     def run(*options: str, model: str = folder) -> int:
         fixed = ["--model", model, "--temperature", "0", "--kv_gigabytes", "0.01"]
-        return main([*fixed, "--device", "cpu", "--max_tokens", "300", *options])
+        return main(
+            [*fixed, "--device", "cpu", "--precision", "fp32", "--max_tokens", "300", *options]
+        )
 
     return run
 

@@ -48,14 +48,15 @@ def main(arguments: list[str] | None = None) -> int:
     # After the arguments are known to be good: these take seconds to import.
     from threadweaver.generate.display import LiveView, PlainView
     from threadweaver.generate.engine import NonFiniteLogits
-    from threadweaver.generate.load import chat_prompt, load_engine
+    from threadweaver.generate.load import chat_prompt, load_engine, settle_precision
     from threadweaver.generate.outcome import Outcome
     from threadweaver.generate.sampler import stream_key
 
     quiet()
     try:
+        engine_options, precision_note = settle_precision(engine_settings(options))
         engine, tokenizer = load_engine(
-            options.model, engine_settings(options), parallel=settings.mode == "parallel"
+            options.model, engine_options, parallel=settings.mode == "parallel"
         )
         if options.chat:
             prompt = chat_prompt(tokenizer, prompt)
@@ -85,9 +86,12 @@ def main(arguments: list[str] | None = None) -> int:
     outcome = Outcome.of(engine, generations, time.perf_counter() - start)
     if options.json:
         asked = {"model": options.model, "prompt": prompt, "seed": options.seed}
+        asked["precision"] = engine_options.precision
         print(json.dumps({**asked, "settings": asdict(settings), **asdict(outcome)}, indent=2))
     else:
         outcome.print(console)
+        if precision_note:
+            console.print(precision_note, soft_wrap=True, highlight=False)
     return code
 
 

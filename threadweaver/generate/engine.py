@@ -5,7 +5,7 @@
         engine.add(prompt_ids, GenerationSettings(max_tokens=1000), seed=i)
     rollouts = engine.run()
 
-It decodes on the model it is given, in place: a trainer's own weights, as they are at each step.
+It decodes on the model it is given: a trainer's own weights, as they are when it starts to decode.
 """
 
 from __future__ import annotations
@@ -133,6 +133,7 @@ class Engine:
         self._live: dict[int, Generation] = {}
         self._added: list[Generation] = []
         self._count = 0
+        self._is_cast = False  # whether the runner has the weights of what is decoded now
         self._context_length = getattr(model.config, "max_position_embeddings", None) or 2**31
         self._seconds = {"sampling": 0.0, "orchestration": 0.0}
 
@@ -197,12 +198,18 @@ class Engine:
     def step(self) -> list[Token]:
         """One forward pass: prefills and decodes what fits. Returns the tokens it decoded.
 
+        Weights must not change while generations are unfinished: they are taken by the first step
+        after none was.
+
         Raises:
             NonFiniteLogits: the model gave NaN or infinite logits; names the request.
         """
         start = time.perf_counter()
         batch = self._scheduler.schedule()
         scheduled = time.perf_counter()
+        if not self._is_cast:
+            self._runner.cast()
+            self._is_cast = True
         logits = self._runner.forward(batch)
         ready = [s for s in batch.sequences if s.pending == 0]
         computed = time.perf_counter()
@@ -218,11 +225,10 @@ class Engine:
     def run(self, on_step: Callable[[list[Token]], None] | None = None) -> list[Rollout]:
         """Decodes all that was added to its end. The rollouts come in the order of `add`, each
         only once."""
-        with self._runner.numerics():
-            while self.has_work:
-                tokens = self.step()
-                if on_step is not None:
-                    on_step(tokens)
+        while self.has_work:
+            tokens = self.step()
+            if on_step is not None:
+                on_step(tokens)
         done, self._added = self._added, []
         return [generation.rollout() for generation in done]
 
@@ -337,3 +343,5 @@ class Engine:
             if family.stem:
                 self._scheduler.remove(family.stem)
             del self._families[tuple(generation.prompt)]
+        if not self.has_work:
+            self._is_cast = False

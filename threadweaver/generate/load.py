@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from threadweaver.device import DTYPES, choose, find_device, resolve
 from threadweaver.generate.engine import Engine
 from threadweaver.generate.options import EngineSettings
 from threadweaver.model import load_model, load_tokenizer
@@ -24,9 +27,8 @@ def load_engine(
     Raises:
         ValueError: no model there, one that cannot be used, or settings out of range.
     """
-    device = _device(settings.device)
-    default = torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype = default if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    device = find_device(settings.device)
+    dtype = DTYPES[resolve(settings.precision, device)]
     if parallel:
         # Weights take long to load: not before the tags are known to be there.
         Codec.from_tokenizer(load_tokenizer(model))
@@ -65,8 +67,9 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     return text
 
 
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: no CUDA device here; use cpu or auto")
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(auto if name == "auto" else name)
+def settle_precision(settings: EngineSettings) -> tuple[EngineSettings, str | None]:
+    """The settings with `auto` made what suits the device, and a line that says why, if it was."""
+    if settings.precision != "auto":
+        return settings, None
+    precision, reason = choose(find_device(settings.device))
+    return replace(settings, precision=precision), f"precision: {precision}, since {reason}"

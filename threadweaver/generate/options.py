@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
+from threadweaver.device import Precision
 from threadweaver.generate.sampler import SamplingParams
 from threadweaver.generate.settings import EngineSizes, GenerationSettings
 from threadweaver.generate.weaver import Mode
+
+# Values of the option --dtype, the other name of --precision.
+_PRECISIONS: dict[str, Precision] = {"auto": "auto", "bfloat16": "bf16", "float32": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -18,11 +22,12 @@ class EngineSettings(EngineSizes):
 
     Args:
         device: auto takes the GPU if there is one.
-        dtype: of weights, keys and values; auto: bfloat16 on a GPU, float32 on the CPU.
+        precision: of weights, keys and values: bf16, fp32, or auto: bf16 where the device
+            multiplies bfloat16 itself, else fp32.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Precision = "auto"
 
 
 _LIMITS = [f.name for f in fields(GenerationSettings) if f.name not in ("mode", "sampling")]
@@ -33,6 +38,11 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_class_arguments(GenerationSettings, skip={"mode", "sampling"})
     parser.add_class_arguments(SamplingParams)
     parser.add_class_arguments(EngineSettings)
+    parser.add_argument(
+        "--dtype",
+        choices=list(_PRECISIONS),
+        help="Another name of --precision, which it overrides.",
+    )
     parser.set_defaults(temperature=0.6, top_p=0.95)
 
 
@@ -44,4 +54,7 @@ def generation_settings(options: Namespace, mode: Mode) -> GenerationSettings:
 
 
 def engine_settings(options: Namespace) -> EngineSettings:
-    return EngineSettings(**{f.name: options[f.name] for f in fields(EngineSettings)})
+    settings = EngineSettings(**{f.name: options[f.name] for f in fields(EngineSettings)})
+    if options.dtype is None:
+        return settings
+    return replace(settings, precision=_PRECISIONS[options.dtype])

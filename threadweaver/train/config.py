@@ -119,7 +119,9 @@ class ComputeConfig:
 
     Args:
         device: auto takes the GPU if there is one.
-        precision: bf16: bfloat16 autocast over float32 weights; fp32: everything in float32.
+        precision: bf16: bfloat16 autocast over float32 weights; fp32: everything in float32; auto:
+            bf16 where the device multiplies bfloat16 itself, else fp32. A run keeps what it started
+            with: config.yaml and checkpoints hold it, and why.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
         compile: run the model through torch.compile.
         threads: CPU threads of PyTorch; default: as many as PyTorch takes, or, in a resumed run, as
@@ -127,7 +129,7 @@ class ComputeConfig:
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     gradient_checkpointing: bool = False
     compile: bool = False
     threads: int | None = None

@@ -35,6 +35,7 @@ from threadweaver.train.run_dir import (
     check_run_dir,
     check_same_config,
     holds_run,
+    settle_precision,
     write_config,
     write_whole,
 )
@@ -60,8 +61,9 @@ class Pipeline:
         ValueError: settings that cannot be used.
     """
 
-    def __init__(self, config: PipelineConfig, console: Console):
+    def __init__(self, config: PipelineConfig, precision_note: str | None, console: Console):
         self.config = config
+        self.precision_note = precision_note
         self.console = console
         self.run_dir = Path(config.run_dir)
         self.task = load_task(config.task.name, **config.task.options)
@@ -70,8 +72,9 @@ class Pipeline:
     @classmethod
     def prepare(cls, config: PipelineConfig, resume: bool, console: Console) -> Pipeline:
         check_run_dir(Path(config.run_dir), resume)
+        precision_note = settle_precision(config, console)
         check_same_config(config)
-        return cls(config, console)
+        return cls(config, precision_note, console)
 
     def run(self) -> int:
         """To the end. Returns the exit code: 0, or that of the stage that was stopped."""
@@ -80,7 +83,7 @@ class Pipeline:
             self.console.rule(f"{stage.replace('_', '-')}", align="left")
             run = prepare(model)
             # From here on the folder holds a run: what its first stage needs is known to be good.
-            write_config(self.config)
+            write_config(self.config, self.precision_note)
             if run is not None and (code := run.run()):
                 return code
             model = ModelConfig(path=self._summary_of(stage)["checkpoint"])
@@ -184,7 +187,7 @@ class Pipeline:
         settings = EngineSettings(
             **asdict(config.evaluate.engine),
             device=config.compute.device,
-            dtype="bfloat16" if config.compute.precision == "bf16" else "float32",
+            precision=config.compute.precision,
         )
         engine, _ = load_engine(self._summary_of(stage)["checkpoint"], settings, parallel=True)
         result = {}

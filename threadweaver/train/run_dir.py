@@ -12,14 +12,27 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import yaml
+from rich.console import Console
 
+from threadweaver.device import choose, find_device, resolve
 from threadweaver.train.checkpoint import all_checkpoints
-from threadweaver.train.config import FREE_ON_RESUME, ConfigError, RunConfig
+from threadweaver.train.config import FREE_ON_RESUME, ComputeConfig, ConfigError, RunConfig
+
+PRECISION_NOTE = "# compute.precision: "
+
+
+def device_of(compute: ComputeConfig) -> torch.device:
+    """Raises ConfigError if it is not here."""
+    try:
+        return find_device(compute.device)
+    except ValueError as error:
+        raise ConfigError(f"compute.{error}") from error
 
 
 def check_run_dir(run_dir: Path, resume: bool) -> None:
@@ -50,10 +63,42 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def write_config(config: RunConfig) -> None:
+def write_config(config: RunConfig, precision_note: str | None = None) -> None:
+    """Writes config.yaml.
+
+    Args:
+        precision_note: why compute.precision is what it is, as `settle_precision` gave it.
+    """
     # Through JSON: YAML would mark a tuple as one of Python's.
     text = yaml.safe_dump(json.loads(json.dumps(_asdict(config))), sort_keys=False)
-    write_whole(Path(config.run_dir) / "config.yaml", text)
+    note = f"{PRECISION_NOTE}{precision_note}\n" if precision_note else ""
+    write_whole(Path(config.run_dir) / "config.yaml", note + text)
+
+
+def settle_precision(config: RunConfig, console: Console) -> str | None:
+    """Makes compute.precision `auto` what the run was started with, or else what suits the device,
+    and says so.
+
+    Returns:
+        Why, for `write_config`; None if the settings name a precision themselves.
+    """
+    compute = config.compute
+    device = device_of(compute)
+    if compute.precision != "auto":
+        resolve(compute.precision, device)
+        return None
+    path, note = Path(config.run_dir) / "config.yaml", None
+    if path.exists():
+        text = path.read_text(encoding="utf-8")
+        precision = yaml.safe_load(text)["compute"]["precision"]
+        if text.startswith(PRECISION_NOTE):
+            note = text.partition("\n")[0].removeprefix(PRECISION_NOTE)
+    else:
+        precision, reason = choose(device)
+        note = f"{precision}, since {reason}"
+        console.print(f"compute.precision: {note}", soft_wrap=True, highlight=False)
+    config.compute = replace(compute, precision=resolve(precision, device))
+    return note
 
 
 def resume_command(config: RunConfig) -> str:

@@ -34,6 +34,7 @@ from threadweaver.train.run_dir import (
     check_run_dir,
     check_same_config,
     holds_run,
+    settle_precision,
     write_config,
     write_whole,
 )
@@ -71,9 +72,10 @@ class SelfTraining:
             summary = run_dir / "summary.json"
             console.print(f"{run_dir}: this run is finished, see {summary}", soft_wrap=True)
             return None
+        precision_note = settle_precision(config, console)
         check_same_config(config)
         run = cls(config, console)
-        write_config(config)
+        write_config(config, precision_note)
         return run
 
     def run(self) -> int:

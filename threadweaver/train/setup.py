@@ -13,16 +13,14 @@ from threadweaver.model import load_model, new_model
 from threadweaver.tasks import Problem
 from threadweaver.tokenizer import build_tokenizer
 from threadweaver.train.config import ConfigError, RunConfig, SFTConfig, TrainingConfig
+from threadweaver.train.run_dir import device_of
 from threadweaver.trajectory import add_tags
 
 
 def prepare_torch(config: RunConfig, state: dict[str, Any] | None) -> torch.device:
     """Sets threads, seed and determinism; returns the device."""
     compute = config.compute
-    if compute.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("compute.device: no CUDA device here; use cpu or auto")
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(auto if compute.device == "auto" else compute.device)
+    device = device_of(compute)
     # The number of threads decides in which order sums are taken.
     threads = compute.threads or (state["threads"] if state else None)
     if threads:

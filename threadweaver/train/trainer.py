@@ -31,6 +31,7 @@ from threadweaver.train.run_dir import (
     check_same_settings,
     resume_command,
     settings_of,
+    settle_precision,
     write_config,
 )
 from threadweaver.train.setup import build_model, build_optimizer, prepare_torch
@@ -98,6 +99,7 @@ class Trainer(ABC, Generic[C]):
             summary = run_dir / "summary.json"
             console.print(f"{run_dir}: this run is finished, see {summary}", soft_wrap=True)
             return None
+        precision_note = settle_precision(config, console)
         checkpoints = all_checkpoints(run_dir / "checkpoints")
         checkpoint = checkpoints[-1] if checkpoints else None
         state = load_state(checkpoint) if checkpoint else None
@@ -105,7 +107,7 @@ class Trainer(ABC, Generic[C]):
             check_same_settings(config, state["settings"], checkpoint)
             console.print(f"resuming from {checkpoint}", soft_wrap=True)
         trainer = cls(config, checkpoint, state, console)
-        write_config(config)
+        write_config(config, precision_note)
         return trainer
 
     @abstractmethod

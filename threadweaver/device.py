@@ -1,0 +1,89 @@
+"""Where to compute and in which dtype: what settings `device` and `precision` mean here, and why.
+
+bf16    products in bfloat16
+fp32    everything in float32
+auto    bf16 where the device multiplies bfloat16 itself, else fp32
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from functools import cache
+from statistics import median
+from typing import Literal, NamedTuple
+
+import torch
+
+from tw_kernels.cpu import bfloat16_instructions, processor_name
+
+Precision = Literal["auto", "bf16", "fp32"]
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+FIRST_CAPABILITY = (8, 0)  # of CUDA devices that multiply bfloat16
+
+
+class Choice(NamedTuple):
+    """What `auto` came to, and the reason in one clause."""
+
+    precision: Literal["bf16", "fp32"]
+    reason: str
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a setting: cpu, cuda, or auto, the GPU if there is one.
+
+    Raises:
+        ValueError: it is not here.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: no CUDA device here; use cpu or auto")
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(auto if name == "auto" else name)
+
+
+def choose(device: torch.device) -> Choice:
+    """What `auto` means on a device."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= FIRST_CAPABILITY:
+            return Choice("bf16", f"{name} multiplies bfloat16")
+        version = ".".join(map(str, capability))
+        return Choice("fp32", f"{name}, compute capability {version}, does not multiply bfloat16")
+    if found := bfloat16_instructions():
+        return Choice("bf16", f"{processor_name()} multiplies bfloat16 by {' and '.join(found)}")
+    return Choice("fp32", f"{processor_name()} would have to emulate products of bfloat16")
+
+
+def resolve(precision: Precision, device: torch.device) -> Literal["bf16", "fp32"]:
+    """What to compute in. Asking for bf16 where it is emulated is allowed, and warned of once."""
+    if precision == "auto":
+        return choose(device).precision
+    if precision == "bf16" and choose(device).precision == "fp32":
+        _warn(device.type)
+    return precision
+
+
+@cache
+def _warn(device: str) -> None:
+    reason = choose(torch.device(device)).reason
+    print(
+        f"warning: precision bf16: {reason}; a product takes {emulation_ratio(device):.1f} times "
+        "as long as in float32: precision auto takes fp32 here",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def emulation_ratio(device: str) -> float:
+    """Time of a product of bfloat16 matrices over that of the same one in float32, measured."""
+    times = {}
+    for dtype in DTYPES.values():
+        a, b = (torch.randn(256, 512, device=device).to(dtype) for _ in range(2))
+        samples = []
+        for _ in range(4):
+            start = time.perf_counter()
+            float((a @ b.T)[0, 0])  # waits for a GPU
+            samples.append(time.perf_counter() - start)
+        times[dtype] = median(samples[1:])
+    return times[torch.bfloat16] / times[torch.float32]
