@@ -6,9 +6,9 @@ find what else they need through the TrieLayout that owns that tensor.
 Which backend runs, unless `backend` or the environment variable TW_BACKEND names one:
 
     CUDA  triton if it can run the call, else segments, else dense.
-    CPU   native if it can run the call (all but float64), else segments. In bfloat16 only up to
-          NATIVE_PAIRS visible pairs: beyond, ATen's kernels behind segments win by their bfloat16
-          matrix instructions, which native has not.
+    CPU   native if it can run the call (all but float64), else segments. In bfloat16 on a processor
+          with AMX only up to NATIVE_PAIRS visible pairs: beyond, ATen's kernels behind segments win
+          by their matrix instructions, which native has not.
 
 cuda, experimental, is only ever asked for by name.
 """
@@ -23,10 +23,13 @@ import torch
 from torch import Tensor
 
 from tw_kernels.backends import TRIE_ATTENTION
+from tw_kernels.cpu import bfloat16_instructions
 from tw_kernels.trie import TrieLayout
 
-# Visible pairs at which segments overtakes native in bfloat16 (two Xeon cores with AMX, 9 heads of
-# 64, forward and backward: native 2.6x faster at 0.3 M pairs, 1.1x at 4 M, 0.9x at 16 M).
+# Visible pairs at which segments overtakes native in bfloat16 where ATen has AMX (two Xeon cores, 9
+# heads of 64, forward and backward: native 2.6x faster at 0.3 M pairs, 1.1x at 4 M, 0.9x at 16 M).
+# Without AMX it never does: with AVX512_BF16 native is 1.5x faster at 4 M pairs (two EPYC cores, a
+# star of 4,096 tokens), with AVX2, where ATen emulates bfloat16, 6x at 16 M.
 NATIVE_PAIRS = 8_000_000
 
 
@@ -116,6 +119,7 @@ def choose_backend(q: Tensor, k: Tensor, v: Tensor, layout: TrieLayout, name: st
     order = ["triton", "segments", "dense"]
     if q.device.type == "cpu":
         many = q.dtype == torch.bfloat16 and layout.visible_pairs > NATIVE_PAIRS
+        many = many and "AMX" in bfloat16_instructions()
         order = ["segments", "native"] if many else ["native", "segments"]
     reasons = {n: TRIE_ATTENTION[n].why_not(q, k, v) for n in order}
     usable = next((n for n in order if reasons[n] is None), None)
