@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from tw_kernels.cpu import processor_name
+
 PACKAGES = (
     *("torch", "triton", "numpy", "transformers"),
     *("flash-attn", "flash-attn-3", "fa3-fwd", "flash-attn-4", "flashinfer-python"),
@@ -19,15 +21,18 @@ PACKAGES = (
 HOUSE = Path(__file__).parent.parent
 # What a result depends on: not what was written about results, nor results themselves.
 SOURCES = ("--", ":/", ":(top,exclude)bench/results", ":(top,exclude)docs")
+# Variables that hold a CPU to fewer instructions than it has.
+HOLDS = ("TW_CPU", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 CPU_FAMILIES = ("epyc", "xeon", "ryzen", "neoverse", "graviton")
 
 
 def environment(device: str) -> dict[str, Any]:
     """The `env` record of a result file."""
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_model(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor_name(),
         "device_type": device,
-        "cpu": _cpu_model(),
+        "cpu": processor_name(),
+        "held_to": {name: os.environ[name] for name in HOLDS if name in os.environ},
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),
@@ -54,12 +59,14 @@ def results_folder(env: dict[str, Any]) -> Path:
 
 
 def device_slug(env: dict[str, Any]) -> str:
-    """epyc-2-cores, nvidia-h100: a CPU by its family and cores, a GPU without its memory."""
+    """epyc-2-cores, nvidia-h100: a CPU by its family and cores, and the instruction set that it is
+    held to if it is; a GPU without its memory."""
     name = re.sub(r"[^a-z0-9]+", "-", env["device"].lower()).strip("-")
     if env["device_type"] == "cuda":
         return re.sub(r"-\d+gb\b.*", "", name)
     family = next((family for family in CPU_FAMILIES if family in name), name)
-    return f"{family}-{env['cpu_count']}-cores"
+    held = env.get("held_to", {}).get("TW_CPU")
+    return f"{family}-{env['cpu_count']}-cores" + (f"-{held}" if held else "")
 
 
 def _module() -> list[str]:
@@ -81,12 +88,3 @@ def _output(*command: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())

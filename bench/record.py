@@ -35,10 +35,12 @@ class Record(NamedTuple):
 
     @property
     def machine(self) -> str:
-        """The device, and on a CPU how many threads of it."""
+        """The device, and on a CPU how many threads of it and what it is held to."""
         if self.env.get("device_type") == "cuda":
             return self.env["device"]
-        return f"{self.env['device']}, {self.env.get('threads', '?')} threads"
+        held = self.env.get("held_to", {}).get("TW_CPU")
+        threads = f"{self.env['device']}, {self.env.get('threads', '?')} threads"
+        return f"{threads}, held to {held.upper()}" if held else threads
 
     def setup(self, row: Row) -> Setup:
         """What the rows of one setup have in common, as pairs (name, value)."""

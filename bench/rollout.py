@@ -35,7 +35,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -50,6 +50,7 @@ from transformers import (
 from bench.environment import HOUSE
 from bench.frame import Options, Peer, Row, Setup, Skip, Suite, UsageError, main
 from threadweaver.data import DataError, load_examples
+from threadweaver.device import DTYPES, Precision, resolve
 from threadweaver.generate import Rollout
 from threadweaver.generate.engine import Engine, Script
 from threadweaver.generate.replay import script_of
@@ -63,7 +64,6 @@ from tw_kernels import Trie
 
 PARALLEL, SEQUENTIAL = "ours, parallel", "ours, sequential"
 GENERATE = "transformers generate"
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CONTINUOUS = "transformers continuous batching"
 PAGE_SIZE = 16
 MOST_BATCHED = 64
@@ -88,14 +88,14 @@ class RolloutOptions(Options):
     Args:
         model: of all cases but mixed: smollm2, a Hugging Face folder, or tiny, the model of
             configs/sft-demo.yaml, untrained. Default: smollm2, with --quick tiny.
-        dtype: of weights, keys and values.
+        dtype: of weights, keys and values; auto: bf16 where the device multiplies it, else fp32.
         replay: recorded trajectories in the place of multiplication; columns as in training data.
         rows: how many of them, from the first.
         batch: requests of the larger fork-join case. Default: 64, on a CPU 8.
     """
 
     model: str | None = None
-    dtype: Literal["bf16", "fp32"] = "bf16"
+    dtype: Precision = "auto"
     replay: Path | None = None
     rows: int = 8
     batch: int | None = None
@@ -489,8 +489,9 @@ def setups(options: RolloutOptions) -> Iterator[RolloutSetup]:
         if value is not None and value < 1:
             raise UsageError(f"--{name} is {value}: it must be at least 1")
     name = options.model or ("tiny" if options.quick else "smollm2")
-    language = Language(name, options.dtype, options.device)
-    tiny = language if name == "tiny" else Language("tiny", options.dtype, options.device)
+    precision = resolve(options.dtype, torch.device(options.device))
+    language = Language(name, precision, options.device)
+    tiny = language if name == "tiny" else Language("tiny", precision, options.device)
     if options.model:
         _ = language.model  # one that is not there ends the run before it begins
     if options.replay:

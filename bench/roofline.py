@@ -5,6 +5,9 @@ A roofline (Williams, Waterman and Patterson, 2009) bounds the time of a call fr
 operations at the rate of the product, its bytes at the rate of the copy. A row's share is that time
 over the time it took. A share above 1 is no mistake: the copy moves everything through memory, and
 a small call finds its inputs in a cache.
+
+What can be widened can be multiplied in float32, so a product that is slower than float32's, as one
+of emulated bfloat16 is, is no roof: then float32's holds.
 """
 
 from __future__ import annotations
@@ -15,12 +18,14 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.meter import CpuMeter, CudaMeter
+from tw_kernels.cpu import bfloat16_instructions
 
 DTYPES = (torch.float32, torch.bfloat16)
 REPEATS = 10
 # Edge of the square matrices, and bytes that are copied: several times the last-level cache.
 SIZES = {"cpu": (1536, 256 * 2**20), "cuda": (8192, 2**30)}
 QUICK_SIZES = {"cpu": (512, 64 * 2**20), "cuda": (2048, 256 * 2**20)}
+EMULATED_SIZE = 256  # of bfloat16 where the CPU emulates it, at 1 to 15 GFLOP/s
 
 
 class Work(NamedTuple):
@@ -43,6 +48,8 @@ def measure_roofline(meter: CpuMeter | CudaMeter, quick: bool) -> dict[str, Any]
     n, size = (QUICK_SIZES if quick else SIZES)[meter.device]
     rates = {}
     for dtype in DTYPES:
+        if meter.device == "cpu" and dtype == torch.bfloat16 and not bfloat16_instructions():
+            n = EMULATED_SIZE
         a, b = torch.randn(2, n, n, device=meter.device).to(dtype)
         out = torch.empty_like(a)
         seconds = _fastest(meter, lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
@@ -65,7 +72,8 @@ def rates(work: Work, seconds: float, roofline: dict[str, Any]) -> dict[str, Any
     bounds = []
     if work.flops is not None:
         row |= {"flops": work.flops, "tflops": work.flops / seconds / 1e12}
-        bounds.append(row["tflops"] / roofline["matmul_tflops"][work.dtype])
+        products = roofline["matmul_tflops"]
+        bounds.append(row["tflops"] / max(products[work.dtype], products["float32"]))
     if work.bytes is not None:
         row |= {"bytes": work.bytes, "gb_per_s": work.bytes / seconds / 1e9}
         bounds.append(row["gb_per_s"] / roofline["copy_gb_per_s"])

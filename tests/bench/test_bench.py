@@ -140,6 +140,12 @@ def test_rates_and_share_follow_from_the_counted_work():
     assert "gb_per_s" not in rates(Work(flops=10**12), 4.0, ROOFLINE)
 
 
+def test_an_emulated_product_is_no_roof():
+    emulating = {"copy_gb_per_s": 10.0, "matmul_tflops": {"float32": 1.0, "bfloat16": 0.01}}
+    row = rates(Work(flops=10**12, dtype="bfloat16"), 2.0, emulating)
+    assert row["roofline"] == 0.5
+
+
 def test_a_row_that_nobody_counted_has_no_share():
     right, _ = _counted(lambda x: 2 * x)
     row = _rows(Peer("right", right))["right"]

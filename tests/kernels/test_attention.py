@@ -265,14 +265,21 @@ def test_a_layout_dropped_before_backward_is_rebuilt():
         assert torch.equal(a, b)
 
 
-def test_cpu_rule_takes_native_but_for_float64_and_large_bfloat16_tries():
+@pytest.mark.parametrize(
+    ("instructions", "large_bfloat16"),
+    [((), "native"), (("AVX512_BF16",), "native"), (("AMX", "AVX512_BF16"), "segments")],
+)
+def test_cpu_rule_takes_native_but_for_float64_and_with_amx_large_bfloat16_tries(
+    monkeypatch, instructions, large_bfloat16
+):
+    monkeypatch.setattr("tw_kernels.attention.bfloat16_instructions", lambda: instructions)
     tiny = Trie.from_paths([[t] * 8 for t in range(64)]).layout()
     large = Trie.from_paths([[0] * 4096 + [t] * 512 for t in range(1, 9)]).layout()
     for layout, dtype, backend in (
         (tiny, torch.float32, "native"),
         (large, torch.float32, "native"),
         (tiny, torch.bfloat16, "native"),
-        (large, torch.bfloat16, "segments"),
+        (large, torch.bfloat16, large_bfloat16),
         (large, torch.float16, "native"),
         (tiny, torch.float64, "segments"),
     ):

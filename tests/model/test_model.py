@@ -145,7 +145,7 @@ def test_bfloat16_autocast_stays_close_to_float32():
 def test_the_loss_in_pieces_equals_that_of_whole_logits(fused, bias, monkeypatch):
     if not fused:
         monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
-    monkeypatch.setattr(model_module, "MANY_LOGITS", 500)
+    monkeypatch.setitem(model_module.LOGITS_AT_ONCE, "cpu", 500)
     torch.manual_seed(0)
     hidden = torch.randn(67, 24, requires_grad=True)
     head = torch.nn.Linear(24, 90, bias=bias)

@@ -346,7 +346,7 @@ def test_token_logprobs_in_pieces_equal_those_of_whole_logits(bias, entropy_grad
 
     want, want_grads = run(whole)
     for many in (2**24, 500):
-        monkeypatch.setattr(model_module, "MANY_LOGITS", many)
+        monkeypatch.setitem(model_module.LOGITS_AT_ONCE, "cpu", many)
         got, grads = run(lambda: token_logprobs(hidden, head, targets, entropy_gradient))
         torch.testing.assert_close(got, want)
         torch.testing.assert_close(grads, want_grads)
