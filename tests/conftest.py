@@ -1,9 +1,18 @@
 """Where there is no GPU, Triton runs in its interpreter and tests that need a GPU are skipped."""
 
+import getpass
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
+
+# Inductor's cache does not tell a machine that is held to AVX2 from the same one that is not: code
+# compiled for the one corrupted the heap in the other.
+CAPABILITY = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "-")
+CACHE = Path(tempfile.gettempdir()) / f"torchinductor-{getpass.getuser()}-{CAPABILITY}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))
 
 if not torch.cuda.is_available():
     # Triton reads it when it is first imported, which any test file may be the one to do.

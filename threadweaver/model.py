@@ -39,7 +39,7 @@ ATTENTION = "trie"
 # Above this many logits the loss works in pieces and never holds them all. Every piece reads and
 # writes the gradient of the output layer's weights, so few large ones are faster.
 # CPU, 128 MiB in float32: of 2^22 to 2^26, within 5 to 10 % of the fastest in float32 and 20 % in
-#     bfloat16 with AMX, where 2^24 takes 1.5 times as long (49,152 x 576 and 151,936 x 1,024, two Xeon
+#     bfloat16 with AMX, where 2^24 takes 1.5 times as long (49,152 x 576, 151,936 x 1,024; two Xeon
 #     cores, with AVX-512 and held to AVX2).
 # CUDA, 1 GiB: at 151,936 x 2,048 a piece of 1,766 tokens; the gradient's 2.5 GB take 0.8 ms of an
 #     H100's memory beside 4.2 ms for its products, at the rates of copy and product measured there;
