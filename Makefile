@@ -8,9 +8,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f)
 
 .PHONY: demo test setup lint
-# Idle threads of OpenMP spin only briefly: left alone they starve whatever else runs, and are starved.
 demo: .venv/package
-	GOMP_SPINCOUNT=20000 $(BIN)/python -m threadweaver.train pipeline --config configs/demo.yaml $(if $(wildcard runs/demo/config.yaml),--resume)
+	$(BIN)/python -m threadweaver.train pipeline --config configs/demo.yaml $(if $(wildcard runs/demo/config.yaml),--resume)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
