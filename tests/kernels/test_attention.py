@@ -236,11 +236,16 @@ def test_opcheck(backend):
     torch.library.opcheck(torch.ops.tw_kernels.trie_attention.default, arguments)
 
 
-def test_torch_compile_captures_the_whole_graph_and_agrees():
+@pytest.mark.parametrize(
+    "compiler",
+    # Inductor compiles C++ for half a minute.
+    ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)],
+)
+def test_torch_compile_captures_the_whole_graph_and_agrees(compiler):
     def model(q, k, v, layout):
         return trie_attention(2 * q, k, v, layout).sin()
 
-    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    compiled = torch.compile(model, backend=compiler, fullgraph=True, dynamic=True)
     for seed in (8, 9):
         layout = random_layout(seed)
         q, k, v, dout = inputs(layout.num_tokens, torch.float32)
