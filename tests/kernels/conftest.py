@@ -1,5 +1,7 @@
 """Fixtures of the kernels' tests."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -8,12 +10,14 @@ from tw_kernels import _C
 
 @pytest.fixture
 def poisoned_outputs(monkeypatch):
-    """Whatever the kernels fail to write shows as NaN."""
+    """Whatever the kernels fail to write shows as NaN. Integers have none and stay as they are."""
+
+    def poisoned(make, *args, **options):
+        new = make(*args, **options)
+        return new.fill_(torch.nan) if new.is_floating_point() else new
+
     for name in ("empty", "empty_like"):
-        make = getattr(torch, name)
-        monkeypatch.setattr(
-            torch, name, lambda *a, make=make, **kw: make(*a, **kw).fill_(torch.nan)
-        )
+        monkeypatch.setattr(torch, name, partial(poisoned, getattr(torch, name)))
 
 
 @pytest.fixture(params=_C.cpu_instruction_sets())

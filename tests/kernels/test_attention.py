@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.kernels.rounding import TENSOR_CORES, allowed, gradient_terms
 from tests.kernels.tries import (
     oracle,
     random_layout,
@@ -80,9 +81,9 @@ def test_float32_equals_the_definition_forward_and_backward(backend, name):
     want_out, want_lse, want_grads = run_oracle(layout, tensors, scale=0.3)
     assert relative_error(out, want_out) <= 1e-5
     assert relative_error(lse, want_lse) <= 1e-5
-    for got, want in zip(grads, want_grads, strict=True):
-        # a lone token's softmax has no slope: its dq and dk are zero up to the rounding of dout v
-        assert (got.double() - want).norm() <= 1e-5 * want.norm() + 1e-6 * tensors[3].norm()
+    terms = gradient_terms(tensors, visible(layout.subtree_ends), 0.3)
+    for got, want, sizes in zip(grads, want_grads, terms, strict=True):
+        assert (got.double() - want).norm() <= allowed(1e-5, want, sizes)
 
 
 @pytest.mark.parametrize("heads, dim", [((1, 1), 16), ((4, 4), 64), ((8, 1), 128), ((9, 3), 256)])
@@ -137,14 +138,20 @@ def test_gpu_equals_the_definition(backend, name, dtype):
     out, lse, grads = run(layout, backend, tensors)
     want_out, want_lse, want_grads = run_oracle(layout, tensors, 0.125)
     sdpa_out, sdpa_grads = run_sdpa(layout, tensors, 0.125)
-    allowed = 1e-5 if dtype == torch.float32 else 1.5 * relative_error(sdpa_out.cpu(), want_out)
-    assert relative_error(out.cpu(), want_out) <= allowed
+    exact = dtype == torch.float32
+    relative = 1e-5 if exact else 1.5 * relative_error(sdpa_out.cpu(), want_out)
+    assert relative_error(out.cpu(), want_out) <= relative
     assert relative_error(lse.cpu(), want_lse) <= 1e-3
-    for got, sdpa, want in zip(grads, sdpa_grads, want_grads, strict=True):
-        allowed = 1e-5 if dtype == torch.float32 else 1.5 * relative_error(sdpa.cpu(), want)
-        slack = 1e-6 if dtype == torch.float32 else 1e-3
-        floor = slack * tensors[3].float().norm().item()
-        assert (got.cpu().double() - want).norm() <= allowed * want.norm() + floor
+    terms = gradient_terms(tensors, visible(layout.subtree_ends.cpu()), 0.125)
+    for got, sdpa, want, sizes in zip(grads, sdpa_grads, want_grads, terms, strict=True):
+        error = (got.cpu().double() - want).norm()
+        if exact:
+            assert error <= allowed(1e-5, want, sizes)
+        else:
+            # Ours rounds dS to half precision; SDPA under a mask may keep it in float32.
+            of_rounding = torch.finfo(dtype).eps / 2 * want.norm()
+            usual = 1.5 * (sdpa.cpu().double() - want).norm() + of_rounding
+            assert error <= max(usual, allowed(0, want, sizes, TENSOR_CORES))
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
@@ -195,13 +202,12 @@ def test_nothing_leaks_between_siblings_by_one_bit(backend, dtype):
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_every_output_element_is_written(backend, monkeypatch):
+def test_every_output_element_is_written(backend, request):
     layout = LAYOUTS["uneven pack"]()
     tensors = inputs(layout.num_tokens, torch.float32)
     usable(backend, tensors)
     want = run(layout, backend, tensors)
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+    request.getfixturevalue("poisoned_outputs")
     got = run(layout, backend, tensors)
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
     assert all(torch.equal(a, b) for a, b in zip(got[2], want[2], strict=True))
@@ -230,11 +236,16 @@ def test_opcheck(backend):
     torch.library.opcheck(torch.ops.tw_kernels.trie_attention.default, arguments)
 
 
-def test_torch_compile_captures_the_whole_graph_and_agrees():
+@pytest.mark.parametrize(
+    "compiler",
+    # Inductor compiles C++ for half a minute.
+    ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)],
+)
+def test_torch_compile_captures_the_whole_graph_and_agrees(compiler):
     def model(q, k, v, layout):
         return trie_attention(2 * q, k, v, layout).sin()
 
-    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    compiled = torch.compile(model, backend=compiler, fullgraph=True, dynamic=True)
     for seed in (8, 9):
         layout = random_layout(seed)
         q, k, v, dout = inputs(layout.num_tokens, torch.float32)

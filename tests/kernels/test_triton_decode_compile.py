@@ -3,34 +3,20 @@
 Run with `pytest -s` to see the table of figures.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).parents[2]
-SHARED_LIMIT = 227 * 1024  # bytes that a block on sm_90 can have
+from tests.kernels.cubins import SHARED_LIMIT
+from tests.kernels.triton_rows import rows_of
+
 KERNELS = {"write_kernel", "partial_kernel", "merge_kernel"}
 
 
 @pytest.fixture(scope="module")
 def rows():
-    """One row per kernel, page size and configuration, bfloat16, head dims 64 and 128."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    module = "tests.kernels.compile_decode_for_sm90"
-    command = [sys.executable, "-m", module, "bfloat16", "64", "128"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    table = [json.loads(line) for line in done.stdout.splitlines()]
-    print("\n" + "  ".join(f"{name:>16}" for name in table[0]))
-    for row in table:
-        print("  ".join(f"{value!s:>16}" for value in row.values()))
-    return table
+    """One row per kernel, page size and configuration."""
+    return rows_of("compile_decode_for_sm90")
 
 
 @pytest.fixture
