@@ -1,5 +1,6 @@
 """Where there is no GPU, Triton runs in its interpreter and tests that need a GPU are skipped."""
 
+import itertools
 import os
 
 import pytest
@@ -16,6 +17,12 @@ def no_progress_bars_of_transformers():
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+@pytest.fixture
+def ticking_clock(monkeypatch):
+    """The clock of threadweaver.progress goes on a second at each look: all work is long."""
+    monkeypatch.setattr("threadweaver.progress.monotonic", itertools.count().__next__)
 
 
 def pytest_collection_modifyitems(items):
