@@ -3,7 +3,8 @@
 A suite yields setups (one case with its inputs) and names its peers once. For each setup every peer
 is prepared, its results on every set of inputs it will be timed on are checked, and only what
 was right is timed: after a warm-up, in interleaved repeats (one sample of each peer in turn, each
-round starting at another peer), so that a slow spell of the machine hits all alike.
+round starting at another peer), so that a slow spell of the machine hits all alike. What is being
+done is said on stderr, between samples.
 
 A row's `status`:
     ok       right, and timed
@@ -38,6 +39,7 @@ from rich.table import Table
 from bench.environment import environment
 from bench.meter import CpuMeter, CudaMeter, meter_for
 from bench.roofline import Work, measure_roofline, rates
+from threadweaver.progress import Status
 
 Row = dict[str, Any]
 
@@ -170,16 +172,24 @@ def measure(
     meter: CpuMeter | CudaMeter,
     budget: float,
     roofline: Row,
+    show: Callable[[str, float | None], None] = lambda what, seconds: None,
 ) -> list[Row]:
-    """One row for each peer, in order; `roofline` as measure_roofline returns it."""
+    """One row for each peer, in order.
+
+    Args:
+        roofline: as measure_roofline returns it.
+        show: hears what comes next, and how many seconds it will take, if that is known.
+    """
     rows, timed = [], []
     for peer in peers:
         row: Row = {**setup.key, "peer": peer.name, "ours": peer.ours, "status": "ok"}
         row |= dict.fromkeys(("reason", "ms", "iqr_ms", "samples_ms", "repeats", "peak_bytes"))
         rows.append(row)
         try:
+            show(f"preparing {peer.name}", None)
             call = peer.prepare(setup)
             for i in range(setup.input_sets):
+                show(f"checking {peer.name}", None)
                 if wrong := setup.check(peer.name, call(i), i):
                     row |= {"status": "wrong", "reason": f"{wrong} (inputs {i})"}
                     break
@@ -196,25 +206,37 @@ def measure(
     gc.disable()  # as timeit does: a peer pays for its own objects, not for everybody's
     try:
         for timing in timed:
+            show(f"measuring the memory of {timing.peer}", None)
+            timing.measure_memory()
+            show(f"warming up {timing.peer}", None)
             timing.warm_up(budget)
-        for round_ in range(MAX_REPEATS):
-            shift = round_ % len(timed) if timed else 0
+        rounds = max((timing.repeats for timing in timed), default=0)
+        for round_ in range(rounds):
+            shift = round_ % len(timed)
             for timing in timed[shift:] + timed[:shift]:
-                timing.sample()
+                if timing.is_due:
+                    what = f"timing {timing.peer}, round {round_ + 1}/{rounds}"
+                    show(what, timing.seconds_of_sample)
+                    timing.sample()
     finally:
         gc.enable()
     for timing in timed:
         timing.finish()
-        peer, seconds = timing.row["peer"], timing.row["ms"] / 1e3
+        peer, seconds = timing.peer, timing.row["ms"] / 1e3
         timing.row |= rates(setup.work(peer), seconds, roofline) | setup.figures(peer, seconds)
-    ok = {timing.row["peer"]: timing.row for timing in timed}
+    ok = {timing.peer: timing.row for timing in timed}
     for peer, row in ok.items():
         row["ratios"] = {p: other["ms"] / row["ms"] for p, other in ok.items() if p != peer}
     return rows
 
 
 class _Timing:
-    """The samples of one row."""
+    """The samples of one row.
+
+    Attributes:
+        repeats: how many samples it gets, known after the warm-up.
+        seconds_of_sample: what a sample takes, as the warm-up went.
+    """
 
     def __init__(
         self,
@@ -224,19 +246,33 @@ class _Timing:
         meter: CpuMeter | CudaMeter,
     ):
         self.row, self._call, self._input_sets, self._meter = row, call, input_sets, meter
-        self._count, self._calls, self._repeats = 0, 1, 1
+        self.repeats, self.seconds_of_sample = 1, 0.0
+        self._count, self._calls = 0, 1
         self._samples: list[float] = []
 
-    def warm_up(self, budget: float) -> None:
-        """One call for its memory, one for its time, from which the number of repeats follows."""
+    @property
+    def peer(self) -> str:
+        return self.row["peer"]
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it lacks samples."""
+        return len(self._samples) < self.repeats
+
+    def measure_memory(self) -> None:
+        """By one call."""
         self.row["peak_bytes"] = self._meter.peak_bytes(self._next)
+
+    def warm_up(self, budget: float) -> None:
+        """One call for its time, from which the number of repeats follows."""
         seconds = self._seconds()
         if seconds > ONE_SHOT * budget:
             self._samples.append(seconds)
             return
         self._calls = self._meter.calls_in_sample(seconds)
-        fits = int(budget / (self._calls * seconds))
-        self._repeats = min(max(fits, MIN_REPEATS), MAX_REPEATS)
+        self.seconds_of_sample = self._calls * seconds
+        fits = int(budget / self.seconds_of_sample)
+        self.repeats = min(max(fits, MIN_REPEATS), MAX_REPEATS)
 
     def _next(self) -> Any:
         self._count += 1
@@ -246,8 +282,7 @@ class _Timing:
         return self._meter.seconds(self._next, self._calls)
 
     def sample(self) -> None:
-        if len(self._samples) < self._repeats:
-            self._samples.append(self._seconds())
+        self._samples.append(self._seconds())
 
     def finish(self) -> None:
         low, median, high = (1e3 * np.percentile(self._samples, (25, 50, 75))).tolist()
@@ -332,16 +367,24 @@ def run(suite: Suite[O, S], options: O, selection: Selection[S], console: Consol
         "roofline": roofline,
     }
     _introduce(env, console)
+    status = Status(Console(stderr=True))
     rows: list[Row] = []
     while setups:
-        with closing(setups.pop(0)) as setup:
-            new = measure(setup, selection.peers, meter, budget, roofline)
+        with closing(setups.pop(0)) as setup, status:
+            show = show_on(status, suite, setup)
+            new = measure(setup, selection.peers, meter, budget, roofline, show)
         suite.relate({row["peer"]: row for row in new if row["status"] == "ok"})
         rows += new
         console.print(_table(suite, setup.key, new))
         if options.json:
             write(options.json, env, rows)
     return rows
+
+
+def show_on(status: Status, suite: Suite, setup: Setup) -> Callable[[str, float | None], None]:
+    """Shows what comes next after the name of the suite and the case."""
+    case = " ".join([suite.name, *(v for v in setup.key.values() if isinstance(v, str))])
+    return lambda what, seconds: status.show(f"{case}: {what}", seconds)
 
 
 def _introduce(env: Row, console: Console) -> None:

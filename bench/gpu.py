@@ -19,7 +19,8 @@ important first, so that whenever time ends, what is there is what mattered most
 A step writes DIR/NAME.log, and its results to DIR/NAME.json the moment they exist; DIR/summary.json
 is rewritten after every step: status (ok, failed, timed out, interrupted, left out), reason,
 seconds, exit code, command. A second call with the same DIR goes on: steps that are ok are skipped,
-the others run again into files of another number; `--again NAME` runs one again all the same.
+the others run again into files of another number; `--again NAME` runs one again all the same. While
+a step runs, stderr says which and for how long.
 
 It needs no network, and nothing but this tree, PyTorch, Triton, transformers, pytest, jsonargparse
 and rich; SmolLM2 for the rollouts where its package is there. `--dry_run` goes through the same
@@ -46,14 +47,17 @@ from typing import Any, NamedTuple
 
 import torch
 from jsonargparse import ArgumentParser
+from rich.console import Console
 
 from bench.environment import HOUSE
 from threadweaver.command import explain, fail
+from threadweaver.progress import Status
 from tw_kernels.backends import cuda_build
 
 REPORT_SECONDS = 15  # kept back for the report
 LEAST_SECONDS = 3  # a step with less is left out
 GRACE_SECONDS = 5  # between SIGTERM and SIGKILL
+LOOK_SECONDS = 1  # between two looks at a step that runs
 GPU_BUDGET = ["--budget", "0.3"]  # of a row: fifty repeats of what takes a few milliseconds
 PYTHON = [sys.executable, "-m"]
 NCU = [
@@ -218,6 +222,7 @@ class Harvest:
         self.out = out
         self._end = time.monotonic() + budget
         self._summary = out / "summary.json"
+        self._status = Status(Console(stderr=True))
         self.entries: dict[str, dict[str, Any]] = {}
         if self._summary.exists():
             try:
@@ -278,7 +283,7 @@ class Harvest:
                 start_new_session=True,
             )
             try:
-                code = entry["exit_code"] = process.wait(seconds)
+                code = entry["exit_code"] = self._wait(process, step.name, seconds)
                 entry["status"] = "ok" if code == 0 else "failed"
                 if code:
                     entry["reason"] = f"exit code {code}: see {entry['log']}"
@@ -289,6 +294,19 @@ class Harvest:
                 entry["seconds"] = round(time.monotonic() - start, 1)
                 self._enter(step.name, entry)
         return entry
+
+    def _wait(self, process: subprocess.Popen, name: str, seconds: float) -> int:
+        """Its exit code. Raises TimeoutExpired when it has not ended in so many seconds."""
+        start = time.monotonic()
+        with self._status:
+            while True:
+                passed = time.monotonic() - start
+                self._status.show(f"{name}: {passed:.0f} s, at most {seconds:.0f} s")
+                try:
+                    return process.wait(min(LOOK_SECONDS, max(seconds - passed, 0)))
+                except subprocess.TimeoutExpired:
+                    if time.monotonic() - start >= seconds:
+                        raise
 
     def _enter(self, name: str, entry: dict[str, Any]) -> None:
         """Says what became of a step, and rewrites the summary, whole at any moment."""

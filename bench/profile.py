@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
+from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity
 
@@ -43,12 +44,15 @@ from bench.frame import (
     Selection,
     Setup,
     Skip,
+    Suite,
     UsageError,
     console,
     select,
+    show_on,
 )
 from bench.suites import SUITES, load_suite
 from threadweaver.command import explain, fail
+from threadweaver.progress import Status
 
 CALLS = 5
 LEAST_SHARE = 0.01  # that the table shows
@@ -110,16 +114,17 @@ def triton_spills() -> dict[str, int]:
     return spills
 
 
-def profile(selection: Selection, options: Options) -> Iterator[Row]:
+def profile(suite: Suite, selection: Selection, options: Options) -> Iterator[Row]:
     """Rows of each of our peers on each setup; without a result file, calls alone."""
+    status = Status(Console(stderr=True))
     while selection.setups:
-        setup = selection.setups.pop(0)  # and with it go its inputs
-        try:
+        # With the setup go its inputs.
+        with contextlib.closing(selection.setups.pop(0)) as setup, status:
+            show = show_on(status, suite, setup)
             for peer in selection.peers:
                 if peer.ours:
+                    show(f"profiling {peer.name}", None)
                     yield from _profile_peer(peer, setup, options)
-        finally:
-            setup.close()
 
 
 def _profile_peer(peer: Peer, setup: Setup, options: Options) -> Iterator[Row]:
@@ -188,7 +193,7 @@ def main(arguments: list[str]) -> int:
         if options.device == "cuda" and not torch.cuda.is_available():
             raise UsageError("--device cuda: torch sees no CUDA device here; use --device cpu")
         rows = []
-        for row in profile(select(suite, options), options):
+        for row in profile(suite, select(suite, options), options):
             rows.append(row)
             if options.json:
                 content = {"env": environment(options.device), "suite": name, "kernels": rows}

@@ -4,6 +4,7 @@ import fcntl
 import functools
 import getpass
 import importlib.util
+import itertools
 import os
 import tempfile
 from pathlib import Path
@@ -57,6 +58,12 @@ def smollm2(tmp_path_factory) -> Path:
             save_model(model, tokenizer, part)
             part.rename(folder)
     return folder
+
+
+@pytest.fixture
+def ticking_clock(monkeypatch):
+    """The clock of threadweaver.progress goes on a second at each look: all work is long."""
+    monkeypatch.setattr("threadweaver.progress.monotonic", itertools.count().__next__)
 
 
 def pytest_collection_modifyitems(items):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import pytest
@@ -92,6 +93,25 @@ def test_both_modes_side_by_side_and_what_threads_gain(solve, known, capsys, tmp
     for row in rows:
         assert row["response"] == RESPONSES[PROMPTS.index(row["prompt"])]
         assert row["correct"] and row["violations"] == [] and row["blocks"] == 1
+
+
+def test_how_far_it_is_goes_to_stderr_and_stdout_has_the_table_alone(
+    solve, known, capsys, ticking_clock
+):
+    assert solve(*known, "--samples", "2", "--mode", "both") == 0
+    out, err = capsys.readouterr()
+    assert "evaluating" not in out and "accuracy" in out
+    lines = err.splitlines()
+    for mode in ("sequential", "parallel"):
+        of_mode = [line for line in lines if line.startswith(f"evaluating, {mode} mode: ")]
+        assert re.search(r": [0-4]/4 responses, [\d,]+ tokens/s", of_mode[0])
+        assert re.search(r": 4/4 responses, .* tokens/s, 4 graded, in \d+ s$", of_mode[-1])
+    assert all(line.startswith("evaluating, ") for line in lines)
+
+
+def test_quick_work_leaves_stderr_empty(solve, known, capsys):
+    assert solve(*known, "--max_tokens", "5") == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_a_task_by_name_with_several_samples(solve, capsys, tmp_path):

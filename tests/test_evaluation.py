@@ -142,8 +142,18 @@ def test_a_prompt_that_cannot_be_decoded_is_named():
 def test_progress_ends_with_all_responses():
     engine, seen = Engine(product_model(), CODEC, kv_gigabytes=0.01), []
     settings = GenerationSettings(max_tokens=30, sampling=GREEDY)
-    evaluate(engine, TASK, PROBLEMS, settings, samples=2, on_progress=seen.append)
+    graded: list[int] = []
+    evaluate(
+        engine,
+        TASK,
+        PROBLEMS,
+        settings,
+        samples=2,
+        on_progress=seen.append,
+        on_graded=graded.append,
+    )
     assert seen == sorted(seen) and seen[-1] == 4
+    assert graded == [1, 2, 3, 4]
 
 
 def test_a_dictionary_of_all_figures_is_plain_data():

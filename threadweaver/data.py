@@ -7,7 +7,7 @@ A file is JSON lines (`.jsonl`, or `.json` with one object a line) or parquet. C
     qwen_text      the full training text, prompt + response
     reward_model   {"ground_truth": the right answer as text, "style": "rule"}
 
-`load_examples` also reads what was made for that implementation and for verl; see there. No row is
+`read_examples` also reads what was made for that implementation and for verl; see there. No row is
 ever dropped: one that cannot be used stops the load with a `DataError` naming file, row and field.
 """
 
@@ -74,6 +74,11 @@ def save_rows(rows: Sequence[dict], path: str | Path) -> None:
 
 
 def load_examples(path: str | Path, *, responses: bool = True) -> list[Example]:
+    """All that `read_examples` gives."""
+    return list(read_examples(path, responses=responses))
+
+
+def read_examples(path: str | Path, *, responses: bool = True) -> Iterator[Example]:
     """Every row of a JSON lines or parquet file, in order.
 
     Where the text comes from, first match:
@@ -111,10 +116,12 @@ def load_examples(path: str | Path, *, responses: bool = True) -> list[Example]:
             f"{path}: unknown extension '{path.suffix}'; use .jsonl (or .json, one object a line) "
             f"or .parquet"
         )
-    examples = [_example(row, source, responses) for source, row in rows]
-    if not examples:
+    empty = True
+    for source, row in rows:
+        empty = False
+        yield _example(row, source, responses)
+    if empty:
         raise DataError(f"{path}: holds no rows; write at least one")
-    return examples
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -3,7 +3,7 @@
 Solves held-out problems of a task and prints every metric of SPEC, "Path metrics", with 95 %
 confidence intervals: Wilson's for shares, by bootstrap over problems for means and ratios. With
 --mode both, also what threads gain over decoding one token after another. --json keeps the figures,
---responses every response with its grade.
+--responses every response with its grade. How far it has come goes to stderr.
 
 Prompts are taken as they stand; --chat makes them the user's turn of the tokenizer's chat template.
 
@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from threadweaver.command import explain, fail, quiet
 from threadweaver.generate.options import add_options, engine_settings, generation_settings
 from threadweaver.generate.weaver import Mode
+from threadweaver.progress import ResponsesProgress
 
 if TYPE_CHECKING:
     from threadweaver.evaluation import Comparison, Evaluation
@@ -59,7 +59,6 @@ def main(arguments: list[str] | None = None) -> int:
     from threadweaver.tasks import load_task
 
     quiet()
-    console = Console()
     evaluations = {}
     try:
         task = load_task(options.task, **options.task_options or {})
@@ -76,8 +75,9 @@ def main(arguments: list[str] | None = None) -> int:
         queue(engine, problems[:1], replace(next(iter(settings.values())), max_tokens=8))
         engine.run()
         for mode in settings:
-            with _progress(console) as progress:
-                bar = progress.add_task(mode, total=len(problems) * options.samples)
+            total = len(problems) * options.samples
+            title = f"evaluating, {mode} mode"
+            with ResponsesProgress(Console(stderr=True), title, total, engine) as progress:
                 evaluations[mode] = evaluate(
                     engine,
                     task,
@@ -86,7 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
                     samples=options.samples,
                     at_once=options.at_once,
                     seed=options.seed,
-                    on_progress=lambda done, p=progress, b=bar: p.update(b, completed=done),
+                    on_progress=progress.decoded,
+                    on_graded=progress.graded,
                 )
     except ValueError as error:
         return fail(error, 2)
@@ -109,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
             for mode, evaluation in evaluations.items():
                 for row in _rows(mode, evaluation):
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    print_table(console, f"{options.task}, {len(problems)} problems", evaluations, gain)
+    print_table(Console(), f"{options.task}, {len(problems)} problems", evaluations, gain)
     return 0
 
 
@@ -170,17 +171,6 @@ def _check(options) -> None:
         path = options[name]
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             raise ValueError(f"{name}: {path} cannot be written: no such folder, or one itself")
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
 
 
 def _rows(mode: str, evaluation: Evaluation) -> list[dict[str, Any]]:

@@ -26,8 +26,6 @@ from threadweaver.intervals import Estimate, ratio, share
 from threadweaver.rollouts import queue
 from threadweaver.tasks import Problem, Task
 
-PROGRESS_SECONDS = 0.1
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -178,6 +176,7 @@ def evaluate(
     seed: int = 0,
     at_once: int | None = None,
     on_progress: Callable[[int], None] = lambda done: None,
+    on_graded: Callable[[int], None] = lambda count: None,
 ) -> Evaluation:
     """Solves problems and grades the answers.
 
@@ -188,20 +187,17 @@ def evaluate(
         seed: of the draws; the same seed, model and settings give the same responses.
         at_once: problems decoded at the same time; None: as many as the engine takes. 1 measures
             what one user waits for.
-        on_progress: gets the number of responses that are done, some ten times a second.
+        on_progress: gets the number of responses that are decoded, after every step.
+        on_graded: gets the number of those that are graded, after each.
 
     Raises:
         ValueError: a prompt or setting that the engine refuses; names the problem.
         NonFiniteLogits: from the engine.
     """
-    due = 0.0
     queued = 0
 
-    def show(tokens: list[Token]) -> None:
-        nonlocal due
-        if time.monotonic() >= due:
-            on_progress(queued - engine.unfinished)
-            due = time.monotonic() + PROGRESS_SECONDS
+    def show(_: list[Token]) -> None:
+        on_progress(queued - engine.unfinished)
 
     ungraded, start = task.ungraded, time.perf_counter()
     rollouts: list[Rollout] = []
@@ -212,9 +208,8 @@ def evaluate(
         queued += samples * len(part)
         rollouts += engine.run(show)
     seconds = time.perf_counter() - start
-    on_progress(queued)
-    graded = [
-        grade(problems[i // samples], rollout, task, engine.codec, settings)
-        for i, rollout in enumerate(rollouts)
-    ]
+    graded: list[Graded] = []
+    for i, rollout in enumerate(rollouts):
+        graded.append(grade(problems[i // samples], rollout, task, engine.codec, settings))
+        on_graded(len(graded))
     return Evaluation(settings, samples, graded, task.ungraded - ungraded, seconds)

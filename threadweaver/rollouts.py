@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 
-from threadweaver.generate.engine import Engine, Generation, Token
+from threadweaver.generate.engine import Engine, Generation
 from threadweaver.generate.sampler import stream_key
 from threadweaver.generate.settings import GenerationSettings
 from threadweaver.grading import Graded, grade
@@ -52,20 +52,26 @@ def roll_out(
     *,
     samples: int = 1,
     seed: Sequence[int] = (0,),
-    on_step: Callable[[list[Token]], None] | None = None,
+    on_progress: Callable[[int], None] = lambda done: None,
+    on_graded: Callable[[int], None] = lambda count: None,
 ) -> list[Graded]:
     """Decodes `samples` responses to each problem and judges them; in the order of `queue`.
+
+    Args:
+        on_progress: gets the number of responses that are decoded, after every step.
+        on_graded: gets the number of those that are graded, after each.
 
     Raises:
         ValueError: as `queue`.
         NonFiniteLogits: from the engine.
     """
-    queue(engine, problems, settings, samples=samples, seed=seed)
-    rollouts = engine.run(on_step)
-    return [
-        grade(problems[i // samples], rollout, task, engine.codec, settings)
-        for i, rollout in enumerate(rollouts)
-    ]
+    queued = len(queue(engine, problems, settings, samples=samples, seed=seed))
+    rollouts = engine.run(lambda _: on_progress(queued - engine.unfinished))
+    graded: list[Graded] = []
+    for i, rollout in enumerate(rollouts):
+        graded.append(grade(problems[i // samples], rollout, task, engine.codec, settings))
+        on_graded(len(graded))
+    return graded
 
 
 def fingerprint(problems: Sequence[Problem]) -> str:

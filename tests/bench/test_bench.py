@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import re
 import statistics
 import time
 
@@ -128,6 +129,60 @@ def test_ratios_are_of_the_times_to_every_other_peer_that_was_timed():
     assert rows["slow"]["ratios"] == {"fast": ms["fast"] / ms["slow"]}
     assert rows["fast"]["ratios"]["slow"] > 1
     assert "ratios" not in rows["wrong"] and "ratios" not in rows["absent"]
+
+
+def test_what_comes_next_is_said_before_it_and_never_within_a_sample():
+    said: list[tuple[str, float | None]] = []
+    measuring = False
+
+    class Meter(CpuMeter):
+        def seconds(self, call, calls):
+            nonlocal measuring
+            measuring = True
+            try:
+                return super().seconds(call, calls)
+            finally:
+                measuring = False
+
+    def show(what, seconds):
+        assert not measuring
+        said.append((what, seconds))
+
+    def right(_setup):
+        assert said[-1][0] == "preparing right"
+        return lambda x: time.sleep(2e-3) or 2 * x
+
+    wrong, _ = _counted(lambda x: 3 * x)
+    peers = [Peer("right", right), Peer("wrong", wrong)]
+    rows = measure(Doubling(), peers, Meter(), 0.01, ROOFLINE, show)
+    repeats = rows[0]["repeats"]
+    assert [what for what, _ in said] == [
+        "preparing right",
+        *["checking right"] * 2,
+        "preparing wrong",
+        *["checking wrong"] * 2,
+        "measuring the memory of right",
+        "warming up right",
+        *(f"timing right, round {i}/{repeats}" for i in range(1, repeats + 1)),
+    ]
+    assert {seconds is None for what, seconds in said if what.startswith("timing")} == {False}
+
+
+def test_progress_goes_to_stderr_with_suite_case_and_peer(capsys, ticking_clock):
+    right, _ = _counted(lambda x: time.sleep(2e-3) or 2 * x)
+    suite = Suite("t", Options, lambda o: [Doubling()], [Peer("ours", right)])
+    assert main(suite, ["--quick"]) == 0
+    out, err = capsys.readouterr()
+    assert re.search(r"^t doubling: timing ours, round \d+/\d+$", err, re.M)
+    assert all(line.startswith("t doubling: ") for line in err.splitlines())
+    assert "timing" not in out and "case doubling" in out
+
+
+def test_quick_cases_leave_stderr_empty(capsys):
+    right, _ = _counted(lambda x: 2 * x)
+    suite = Suite("t", Options, lambda o: [Doubling()], [Peer("ours", right)])
+    assert main(suite, ["--quick"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_a_row_keeps_its_samples():

@@ -82,6 +82,15 @@ def test_run_writes_a_file_for_each_suite_even_when_a_planted_error_makes_a_row_
     assert {row["status"] for row in rows} == {"ok"}
 
 
+def test_profile_names_on_stderr_what_it_profiles(capsys, monkeypatch):
+    monkeypatch.setattr("threadweaver.progress.LINE_SECONDS", 0)
+    assert main(["profile", "layout", "--quick", "--only", "case=pack*"]) == 0
+    out, err = capsys.readouterr()
+    assert "layout pack-8x64: profiling ours: trie\n" in err
+    assert all(line.startswith("layout pack-8x64: profiling ours") for line in err.splitlines())
+    assert "profiling" not in out
+
+
 def test_a_filter_that_only_some_suites_know_ends_the_run_before_it_begins(capsys):
     assert main(["run", "layout", "attention", "--quick", "--only", "dtype=float32"]) == 2
     assert "layout has no key 'dtype'" in capsys.readouterr().err

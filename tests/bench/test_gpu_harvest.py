@@ -3,6 +3,7 @@
 import fnmatch
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -77,6 +78,16 @@ def test_a_step_that_takes_too_long_is_ended_with_all_it_started(tmp_path):
     assert time.monotonic() - start < 30
     assert [e["status"] for e in summary(tmp_path).values()] == ["timed out", "ok"]
     assert WAIT not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+
+
+def test_a_step_that_runs_is_named_on_stderr(tmp_path, capsys, monkeypatch, ticking_clock):
+    monkeypatch.setattr(gpu, "LOOK_SECONDS", 0.02)
+    wait = python("import time; time.sleep(0.5)")
+    assert Harvest(tmp_path, 100).run([Step("one", wait, 1), Step("two", wait, 0.5)]) is True
+    out, err = capsys.readouterr()
+    for name, seconds in (("one", 85), ("two", 42)):
+        assert re.search(rf"^{name}: [0-9]+ s, at most {seconds} s$", err, re.M)
+    assert "at most" not in out and out.count(" ok ") == 2
 
 
 def test_without_time_steps_are_left_out_but_the_report_is_written(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from contextlib import redirect_stdout
 
@@ -82,6 +83,25 @@ def test_several_responses_are_each_printed_when_done(generate, capsys):
     out = capsys.readouterr().out
     for number in (1, 2, 3):
         assert f"--- response {number} of 3 ---\n{RESPONSES[0]}\n" in out
+
+
+@pytest.mark.parametrize("options", [["--json"], ["--json", "--n", "3"], ["--n", "3"]])
+def test_how_many_responses_are_done_goes_to_stderr(generate, capsys, ticking_clock, options):
+    assert generate("--prompt", PROMPTS[0], *options) == 0
+    out, err = capsys.readouterr()
+    n = options[-1] if "--n" in options else "1"
+    lines = [line for line in err.splitlines() if line.startswith("decoding: ")]
+    assert re.fullmatch(rf"decoding: 0/{n} responses, [\d,]+ tokens/s", lines[0])
+    assert re.fullmatch(rf"decoding: {n}/{n} responses, [\d,]+ tokens/s, in \d+ s", lines[-1])
+    assert "decoding" not in out
+    if "--json" in options:
+        assert len(json.loads(out)["responses"]) == int(n) and err.splitlines() == lines
+
+
+def test_one_response_that_is_written_as_it_comes_needs_no_count(generate, capsys, ticking_clock):
+    assert generate("--prompt", PROMPTS[0]) == 0
+    out, err = capsys.readouterr()
+    assert out == RESPONSES[0] + "\n" and "decoding" not in err
 
 
 def test_json_holds_every_figure(generate, capsys):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from threadweaver.data import load_examples, save_rows
+from threadweaver.tasks import __main__ as tasks
 from threadweaver.tasks import load_task
 
 
@@ -22,6 +23,7 @@ def test_problems_with_demonstrations_become_training_rows(tmp_path, parallel):
     sizes = ["--train", "9", "--validation", "4", "--seed", "3", "--parallel", parallel]
     done = write(tmp_path, "--task", "multiplication", "--options.digits", "3", *sizes)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("\n") == 2  # it was quick
     task = load_task("multiplication", digits=3)
     halves = {
         "train": task.problems("train", 9, 3),
@@ -34,6 +36,18 @@ def test_problems_with_demonstrations_become_training_rows(tmp_path, parallel):
         ]
         for example, problem in zip(examples, problems, strict=True):
             assert example.response == task.demonstration(problem, parallel == "true")
+
+
+def test_how_far_it_is_when_it_takes_long(tmp_path, capsys, ticking_clock):
+    tasks.multiplication(tmp_path / "a", train=20, validation=2)
+    tasks.write("multiplication", tmp_path / "b", train=20, validation=2)
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    for folder in "ab":
+        assert f"{tmp_path / folder / 'train.jsonl'}: 20 rows" in lines
+    assert sum(line.startswith("train.jsonl: 5/20 rows, ") for line in lines) == 2
+    assert sum(line.startswith("train.jsonl: 20/20 rows, in ") for line in lines) == 2
 
 
 def test_problems_without_demonstrations_become_prompts(tmp_path):

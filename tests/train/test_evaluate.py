@@ -1,6 +1,7 @@
 """The evaluation that a run of SFT ends with: both modes, on the engine."""
 
 import json
+import re
 
 import pytest
 
@@ -35,6 +36,14 @@ def test_both_modes_are_evaluated_and_compared(evaluated_run, capsys):
     shown = capsys.readouterr().out
     for part in ("accuracy in threads", "speed-up by threads"):
         assert part in shown
+
+
+def test_how_far_each_mode_is(evaluated_run, capsys, ticking_clock):
+    evaluated_run.settings["evaluate"]["max_new_tokens"] = 20
+    assert evaluated_run() == 0
+    shown = capsys.readouterr().out
+    for mode in ("sequential", "parallel"):
+        assert re.search(rf"^evaluating, {mode} mode: [01]/2 responses, .* tokens/s$", shown, re.M)
 
 
 def test_wrong_and_malformed_answers_count(evaluated_run, tmp_path):

@@ -1,7 +1,9 @@
 import io
 
+import pytest
 from rich.console import Console
 
+from threadweaver import progress
 from threadweaver.train.log import MetricsLog, ProgressLog
 
 
@@ -46,6 +48,26 @@ def test_without_a_terminal_progress_is_plain_lines():
     lines = shown(terminal=False).splitlines()
     assert [line.split(":")[0] for line in lines if line] == [f"step {n}/5" for n in (2, 3, 4, 5)]
     assert lines[1] == "step 3/5: loss 0.3333, 10 tokens/s, validation 0.5000, 4 s left"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "log_every", "steps"),
+    [
+        (0.2, 10, [10, 20, 30]),  # quick steps: as often as was asked for
+        (2.0, 10, [3, 6, 9, 10, 13, 16, 19, 20, 23, 26, 29, 30]),
+        (60.0, 10, list(range(1, 31))),
+    ],
+)
+def test_slow_steps_have_a_line_every_few_seconds_besides(monkeypatch, seconds, log_every, steps):
+    out, now = io.StringIO(), [0.0]
+    monkeypatch.setattr(progress, "monotonic", lambda: now[0])
+    with ProgressLog(Console(file=out), 0, 30, log_every) as shown:
+        for step in range(1, 31):
+            now[0] += seconds
+            shown.update(record(step))
+    assert [line.split(":")[0] for line in out.getvalue().splitlines()] == [
+        f"step {step}/30" for step in steps
+    ]
 
 
 def test_on_a_terminal_progress_is_a_bar_with_speed_and_time_left():

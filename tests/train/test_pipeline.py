@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import signal
@@ -112,6 +113,17 @@ def test_a_pipeline_killed_at_random_times_ends_with_the_weights_of_one_that_was
     assert main(arguments(folder, task_file, "--resume")) == 0
     assert final_weights(folder) == final_weights(expected)
     ours, theirs = (read(f / "summary.json")["stages"] for f in (folder, expected))
+    assert without_clock(ours) == without_clock(theirs)
+
+
+def test_the_same_seed_gives_the_same_table(whole, task_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("threadweaver.progress.monotonic", itertools.count(0, 0.5).__next__)
+    folder = tmp_path / "again"
+    assert main(arguments(folder, task_file)) == 0
+    shown = capsys.readouterr().out  # whatever is said in between
+    for mode in ("parallel", "sequential"):
+        assert f"evaluating, {mode} mode: " in shown
+    ours, theirs = (read(f / "summary.json")["stages"] for f in (folder, whole[0]))
     assert without_clock(ours) == without_clock(theirs)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,17 @@ def test_what_is_rewarded_becomes_frequent(new_run):
     assert run() == 0
     rewards = [record["reward_correct"] for record in run.metrics()]
     assert sum(rewards[:5]) / 5 < 0.6 and sum(rewards[-5:]) / 5 > 0.75
+
+
+def test_a_step_says_how_far_its_rollouts_and_its_update_are(new_run, capsys, ticking_clock):
+    run = new_run()
+    run.settings["optimization"] |= {"steps": 1, "updates": 2, "batch_tokens": 16}
+    assert run() == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^rolling out, step 1: \d+/12 responses, [\d,]+ tokens/s", shown, re.M)
+    assert re.search(r"^rolling out, step 1: 12/12 responses, .*12 graded, in \d+ s$", shown, re.M)
+    assert re.search(r"^updating, step 1: \d+/\d+ passes, \d+ s left$", shown, re.M)
+    assert re.search(r"^updating, step 1: (\d+)/\1 passes, in \d+ s$", shown, re.M)
 
 
 def test_the_trainer_and_the_generator_agree_on_what_was_sampled(new_run):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,15 @@ def test_an_empty_yield_stops_and_says_why_the_rejects_failed(settings, capsys):
     assert "kept none of 12 rollouts (12 wrong, 0 malformed" in error
     chunks = sorted((Path(settings["run_dir"]) / "rollouts").glob("chunk-*.json"))
     assert [len(json.loads(chunk.read_text())["rollouts"]) for chunk in chunks] == [8, 4]
+
+
+def test_each_chunk_says_how_far_it_is(settings, capsys, ticking_clock):
+    assert run(settings) == 2
+    lines = capsys.readouterr().out.splitlines()
+    for chunk, total in ((1, 8), (2, 4)):
+        of_chunk = [line for line in lines if line.startswith(f"rolling out {chunk}/2: ")]
+        assert re.search(rf"^rolling out {chunk}/2: \d/{total} responses, .* tokens/s", of_chunk[0])
+        assert f" {total} graded, in " in of_chunk[-1]
 
 
 def test_rollouts_of_other_problems_are_not_taken_over(settings, capsys):

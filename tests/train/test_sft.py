@@ -1,6 +1,7 @@
 """Training as a whole: what a step computes, what a run leaves behind."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -28,6 +29,21 @@ def trainer_of(run, *options: str) -> SFTTrainer:
     trainer = SFTTrainer.prepare(config, False, Console(quiet=True))
     assert trainer is not None
     return trainer
+
+
+def test_reading_and_long_steps_say_how_far_they_are(new_run, data_files, capsys, ticking_clock):
+    run = new_run()
+    run.settings["optimization"] |= {"max_steps": 1, "accumulation": 9, "batch_tokens": 128}
+    run.settings["data"]["malformed"] = "drop"
+    run.settings["data"]["validation"] = str(data_files[0])
+    assert run() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"reading {data_files[0]}: 5 rows" in lines
+    assert any(line.startswith(f"building tries of {data_files[0]}: 5/24 rows, ") for line in lines)
+    for title in ("training", "validating"):
+        of_title = [line for line in lines if line.startswith(f"{title}, step 1: ")]
+        assert " micro-batches, " in of_title[0] and of_title[0].endswith(" s left")
+        assert re.search(r": (\d+)/\1 micro-batches, in \d+ s$", of_title[-1])
 
 
 def test_a_run_learns_and_leaves_everything_behind(new_run, data_files, capsys):

@@ -2,7 +2,8 @@ r"""`python -m threadweaver.generate --model MODEL --prompt TEXT [--n 8] [--mode
 
 Continues a prompt and shows the threads side by side as they decode, then what it took: tokens,
 critical path, time. Without a terminal the text goes to stdout as it comes, a single response in
-its final order, and the figures to stderr; with --json there is one JSON object on stdout.
+its final order, and the figures to stderr; with --json there is one JSON object on stdout. How
+many of several responses are done, or of those for JSON, goes to stderr while they decode.
 
 The model gets the prompt as it stands, as it was trained on a row's `question`: nothing is added,
 nothing stripped. --chat makes it the user's turn of the tokenizer's chat template; --escapes reads
@@ -21,7 +22,7 @@ import signal
 import sys
 import time
 from argparse import ArgumentError
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
@@ -46,8 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         return fail(error, 2)
     # After the arguments are known to be good: these take seconds to import.
-    from threadweaver.generate.display import LiveView, PlainView
-    from threadweaver.generate.engine import NonFiniteLogits
+    from threadweaver.generate.display import CountView, LiveView, PlainView
+    from threadweaver.generate.engine import NonFiniteLogits, Token
     from threadweaver.generate.load import chat_prompt, load_engine, settle_precision
     from threadweaver.generate.outcome import Outcome
     from threadweaver.generate.sampler import stream_key
@@ -69,16 +70,27 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return fail("interrupted before the first token", 130)
     console = Console(stderr=not sys.stdout.isatty())
+    views: list[CountView | LiveView | PlainView]
     if options.json:
-        view = nullcontext()
+        views = [CountView(engine, options.n, Console(stderr=True))]
     elif sys.stdout.isatty():
-        view = LiveView(generations, engine.codec, console)
+        views = [LiveView(generations, engine.codec, console)]
     else:
-        view = PlainView(generations, engine.codec, sys.stdout)
+        views = [PlainView(generations, engine.codec, sys.stdout)]
+        if options.n > 1:
+            # No bar: a pipe may bring the text to the same terminal, where it would be written on.
+            views.append(CountView(engine, options.n, Console(stderr=True, force_terminal=False)))
+
+    def show(tokens: list[Token]) -> None:
+        for view in views:
+            view.update(tokens)
+
     start, code = time.perf_counter(), 0
     try:
-        with view as shown:
-            engine.run(shown.update if shown else None)
+        with ExitStack() as stack:
+            for view in views:
+                stack.enter_context(view)
+            engine.run(show)
     except KeyboardInterrupt:
         code = 130
     except NonFiniteLogits as error:

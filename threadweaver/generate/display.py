@@ -1,6 +1,7 @@
-"""What a person sees of generations while they decode: a live view on a terminal, else plain text.
+"""What a person sees of generations while they decode: a live view on a terminal, else plain text,
+and how many are done.
 
-Both are used alike:
+All are used alike:
 
     with LiveView(generations, codec, console) as view:
         engine.run(view.update)
@@ -19,9 +20,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from threadweaver.generate.engine import Generation, Token
+from threadweaver.generate.engine import Engine, Generation, Token
 from threadweaver.generate.transcript import Piece, pieces, settled, transcript
 from threadweaver.generate.weaver import RequestId
+from threadweaver.progress import ResponsesProgress
 from threadweaver.trajectory import Codec
 
 FRAME_SECONDS = 0.1
@@ -88,6 +90,24 @@ def _whole_characters(ids: list[int], start: int, codec: Codec) -> list[int]:
         if not codec.decode(ids[start:end]).endswith("\ufffd"):
             return ids[:end]
     return ids[:start] if len(ids) - start <= 3 else ids
+
+
+class CountView:
+    """How many responses are done."""
+
+    def __init__(self, engine: Engine, count: int, console: Console):
+        self._engine, self._count = engine, count
+        self._progress = ResponsesProgress(console, "decoding", count, engine)
+
+    def __enter__(self) -> CountView:
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._progress.__exit__(*exc)
+
+    def update(self, tokens: list[Token]) -> None:
+        self._progress.decoded(self._count - self._engine.unfinished)
 
 
 class LiveView:

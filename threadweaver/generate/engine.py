@@ -134,6 +134,7 @@ class Engine:
         self._added: list[Generation] = []
         self._count = 0
         self._is_cast = False  # whether the runner has the weights of what is decoded now
+        self._decoded = 0
         self._context_length = getattr(model.config, "max_position_embeddings", None) or 2**31
         self._seconds = {"sampling": 0.0, "orchestration": 0.0}
 
@@ -147,6 +148,11 @@ class Engine:
     def preemptions(self) -> int:
         """How often a running sequence had to give up its pages."""
         return self._scheduler.preemptions
+
+    @property
+    def decoded_tokens(self) -> int:
+        """Tokens that all steps so far have decoded."""
+        return self._decoded
 
     @property
     def unfinished(self) -> int:
@@ -218,6 +224,7 @@ class Engine:
         for number in {s.rank[0] for s in batch.sequences}:
             self._live[number].steps += 1
         tokens = [self._advance(s, *draw) for s, draw in zip(ready, draws, strict=True)]
+        self._decoded += len(tokens)
         self._seconds["sampling"] += sampled - computed
         self._seconds["orchestration"] += scheduled - start + time.perf_counter() - sampled
         return tokens

@@ -4,16 +4,16 @@ Writes DIR/train and DIR/validation as JSON lines or parquet, in the columns of 
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from jsonargparse import ArgumentParser, auto_cli
 from rich.console import Console
-from rich.progress import track
 
 from threadweaver.command import fail
 from threadweaver.data import save_rows
+from threadweaver.progress import Progress
 from threadweaver.tasks import Problem, Task, load_task
 from threadweaver.tasks.multiplication import make_rows, split_problems
 
@@ -45,7 +45,8 @@ def multiplication(
     for name, problems in zip(("train", "validation"), halves, strict=True):
         path = out / f"{name}.{format}"
         rows = make_rows(problems, parallel_share, seed)
-        save_rows(list(track(rows, description=name, total=len(problems), console=console)), path)
+        with Progress(console, path.name, len(problems), "rows") as progress:
+            save_rows(list(progress.track(rows)), path)
         console.print(f"{path}: {len(problems)} rows", soft_wrap=True, highlight=False)
 
 
@@ -80,14 +81,17 @@ def write(
         "train": source.problems("train", train, seed),
         "validation": source.problems("validation", validation, seed),
     }
-    rows = {name: _rows(source, problems, parallel) for name, problems in halves.items()}
+    rows = {}
+    for name, problems in halves.items():
+        with Progress(console, f"{name}.{format}", len(problems), "rows") as progress:
+            rows[name] = _rows(source, progress.track(problems), parallel)
     for name in rows:
         path = out / f"{name}.{format}"
         save_rows(rows[name], path)
         console.print(f"{path}: {len(rows[name])} rows", soft_wrap=True, highlight=False)
 
 
-def _rows(task: Task, problems: Sequence[Problem], parallel: bool) -> list[dict]:
+def _rows(task: Task, problems: Iterable[Problem], parallel: bool) -> list[dict]:
     rows = []
     for problem in problems:
         if not problem.answer:

@@ -140,7 +140,8 @@ class ReportConfig:
     """How often something is shown or saved, in steps.
 
     Args:
-        log_every: progress lines when the output is no terminal. metrics.jsonl has every step.
+        log_every: progress lines when the output is no terminal; slow steps have more of them, one
+            every few seconds. metrics.jsonl has every step.
         validate_every: validation losses; default: at the end of each epoch. Always at the end.
         checkpoint_every: checkpoints. Always at the end, and when interrupted.
         keep_checkpoints: how many of the newest checkpoints stay.

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
+
+from threadweaver.progress import LINE_SECONDS, Bar, Pace, print_line
 
 
 class MetricsLog:
@@ -54,29 +55,22 @@ class MetricsLog:
 
 
 class ProgressLog:
-    """A live progress bar on a terminal; else a plain line every `log_every` steps."""
+    """A live progress bar on a terminal; else a plain line every `log_every` steps, and after each
+    step that ends some seconds after the last line."""
 
     def __init__(self, console: Console, steps_done: int, total_steps: int, log_every: int):
         self._console = console
         self._total = total_steps
         self._log_every = log_every
-        self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[shown]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("", total=total_steps, completed=steps_done, shown="")
+        self._lines = Pace(LINE_SECONDS)
+        self._bar = Bar(console, "training", total_steps, "steps", done=steps_done, stays=True)
 
     def __enter__(self) -> ProgressLog:
-        self._bar.start()
+        self._bar.__enter__()
         return self
 
     def __exit__(self, *exc) -> None:
-        self._bar.stop()
+        self._bar.__exit__()
 
     def update(self, record: dict[str, Any]) -> None:
         step, speed = record["step"], record["tokens_per_second"]
@@ -88,12 +82,9 @@ class ProgressLog:
             )
         if "validation_loss" in record:
             shown += f", validation {record['validation_loss']:.4f}"
-        self._bar.update(self._task, completed=step, shown=shown)
-        due = step % self._log_every == 0 or step == self._total or "validation_loss" in record
-        if due and not self._console.is_terminal:
+        self._bar.update(step, shown)
+        wanted = step % self._log_every == 0 or step == self._total or "validation_loss" in record
+        if not self._console.is_interactive and self._lines.due(wanted):
             left = (self._total - step) * record["seconds"] / step
-            self._console.print(
-                f"step {step}/{self._total}: {shown}, {left:,.0f} s left",
-                highlight=False,
-                soft_wrap=True,
-            )
+            line = f"step {step}/{self._total}: {shown}, {left:,.0f} s left"
+            print_line(self._console, line)

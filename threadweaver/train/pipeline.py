@@ -26,10 +26,11 @@ from threadweaver.generate.load import load_engine
 from threadweaver.generate.options import EngineSettings
 from threadweaver.generate.weaver import Mode
 from threadweaver.grading import summary
+from threadweaver.progress import ResponsesProgress
 from threadweaver.tasks import load_task
 from threadweaver.train.config import ConfigError, DataConfig, ModelConfig, SFTConfig
 from threadweaver.train.plots import plot_rl, plot_stages
-from threadweaver.train.report import print_pipeline_table, responses_progress
+from threadweaver.train.report import print_pipeline_table
 from threadweaver.train.rl import RLTrainer
 from threadweaver.train.run_dir import (
     check_run_dir,
@@ -192,16 +193,16 @@ class Pipeline:
         engine, _ = load_engine(self._summary_of(stage)["checkpoint"], settings, parallel=True)
         result = {}
         for mode in MODES:
-            with responses_progress(
-                self.console, f"evaluating, {mode}", len(self.held_out)
-            ) as on_progress:
+            title = f"evaluating, {mode} mode"
+            with ResponsesProgress(self.console, title, len(self.held_out), engine) as progress:
                 evaluation = evaluate(
                     engine,
                     self.task,
                     self.held_out,
                     replace(config.evaluate.generation, mode=mode),
                     seed=config.seed,
-                    on_progress=on_progress,
+                    on_progress=progress.decoded,
+                    on_graded=progress.graded,
                 )
             result[mode] = {**summary(evaluation.graded), "detail": evaluation.as_dict()}
             responses = [graded_row(g) for g in evaluation.graded]

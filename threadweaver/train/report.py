@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 
@@ -105,23 +103,6 @@ def print_pipeline_table(console: Console, summary: dict[str, Any], run_dir: Pat
         soft_wrap=True,
         highlight=False,
     )
-
-
-@contextmanager
-def responses_progress(console: Console, title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal; gives the function that is told how many are done."""
-    with Progress(
-        TextColumn(title),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("responses"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as progress:
-        bar = progress.add_task("", total=total)
-        yield lambda done: progress.update(bar, completed=done)
 
 
 def _print(console: Console, title: str, rows: Sequence[tuple[str, str | None]]) -> None:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from threadweaver.generate.engine import Engine
 from threadweaver.grading import METRICS, Graded, summary
 from threadweaver.model import load_model, save_model, trie_logprobs
+from threadweaver.progress import Progress, ResponsesProgress
 from threadweaver.rewards import reward
 from threadweaver.rollouts import fingerprint, roll_out
 from threadweaver.tasks import Problem, load_task
@@ -58,18 +59,10 @@ class RLTrainer(Trainer[RLConfig]):
         config, start = self.config, time.perf_counter()
         preempted, ungraded = self.engine.preemptions, self.task.ungraded
         problems = list(self._batch_of(self.steps_done))
-        rollouts = config.rollouts
-        graded = roll_out(
-            self.engine,
-            self.task,
-            problems,
-            rollouts.generation,
-            samples=rollouts.samples,
-            seed=(config.seed, self.steps_done),
-        )
+        graded = self._roll_out(problems)
         self.engine.free()
         rolled_out = time.perf_counter()
-        size = rollouts.samples
+        size = config.rollouts.samples
         groups = [graded[i : i + size] for i in range(0, len(graded), size)]
         tries, figures = self._tries_of(groups)
         tokens = sum(g.rollout.num_sampled_tokens for g in graded)
@@ -119,6 +112,21 @@ class RLTrainer(Trainer[RLConfig]):
         }
         write_whole(self.run_dir / "summary.json", json.dumps(result, indent=2) + "\n")
         print_rl_table(self.console, result, self.run_dir)
+
+    def _roll_out(self, problems: Sequence[Problem]) -> list[Graded]:
+        rollouts = self.config.rollouts
+        title, total = f"rolling out, step {self.steps_done + 1}", len(problems) * rollouts.samples
+        with ResponsesProgress(self.console, title, total, self.engine) as progress:
+            return roll_out(
+                self.engine,
+                self.task,
+                problems,
+                rollouts.generation,
+                samples=rollouts.samples,
+                seed=(self.config.seed, self.steps_done),
+                on_progress=progress.decoded,
+                on_graded=progress.graded,
+            )
 
     def _batch_of(self, step: int) -> Iterator[Problem]:
         """The problems of a step: pass after pass over all of them, each in an order of its own."""
@@ -176,28 +184,35 @@ class RLTrainer(Trainer[RLConfig]):
         parts = [tries[i :: settings.updates] for i in range(settings.updates)]
         batches = [micro_batches(part, settings.batch_tokens) for part in parts if part]
         old: list[list[Tensor | None]] = [[None] * len(micros) for micros in batches]
-        if settings.updates > 1:
-            with torch.no_grad():
-                old = [[self._logprobs(self.model, m) for m in micros] for micros in batches]
         losses: list[PolicyLoss] = []
         norms = []
-        for micros, old_logprobs in zip(batches, old, strict=True):
-            # Each update has its share of the batch's tokens, those of skipped groups included.
-            step = [
-                self._backward(micro, before, num_tokens / settings.updates)
-                for micro, before in zip(micros, old_logprobs, strict=True)
-            ]
-            norm = self.clip_gradient()
-            values = [loss.loss for loss in step]
-            if not torch.isfinite(torch.stack([*values, norm])).all():
-                folder = self.run_dir / f"nan-step-{self.steps_done + 1}"
-                save_model(self.model, self.tokenizer, folder / "model")
-                sources = [[p.source for p in problems]] * len(micros)
-                packs = [m.trie for m in micros]
-                raise save_batch(folder, packs, sources, [float(v) for v in values], float(norm))
-            self.update(rate)
-            losses += step
-            norms.append(float(norm))
+        passes = sum(map(len, batches)) * (2 if settings.updates > 1 else 1)
+        title = f"updating, step {self.steps_done + 1}"
+        with Progress(self.console, title, passes, "passes") as progress:
+            if settings.updates > 1:
+                with torch.no_grad():
+                    old = [
+                        [self._logprobs(self.model, m) for m in progress.track(micros)]
+                        for micros in batches
+                    ]
+            for micros, old_logprobs in zip(batches, old, strict=True):
+                # Each update has its share of the batch's tokens, those of skipped groups included.
+                step = [
+                    self._backward(micro, before, num_tokens / settings.updates)
+                    for micro, before in zip(progress.track(micros), old_logprobs, strict=True)
+                ]
+                norm = self.clip_gradient()
+                values = [loss.loss for loss in step]
+                if not torch.isfinite(torch.stack([*values, norm])).all():
+                    folder = self.run_dir / f"nan-step-{self.steps_done + 1}"
+                    save_model(self.model, self.tokenizer, folder / "model")
+                    sources = [[p.source for p in problems]] * len(micros)
+                    packs = [m.trie for m in micros]
+                    found = [float(v) for v in values]
+                    raise save_batch(folder, packs, sources, found, float(norm))
+                self.update(rate)
+                losses += step
+                norms.append(float(norm))
 
         def total(name: str) -> float:
             return sum(float(getattr(loss, name)) for loss in losses) / settings.updates

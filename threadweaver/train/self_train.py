@@ -26,10 +26,11 @@ from rich.console import Console
 from threadweaver.data import save_rows
 from threadweaver.generate.engine import Engine
 from threadweaver.grading import Graded, summary
+from threadweaver.progress import ResponsesProgress
 from threadweaver.rollouts import fingerprint, roll_out
 from threadweaver.tasks import Problem, load_task
 from threadweaver.train.config import ConfigError, DataConfig, ModelConfig, SFTConfig
-from threadweaver.train.report import print_self_train_table, responses_progress
+from threadweaver.train.report import print_self_train_table
 from threadweaver.train.run_dir import (
     check_run_dir,
     check_same_config,
@@ -95,7 +96,7 @@ class SelfTraining:
         result = {
             **_read(self.run_dir / "selection.json"),
             "before": _read(self._chunk_file(0))["means"],
-            "after": summary(self._roll_out(engine, 0, self._chunks()[0], "after")),
+            "after": summary(self._roll_out(engine, 0, self._chunks()[0], "rolling out after SFT")),
             "checkpoint": checkpoint,
         }
         write_whole(self.run_dir / "summary.json", json.dumps(result, indent=2) + "\n")
@@ -164,7 +165,7 @@ class SelfTraining:
     ) -> list[Graded]:
         rollouts = self.config.rollouts
         total = len(problems) * rollouts.samples
-        with responses_progress(self.console, title, total) as on_progress:
+        with ResponsesProgress(self.console, title, total, engine) as progress:
             return roll_out(
                 engine,
                 self.task,
@@ -172,7 +173,8 @@ class SelfTraining:
                 rollouts.generation,
                 samples=rollouts.samples,
                 seed=(self.config.seed, number),
-                on_step=lambda _: on_progress(total - engine.unfinished),
+                on_progress=progress.decoded,
+                on_graded=progress.graded,
             )
 
     def _sft_config(self, folder: Path) -> SFTConfig:

@@ -8,17 +8,17 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from threadweaver.data import load_examples
+from threadweaver.data import read_examples
 from threadweaver.evaluation import compare, evaluate
 from threadweaver.generate.engine import Engine
 from threadweaver.generate.sampler import SamplingParams
 from threadweaver.generate.settings import GenerationSettings
 from threadweaver.generate.weaver import Mode
 from threadweaver.model import load_model, save_model, supervised_tokens, trie_loss
+from threadweaver.progress import Progress, ResponsesProgress
 from threadweaver.rollouts import queue
 from threadweaver.tasks.multiplication import Multiplication
 from threadweaver.train.batches import (
@@ -31,7 +31,7 @@ from threadweaver.train.batches import (
 )
 from threadweaver.train.config import ConfigError, SFTConfig
 from threadweaver.train.not_finite import save_batch
-from threadweaver.train.report import print_table, responses_progress
+from threadweaver.train.report import print_table
 from threadweaver.train.run_dir import write_whole
 from threadweaver.train.schedule import learning_rate
 from threadweaver.train.setup import load_problems
@@ -89,10 +89,11 @@ class SFTTrainer(Trainer[SFTConfig]):
         packs = [Trie.pack([self.data.tries[i] for i in micro]) for micro in step.micro_batches]
         supervised = sum(supervised_tokens(trie).numel() for trie in packs)
         losses = []
-        for trie in packs:
-            loss = self._loss_sum(trie) / supervised
-            loss.backward()
-            losses.append(loss.detach())
+        with self._micro_batches("training", len(packs)) as progress:
+            for trie in progress.track(packs):
+                loss = self._loss_sum(trie) / supervised
+                loss.backward()
+                losses.append(loss.detach())
         losses = torch.stack(losses)
         norm = self.clip_gradient()
         if not torch.isfinite(torch.stack([*losses, norm])).all():
@@ -128,6 +129,10 @@ class SFTTrainer(Trainer[SFTConfig]):
         with self.autocast():
             return trie_loss(self.model, trie)
 
+    def _micro_batches(self, title: str, count: int) -> Progress:
+        title = f"{title}, step {self.steps_done + 1}"
+        return Progress(self.console, title, count, "micro-batches")
+
     def _validation_is_due(self, step: Step) -> bool:
         every = self.config.report.validate_every
         done = self.steps_done + 1
@@ -140,23 +145,21 @@ class SFTTrainer(Trainer[SFTConfig]):
         self.model.eval()
         total, supervised = 0.0, 0
         budget = self.config.optimization.batch_tokens
-        for indices in pack(data.sizes, range(len(data.tries)), budget):
-            trie = Trie.pack([data.tries[i] for i in indices])
-            total += float(self._loss_sum(trie))
-            supervised += supervised_tokens(trie).numel()
+        packs = pack(data.sizes, range(len(data.tries)), budget)
+        with self._micro_batches("validating", len(packs)) as progress:
+            for indices in progress.track(packs):
+                trie = Trie.pack([data.tries[i] for i in indices])
+                total += float(self._loss_sum(trie))
+                supervised += supervised_tokens(trie).numel()
         self.model.train()
         return total / supervised
 
     def _load(self, path: str) -> TrieSet:
-        examples = track(
-            load_examples(path),
-            description=f"reading {path}",
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
-        )
-        settings = self.config
-        data = build_tries(examples, self.codec, settings.data, settings.optimization.batch_tokens)
+        with Progress(self.console, f"reading {path}", None, "rows") as progress:
+            examples = list(progress.track(read_examples(path)))
+        budget = self.config.optimization.batch_tokens
+        with Progress(self.console, f"building tries of {path}", len(examples), "rows") as progress:
+            data = build_tries(progress.track(examples), self.codec, self.config.data, budget)
         unrolled = sum(map(unrolled_tokens, data.tries))
         self.console.print(
             f"{path}: {len(data.tries):,} tries, {sum(data.sizes):,} tokens ({unrolled:,} "
@@ -185,10 +188,15 @@ class SFTTrainer(Trainer[SFTConfig]):
         engine, task, total = self._engine(model), Multiplication(), len(self.problems)
         evaluations = {}
         for mode in ("sequential", "parallel"):
-            title = f"solving problems, {mode} mode"
-            with responses_progress(self.console, title, total) as show:
+            title = f"evaluating, {mode} mode"
+            with ResponsesProgress(self.console, title, total, engine) as progress:
                 evaluations[mode] = evaluate(
-                    engine, task, self.problems, self._decoding(mode), on_progress=show
+                    engine,
+                    task,
+                    self.problems,
+                    self._decoding(mode),
+                    on_progress=progress.decoded,
+                    on_graded=progress.graded,
                 )
         gain = compare(**evaluations)
         alone, threads = (e.metrics() for e in evaluations.values())
