@@ -1,18 +1,23 @@
 # make demo   SFT, self-training and P-GRPO of a small model that multiplies in parallel threads, from
 #             nothing, on a laptop's CPU
 # make test   everything CI runs: lint, types, build, tests, kernels compiled for sm_90
+# make test-all  the same with the slow tests
 # make setup  the environment for both; make lint  ruff and pyright alone
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test setup lint
+.PHONY: demo test test-all setup lint
 demo: .venv/package
 	$(BIN)/python -m threadweaver.train pipeline --config configs/demo.yaml $(if $(wildcard runs/demo/config.yaml),--resume)
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+	$(PYTEST)
+
+test-all: lint
+	$(PYTEST) -m "slow or not slow"
 
 setup: .venv/tools
 

@@ -59,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     from threadweaver.tasks import load_task
 
     quiet()
+    console = Console()
     evaluations = {}
     try:
         task = load_task(options.task, **options.task_options or {})
@@ -110,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
             for mode, evaluation in evaluations.items():
                 for row in _rows(mode, evaluation):
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    print_table(Console(), f"{options.task}, {len(problems)} problems", evaluations, gain)
+    print_table(console, f"{options.task}, {len(problems)} problems", evaluations, gain)
     return 0
 
 
