@@ -82,17 +82,16 @@ class Bar:
         self._title, self._total, self._unit = title, total, unit
         self._done, self._note = done, ""
         self._stays = stays
-        self._is_part = console in _displays
-        self._frames = Pace(PART_SECONDS if self._is_part else FRAME_SECONDS)
         self._display: rich_progress.Progress | None = None
         self._task: rich_progress.TaskID | None = None
 
     def __enter__(self) -> Self:
         if not self._console.is_interactive:
             return self
-        if self._is_part:
-            self._display = _displays[self._console]
-        else:
+        self._display = _displays.get(self._console)
+        self._is_part = self._display is not None
+        self._frames = Pace(PART_SECONDS if self._is_part else FRAME_SECONDS)
+        if self._display is None:
             self._display = _displays[self._console] = _display(self._console, self._stays)
             self._display.start()
             self._draw(self._display)
@@ -116,10 +115,16 @@ class Bar:
 
     def _draw(self, display: rich_progress.Progress) -> None:
         if self._task is None:
+            # With what was done before, which says nothing of the speed.
             self._task = display.add_task(
-                self._title, total=self._total, completed=self._done, unit=self._unit, note=""
+                self._title,
+                total=self._total,
+                completed=self._done,
+                unit=self._unit,
+                note=self._note,
             )
-        display.update(self._task, completed=self._done, note=self._note, refresh=True)
+        else:
+            display.update(self._task, completed=self._done, note=self._note, refresh=True)
 
 
 def _display(console: Console, stays: bool) -> rich_progress.Progress:
