@@ -22,6 +22,12 @@ if not torch.cuda.is_available():
     # Triton reads it when it is first imported, which any test file may be the one to do.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Inductor's own cache does not tell instruction sets apart: on a machine now and then held to AVX2,
+# FlexAttention ran code for AVX-512 and was wrong.
+CAPABILITY = torch.backends.cpu.get_cpu_capability()
+INDUCTOR = Path(__file__).parents[1] / "build" / "inductor" / CAPABILITY
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(INDUCTOR))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def no_progress_bars_of_transformers():
