@@ -2,28 +2,20 @@
 
 import fcntl
 import functools
-import getpass
 import importlib.util
 import itertools
 import os
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-
-# Inductor's cache does not tell a machine that is held to AVX2 from the same one that is not: code
-# compiled for the one corrupted the heap in the other.
-CAPABILITY = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "-")
-CACHE = Path(tempfile.gettempdir()) / f"torchinductor-{getpass.getuser()}-{CAPABILITY}"
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))
 
 if not torch.cuda.is_available():
     # Triton reads it when it is first imported, which any test file may be the one to do.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Inductor's own cache does not tell instruction sets apart: on a machine now and then held to AVX2,
-# FlexAttention ran code for AVX-512 and was wrong.
+# FlexAttention ran code for AVX-512 and was wrong, and other code corrupted the heap.
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
 INDUCTOR = Path(__file__).parents[1] / "build" / "inductor" / CAPABILITY
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(INDUCTOR))
