@@ -7,8 +7,13 @@ import itertools
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+
+# An example that takes long tells of a busy machine, and is no fault.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 if not torch.cuda.is_available():
     # Triton reads it when it is first imported, which any test file may be the one to do.
