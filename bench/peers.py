@@ -23,7 +23,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,15 +31,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from bench.attention_setup import AttentionSetup
 from bench.frame import Peer, Skip
-
-if TYPE_CHECKING:
-    from bench.attention import AttentionSetup
 
 DENSE, CAUSAL = "SDPA dense mask", "SDPA causal"
 FLEX, FLEX_BUILD = "FlexAttention", "FlexAttention + mask build"
 UNROLLED_VARLEN, UNROLLED_SDPA = "unrolled varlen_attn", "unrolled SDPA"
-UNROLLED_PEERS = (UNROLLED_VARLEN, UNROLLED_SDPA)
 FLEX_BLOCK = 128
 FLEX_FEWEST_TOKENS = 1024  # on a CPU
 MOST_SCORE_BYTES = 8 * 2**30
@@ -77,7 +74,6 @@ FLASH_PACKAGES = {
     ),
     "FlashAttention 4, causal": FlashPackage("flash_attn.cute", "flash-attn-4", (9, 10)),
 }
-CAUSAL_PEERS = (CAUSAL, *FLASH_PACKAGES)
 
 
 def visible(subtree_ends: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from bench import shapes
-from bench.attention import BACKWARD, FORWARD
+from bench.attention_setup import BACKWARD, FORWARD
 from bench.frame import Options, Peer, Row, Setup, Skip, Suite, main
 from bench.roofline import Work
 from threadweaver.generate.rollout import Completion, Rollout

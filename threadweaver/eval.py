@@ -27,7 +27,7 @@ from rich.table import Table
 from threadweaver.command import explain, fail, quiet
 from threadweaver.generate.options import add_options, engine_settings, generation_settings
 from threadweaver.generate.weaver import Mode
-from threadweaver.progress import ResponsesProgress
+from threadweaver.progress import ResponsesProgress, print_line
 
 if TYPE_CHECKING:
     from threadweaver.evaluation import Comparison, Evaluation
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         problems = task.problems("validation", options.n, options.seed)
         engine_options, precision_note = settle_precision(engine_settings(options))
         if precision_note:
-            console.print(precision_note, soft_wrap=True, highlight=False)
+            print_line(console, precision_note)
         engine, tokenizer = load_engine(
             options.model, engine_options, parallel="parallel" in settings
         )

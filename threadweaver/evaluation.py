@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from threadweaver.generate.engine import Engine, Token
 from threadweaver.generate.rollout import Rollout
 from threadweaver.generate.settings import GenerationSettings
-from threadweaver.grading import Graded, grade
+from threadweaver.grading import Graded
 from threadweaver.intervals import Estimate, ratio, share
-from threadweaver.rollouts import queue
+from threadweaver.rollouts import grade_all, queue
 from threadweaver.tasks import Problem, Task
 
 
@@ -208,8 +208,5 @@ def evaluate(
         queued += samples * len(part)
         rollouts += engine.run(show)
     seconds = time.perf_counter() - start
-    graded: list[Graded] = []
-    for i, rollout in enumerate(rollouts):
-        graded.append(grade(problems[i // samples], rollout, task, engine.codec, settings))
-        on_graded(len(graded))
+    graded = grade_all(problems, rollouts, task, engine.codec, settings, on_graded)
     return Evaluation(settings, samples, graded, task.ungraded - ungraded, seconds)

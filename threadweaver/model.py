@@ -323,7 +323,8 @@ def cross_entropy_sum(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tenso
 
 def _rows_at_once(head: nn.Linear) -> int:
     """Tokens of a piece."""
-    return max(1, LOGITS_AT_ONCE[head.weight.device.type] // head.out_features)
+    most = LOGITS_AT_ONCE.get(head.weight.device.type, LOGITS_AT_ONCE["cpu"])
+    return max(1, most // head.out_features)
 
 
 def _cross_entropy_piece(h: Tensor, weight: Tensor, bias: Tensor | None, t: Tensor) -> Tensor:

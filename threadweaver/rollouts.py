@@ -7,10 +7,12 @@ import json
 from collections.abc import Callable, Sequence
 
 from threadweaver.generate.engine import Engine, Generation
+from threadweaver.generate.rollout import Rollout
 from threadweaver.generate.sampler import stream_key
 from threadweaver.generate.settings import GenerationSettings
 from threadweaver.grading import Graded, grade
 from threadweaver.tasks import Problem, Task
+from threadweaver.trajectory import Codec
 
 
 def queue(
@@ -67,9 +69,23 @@ def roll_out(
     """
     queued = len(queue(engine, problems, settings, samples=samples, seed=seed))
     rollouts = engine.run(lambda _: on_progress(queued - engine.unfinished))
+    return grade_all(problems, rollouts, task, engine.codec, settings, on_graded)
+
+
+def grade_all(
+    problems: Sequence[Problem],
+    rollouts: Sequence[Rollout],
+    task: Task,
+    codec: Codec,
+    settings: GenerationSettings,
+    on_graded: Callable[[int], None],
+) -> list[Graded]:
+    """Judges rollouts: as many of the first problem as of the second, and so on; `on_graded` gets
+    their number after each."""
+    samples = len(rollouts) // len(problems)
     graded: list[Graded] = []
     for i, rollout in enumerate(rollouts):
-        graded.append(grade(problems[i // samples], rollout, task, engine.codec, settings))
+        graded.append(grade(problems[i // samples], rollout, task, codec, settings))
         on_graded(len(graded))
     return graded
 

@@ -83,10 +83,9 @@ def few_row_linear(
     inputs: int,
     outputs: int,
     threads: int,
+    # addresses
     x: int,
-    x_stride: int,
     weight: int,
-    weight_stride: int,
     bias: int,  # 0: none
     y: int,
     /,

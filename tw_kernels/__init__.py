@@ -2,7 +2,8 @@
 
 from tw_kernels.attention import trie_attention
 from tw_kernels.backends import backends
-from tw_kernels.decode import DecodePlan, PagedKV, PlanSizes, trie_decode
+from tw_kernels.decode import trie_decode
+from tw_kernels.decode_plan import DecodePlan, PagedKV, PlanSizes
 from tw_kernels.trie import BlockSchedule, Trie, TrieLayout
 
 __all__ = [

@@ -57,9 +57,7 @@ def few_row_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
         outputs,
         torch.get_num_threads(),
         x.data_ptr(),
-        inputs,
         weight.data_ptr(),
-        inputs,
         0 if bias is None else bias.data_ptr(),
         out.data_ptr(),
     )

@@ -87,10 +87,9 @@ void decode(const DecodeSizes &sizes, int dtype, float scale, int threads, const
 }
 
 void linear(int64_t rows, int64_t inputs, int64_t outputs, int threads, int64_t x,
-            int64_t x_stride, int64_t weight, int64_t weight_stride, int64_t bias, int64_t y) {
-  few_row_linear({rows, inputs, outputs, pointer<const float>(x), x_stride,
-                  pointer<const float>(weight), weight_stride, pointer<const float>(bias),
-                  pointer<float>(y)},
+            int64_t weight, int64_t bias, int64_t y) {
+  few_row_linear({rows, inputs, outputs, pointer<const float>(x), pointer<const float>(weight),
+                  pointer<const float>(bias), pointer<float>(y)},
                  threads);
 }
 

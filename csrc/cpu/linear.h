@@ -10,12 +10,10 @@ namespace tw {
 
 struct LinearArgs {
   int64_t rows, inputs, outputs;
-  const float *x; // [rows, inputs], rows x_stride apart
-  int64_t x_stride;
-  const float *weight; // [outputs, inputs], rows weight_stride apart
-  int64_t weight_stride;
-  const float *bias; // [outputs], or null
-  float *y;          // [rows, outputs], contiguous
+  const float *x;      // [rows, inputs]
+  const float *weight; // [outputs, inputs]
+  const float *bias;   // [outputs], or null
+  float *y;            // [rows, outputs]
 };
 
 // On at most `threads` threads. An output depends on its row of x and of W alone, bit for bit:

@@ -24,32 +24,32 @@ TW_INLINE Floats load_first(const float *p, int64_t n) {
 // one transposition to add up their lanes. Every sum is taken in the same order, whatever M and R.
 template <int M, int R>
 void dot_products(const LinearArgs &args, int64_t row, int64_t output, int64_t next) {
-  const float *x = args.x + row * args.x_stride;
-  const float *w = args.weight + output * args.weight_stride;
-  const int64_t ahead = (next - output) * args.weight_stride;
+  const int64_t inputs = args.inputs;
+  const float *x = args.x + row * inputs, *w = args.weight + output * inputs;
+  const int64_t ahead = (next - output) * inputs;
   Floats sum[kLanes] = {};
   int64_t d = 0;
-  for (; d + kLanes <= args.inputs; d += kLanes) {
+  for (; d + kLanes <= inputs; d += kLanes) {
     Floats a[M];
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) a[m] = load(x + m * args.x_stride + d);
+    for (int m = 0; m < M; ++m) a[m] = load(x + m * inputs + d);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const float *at = w + r * args.weight_stride + d;
+      const float *at = w + r * inputs + d;
       const Floats b = load(at);
       if (d % (64 / 4) == 0) __builtin_prefetch(at + ahead); // once a cache line
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) sum[r * M + m] = multiply_add(a[m], b, sum[r * M + m]);
     }
   }
-  if (const int64_t rest = args.inputs - d)
+  if (const int64_t rest = inputs - d)
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Floats b = load_first(w + r * args.weight_stride + d, rest);
+      const Floats b = load_first(w + r * inputs + d, rest);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m)
         sum[r * M + m] =
-            multiply_add(load_first(x + m * args.x_stride + d, rest), b, sum[r * M + m]);
+            multiply_add(load_first(x + m * inputs + d, rest), b, sum[r * M + m]);
     }
   const Floats y = sums_of_lanes(sum);
   for (int r = 0; r < R; ++r)

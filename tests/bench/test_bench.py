@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import Qwen3Config
 
-from bench import attention, decode, frame, layout, rollout, shapes, train_step
+from bench import attention, attention_setup, decode, frame, layout, rollout, shapes, train_step
 from bench.frame import Options, Peer, Setup, Skip, Suite, main, measure
 from bench.meter import CpuMeter
 from bench.oracle import TOLERANCE, reference, worst_row
@@ -332,10 +332,10 @@ def test_bench_attention_quick(tmp_path):
     assert main(attention.SUITE, arguments) == 0
     rows = _check_schema(path, attention.SUITE)
     for row in rows:
-        if row["peer"] in (attention.OURS, DENSE, CAUSAL, UNROLLED_SDPA):
+        if row["peer"] in (attention_setup.OURS, DENSE, CAUSAL, UNROLLED_SDPA):
             assert row["status"] == "ok" and row["tflops"] > 0 and row["gb_per_s"] > 0
             assert row["of_causal"] > 0 and row["roofline"] > 0 and len(row["checked_heads"]) == 4
-        if row["peer"] == attention.OURS:
+        if row["peer"] == attention_setup.OURS:
             assert row["backend"] in attention.TRIE_ATTENTION
         if row["peer"].startswith("Flex") and row["pass"] == "fwd+bwd":
             assert row["reason"] == "FlexAttention has no backward on a CPU"
@@ -483,8 +483,8 @@ def test_bench_rollout_refuses_what_it_cannot_replay(option, text, message, tmp_
 
 
 def _setup(case, dtype=torch.float32, heads=4, kv_heads=2):
-    problem = attention.Problem(case, "cpu", heads, kv_heads, 32)
-    return attention.AttentionSetup(problem, dtype, backward=True)
+    problem = attention_setup.Problem(case, "cpu", heads, kv_heads, 32)
+    return attention_setup.AttentionSetup(problem, dtype, backward=True)
 
 
 @pytest.mark.parametrize("wrong", ["neighbour", "head", "nan"])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import attention, frame, shapes
+from bench import attention, attention_setup, frame, shapes
 from bench.__main__ import main
 from bench.compare import compare, verdict
 from bench.meter import CpuMeter
@@ -237,7 +237,7 @@ def test_a_slow_down_planted_in_real_attention_is_caught_and_five_repeats_are_no
     a tolerance that such load does not reach. The first copy takes what memory was there before."""
     tolerance = 0.5
     by_name = {peer.name: peer for peer in attention.SUITE.peers}
-    ours, others = by_name[attention.OURS], [by_name[name] for name in (DENSE, CAUSAL)]
+    ours, others = by_name[attention_setup.OURS], [by_name[name] for name in (DENSE, CAUSAL)]
     factors = {"first": 1.0, **dict.fromkeys("abcdef", 1.0), "slow": 3.0}
 
     def copy(name):
@@ -247,8 +247,8 @@ def test_a_slow_down_planted_in_real_attention_is_caught_and_five_repeats_are_no
         return replace(ours, name=name, prepare=prepare)
 
     cases = [shapes.pack(4, 64), shapes.trajectory(150, 1), shapes.trajectory(250, 1)]
-    problems = [attention.Problem(case, "cpu", 3, 3, 64) for case in cases]
-    setups = [attention.AttentionSetup(p, torch.float32, backward=False) for p in problems]
+    problems = [attention_setup.Problem(case, "cpu", 3, 3, 64) for case in cases]
+    setups = [attention_setup.AttentionSetup(p, torch.float32, backward=False) for p in problems]
     peers = [*map(copy, factors), *others]
     machine = {"matmul_tflops": {"float32": 1.0}, "copy_gb_per_s": 1.0}
     rows = [r for s in setups for r in frame.measure(s, peers, CpuMeter(), 0.1, machine)]

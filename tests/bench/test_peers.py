@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from torch.nn.attention import SDPBackend, varlen
 
-from bench import attention, decode, peers, shapes
+from bench import attention_setup, decode, peers, shapes
 from bench.frame import Skip
 
 CASES = [shapes.trajectory(200, 2), shapes.pack(3, 40)]
@@ -21,8 +21,8 @@ TREE = shapes.tree_of_thoughts("sorting128ToT", 17)
 
 
 def _attention(case=CASES[0], dtype=torch.bfloat16, backward=True, heads=4, kv_heads=2):
-    problem = attention.Problem(case, "cpu", heads, kv_heads, 32)
-    return attention.AttentionSetup(problem, dtype, backward)
+    problem = attention_setup.Problem(case, "cpu", heads, kv_heads, 32)
+    return attention_setup.AttentionSetup(problem, dtype, backward)
 
 
 def _decode(case, heads=4, kv_heads=2):
@@ -272,10 +272,10 @@ def test_attention_work_is_of_visible_pairs_and_of_each_tensor_once():
     setup = _attention(backward=False)
     pairs = int(peers.visible(setup.layout.subtree_ends).sum())
     q, k, v, dout = setup.inputs(0)
-    forward = setup.work(attention.OURS)
+    forward = setup.work(attention_setup.OURS)
     assert forward.flops == 4 * pairs * 4 * 32 and forward.dtype == "bfloat16"
     assert forward.bytes == sum(x.nbytes for x in (q, k, v, q))
-    both = _attention(backward=True).work(attention.OURS)
+    both = _attention(backward=True).work(attention_setup.OURS)
     assert both.flops == 14 * pairs * 4 * 32
     assert both.bytes == sum(x.nbytes for x in (q, k, v, q, dout, q, k, v))
     # Whoever computes more is credited with no more, but causal attention answers another question.

@@ -83,7 +83,7 @@ def test_emulated_bf16_is_allowed_and_warned_of_once(run, instructions, monkeypa
 )
 def test_a_step_takes_as_many_threads_as_its_work_fills(monkeypatch, tokens, weights, threads):
     runner = Runner.__new__(Runner)
-    runner._largest_matrix = weights
+    runner._device, runner._largest_matrix = torch.device("cpu"), weights
     counts = [4]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(torch, "set_num_threads", counts.append)

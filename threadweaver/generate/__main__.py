@@ -33,6 +33,7 @@ from rich.console import Console
 from threadweaver.command import explain, fail, quiet
 from threadweaver.generate.options import add_options, engine_settings, generation_settings
 from threadweaver.generate.weaver import Mode
+from threadweaver.progress import print_line
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -103,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         outcome.print(console)
         if precision_note:
-            console.print(precision_note, soft_wrap=True, highlight=False)
+            print_line(console, precision_note)
     return code
 
 

@@ -18,7 +18,7 @@ from threadweaver.generate.scheduler import Batch
 from threadweaver.generate.weights import EngineWeights
 from threadweaver.model import PagedStep, output_layer, paged_hidden_states
 from tw_kernels import DecodePlan, PagedKV
-from tw_kernels.decode import default_workers
+from tw_kernels.decode_plan import default_workers
 
 # What makes a further CPU thread worth while in a step: multiply-adds of its largest product, where
 # fetching a weight counts as much as FETCH_ROWS rows. Below it two threads take as long as one, or
@@ -88,10 +88,10 @@ class Runner:
         self._copy(batch.copies)
         decodes = max(batch.counts) == 1 and not any(s.pending for s in batch.sequences)
         graphs = self._graphs if decodes else None
-        plan = self._plan(batch, in_graph=graphs is not None)
-        planned = time.perf_counter()
         ids, positions, last = (x.to(self._device) for x in _inputs(batch))
         with self._threads(len(ids)):
+            plan = self._plan(batch, in_graph=graphs is not None)
+            planned = time.perf_counter()
             if graphs is None:
                 logits = self._logits(ids, positions, plan, last)
             else:
@@ -113,7 +113,10 @@ class Runner:
 
     @contextmanager
     def _threads(self, tokens: int) -> Iterator[None]:
-        """As many of torch's CPU threads as a pass over so many tokens fills."""
+        """As many of torch's CPU threads as a pass over so many tokens fills; all beside a GPU."""
+        if self._device.type != "cpu":
+            yield
+            return
         most = torch.get_num_threads()
         filled = int((tokens + FETCH_ROWS) * self._largest_matrix / THREAD_WORK)
         torch.set_num_threads(min(max(1, filled), most))

@@ -21,6 +21,7 @@ import yaml
 from rich.console import Console
 
 from threadweaver.device import choose, find_device, resolve
+from threadweaver.progress import print_line
 from threadweaver.train.checkpoint import all_checkpoints
 from threadweaver.train.config import FREE_ON_RESUME, ComputeConfig, ConfigError, RunConfig
 
@@ -87,18 +88,39 @@ def settle_precision(config: RunConfig, console: Console) -> str | None:
     if compute.precision != "auto":
         resolve(compute.precision, device)
         return None
-    path, note = Path(config.run_dir) / "config.yaml", None
+    path = Path(config.run_dir) / "config.yaml"
     if path.exists():
-        text = path.read_text(encoding="utf-8")
-        precision = yaml.safe_load(text)["compute"]["precision"]
-        if text.startswith(PRECISION_NOTE):
-            note = text.partition("\n")[0].removeprefix(PRECISION_NOTE)
+        precision, note = saved_config(path)["compute"]["precision"], None
+        first_line = path.read_text(encoding="utf-8").partition("\n")[0]
+        if first_line.startswith(PRECISION_NOTE):
+            note = first_line.removeprefix(PRECISION_NOTE)
     else:
         precision, reason = choose(device)
         note = f"{precision}, since {reason}"
-        console.print(f"compute.precision: {note}", soft_wrap=True, highlight=False)
+        print_line(console, f"compute.precision: {note}")
     config.compute = replace(compute, precision=resolve(precision, device))
     return note
+
+
+def saved_config(path: Path) -> dict[str, Any]:
+    """The settings in a run's config.yaml.
+
+    Raises:
+        ConfigError: it is damaged; names it and says what to do.
+    """
+    try:
+        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if saved["compute"]["precision"] in ("bf16", "fp32"):
+            return saved
+        reason = "compute.precision is neither bf16 nor fp32"
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+    except (KeyError, TypeError):
+        reason = "it has no compute.precision"
+    raise ConfigError(
+        f"{path} is not what a run wrote ({reason}): delete it and give the run's settings to "
+        "resume, or start another run"
+    )
 
 
 def resume_command(config: RunConfig) -> str:
@@ -136,7 +158,7 @@ def check_same_config(config: RunConfig) -> None:
     """Raises ConfigError if run_dir holds a run of other settings, naming the first."""
     path = Path(config.run_dir) / "config.yaml"
     if path.exists():
-        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+        saved = saved_config(path)
         check_same_settings(config, _that_reach_the_weights(saved, config), path)
 
 

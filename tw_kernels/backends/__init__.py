@@ -34,6 +34,7 @@ from tw_kernels.backends import (
     triton_attention,
     triton_decode,
 )
+from tw_kernels.decode_plan import PagedKV
 
 TRIE_ATTENTION: dict[str, ModuleType] = {
     "native": native,
@@ -62,8 +63,6 @@ def backends(op: str) -> dict[str, str | None]:
     if op == "trie_attention":
         return {name: backend.why_not(q, q, q) for name, backend in TRIE_ATTENTION.items()}
     if op == "trie_decode":
-        from tw_kernels.decode import PagedKV
-
         pages = q.new_empty(1, 16, 1, 64)
         kv = PagedKV(pages, pages)
         return {name: backend.why_not(q, kv) for name, backend in TRIE_DECODE.items()}

@@ -20,7 +20,7 @@ from tw_kernels.backends import cuda_build, cuda_device
 from tw_kernels.backends.addresses import DTYPES, pages, plan_arrays, strided
 
 if TYPE_CHECKING:
-    from tw_kernels.decode import DecodePlan, PagedKV
+    from tw_kernels.decode_plan import DecodePlan, PagedKV
 
 CUBIN = cuda_build.CUBINS / "trie_decode.cubin"
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from tw_kernels.backends import triton_attention
 
 if TYPE_CHECKING:
-    from tw_kernels.decode import DecodePlan, PagedKV
+    from tw_kernels.decode_plan import DecodePlan, PagedKV
 
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from tw_kernels.backends import triton_interpreter
 
 if TYPE_CHECKING:
-    from tw_kernels.decode import DecodePlan, PagedKV
+    from tw_kernels.decode_plan import DecodePlan, PagedKV
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
