@@ -7,9 +7,10 @@ namespace tw {
 
 namespace {
 
-// Below this much work the hand-off to other threads does not pay. In multiply-adds; fetching a
-// weight counts as much as kFetchRows rows.
-constexpr double kOneThread = 6e5;
+// Below this much work the hand-off to other threads, 10 to 15 us where they sleep when idle, does
+// not pay: at 8e5 two take as long as one (30 us, two Xeon cores held to AVX2), at 1.2e6 0.8 of it.
+// In multiply-adds; fetching a weight counts as much as kFetchRows rows.
+constexpr double kOneThread = 1e6;
 constexpr int64_t kFetchRows = 4;
 
 LinearKernel kernel() {
