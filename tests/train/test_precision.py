@@ -59,6 +59,23 @@ def test_a_run_goes_on_in_the_precision_it_started_with(run, instructions, capsy
     assert "compute.precision is bf16" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("", "no compute.precision"),
+        ("[1, 2]", "no compute.precision"),
+        ("run_dir: [", "expected"),
+        ("compute: {precision: auto}", "neither bf16 nor fp32"),
+    ],
+)
+def test_a_damaged_config_of_the_run_is_named(run, capsys, text, part):
+    run.folder.mkdir()
+    (run.folder / "config.yaml").write_text(text)
+    assert run("--resume") == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert str(run.folder / "config.yaml") in line and part in line and "delete it" in line
+
+
 @pytest.mark.parametrize("found", [(), ("AMX",)])
 def test_auto_trains_as_the_precision_that_it_names(run, new_run, instructions, found):
     instructions(*found)
