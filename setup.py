@@ -1,6 +1,6 @@
 """Builds tw_kernels._C with CMake and ninja. Needs a C++ compiler and pybind11, not torch.
 
-Where a GPU is seen or TW_CUDA=1, the CUDA kernels too (tw_kernels/backends/cuda_build.py).
+Where a GPU is seen or TW_CUDA=1, the CUDA kernels too (tw_kernels/cuda_build.py).
 """
 
 import os
@@ -37,7 +37,7 @@ class CMakeBuild(build_ext):
         subprocess.run(configure, check=True)
         jobs = str(os.cpu_count() or 1)
         subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
-        cuda_build = runpy.run_path(str(ROOT / "tw_kernels" / "backends" / "cuda_build.py"))
+        cuda_build = runpy.run_path(str(ROOT / "tw_kernels" / "cuda_build.py"))
         cuda_build["build"](target / "cubins")
 
 

@@ -20,7 +20,7 @@ from bench.frame import Row, Setup, Skip
 from bench.oracle import TOLERANCE, Reference, reference, worst_row
 from bench.roofline import Work
 from tw_kernels import TrieLayout
-from tw_kernels.attention import choose_backend
+from tw_kernels.attention.op import choose_backend
 
 OURS = "ours"
 FORWARD, BACKWARD = 4, 10  # operations for each visible pair, head and head dim

@@ -52,7 +52,7 @@ from rich.console import Console
 from bench.environment import HOUSE
 from threadweaver.command import explain, fail
 from threadweaver.progress import Status
-from tw_kernels.backends import cuda_build
+from tw_kernels import cuda_build
 
 REPORT_SECONDS = 15  # kept back for the report
 LEAST_SECONDS = 3  # a step with less is left out

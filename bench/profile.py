@@ -104,7 +104,7 @@ def triton_spills() -> dict[str, int]:
     """By kernel, of those that our Triton modules have launched in this process."""
     jit = sys.modules.get("triton.runtime.jit")
     spills: dict[str, int] = {}
-    ours = [m for n, m in list(sys.modules.items()) if n.startswith("tw_kernels.backends.triton_")]
+    ours = [m for n, m in list(sys.modules.items()) if n.startswith("tw_kernels") and "triton" in n]
     for function in (f for module in ours for f in vars(module).values()):
         if jit and isinstance(function, jit.JITFunction):
             for launched, *_ in function.device_caches.values():

@@ -20,7 +20,7 @@ from bench.roofline import Work, measure_roofline, rates
 from tests.bench.conftest import ROOFLINE
 from threadweaver import model
 from tw_kernels import trie_decode
-from tw_kernels.backends import dense
+from tw_kernels.attention import dense
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import torch
 from bench import decode, environment, frame, rollout
 from bench.__main__ import main
 from bench.suites import SUITES, load_suite
-from tw_kernels.backends import dense
+from tw_kernels.attention import dense
 
 
 @pytest.mark.parametrize("name", SUITES)

@@ -18,7 +18,7 @@ from bench.__main__ import main
 from bench.environment import HOUSE
 from bench.gpu import Harvest, Step, dry_steps, gpu_steps
 from bench.suites import load_suite
-from tw_kernels.backends import cuda_build
+from tw_kernels import cuda_build
 
 WAIT = "import time; print('waiting', flush=True); time.sleep(60)"
 
@@ -249,7 +249,7 @@ def test_spilled_registers_are_read_off_compiled_kernels():
     pytest.importorskip("triton")
     code = (
         "import torch; from tests.kernels.compile_for_sm90 import compile_instead_of_launching\n"
-        "from tw_kernels.backends import triton_attention_bwd as bwd\n"
+        "from tw_kernels.attention.triton import backward as bwd\n"
         "from bench.profile import triton_spills\n"
         "compiled = compile_instead_of_launching(); q = torch.zeros(64, 2, 64)\n"
         "bwd.row_stats(q, q, torch.zeros(2, 64)); assert triton_spills() == {}\n"

@@ -15,7 +15,7 @@ import torch
 
 from tests.kernels.compile_for_sm90 import compile_instead_of_launching, figures
 from tw_kernels import DecodePlan, PagedKV
-from tw_kernels.backends import triton_decode_kernels as kernels
+from tw_kernels.decode import triton_kernels as kernels
 
 PAGE_SIZES = (16, 64)
 

@@ -24,9 +24,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from tw_kernels.backends import triton_attention_bwd as bwd
-from tw_kernels.backends import triton_attention_fwd as fwd
-from tw_kernels.backends.triton_attention_tuning import candidates_for
+from tw_kernels.attention.triton import backward as bwd
+from tw_kernels.attention.triton import forward as fwd
+from tw_kernels.attention.triton.tuning import candidates_for
 from tw_kernels.trie import TrieLayout
 
 NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

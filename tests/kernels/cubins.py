@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tw_kernels.backends import cuda_build
+from tw_kernels import cuda_build
 
 CACHE = Path(__file__).parents[2] / "build" / "cubins"
 SHARED_LIMIT = 227 * 1024  # bytes that a block on sm_90 can have

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tests.kernels.cuda_decode_host import compiled_library
-from tw_kernels import TrieLayout
-from tw_kernels.backends import cuda_attention, cuda_build
+from tw_kernels import TrieLayout, cuda_build
+from tw_kernels.attention import cuda as cuda_attention
 
 
 class Heads(ctypes.Structure):

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from tests.kernels.cubins import CACHE, digest
 from tests.kernels.decode_batches import Inputs
-from tw_kernels import DecodePlan
-from tw_kernels.backends import cuda_build
+from tw_kernels import DecodePlan, cuda_build
 
 ELEMENTS = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}  # Element of driver.h
 

@@ -15,8 +15,9 @@ from tests.kernels.tries import (
     visible,
 )
 from tw_kernels import Trie, TrieLayout, backends, trie_attention
-from tw_kernels.attention import choose_backend
-from tw_kernels.backends import TRIE_ATTENTION, segments
+from tw_kernels.attention import segments
+from tw_kernels.attention.op import choose_backend
+from tw_kernels.backends import TRIE_ATTENTION
 
 CPU_BACKENDS = [n for n in TRIE_ATTENTION if n not in ("triton", "cuda")]
 Grads = tuple[Tensor, ...]
@@ -283,7 +284,7 @@ def test_a_layout_dropped_before_backward_is_rebuilt():
 def test_cpu_rule_takes_native_but_for_float64_and_with_amx_large_bfloat16_tries(
     monkeypatch, instructions, large_bfloat16
 ):
-    monkeypatch.setattr("tw_kernels.attention.bfloat16_instructions", lambda: instructions)
+    monkeypatch.setattr("tw_kernels.attention.op.bfloat16_instructions", lambda: instructions)
     tiny = Trie.from_paths([[t] * 8 for t in range(64)]).layout()
     large = Trie.from_paths([[0] * 4096 + [t] * 512 for t in range(1, 9)]).layout()
     for layout, dtype, backend in (

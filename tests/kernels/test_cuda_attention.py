@@ -19,7 +19,7 @@ from tests.kernels.cuda_decode_host import Tiles
 from tests.kernels.rounding import allowed, gradient_terms
 from tests.kernels.tries import oracle, random_paths, real_trees, relative_error, visible
 from tw_kernels import Trie, TrieLayout
-from tw_kernels.backends import cuda_attention
+from tw_kernels.attention import cuda as cuda_attention
 
 EXACT = 1e-6  # what the float32 of lse, lse2 and delta leaves of a double
 

@@ -168,7 +168,7 @@ def test_a_captured_forward_and_backward_replays_on_other_numbers():
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_a_long_trie_agrees_with_triton(head_dim):
     pytest.importorskip("triton")
-    from tw_kernels.backends.triton_attention_tuning import fork_join_subtree_ends
+    from tw_kernels.attention.triton.tuning import fork_join_subtree_ends
 
     layout = TrieLayout(fork_join_subtree_ends().cuda())
     tensors = inputs(layout.num_tokens, (16, 4), head_dim)

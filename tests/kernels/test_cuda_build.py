@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.kernels.cubins import figures
-from tw_kernels.backends import cuda_build
+from tw_kernels import cuda_build
 
 KERNEL = 'extern "C" __global__ void twice(float *x) { x[threadIdx.x] *= 2; }\n'
 needs_nvcc = pytest.mark.skipif(cuda_build.why_not() is not None, reason=str(cuda_build.why_not()))

@@ -24,7 +24,7 @@ from tests.kernels.decode_batches import (
 )
 from tests.kernels.tries import relative_error
 from tw_kernels import DecodePlan, PagedKV, PlanSizes, backends
-from tw_kernels.decode import choose_backend
+from tw_kernels.decode.op import choose_backend
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.kernels.tries import oracle, random_layout, real_trees, visible
 from tw_kernels import _C, Trie, TrieLayout
-from tw_kernels.backends import native
+from tw_kernels.attention import native
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 

@@ -13,8 +13,8 @@ from tests.kernels.decode_batches import (
 )
 from tests.kernels.tries import relative_error
 from tw_kernels import PagedKV, backends, trie_decode
-from tw_kernels.backends import native_decode
-from tw_kernels.decode import choose_backend
+from tw_kernels.decode import native as native_decode
+from tw_kernels.decode.op import choose_backend
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 

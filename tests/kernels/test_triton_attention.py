@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from tests.kernels.rounding import allowed, gradient_terms
 from tests.kernels.tries import oracle, relative_error, visible
-from tw_kernels.backends import triton_attention
+from tw_kernels.attention.triton import backend as triton_attention
 from tw_kernels.trie import BlockSchedule, TrieLayout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -337,7 +337,7 @@ def test_a_missing_triton_is_said(monkeypatch):
 
 def test_importing_it_imports_no_triton_and_a_cpu_needs_the_interpreter():
     code = (
-        "import sys, torch; from tw_kernels.backends import triton_attention\n"
+        "import sys, torch; from tw_kernels.attention.triton import backend as triton_attention\n"
         "assert 'triton' not in sys.modules\n"
         "q = torch.empty(1, 1, 64); print(triton_attention.why_not(q, q, q))"
     )

@@ -12,9 +12,9 @@ pytest.importorskip("triton")
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_candidate_gives_the_right_answer(dtype, head_dim):
-    from tw_kernels.backends import triton_attention_bwd as bwd
-    from tw_kernels.backends import triton_attention_fwd as fwd
-    from tw_kernels.backends.triton_attention_tuning import candidates_for
+    from tw_kernels.attention.triton import backward as bwd
+    from tw_kernels.attention.triton import forward as fwd
+    from tw_kernels.attention.triton.tuning import candidates_for
     from tw_kernels.trie import TrieLayout
 
     n, scale = 700, head_dim**-0.5
@@ -55,7 +55,7 @@ def test_every_candidate_gives_the_right_answer(dtype, head_dim):
 def test_tuning_picks_candidates_once_and_can_be_switched_off(monkeypatch):
     import triton.testing
 
-    from tw_kernels.backends import triton_attention_tuning as tuning
+    from tw_kernels.attention.triton import tuning
 
     q = torch.empty(1, 1, 64, dtype=torch.bfloat16, device="cuda")
     candidates = tuning.candidates_for(q.dtype, 64)

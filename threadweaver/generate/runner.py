@@ -18,7 +18,7 @@ from threadweaver.generate.scheduler import Batch
 from threadweaver.generate.weights import EngineWeights
 from threadweaver.model import PagedStep, output_layer, paged_hidden_states
 from tw_kernels import DecodePlan, PagedKV
-from tw_kernels.decode_plan import default_workers
+from tw_kernels.decode.plan import default_workers
 
 # What makes a further CPU thread worth while in a step: multiply-adds of its largest product, where
 # fetching a weight counts as much as FETCH_ROWS rows. Below it two threads take as long as one, or

@@ -17,7 +17,7 @@ from itertools import count
 import torch
 
 from threadweaver.data import DataError, Example
-from threadweaver.grading import violations
+from threadweaver.evaluate.grade import violations
 from threadweaver.train.config import DataConfig, OptimizationConfig
 from threadweaver.trajectory import Codec, loss_paths
 from tw_kernels import Trie

@@ -21,11 +21,11 @@ from typing import Any, Literal, Protocol
 from rich.console import Console
 
 from threadweaver.data import save_rows
-from threadweaver.evaluation import evaluate
+from threadweaver.evaluate.grade import summary
+from threadweaver.evaluate.metrics import evaluate
 from threadweaver.generate.load import load_engine
 from threadweaver.generate.options import EngineSettings
 from threadweaver.generate.weaver import Mode
-from threadweaver.grading import summary
 from threadweaver.progress import ResponsesProgress
 from threadweaver.tasks import load_task
 from threadweaver.train.config import ConfigError, DataConfig, ModelConfig, SFTConfig

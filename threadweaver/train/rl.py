@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from threadweaver.evaluate.grade import METRICS, Graded, summary
+from threadweaver.evaluate.reward import reward
+from threadweaver.evaluate.rollouts import fingerprint, roll_out
 from threadweaver.generate.engine import Engine
-from threadweaver.grading import METRICS, Graded, summary
 from threadweaver.model import load_model, save_model, trie_logprobs
 from threadweaver.progress import Progress, ResponsesProgress
-from threadweaver.rewards import reward
-from threadweaver.rollouts import fingerprint, roll_out
 from threadweaver.tasks import Problem, load_task
 from threadweaver.train.advantages import group_advantages
 from threadweaver.train.batches import unrolled_tokens

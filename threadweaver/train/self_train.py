@@ -24,10 +24,10 @@ import torch
 from rich.console import Console
 
 from threadweaver.data import save_rows
+from threadweaver.evaluate.grade import Graded, summary
+from threadweaver.evaluate.rollouts import fingerprint, roll_out
 from threadweaver.generate.engine import Engine
-from threadweaver.grading import Graded, summary
 from threadweaver.progress import ResponsesProgress
-from threadweaver.rollouts import fingerprint, roll_out
 from threadweaver.tasks import Problem, load_task
 from threadweaver.train.config import ConfigError, DataConfig, ModelConfig, SFTConfig
 from threadweaver.train.report import print_self_train_table

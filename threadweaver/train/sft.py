@@ -12,14 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from threadweaver.data import read_examples
-from threadweaver.evaluation import compare, evaluate
+from threadweaver.evaluate.metrics import compare, evaluate
+from threadweaver.evaluate.rollouts import queue
 from threadweaver.generate.engine import Engine
 from threadweaver.generate.sampler import SamplingParams
 from threadweaver.generate.settings import GenerationSettings
 from threadweaver.generate.weaver import Mode
 from threadweaver.model import load_model, save_model, supervised_tokens, trie_loss
 from threadweaver.progress import Progress, ResponsesProgress
-from threadweaver.rollouts import queue
 from threadweaver.tasks.multiplication import Multiplication
 from threadweaver.train.batches import (
     Step,

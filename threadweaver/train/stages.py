@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from threadweaver.evaluate.reward import RewardConfig
 from threadweaver.generate.sampler import SamplingParams
 from threadweaver.generate.settings import EngineSizes, GenerationSettings
-from threadweaver.rewards import RewardConfig
 from threadweaver.train.config import (
     AdamWConfig,
     ComputeConfig,

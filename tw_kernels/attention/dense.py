@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tw_kernels.backends import aten_flash
+from tw_kernels.attention import flash as aten_flash
 from tw_kernels.trie import TrieLayout
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tw_kernels import _C
-from tw_kernels.backends.addresses import DTYPES, Strided, strided
+from tw_kernels.native import DTYPES, Strided, strided
 from tw_kernels.trie import TrieLayout
 
 Sizes = tuple[int, int, int, int]  # tokens, heads, KV heads, head dim

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from tw_kernels import _C
-from tw_kernels.backends import native
-from tw_kernels.backends.addresses import DTYPES, pages, plan_arrays, strided
+from tw_kernels.attention import native
+from tw_kernels.native import DTYPES, pages, plan_arrays, strided
 
 if TYPE_CHECKING:
-    from tw_kernels.decode_plan import DecodePlan, PagedKV
+    from tw_kernels.decode.plan import DecodePlan, PagedKV
 
 
 def why_not(q: Tensor, kv: PagedKV) -> str | None:

@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 
 from tests.products import CODEC, FACTORS, PROMPTS, RESPONSES, product_model
-from threadweaver.evaluation import Evaluation, compare, evaluate
+from threadweaver.evaluate.grade import grade
+from threadweaver.evaluate.metrics import Evaluation, compare, evaluate
 from threadweaver.generate.engine import Engine
 from threadweaver.generate.rollout import Rollout
 from threadweaver.generate.sampler import SamplingParams
 from threadweaver.generate.settings import GenerationSettings
 from threadweaver.generate.weaver import LimitCounts, Mode
-from threadweaver.grading import grade
 from threadweaver.tasks import Problem
 from threadweaver.tasks.multiplication import Multiplication
 

@@ -23,31 +23,26 @@ from types import ModuleType
 
 import torch
 
-from tw_kernels.backends import (
-    cuda_attention,
-    cuda_decode,
-    decode_reference,
-    dense,
-    native,
-    native_decode,
-    segments,
-    triton_attention,
-    triton_decode,
-)
-from tw_kernels.decode_plan import PagedKV
+from tw_kernels.attention import cuda, dense, native, segments
+from tw_kernels.attention.triton import backend as triton
+from tw_kernels.decode import cuda as cuda_decode
+from tw_kernels.decode import native as native_decode
+from tw_kernels.decode import reference
+from tw_kernels.decode import triton as triton_decode
+from tw_kernels.decode.plan import PagedKV
 
 TRIE_ATTENTION: dict[str, ModuleType] = {
     "native": native,
-    "triton": triton_attention,
+    "triton": triton,
     "segments": segments,
     "dense": dense,
-    "cuda": cuda_attention,
+    "cuda": cuda,
 }
 
 TRIE_DECODE: dict[str, ModuleType] = {
     "triton": triton_decode,
     "native": native_decode,
-    "reference": decode_reference,
+    "reference": reference,
     "cuda": cuda_decode,
 }
 

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from threadweaver.rewards import RewardConfig, reward
+from threadweaver.evaluate.reward import RewardConfig, reward
 from threadweaver.trajectory import Codec, PathLengths, path_lengths
 
-GOLDEN = json.loads((Path(__file__).parent / "data" / "golden.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "golden.json").read_text())
 # As in tests/trajectory/test_golden_trajectories.py.
 CODEC = Codec.from_vocab(
     {**GOLDEN["tags"], "\n": 60, **{str(n): 49 + n for n in range(1, 10)}}, eos_id=120

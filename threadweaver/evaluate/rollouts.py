@@ -6,11 +6,11 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 
+from threadweaver.evaluate.grade import Graded, grade
 from threadweaver.generate.engine import Engine, Generation
 from threadweaver.generate.rollout import Rollout
 from threadweaver.generate.sampler import stream_key
 from threadweaver.generate.settings import GenerationSettings
-from threadweaver.grading import Graded, grade
 from threadweaver.tasks import Problem, Task
 from threadweaver.trajectory import Codec
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tw_kernels import _C
-from tw_kernels.backends import cuda_build
+from tw_kernels import _C, cuda_build
 
 Place = tuple[int, int, str]
 

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tw_kernels import _C
-from tw_kernels.backends import cuda_build, cuda_device
+from tw_kernels import _C, cuda_build, cuda_device
 from tw_kernels.trie import BlockSchedule, TrieLayout
 
 # Of csrc/cuda/trie_attention_index.h: rows or columns that a thread block owns, to a multiple of

@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tw_kernels.backends import triton_interpreter
+from tw_kernels import triton_interpreter
 
 if TYPE_CHECKING:
-    from tw_kernels.decode_plan import DecodePlan, PagedKV
+    from tw_kernels.decode.plan import DecodePlan, PagedKV
 
 LOG2E = tl.constexpr(math.log2(math.e))
 

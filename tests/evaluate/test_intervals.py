@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from threadweaver.intervals import ratio, share
+from threadweaver.evaluate.intervals import ratio, share
 
 
 def test_wilson_values_of_the_literature():

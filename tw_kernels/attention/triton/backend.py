@@ -49,7 +49,7 @@ def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         if capability < MIN_CAPABILITY:
             return f"needs a GPU of compute capability 8.0 or later, not {capability}"
         return None
-    from tw_kernels.backends import triton_interpreter
+    from tw_kernels import triton_interpreter
 
     if q.device.type == "cpu" and triton_interpreter.is_on():
         return None
@@ -65,7 +65,7 @@ def plan(layout: TrieLayout, q: Tensor) -> list[Tensor]:
     Each schedule is for the block sizes that its kernel runs with on q's device, head dim and
     dtype; the layout keeps them, so kernels of equal block sizes share one.
     """
-    from tw_kernels.backends import triton_attention_tuning as tuning
+    from tw_kernels.attention.triton import tuning
 
     schedules = (layout.block_schedule(c.block_q, c.block_kv) for c in tuning.configs_for(q))
     return [layout.subtree_ends, *(field for schedule in schedules for field in schedule)]
@@ -79,8 +79,8 @@ def forward(
     Raises:
         ValueError: scale is not positive (the row maximum is taken before the scale).
     """
-    from tw_kernels.backends import triton_attention_fwd as fwd
-    from tw_kernels.backends import triton_attention_tuning as tuning
+    from tw_kernels.attention.triton import forward as fwd
+    from tw_kernels.attention.triton import tuning
 
     if scale <= 0:
         raise ValueError(f"backend 'triton' needs a positive scale, not {scale}: use 'dense'")
@@ -100,8 +100,8 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq [N, Hq, D], dk and dv [N, Hkv, D] in the dtypes of q, k and v."""
-    from tw_kernels.backends import triton_attention_bwd as bwd
-    from tw_kernels.backends import triton_attention_tuning as tuning
+    from tw_kernels.attention.triton import backward as bwd
+    from tw_kernels.attention.triton import tuning
 
     configs = tuning.configs_for(q)
     dout, q, k, v, out = map(_rows_contiguous, (dout, q, k, v, out))

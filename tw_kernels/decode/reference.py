@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from tw_kernels.decode_plan import DecodePlan, PagedKV
+    from tw_kernels.decode.plan import DecodePlan, PagedKV
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

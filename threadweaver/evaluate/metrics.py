@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from threadweaver.evaluate.grade import Graded
+from threadweaver.evaluate.intervals import Estimate, ratio, share
+from threadweaver.evaluate.rollouts import grade_all, queue
 from threadweaver.generate.engine import Engine, Token
 from threadweaver.generate.rollout import Rollout
 from threadweaver.generate.settings import GenerationSettings
-from threadweaver.grading import Graded
-from threadweaver.intervals import Estimate, ratio, share
-from threadweaver.rollouts import grade_all, queue
 from threadweaver.tasks import Problem, Task
 
 
@@ -47,7 +47,7 @@ class Evaluation:
 
     def metrics(self) -> dict[str, Estimate]:
         """By name, in the order of a report. Shares have Wilson's interval, means and ratios one by
-        bootstrap (threadweaver.intervals). What no response gives a value for is left out.
+        bootstrap (threadweaver.evaluate.intervals). What no response gives a value for is left out.
 
             accuracy             share of right answers (mean@k for k samples a problem)
             pass@k               share of problems with a right answer among its k samples, k > 1

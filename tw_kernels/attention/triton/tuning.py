@@ -18,10 +18,10 @@ import triton
 import triton.testing
 from torch import Tensor
 
-from tw_kernels.backends import triton_attention_bwd as bwd
-from tw_kernels.backends import triton_attention_fwd as fwd
-from tw_kernels.backends import triton_interpreter
-from tw_kernels.backends.triton_attention_fwd import Config
+from tw_kernels import triton_interpreter
+from tw_kernels.attention.triton import backward as bwd
+from tw_kernels.attention.triton import forward as fwd
+from tw_kernels.attention.triton.forward import Config
 from tw_kernels.trie import TrieLayout
 
 

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tw_kernels.backends import triton_attention
+from tw_kernels.attention.triton import backend as triton_attention
 
 if TYPE_CHECKING:
-    from tw_kernels.decode_plan import DecodePlan, PagedKV
+    from tw_kernels.decode.plan import DecodePlan, PagedKV
 
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
 
@@ -42,7 +42,7 @@ def forward(
     new_v: Tensor | None,
 ) -> Tensor:
     """out [Q, Hq, D] in q's dtype; writes new_k and new_v to their slots first."""
-    from tw_kernels.backends import triton_decode_kernels as kernels
+    from tw_kernels.decode import triton_kernels as kernels
 
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if q.shape[0] == 0:

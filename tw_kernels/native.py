@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from tw_kernels.decode_plan import DecodePlan, PagedKV
+    from tw_kernels.decode.plan import DecodePlan, PagedKV
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Dtype of cpu/trie_attention.h
 NOTHING = 0, 0, 0  # a `strided` of no tensor

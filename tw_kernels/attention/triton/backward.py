@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tw_kernels.backends.triton_attention_fwd import (
+from tw_kernels.attention.triton.forward import (
     LOG2E,
     Config,
     launch,

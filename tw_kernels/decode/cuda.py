@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tw_kernels import _C
-from tw_kernels.backends import cuda_build, cuda_device
-from tw_kernels.backends.addresses import DTYPES, pages, plan_arrays, strided
+from tw_kernels import _C, cuda_build, cuda_device
+from tw_kernels.native import DTYPES, pages, plan_arrays, strided
 
 if TYPE_CHECKING:
-    from tw_kernels.decode_plan import DecodePlan, PagedKV
+    from tw_kernels.decode.plan import DecodePlan, PagedKV
 
 CUBIN = cuda_build.CUBINS / "trie_decode.cubin"
 

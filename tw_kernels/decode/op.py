@@ -17,7 +17,7 @@ import os
 from torch import Tensor
 
 from tw_kernels.backends import TRIE_DECODE
-from tw_kernels.decode_plan import DecodePlan, PagedKV
+from tw_kernels.decode.plan import DecodePlan, PagedKV
 
 
 def trie_decode(

@@ -11,8 +11,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-SOURCES = Path(__file__).resolve().parents[2] / "csrc"
-CUBINS = Path(__file__).resolve().parents[1] / "cubins"
+SOURCES = Path(__file__).resolve().parents[1] / "csrc"
+CUBINS = Path(__file__).resolve().with_name("cubins")
 COMMAND = "TW_CUDA=1 python setup.py build_ext --inplace"
 
 

@@ -8,7 +8,7 @@ log-sum-exp; backward runs each piece with the row's final (out, lse) and sums.
 import torch
 from torch import Tensor
 
-from tw_kernels.backends import aten_flash
+from tw_kernels.attention import flash as aten_flash
 from tw_kernels.trie import TrieLayout
 
 

@@ -1,0 +1,248 @@
+"""`python -m threadweaver.eval --model MODEL --task NAME --n N [--mode both] ...`
+
+Solves held-out problems of a task and prints every metric of SPEC, "Path metrics", with 95 %
+confidence intervals: Wilson's for shares, by bootstrap over problems for means and ratios. With
+--mode both, also what threads gain over decoding one token after another. --json keeps the figures,
+--responses every response with its grade. How far it has come goes to stderr.
+
+Prompts are taken as they stand; --chat makes them the user's turn of the tokenizer's chat template.
+
+Exit codes: 0; 2 for arguments, a task or a model that cannot be used, with one line on stderr; 1
+for anything unexpected, logits that are not finite among it; 130 when stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentError
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.table import Table
+
+from threadweaver.command import explain, fail, quiet
+from threadweaver.generate.options import add_options, engine_settings, generation_settings
+from threadweaver.generate.weaver import Mode
+from threadweaver.progress import ResponsesProgress, print_line
+
+if TYPE_CHECKING:
+    from threadweaver.evaluate.intervals import Estimate
+    from threadweaver.evaluate.metrics import Comparison, Evaluation
+
+MODES: dict[str, list[Mode]] = {
+    "parallel": ["parallel"],
+    "sequential": ["sequential"],
+    "both": ["sequential", "parallel"],
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command line (default: the process's own) and returns the exit code."""
+    parser = _parser()
+    try:
+        options = parser.parse_args(arguments)
+        settings = {mode: generation_settings(options, mode) for mode in MODES[options.mode]}
+        _check(options)
+    except ArgumentError as error:
+        return fail(explain(str(error), parser.get_defaults()), 2)
+    except ValueError as error:
+        return fail(error, 2)
+    # After the arguments are known to be good: these take seconds to import.
+    from threadweaver.evaluate.metrics import compare, evaluate
+    from threadweaver.evaluate.rollouts import queue
+    from threadweaver.generate.engine import NonFiniteLogits
+    from threadweaver.generate.load import chat_prompt, load_engine, settle_precision
+    from threadweaver.tasks import load_task
+
+    quiet()
+    console = Console()
+    evaluations = {}
+    try:
+        task = load_task(options.task, **options.task_options or {})
+        problems = task.problems("validation", options.n, options.seed)
+        engine_options, precision_note = settle_precision(engine_settings(options))
+        if precision_note:
+            print_line(console, precision_note)
+        engine, tokenizer = load_engine(
+            options.model, engine_options, parallel="parallel" in settings
+        )
+        if options.chat:
+            problems = [replace(p, prompt=chat_prompt(tokenizer, p.prompt)) for p in problems]
+        # Once before the clock runs: the first steps take the memory of the KV pages.
+        queue(engine, problems[:1], replace(next(iter(settings.values())), max_tokens=8))
+        engine.run()
+        for mode in settings:
+            total = len(problems) * options.samples
+            title = f"evaluating, {mode} mode"
+            with ResponsesProgress(Console(stderr=True), title, total, engine) as progress:
+                evaluations[mode] = evaluate(
+                    engine,
+                    task,
+                    problems,
+                    settings[mode],
+                    samples=options.samples,
+                    at_once=options.at_once,
+                    seed=options.seed,
+                    on_progress=progress.decoded,
+                    on_graded=progress.graded,
+                )
+    except ValueError as error:
+        return fail(error, 2)
+    except NonFiniteLogits as error:
+        return fail(error, 1)
+    except KeyboardInterrupt:
+        return fail("interrupted; nothing is saved", 130)
+    gain = compare(**evaluations) if options.mode == "both" else None
+    if options.json:
+        record = {
+            **{name: options[name] for name in ("model", "task", "task_options", "seed", "chat")},
+            "engine": asdict(engine_options),
+            "precision": precision_note,
+            **{mode: evaluation.as_dict() for mode, evaluation in evaluations.items()},
+            "comparison": asdict(gain) if gain else None,
+        }
+        options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if options.responses:
+        with options.responses.open("w", encoding="utf-8") as file:
+            for mode, evaluation in evaluations.items():
+                for row in _rows(mode, evaluation):
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    print_table(console, f"{options.task}, {len(problems)} problems", evaluations, gain)
+    return 0
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="python -m threadweaver.eval",
+        description="Solve held-out problems of a task and report every metric.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--model", type=str, required=True, help="Hugging Face folder, .gguf file, or smollm2."
+    )
+    parser.add_argument(
+        "--task",
+        type=str,
+        required=True,
+        help="multiplication, reasoning_gym:<dataset>, or a data file (.jsonl, .json, .parquet).",
+    )
+    parser.add_argument(
+        "--task_options",
+        type=dict[str, Any] | None,
+        help="Its options, such as '{digits: 3}'; of a data file, '{held_out: 1}' takes every row.",
+    )
+    parser.add_argument(
+        "--n", type=int | None, help="How many problems; null: all that are held out."
+    )
+    parser.add_argument("--samples", type=int, default=1, help="Responses to each problem.")
+    parser.add_argument(
+        "--at_once",
+        type=int | None,
+        help="Problems decoded at the same time; 1 measures what one user waits for. Default: all.",
+    )
+    parser.add_argument(
+        "--mode",
+        choices=list(MODES),
+        default="parallel",
+        help="parallel: threads are decoded at the same time; sequential: one token after another.",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Of the problems and of the draws.")
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="Make prompts the user's turn of the tokenizer's chat template.",
+    )
+    parser.add_argument("--json", type=Path, help="File for all figures.")
+    parser.add_argument("--responses", type=Path, help="File for all responses, as JSON lines.")
+    add_options(parser)
+    return parser
+
+
+def _check(options) -> None:
+    """Raises ValueError for what would be found out only when all is decoded, or makes no sense."""
+    for name in ("n", "samples", "at_once"):
+        if options[name] is not None and options[name] < 1:
+            raise ValueError(f"{name} is {options[name]}: it must be at least 1")
+    for name in ("json", "responses"):
+        path = options[name]
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise ValueError(f"{name}: {path} cannot be written: no such folder, or one itself")
+
+
+def _rows(mode: str, evaluation: Evaluation) -> list[dict[str, Any]]:
+    return [
+        {
+            "mode": mode,
+            "source": g.problem.source,
+            "sample": i % evaluation.samples,
+            "prompt": g.problem.prompt,
+            "response": g.response,
+            "answer": g.problem.answer,
+            "correct": g.correct,
+            "violations": g.violations,
+            **asdict(g.lengths),
+            "acceleration": g.lengths.acceleration,
+            "decode_steps": g.rollout.decode_steps,
+            "limits": asdict(g.rollout.limits),
+        }
+        for i, g in enumerate(evaluation.graded)
+    ]
+
+
+def print_table(
+    console: Console,
+    title: str,
+    evaluations: dict[str, Evaluation],
+    comparison: Comparison | None,
+) -> None:
+    """A row for each metric, a column for each mode; below, what the one gains over the other."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for mode in evaluations:
+        table.add_column(mode, justify="right")
+    metrics = {mode: evaluation.metrics() for mode, evaluation in evaluations.items()}
+    names = dict.fromkeys(name for found in metrics.values() for name in found)
+    for name in names:
+        cells = (_cell(name, found.get(name)) for found in metrics.values())
+        table.add_row(name.replace("_", " "), *cells)
+    for name, cell in (
+        ("max speedup", lambda e: f"{e.max_speedup:.2f}x" if e.max_speedup else ""),
+        ("ended by a limit", lambda e: f"{sum(e.limits.values()):,}"),
+        ("not graded", lambda e: f"{e.ungraded:,}"),
+        ("wall-clock", lambda e: f"{e.seconds:,.1f} s"),
+        ("tokens per second", lambda e: f"{e.tokens_per_second:,.0f}"),
+    ):
+        table.add_row(name, *map(cell, evaluations.values()))
+    console.print(table)
+    if comparison:
+        most = f", at most {comparison.max_speedup:.2f}x" if comparison.max_speedup else ""
+        difference = comparison.accuracy_difference
+        console.print(
+            f"parallel over sequential: {_cell('speedup', comparison.speedup)} in token "
+            f"latency{most}; {comparison.wall_clock_speedup:.2f}x in wall-clock; accuracy "
+            f"{100 * difference.value:+.1f} points "
+            f"[{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]",
+            highlight=False,
+        )
+
+
+def _cell(name: str, estimate: Estimate | None) -> str:
+    if estimate is None:
+        return ""
+    if name in _SHARES or name.startswith("pass@"):
+        return f"{estimate.value:.1%} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
+    digits, unit = (2, "x") if name == "speedup" else (1, "")
+    low, high = f"{estimate.low:,.{digits}f}", f"{estimate.high:,.{digits}f}"
+    return f"{estimate.value:,.{digits}f}{unit} [{low}, {high}]"
+
+
+_SHARES = ("accuracy", "format_correct", "activation", "acceleration")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
