@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from threadweaver.model import new_model, save_model, supervised_tokens, trie_loss
 from threadweaver.tasks.multiplication import question, trajectory
 from threadweaver.tokenizer import build_tokenizer
-from threadweaver.trajectory import Codec, loss_paths
+from threadweaver.trajectory import Codec, loss_trie
 from tw_kernels import Trie
 
 TOKENIZER = build_tokenizer()
@@ -40,8 +40,7 @@ def product_model() -> PreTrainedModel:
     for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
         start = CODEC.encode(prompt)
         ids = [*start, *CODEC.encode(response), CODEC.eos_id]
-        unrolled = loss_paths(ids, CODEC, len(start), "response")
-        tries.append(Trie.from_paths(unrolled.paths, unrolled.weights))
+        tries.append(loss_trie(ids, CODEC, len(start), "response").trie)
     trie = Trie.pack(tries)
     layout, supervised = trie.layout("cpu"), supervised_tokens(trie).numel()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)

@@ -240,9 +240,9 @@ def save_model(
 
 
 def supervised_tokens(trie: Trie) -> Tensor:
-    """Flat indices of the tokens that carry loss, int64: positive weight and a parent to predict
-    them from."""
-    return ((trie.positive_weights > 0) & (trie.parents >= 0)).nonzero().squeeze(-1)
+    """Flat indices of the tokens that carry loss, int64: a positive weight (column "weights") and a
+    parent to predict them from."""
+    return ((trie.columns["weights"] > 0) & (trie.parents >= 0)).nonzero().squeeze(-1)
 
 
 def trie_loss(model: PreTrainedModel, trie: Trie, layout: TrieLayout | None = None) -> Tensor:

@@ -4,7 +4,7 @@ from tw_kernels.attention.op import trie_attention
 from tw_kernels.backends import backends
 from tw_kernels.decode.op import trie_decode
 from tw_kernels.decode.plan import DecodePlan, PagedKV, PlanSizes
-from tw_kernels.trie import BlockSchedule, Trie, TrieLayout
+from tw_kernels.trie import BlockSchedule, Trie, TrieBuilder, TrieLayout
 
 __all__ = [
     "BlockSchedule",
@@ -12,6 +12,7 @@ __all__ = [
     "PagedKV",
     "PlanSizes",
     "Trie",
+    "TrieBuilder",
     "TrieLayout",
     "backends",
     "trie_attention",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from tw_kernels import _C
 
 Path = Sequence[int] | np.ndarray | Tensor
+INT32_MAX = 2**31 - 1
 
 
 @dataclass(eq=False)
@@ -31,19 +32,16 @@ class Trie:
         positions: int64 [N], depth of each token: its position in every path through it.
         parents: int64 [N], flat index of the token before it on its path; -1 at a root.
         subtree_ends: int32 [N], one past the last token of its subtree.
-        positive_weights, negative_weights: float32 [N], sums over the paths through a token of
-            max(w, 0) and min(w, 0); zero if no weights were given. Kept apart because a clipped
-            policy ratio treats them differently (SPEC, P-GRPO).
         path_ends: int32 [number of paths], flat index of the last token of each path.
+        columns: by name, float32 [N] each: sums over the paths through a token.
     """
 
     tokens: Tensor
     positions: Tensor
     parents: Tensor
     subtree_ends: Tensor
-    positive_weights: Tensor
-    negative_weights: Tensor
     path_ends: Tensor
+    columns: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def from_paths(cls, paths: Sequence[Path], weights: Sequence | None = None) -> Trie:
@@ -52,27 +50,46 @@ class Trie:
         Args:
             paths: at least one path; each a non-empty list, NumPy array or 1-D tensor of token ids
                 in [0, 2^31).
-            weights: for each path as many numbers as it has tokens.
+            weights: for each path as many numbers as it has tokens; they become the column
+                "weights". More columns: `TrieBuilder`.
 
         Raises:
             ValueError: no path, an empty path, an id out of range, more paths or tokens than an
                 int32 counts, weights that do not fit; names the path and the token.
             TypeError: a path that is not a one-dimensional sequence of integers.
         """
-        if any(isinstance(p, Tensor) for p in paths):
-            paths = [_as_array(p) for p in paths]
-        if weights is not None:
-            weights = [_as_array(w) for w in weights]
-        return cls(*(torch.from_numpy(a) for a in _C.build_trie(paths, weights)))
+        if len(paths) > INT32_MAX:
+            raise ValueError(f"{len(paths)} paths: at most 2^31 - 1 fit in a trie")
+        if weights is None:
+            builder = TrieBuilder()
+            for path in paths:
+                builder.add(path)
+            return builder.build()
+        if len(weights) != len(paths):
+            raise ValueError(
+                f"{len(weights)} weight lists for {len(paths)} paths: give one per path"
+            )
+        builder = TrieBuilder("weights")
+        for path, row in zip(paths, weights, strict=True):
+            builder.add(path, weights=row)
+        return builder.build()
 
     @classmethod
     def pack(cls, tries: Sequence[Trie]) -> Trie:
-        """Lays tries side by side as one forest; paths keep their order."""
+        """Lays tries side by side as one forest; paths keep their order.
+
+        Raises:
+            ValueError: no trie, more tokens than an int32 counts, or columns of different names.
+        """
         if not tries:
             raise ValueError("no tries: pack needs at least one")
         starts = np.cumsum([0, *(len(t) for t in tries)])
-        if starts[-1] > torch.iinfo(torch.int32).max:
+        if starts[-1] > INT32_MAX:
             raise ValueError(f"the pack would hold {starts[-1]} tokens: at most 2^31 - 1 fit")
+        names = tries[0].columns.keys()
+        for i, trie in enumerate(tries):
+            if trie.columns.keys() != names:
+                raise ValueError(f"trie {i} has the columns {[*trie.columns]}, trie 0 {[*names]}")
         shifts = [int(s) for s in starts[:-1]]
         pairs = list(zip(tries, shifts, strict=True))
         return cls(
@@ -80,9 +97,8 @@ class Trie:
             positions=torch.cat([t.positions for t in tries]),
             parents=torch.cat([torch.where(t.parents < 0, -1, t.parents + s) for t, s in pairs]),
             subtree_ends=torch.cat([t.subtree_ends + s for t, s in pairs]),
-            positive_weights=torch.cat([t.positive_weights for t in tries]),
-            negative_weights=torch.cat([t.negative_weights for t in tries]),
             path_ends=torch.cat([t.path_ends + s for t, s in pairs]),
+            columns={name: torch.cat([t.columns[name] for t in tries]) for name in names},
         )
 
     def __len__(self) -> int:
@@ -112,7 +128,63 @@ class Trie:
         return TrieLayout(self.subtree_ends.to(device))
 
 
-def _as_array(values: Path) -> Path:
+class TrieBuilder:
+    """Builds a trie path by path, and says as it grows how large it is.
+
+    Args:
+        columns: names of the numbers that each path brings for its tokens.
+    """
+
+    def __init__(self, *columns: str):
+        self._names = columns
+        self._trie = _C.TrieBuilder(columns)
+
+    @property
+    def num_tokens(self) -> int:
+        """Size of the trie of the paths so far."""
+        return self._trie.num_tokens
+
+    def shared_prefix(self, path: Path) -> int:
+        """How many of the path's leading tokens the trie already holds.
+
+        Adding it would thus make the trie larger by len(path) - shared_prefix(path) tokens.
+
+        Raises:
+            ValueError, TypeError: as `add`.
+        """
+        return self._trie.shared_prefix(_as_array(path))
+
+    def add(self, path: Path, **columns: Any) -> None:
+        """Adds a path: a non-empty list, NumPy array or 1-D tensor of token ids in [0, 2^31).
+
+        Args:
+            columns: for every column of the builder as many numbers as the path has tokens. A
+                column of the trie holds for each token their sum over the paths through it, added
+                up in float32 in the order of the paths.
+
+        Raises:
+            ValueError: an empty path, an id out of range, too many tokens for an int32, or columns
+                that do not fit; names the path by its number, and the token.
+            TypeError: a path that is not a one-dimensional sequence of integers.
+        """
+        if columns.keys() != set(self._names):
+            raise ValueError(f"a path needs the columns {[*self._names]}, got {[*columns]}")
+        self._trie.add(_as_array(path), [_as_array(columns[name]) for name in self._names])
+
+    def build(self) -> Trie:
+        """The trie of all paths so far.
+
+        Raises:
+            ValueError: no path was added.
+        """
+        *arrays, columns = self._trie.build()
+        return Trie(
+            *map(torch.from_numpy, arrays),
+            columns=dict(zip(self._names, map(torch.from_numpy, columns), strict=True)),
+        )
+
+
+def _as_array(values: Any) -> Any:
     return values.detach().cpu().numpy() if isinstance(values, Tensor) else values
 
 

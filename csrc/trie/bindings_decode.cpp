@@ -1,6 +1,4 @@
 // Binding of the decode plan: Python's page tables in, one int32 array with the whole plan out.
-#include "bindings_decode.h"
-
 #include <pybind11/numpy.h>
 
 #include <algorithm>
@@ -10,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings.h"
 #include "decode_plan.h"
 
 namespace py = pybind11;

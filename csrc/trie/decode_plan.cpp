@@ -47,7 +47,7 @@ void DecodePlanner::add(const int32_t *table, int32_t length, int32_t new_tokens
   for (int32_t t = first_new; t < length; ++t)
     slots_.push_back(table[t / page_size_] * page_size_ + t % page_size_);
   if (share_) {
-    trie_.insert(table, num_pages, nullptr);
+    trie_.insert(table, num_pages);
   } else {
     lone_runs_.push_back({static_cast<int32_t>(lone_pool_.size()), num_pages, -1});
     lone_pool_.insert(lone_pool_.end(), table, table + num_pages);

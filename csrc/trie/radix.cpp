@@ -9,12 +9,14 @@ namespace {
 constexpr size_t kMaxTokens = INT32_MAX;
 }
 
-void RadixBuilder::add_weights(int32_t pool_index, size_t n, const float *weights) {
-  if (!weights) return;
-  for (size_t i = 0; i < n; ++i) {
-    positive_[pool_index + i] += std::max(weights[i], 0.0f);
-    negative_[pool_index + i] += std::min(weights[i], 0.0f);
-  }
+RadixBuilder::Match RadixBuilder::match(int32_t node, const int32_t *ids, size_t n) const {
+  const Node &parent = nodes_[node];
+  const auto found = children_.find(child_key(parent.offset + parent.length - 1, ids[0]));
+  if (found == children_.end()) return {-1, 0};
+  const Node &child = nodes_[found->second];
+  const int32_t *run = pool_.data() + child.offset;
+  const auto limit = std::min<size_t>(child.length, n);
+  return {found->second, static_cast<int32_t>(std::mismatch(run, run + limit, ids).first - run)};
 }
 
 int32_t RadixBuilder::append_leaf(int32_t parent, const int32_t *ids, size_t n) {
@@ -24,8 +26,7 @@ int32_t RadixBuilder::append_leaf(int32_t parent, const int32_t *ids, size_t n) 
   const int32_t offset = static_cast<int32_t>(pool_.size());
   nodes_.push_back(Node{offset, static_cast<int32_t>(n)});
   pool_.insert(pool_.end(), ids, ids + n);
-  positive_.resize(pool_.size(), 0.0f);
-  negative_.resize(pool_.size(), 0.0f);
+  for (auto &column : columns_) column.resize(pool_.size(), 0.0f);
   Node &p = nodes_[parent];
   if (p.last_child >= 0)
     nodes_[p.last_child].next_sibling = node;
@@ -49,29 +50,33 @@ void RadixBuilder::split(int32_t node, int32_t length) {
   children_.emplace(child_key(lower.offset - 1, pool_[lower.offset]), tail);
 }
 
-void RadixBuilder::insert(const int32_t *ids, size_t n, const float *weights) {
+void RadixBuilder::insert(const int32_t *ids, size_t n, const std::vector<const float *> &values) {
   int32_t node = 0;
-  size_t done = 0;
-  while (done < n) {
-    const Node &parent = nodes_[node];
-    const auto found = children_.find(child_key(parent.offset + parent.length - 1, ids[done]));
-    if (found == children_.end()) {
-      node = append_leaf(node, ids + done, n - done);
-      add_weights(nodes_[node].offset, n - done, weights ? weights + done : nullptr);
-      break;
+  for (size_t done = 0; done < n;) {
+    Match next = match(node, ids + done, n - done);
+    if (next.child < 0)
+      next = {append_leaf(node, ids + done, n - done), static_cast<int32_t>(n - done)};
+    else if (next.length < nodes_[next.child].length)
+      split(next.child, next.length);
+    node = next.child;
+    for (size_t c = 0; c < columns_.size(); ++c) {
+      float *sums = columns_[c].data() + nodes_[node].offset;
+      for (int32_t i = 0; i < next.length; ++i) sums[i] += values[c][done + i];
     }
-    node = found->second;
-    const int32_t offset = nodes_[node].offset;
-    const int32_t limit =
-        static_cast<int32_t>(std::min<size_t>(nodes_[node].length, n - done));
-    const int32_t *run = pool_.data() + offset;
-    const int32_t matched =
-        static_cast<int32_t>(std::mismatch(run, run + limit, ids + done).first - run);
-    if (matched < nodes_[node].length) split(node, matched);
-    add_weights(offset, matched, weights ? weights + done : nullptr);
-    done += matched;
+    done += next.length;
   }
   path_ends_.push_back(nodes_[node].offset + nodes_[node].length - 1);
+}
+
+size_t RadixBuilder::shared_prefix(const int32_t *ids, size_t n) const {
+  size_t done = 0;
+  for (int32_t node = 0; done < n;) {
+    const Match next = match(node, ids + done, n - done);
+    done += next.length;
+    if (next.child < 0 || next.length < nodes_[next.child].length) break;
+    node = next.child;
+  }
+  return done;
 }
 
 std::vector<int32_t> RadixBuilder::preorder() const {
@@ -110,8 +115,7 @@ FlatTrie RadixBuilder::flatten() const {
   flat.positions.resize(n);
   flat.parents.resize(n);
   flat.subtree_ends.resize(n);
-  flat.positive_weights.resize(n);
-  flat.negative_weights.resize(n);
+  flat.columns.assign(columns_.size(), std::vector<float>(n));
 
   const std::vector<int32_t> order = preorder();
   std::vector<int32_t> start(nodes_.size()), parent(nodes_.size(), 0), end(nodes_.size());
@@ -138,9 +142,10 @@ FlatTrie RadixBuilder::flatten() const {
       flat.positions[at] = depth + i;
       flat.parents[at] = i ? at - 1 : up;
       flat.subtree_ends[at] = end[id];
-      flat.positive_weights[at] = positive_[from];
-      flat.negative_weights[at] = negative_[from];
     }
+    for (size_t c = 0; c < columns_.size(); ++c)
+      std::copy_n(columns_[c].begin() + node.offset, node.length,
+                  flat.columns[c].begin() + start[id]);
   }
   flat.path_ends.reserve(path_ends_.size());
   for (const int32_t p : path_ends_) flat.path_ends.push_back(flat_of_pool[p]);

@@ -8,7 +8,7 @@ from rollouts import CODEC, EOS, ids
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from threadweaver.model import ATTENTION, supervised_tokens, trie_loss
-from threadweaver.trajectory import loss_paths
+from threadweaver.trajectory import loss_trie
 from tw_kernels import Trie
 
 
@@ -48,10 +48,8 @@ def fork_join_model() -> PreTrainedModel:
     tries = []
     for prompt, response in TRAJECTORIES.items():
         start = ids(prompt)
-        unrolled = loss_paths(
-            [*start, *ids(response), EOS], CODEC, len(start), "completions", max_depth=2
-        )
-        tries.append(Trie.from_paths(unrolled.paths, unrolled.weights))
+        whole = [*start, *ids(response), EOS]
+        tries.append(loss_trie(whole, CODEC, len(start), "completions", max_depth=2).trie)
     trie = Trie.pack(tries)
     layout, supervised = trie.layout("cpu"), supervised_tokens(trie).numel()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.tries import DATA, random_layout, visible
-from tw_kernels import Trie
+from tests.kernels.tries import DATA, node_prefixes, random_layout, visible
+from tw_kernels import Trie, TrieBuilder
 
 GOLDEN = json.loads((DATA / "golden.json").read_text())["trie"]
 
@@ -25,21 +25,20 @@ def flatten_by_dicts(paths):
         node = root
         for token in path:
             node = node.setdefault(token, {})
-    tokens, positions, parents, ends, prefixes = [], [], [], [], []
+    tokens, positions, parents, ends = [], [], [], []
 
-    def visit(children, depth, parent, prefix):
+    def visit(children, depth, parent):
         for token, grandchildren in children.items():
             at = len(tokens)
             tokens.append(token)
             positions.append(depth)
             parents.append(parent)
             ends.append(0)
-            prefixes.append((*prefix, token))
-            visit(grandchildren, depth + 1, at, (*prefix, token))
+            visit(grandchildren, depth + 1, at)
             ends[at] = len(tokens)
 
-    visit(root, 0, -1, ())
-    return tokens, positions, parents, ends, prefixes
+    visit(root, 0, -1)
+    return tokens, positions, parents, ends
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=range(len(GOLDEN)))
@@ -53,7 +52,7 @@ def test_agrees_with_the_reference(case):
 @given(paths_of_few_tokens)
 def test_is_the_preorder_of_a_dict_trie_in_first_seen_order(paths):
     trie = Trie.from_paths(paths)
-    tokens, positions, parents, ends, _ = flatten_by_dicts(paths)
+    tokens, positions, parents, ends = flatten_by_dicts(paths)
     assert trie.tokens.tolist() == tokens
     assert trie.positions.tolist() == positions
     assert trie.parents.tolist() == parents
@@ -71,17 +70,31 @@ def test_path_nodes_spell_the_path_and_follow_parents(paths):
 
 
 @given(paths_of_few_tokens, st.randoms(use_true_random=False))
-def test_weights_of_shared_tokens_add_up_by_sign(paths, random):
-    weights = [[random.choice([-1.5, -0.25, 0.0, 1.0]) for _ in path] for path in paths]
-    trie = Trie.from_paths(paths, weights)
-    *_, prefixes = flatten_by_dicts(paths)
-    positive, negative = dict.fromkeys(prefixes, 0.0), dict.fromkeys(prefixes, 0.0)
-    for path, ws in zip(paths, weights, strict=True):
-        for i, w in enumerate(ws):
-            positive[tuple(path[: i + 1])] += max(w, 0)
-            negative[tuple(path[: i + 1])] += min(w, 0)
-    assert trie.positive_weights.tolist() == [positive[p] for p in prefixes]
-    assert trie.negative_weights.tolist() == [negative[p] for p in prefixes]
+def test_columns_of_shared_tokens_add_up(paths, random):
+    one, other = ([[random.choice([-1.5, 0.0, 1.0]) for _ in p] for p in paths] for _ in range(2))
+    builder = TrieBuilder("one", "other")
+    for path, x, y in zip(paths, one, other, strict=True):
+        builder.add(path, other=y, one=x)
+    trie = builder.build()
+    for rows, name in ((one, "one"), (other, "other")):
+        sums = dict.fromkeys(node_prefixes(trie), 0.0)
+        for path, row in zip(paths, rows, strict=True):
+            for i, value in enumerate(row):
+                sums[tuple(path[: i + 1])] += value
+        assert trie.columns[name].tolist() == list(sums.values())
+    assert trie.columns["one"].tolist() == Trie.from_paths(paths, one).columns["weights"].tolist()
+
+
+@given(paths_of_few_tokens)
+def test_the_builder_says_how_large_the_trie_is_and_what_of_a_path_it_holds(paths):
+    builder = TrieBuilder()
+    held: set[tuple[int, ...]] = set()
+    for path in paths:
+        prefixes = [tuple(path[: i + 1]) for i in range(len(path))]
+        assert builder.shared_prefix(path) == sum(prefix in held for prefix in prefixes)
+        builder.add(path)
+        held.update(prefixes)
+        assert builder.num_tokens == len(held) == len(builder.build())
 
 
 @given(st.lists(paths_of_few_tokens, min_size=1, max_size=4))
@@ -95,7 +108,7 @@ def test_pack_keeps_every_trie_as_it_was(forests):
         assert torch.equal(pack.tokens[rows], trie.tokens)
         assert torch.equal(pack.positions[rows], trie.positions)
         assert torch.equal(pack.subtree_ends[rows], trie.subtree_ends + start)
-        assert torch.equal(pack.positive_weights[rows], trie.positive_weights)
+        assert torch.equal(pack.columns["weights"][rows], trie.columns["weights"])
         is_root = trie.parents < 0
         assert (pack.parents[rows][is_root] == -1).all()
         assert torch.equal(pack.parents[rows][~is_root], trie.parents[~is_root] + start)
@@ -148,9 +161,25 @@ def test_refuses_bad_input_and_says_where(paths, weights, error, message):
         Trie.from_paths(paths, weights)
 
 
-def test_pack_of_nothing_is_refused():
+def test_the_builder_refuses_what_does_not_fit_and_says_where():
+    builder = TrieBuilder("a", "b")
+    builder.add([1, 2], a=[0, 0], b=[0, 0])
+    with pytest.raises(ValueError, match=r"needs the columns \['a', 'b'\], got \['a'\]"):
+        builder.add([1], a=[0])
+    with pytest.raises(ValueError, match="path 1 has 2 tokens: its b must be as many numbers"):
+        builder.add([1, 3], a=[0, 0], b=[0])
+    with pytest.raises(ValueError, match="path 1, token 0: id -1 is negative"):
+        builder.shared_prefix([-1])
+    assert builder.num_tokens == 2
+    with pytest.raises(ValueError, match="no paths"):
+        TrieBuilder().build()
+
+
+def test_pack_of_nothing_or_of_different_columns_is_refused():
     with pytest.raises(ValueError, match="no tries"):
         Trie.pack([])
+    with pytest.raises(ValueError, match=r"trie 1 has the columns \[\], trie 0 \['weights'\]"):
+        Trie.pack([Trie.from_paths([[1]], [[1.0]]), Trie.from_paths([[1]])])
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -45,6 +45,14 @@ def real_trees(scale: float = 1.0) -> dict[str, Trie]:
     return tries
 
 
+def node_prefixes(trie: Trie) -> list[tuple[int, ...]]:
+    """Of every token the tokens on its path, itself last."""
+    prefixes: list[tuple[int, ...]] = []
+    for token, parent in zip(trie.tokens.tolist(), trie.parents.tolist(), strict=True):
+        prefixes.append((*(prefixes[parent] if parent >= 0 else ()), token))
+    return prefixes
+
+
 def visible(subtree_ends: Tensor) -> Tensor:
     """[N, N] bool: row i sees column j (ARCHITECTURE, fact 1)."""
     i = torch.arange(subtree_ends.numel())

@@ -18,7 +18,7 @@ from threadweaver.model import (
 )
 from threadweaver.tasks.multiplication import question, trajectory
 from threadweaver.tokenizer import build_tokenizer
-from threadweaver.trajectory import Codec, extract_calls, loss_paths
+from threadweaver.trajectory import Codec, extract_calls, loss_trie
 from tw_kernels import Trie
 
 TINY = {
@@ -46,8 +46,7 @@ def encode(factors, parallel=True) -> tuple[list[int], int]:
 def make_trie(trajectories, loss):
     tries = []
     for ids, prompt_length in trajectories:
-        unrolled = loss_paths(ids, CODEC, prompt_length, loss)
-        tries.append(Trie.from_paths(unrolled.paths, unrolled.weights))
+        tries.append(loss_trie(ids, CODEC, prompt_length, loss).trie)
     return Trie.pack(tries)
 
 

@@ -12,7 +12,6 @@ from random import Random
 from tests.generate.rollouts import CODEC, RandomModel, ids
 from threadweaver.generate import Weaver
 from threadweaver.generate.rollout import Completion, Rollout
-from tw_kernels import Trie
 
 Prefix = tuple[int, ...]
 
@@ -62,10 +61,3 @@ def sampled_prefixes(completion: Completion) -> list[Prefix]:
     """A token of a trie is the prefix that ends in it."""
     path = (*completion.context, *completion.tokens)
     return [path[: i + 1] for i in range(len(completion.context), len(path))]
-
-
-def node_prefixes(trie: Trie) -> list[Prefix]:
-    prefixes: list[Prefix] = []
-    for token, parent in zip(trie.tokens.tolist(), trie.parents.tolist(), strict=True):
-        prefixes.append((*(prefixes[parent] if parent >= 0 else ()), token))
-    return prefixes

@@ -90,7 +90,7 @@ def test_max_steps_overrides_epochs_and_goes_on_into_new_epochs():
 def test_loss_stands_on_the_response_and_its_end_token(loss):
     built = build_tries([example()], CODEC, DataConfig("f", loss=loss), 4096)
     [trie] = built.tries
-    with_loss = trie.positive_weights > 0
+    with_loss = trie.columns["weights"] > 0
     prompt_length = len(CODEC.encode(example().prompt))
     assert not with_loss[trie.positions < prompt_length].any()
     assert with_loss[trie.tokens == CODEC.eos_id].tolist() == [True]

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.generate.rollouts import randoms, unhurried
+from tests.kernels.tries import node_prefixes
 from tests.train.groups import (
     PROMPT,
     Prefix,
     made_up_logprob,
-    node_prefixes,
     random_group,
     sampled_prefixes,
 )
@@ -74,18 +74,18 @@ def test_a_token_weighs_once_for_each_rollout_that_sampled_it(rollouts):
         assert got.counts[i] == len(weights)
         assert got.positive_counts[i] == sum(w > 0 for w in weights)
         assert got.negative_counts[i] == sum(w < 0 for w in weights)
-        assert got.trie.positive_weights[at[i]].item() == pytest.approx(
+        assert got.trie.columns["positive_advantages"][at[i]].item() == pytest.approx(
             sum(w for w in weights if w > 0), abs=1e-6
         )
-        assert got.trie.negative_weights[at[i]].item() == pytest.approx(
+        assert got.trie.columns["negative_advantages"][at[i]].item() == pytest.approx(
             sum(w for w in weights if w < 0), abs=1e-6
         )
         assert got.generator_logprobs[i].item() == pytest.approx(made_up_logprob(prefix), abs=1e-6)
     assert got.num_completion_tokens == sum(r.num_sampled_tokens for r in rollouts)
     others = torch.ones(len(got), dtype=torch.bool)
     others[at] = False
-    assert not got.trie.positive_weights[others].any()
-    assert not got.trie.negative_weights[others].any()
+    assert not got.trie.columns["positive_advantages"][others].any()
+    assert not got.trie.columns["negative_advantages"][others].any()
 
 
 def calls_of(rollout: Rollout) -> list[Completion]:
@@ -142,8 +142,8 @@ def sampled_tokens(tries: list[PolicyTrie]) -> Counter:
     for policy in tries:
         prefixes = node_prefixes(policy.trie)
         columns = (
-            policy.trie.positive_weights[policy.sampled],
-            policy.trie.negative_weights[policy.sampled],
+            policy.trie.columns["positive_advantages"][policy.sampled],
+            policy.trie.columns["negative_advantages"][policy.sampled],
             policy.counts,
             policy.positive_counts,
             policy.negative_counts,
@@ -164,8 +164,8 @@ def test_advantages_of_opposite_sign_are_kept_apart_on_a_shared_prefix():
     [got], _, _ = policy_group([one, other], [0.5, -0.25], UNLIMITED)
     at = got.sampled
     assert got.trie.tokens[at].tolist() == [1, 2, 3]
-    assert got.trie.positive_weights[at].tolist() == [0.5, 0.5, 0.5]
-    assert got.trie.negative_weights[at].tolist() == [-0.25, -0.25, 0.0]
+    assert got.trie.columns["positive_advantages"][at].tolist() == [0.5, 0.5, 0.5]
+    assert got.trie.columns["negative_advantages"][at].tolist() == [-0.25, -0.25, 0.0]
     assert got.counts.tolist() == [2, 2, 1]
     assert got.positive_counts.tolist() == [1, 1, 1]
     assert got.negative_counts.tolist() == [1, 1, 0]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from tests.train.groups import Prefix, made_up_logprob, node_prefixes, random_group
+from tests.kernels.tries import node_prefixes
+from tests.train.groups import Prefix, made_up_logprob, random_group
 from threadweaver import model as model_module
 from threadweaver.generate.rollout import Completion, Rollout
 from threadweaver.generate.weaver import LimitCounts
@@ -184,10 +185,7 @@ CONFIGS = {
 def test_the_batch_shares_sampled_tokens_of_both_signs_and_clips_both(model, batch):
     trie = batch.whole
     [part], _ = step(model, batch, [trie], PolicyConfig())
-    positive, negative = (
-        weights[trie.sampled]
-        for weights in (trie.trie.positive_weights, trie.trie.negative_weights)
-    )
+    positive, negative = (weights[trie.sampled] for weights in trie.trie.columns.values())
     assert ((positive > 0) & (negative < 0)).sum() > 25
     ratio = (lookup(batch.current, trie) - lookup(batch.old, trie)).exp()
     for weights, outside in ((positive, ratio > 1.28), (negative, ratio < 0.8)):

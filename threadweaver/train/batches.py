@@ -19,7 +19,7 @@ import torch
 from threadweaver.data import DataError, Example
 from threadweaver.evaluate.grade import violations
 from threadweaver.train.config import DataConfig, OptimizationConfig
-from threadweaver.trajectory import Codec, loss_paths
+from threadweaver.trajectory import Codec, loss_trie
 from tw_kernels import Trie
 
 # Tries are packed among this many micro-batches' worth of neighbours in the shuffled order: enough
@@ -52,7 +52,7 @@ class TrieSet:
         """Same tokens, geometry and loss in the same order: same value."""
         digest = hashlib.sha256()
         for trie in self.tries:
-            for tensor in (trie.tokens, trie.subtree_ends, trie.positive_weights):
+            for tensor in (trie.tokens, trie.subtree_ends, trie.columns["weights"]):
                 digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()
 
@@ -80,12 +80,12 @@ def build_tries(
         prompt = codec.encode(example.prompt)
         ids = [*prompt, *codec.encode(example.response), codec.eos_id]
         try:
-            unrolled = loss_paths(ids, codec, len(prompt), data.loss, max_tokens=batch_tokens)
+            built = loss_trie(ids, codec, len(prompt), data.loss, max_tokens=batch_tokens)
         except ValueError as error:
             raise DataError(f"{example.source}: {error} (optimization.batch_tokens)") from error
-        tries.append(Trie.from_paths(unrolled.paths, unrolled.weights))
+        tries.append(built.trie)
         sources.append(example.source)
-        dropped_calls += unrolled.dropped_calls
+        dropped_calls += built.dropped_calls
     return TrieSet(tries, sources, dropped_calls, dropped_trajectories)
 
 

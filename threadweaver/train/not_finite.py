@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -25,12 +26,11 @@ def save_batch(
 ) -> NotFiniteError:
     """Writes what a step was made of; returns the error to raise.
 
-    tries.pt holds the tensors of each micro-batch's trie, by name; batch.json its loss (a share of
+    tries.pt holds the fields of each micro-batch's trie, by name; batch.json its loss (a share of
     the step's) and where its examples come from.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    fields = ("tokens", "positions", "parents", "subtree_ends", "positive_weights")
-    torch.save([{f: getattr(trie, f) for f in fields} for trie in packs], folder / "tries.pt")
+    torch.save([asdict(trie) for trie in packs], folder / "tries.pt")
     # As text, since JSON has no word for them.
     micro_batches = [
         {"loss": str(loss), "examples": list(examples)}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from threadweaver.generate.rollout import Completion, Rollout
 from threadweaver.train.batches import pack
-from tw_kernels import Trie
+from tw_kernels import Trie, TrieBuilder
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +27,8 @@ class PolicyTrie:
     """Rollouts as one trie, on the CPU.
 
     Attributes:
-        trie: its positive and negative weights are, token by token, the sums of the positive and
-            of the negative advantages of the rollouts that sampled it.
+        trie: its columns "positive_advantages" and "negative_advantages" are, token by token, the
+            sums of the positive and of the negative advantages of the rollouts that sampled it.
         sampled: int64 [n], flat indices of the tokens that some rollout sampled, ascending.
         counts: int64 [n], how many rollouts sampled each.
         positive_counts, negative_counts: int64 [n], how many of them have a positive and how many a
@@ -91,20 +91,23 @@ def policy_group(
     """
     tries: list[PolicyTrie] = []
     part: list[_Call] = []
+    builder = _builder()  # of the trie of `part`
     dropped_calls = skipped_rollouts = 0
     for rollout, advantage in zip(rollouts, advantages, strict=True):
         calls = [_Call.of(c, advantage) for c in rollout.completions if c.tokens]
-        kept = _within(calls, max_tokens)
+        kept, added = _within(calls, max_tokens, builder)
         if calls and not kept:
             skipped_rollouts += 1
             continue
         dropped_calls += len(calls) - len(kept)
-        if part and _size([*part, *kept]) > max_tokens:
-            tries.append(_merge(part))
-            part = []
+        if part and builder.num_tokens + added > max_tokens:
+            tries.append(_policy_trie(builder.build(), part))
+            part, builder = [], _builder()
+        for call in kept:
+            call.add_to(builder)
         part += kept
     if part:
-        tries.append(_merge(part))
+        tries.append(_policy_trie(builder.build(), part))
     return PolicyGroup(tries, dropped_calls, skipped_rollouts)
 
 
@@ -130,23 +133,36 @@ class _Call(NamedTuple):
         context, tokens = completion.context, completion.tokens
         return cls(context + tokens, len(context), advantage, completion.logprobs)
 
-
-def _size(calls: list[_Call]) -> int:
-    return len(Trie.from_paths([call.path for call in calls]))
-
-
-def _within(calls: list[_Call], max_tokens: int) -> list[_Call]:
-    """The most calls, from the first on, whose trie is within the budget; maybe none."""
-    while calls and _size(calls) > max_tokens:
-        calls = calls[:-1]
-    return calls
+    def add_to(self, builder: TrieBuilder) -> None:
+        weights = np.zeros(len(self.path), np.float32)
+        weights[self.start :] = self.advantage
+        builder.add(
+            self.path,
+            positive_advantages=weights.clip(min=0),
+            negative_advantages=weights.clip(max=0),
+        )
 
 
-def _merge(calls: list[_Call]) -> PolicyTrie:
-    weights = [np.zeros(len(call.path), np.float32) for call in calls]
-    for row, call in zip(weights, calls, strict=True):
-        row[call.start :] = call.advantage
-    trie = Trie.from_paths([call.path for call in calls], weights)
+def _builder() -> TrieBuilder:
+    return TrieBuilder("positive_advantages", "negative_advantages")
+
+
+def _within(calls: list[_Call], max_tokens: int, others: TrieBuilder) -> tuple[list[_Call], int]:
+    """The most calls, from the first on, whose own trie is within the budget (maybe none), and by
+    how many tokens they would make the trie of `others` larger."""
+    own = TrieBuilder()
+    added = 0
+    for n, call in enumerate(calls):
+        shared = own.shared_prefix(call.path)
+        if own.num_tokens + len(call.path) - shared > max_tokens:
+            return calls[:n], added
+        own.add(call.path)
+        added += len(call.path) - max(shared, others.shared_prefix(call.path))
+    return calls, added
+
+
+def _policy_trie(trie: Trie, calls: list[_Call]) -> PolicyTrie:
+    """`trie` holds the paths of the calls, in their order."""
     counts, positive, negative = torch.zeros(3, len(trie), dtype=torch.int64)
     logprobs = torch.zeros(len(trie), dtype=torch.float64)
     for i, call in enumerate(calls):

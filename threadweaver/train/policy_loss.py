@@ -116,8 +116,8 @@ def policy_loss(
     if config.entropy and not entropies.requires_grad:
         raise ValueError(f"policy.entropy is {config.entropy}: it needs entropies with a gradient")
     device = logprobs.device
-    positive = batch.trie.positive_weights[batch.sampled].to(device)
-    negative = batch.trie.negative_weights[batch.sampled].to(device)
+    positive = batch.trie.columns["positive_advantages"][batch.sampled].to(device)
+    negative = batch.trie.columns["negative_advantages"][batch.sampled].to(device)
     counts = batch.counts.to(device)
     generator = batch.generator_logprobs.to(device)
     if old_logprobs is None:

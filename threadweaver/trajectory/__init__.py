@@ -6,7 +6,7 @@ Knows nothing of models (except that `add_tags` can extend one), kernels or gene
 from threadweaver.trajectory.calls import Call, extract_calls
 from threadweaver.trajectory.codec import Codec
 from threadweaver.trajectory.format import check_format
-from threadweaver.trajectory.loss import LossPaths, loss_paths
+from threadweaver.trajectory.loss import LossTrie, loss_trie
 from threadweaver.trajectory.paths import PathLengths, path_lengths
 from threadweaver.trajectory.tags import TAGS
 from threadweaver.trajectory.vocabulary import add_tags
@@ -15,11 +15,11 @@ __all__ = [
     "TAGS",
     "Call",
     "Codec",
-    "LossPaths",
+    "LossTrie",
     "PathLengths",
     "add_tags",
     "check_format",
     "extract_calls",
-    "loss_paths",
+    "loss_trie",
     "path_lengths",
 ]

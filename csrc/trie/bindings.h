@@ -4,6 +4,7 @@
 
 namespace tw {
 
+void bind_trie(pybind11::module_ &m);
 void bind_decode_plan(pybind11::module_ &m);
 
 } // namespace tw

@@ -1,0 +1,169 @@
+// Binding of the trie builder and of what follows from a trie's geometry. Arrays are NumPy's.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bindings.h"
+#include "radix.h"
+#include "schedule.h"
+
+namespace py = pybind11;
+
+namespace tw {
+
+namespace {
+
+template <class T> py::array_t<T> to_numpy(std::vector<T> &&values) {
+  auto *owner = new std::vector<T>(std::move(values));
+  py::capsule free(owner, [](void *p) { delete static_cast<std::vector<T> *>(p); });
+  return py::array_t<T>(owner->size(), owner->data(), free);
+}
+
+std::string at(size_t path) { return "path " + std::to_string(path); }
+
+int32_t checked_id(int64_t id, size_t path, size_t token) {
+  if (id >= 0 && id <= INT32_MAX) return static_cast<int32_t>(id);
+  throw py::value_error(at(path) + ", token " + std::to_string(token) + ": id " +
+                        std::to_string(id) + (id < 0 ? " is negative" : " does not fit in int32"));
+}
+
+size_t checked_length(py::ssize_t n, size_t path) {
+  if (n == 0) throw py::value_error(at(path) + " is empty: a path needs at least one token");
+  if (n > INT32_MAX)
+    throw py::value_error(at(path) + " has " + std::to_string(n) +
+                          " tokens: at most 2^31 - 1 fit in a trie");
+  return static_cast<size_t>(n);
+}
+
+// Reads paths one after the other as int32 ids. Consecutive calls of one trajectory are lists that
+// hold the very same int objects for their shared prefix, so equal pointers save the conversion.
+class PathReader {
+public:
+  const std::vector<int32_t> &read(py::handle path, size_t index) {
+    if (PyList_Check(path.ptr()) || PyTuple_Check(path.ptr()))
+      read_objects(path, index);
+    else
+      read_array(path, index);
+    return ids_;
+  }
+
+private:
+  void read_objects(py::handle path, size_t index) {
+    const size_t n = checked_length(PySequence_Fast_GET_SIZE(path.ptr()), index);
+    PyObject **items = PySequence_Fast_ITEMS(path.ptr());
+    const size_t limit = std::min(n, objects_.size());
+    size_t i = std::mismatch(items, items + limit, objects_.begin()).first - items;
+    objects_.assign(items, items + n);
+    held_ = py::reinterpret_borrow<py::object>(path); // keeps the compared objects alive
+    ids_.resize(n);
+    for (; i < n; ++i) {
+      int overflow = 0;
+      if (!PyLong_Check(items[i]))
+        throw py::type_error(at(index) + ", token " + std::to_string(i) +
+                             ": ids must be integers, got " + Py_TYPE(items[i])->tp_name);
+      const long long id = PyLong_AsLongLongAndOverflow(items[i], &overflow);
+      ids_[i] = checked_id(overflow ? overflow * INT64_MAX : id, index, i);
+    }
+  }
+
+  void read_array(py::handle path, size_t index) {
+    objects_.clear();
+    const auto array = py::array::ensure(path);
+    if (!array || array.ndim() != 1 || (array.dtype().kind() != 'i' && array.dtype().kind() != 'u'))
+      throw py::type_error(at(index) + ": a path is a list, a NumPy array or a tensor of integer "
+                                       "ids with one dimension");
+    const size_t n = checked_length(array.shape(0), index);
+    const auto values = py::array_t<int64_t, py::array::c_style | py::array::forcecast>(array);
+    ids_.resize(n);
+    for (size_t i = 0; i < n; ++i) ids_[i] = checked_id(values.data()[i], index, i);
+  }
+
+  std::vector<PyObject *> objects_;
+  py::object held_;
+  std::vector<int32_t> ids_;
+};
+
+using Values = py::array_t<float, py::array::c_style | py::array::forcecast>;
+
+class TrieBuilder {
+public:
+  explicit TrieBuilder(std::vector<std::string> columns)
+      : names_(std::move(columns)), trie_(names_.size()) {}
+
+  // values: for each column, in the order of their names, as many numbers as the path has tokens.
+  void add(py::handle path, const py::sequence &values) {
+    const std::vector<int32_t> &ids = reader_.read(path, num_paths());
+    std::vector<Values> held;
+    std::vector<const float *> pointers;
+    for (size_t c = 0; c < names_.size(); ++c) {
+      held.push_back(Values::ensure(py::object(values[c])));
+      const Values &column = held.back();
+      if (!column || column.ndim() != 1 || static_cast<size_t>(column.size()) != ids.size())
+        throw py::value_error(at(num_paths()) + " has " + std::to_string(ids.size()) +
+                              " tokens: its " + names_[c] + " must be as many numbers");
+      pointers.push_back(column.data());
+    }
+    trie_.insert(ids.data(), ids.size(), pointers);
+  }
+
+  size_t shared_prefix(py::handle path) {
+    const std::vector<int32_t> &ids = reader_.read(path, num_paths());
+    return trie_.shared_prefix(ids.data(), ids.size());
+  }
+
+  size_t num_tokens() const { return trie_.num_tokens(); }
+
+  py::tuple build() const {
+    if (num_paths() == 0) throw py::value_error("no paths: a trie needs at least one");
+    FlatTrie flat = trie_.flatten();
+    py::list columns;
+    for (auto &column : flat.columns) columns.append(to_numpy(std::move(column)));
+    return py::make_tuple(to_numpy(std::move(flat.tokens)), to_numpy(std::move(flat.positions)),
+                          to_numpy(std::move(flat.parents)),
+                          to_numpy(std::move(flat.subtree_ends)),
+                          to_numpy(std::move(flat.path_ends)), columns);
+  }
+
+private:
+  size_t num_paths() const { return trie_.path_ends().size(); }
+
+  std::vector<std::string> names_;
+  RadixBuilder trie_;
+  PathReader reader_;
+};
+
+using Ints = py::array_t<int32_t, py::array::c_style>;
+
+py::tuple schedule_of(const Ints &subtree_ends, int32_t block_q, int32_t block_kv) {
+  if (block_q < 1 || block_kv < 1) throw py::value_error("block sizes must be at least 1");
+  BlockSchedule s = block_schedule(subtree_ends.data(), subtree_ends.size(), block_q, block_kv);
+  return py::make_tuple(to_numpy(std::move(s.row_ptr)), to_numpy(std::move(s.full_end)),
+                        to_numpy(std::move(s.kv_blocks)), to_numpy(std::move(s.q_range)),
+                        to_numpy(std::move(s.q_order)), to_numpy(std::move(s.kv_order)));
+}
+
+} // namespace
+
+void bind_trie(py::module_ &m) {
+  py::class_<TrieBuilder>(m, "TrieBuilder")
+      .def(py::init<std::vector<std::string>>(), py::arg("columns"))
+      .def("add", &TrieBuilder::add, py::arg("path"), py::arg("values"))
+      .def("shared_prefix", &TrieBuilder::shared_prefix, py::arg("path"))
+      .def_property_readonly("num_tokens", &TrieBuilder::num_tokens)
+      .def("build", &TrieBuilder::build);
+  m.def(
+      "node_segments",
+      [](const Ints &subtree_ends) {
+        return to_numpy(node_segments(subtree_ends.data(), subtree_ends.size()));
+      },
+      py::arg("subtree_ends"));
+  m.def("block_schedule", &schedule_of, py::arg("subtree_ends"), py::arg("block_q"),
+        py::arg("block_kv"));
+}
+
+} // namespace tw
