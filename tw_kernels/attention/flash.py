@@ -20,6 +20,7 @@ FEW_PAIRS = 2**18
 
 
 def why_not(q: Tensor) -> str | None:
+    """None if ATen's flash attention takes q's device, dtype and head dim, else the reason."""
     if q.device.type == "cpu":
         if q.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             return f"ATen's flash attention takes no {q.dtype}"

@@ -9,7 +9,7 @@ slots of each row, in the plan's order, so the result does not depend on schedul
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,9 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tw_kernels import triton_interpreter
-
-if TYPE_CHECKING:
-    from tw_kernels.decode.plan import DecodePlan, PagedKV
+from tw_kernels.decode.plan import DecodePlan, PagedKV
 
 LOG2E = tl.constexpr(math.log2(math.e))
 

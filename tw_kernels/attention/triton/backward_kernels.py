@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tw_kernels.attention.triton.forward import (
+from tw_kernels.attention.triton.forward_kernel import (
     LOG2E,
     Config,
     launch,
