@@ -2,7 +2,7 @@
 
 A trie is kept flat, in preorder with children in first-seen order. `subtree_ends` then says all
 there is to know about visibility: token j is i or an ancestor of i iff j <= i < subtree_ends[j]
-(ARCHITECTURE, fact 1). A trie may have several roots; the same inequality separates them.
+(docs/architecture.md, fact 1). A trie may have several roots; the same inequality separates them.
 """
 
 from __future__ import annotations
@@ -106,6 +106,7 @@ class Trie:
 
     @property
     def num_paths(self) -> int:
+        """How many paths the trie was built from, equal ones counted each time."""
         return self.path_ends.numel()
 
     def path_nodes(self, i: int) -> Tensor:
@@ -191,8 +192,8 @@ def _as_array(values: Any) -> Any:
 class BlockSchedule(NamedTuple):
     """Which pairs of (block of query rows, block of KV columns) hold a visible pair.
 
-    A pair is full iff every row sees every column, so that no mask is needed (fact 3). All tensors
-    are int32, on the layout's device; nq and nkv are the numbers of blocks.
+    A pair is full iff every row sees every column, so that no mask is needed (docs/architecture.md,
+    fact 3). All tensors are int32, on the layout's device; nq and nkv are the numbers of blocks.
     """
 
     row_ptr: Tensor  # [nq + 1]: query block b meets kv_blocks[row_ptr[b]:row_ptr[b + 1]]
@@ -208,14 +209,14 @@ class TrieLayout:
     """What attention needs to know about a trie; everything follows from `subtree_ends`.
 
     Attributes:
-        subtree_ends: int32 [N] on the device. The op receives this tensor alone and finds the
-            layout, with its cached schedules, by its identity: see `TrieLayout.of`.
-        visible_pairs: number of (query, key) pairs that attend.
-        density: visible_pairs / N^2.
+        subtree_ends: int32 [N] on the device.
         memo: what backends derived from this trie and want to keep with it.
     """
 
-    # Keyed by id(subtree_ends): a layout holds its tensor, so while it lives the id is not reused.
+    # An op of torch.library takes tensors, numbers and strings. Any other object needs
+    # torch._library.opaque_object, which is private and differs between releases of torch. So
+    # trie_attention's op receives subtree_ends, and finds the layout, with what it keeps, by the
+    # identity of that tensor: a layout holds its tensor, so while it lives the id is not reused.
     _alive: ClassVar[weakref.WeakValueDictionary[int, TrieLayout]] = weakref.WeakValueDictionary()
 
     def __init__(self, subtree_ends: Tensor):
@@ -231,24 +232,29 @@ class TrieLayout:
 
     @property
     def num_tokens(self) -> int:
+        """N, all roots together."""
         return self._ends.size
 
     @property
     def device(self) -> torch.device:
+        """Where subtree_ends and the schedules are."""
         return self.subtree_ends.device
 
     @cached_property
     def visible_pairs(self) -> int:
+        """Number of (query, key) pairs that attend: the sum over tokens of their depth + 1."""
         return int(self._ends.sum(dtype=np.int64)) - self.num_tokens * (self.num_tokens - 1) // 2
 
     @property
     def density(self) -> float:
+        """visible_pairs / N^2: the share of a dense mask that is not hidden."""
         return self.visible_pairs / self.num_tokens**2
 
     @cached_property
     def nodes(self) -> np.ndarray:
-        """Node segments in preorder, int32 [M, 3]: start, end, subtree_end (fact 4).
+        """Node segments in preorder, int32 [M, 3]: start, end, subtree_end.
 
+        Attention is a causal square and a full rectangle a node (docs/architecture.md, fact 4).
         A segment is a maximal run in which every token is the only child of the one before it.
         """
         return _C.node_segments(self._ends).reshape(-1, 3)

@@ -2,7 +2,7 @@
 
 The one extra over F.scaled_dot_product_attention is that backward may be given the log-sum-exp and
 output of a *larger* softmax than the piece it runs on: the gradients are then that piece's exact
-share of the whole (ARCHITECTURE, fact 4).
+share of the whole (docs/architecture.md, fact 4).
 
 Shapes: q [B, Hq, M, D], k and v [B, Hkv, L, D], any strides; lse [B, Hq, M]. `bias` is additive,
 [B, 1, M, L], CPU only.

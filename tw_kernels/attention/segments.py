@@ -1,8 +1,9 @@
-"""Trie attention out of library kernels, node by node and without a mask (ARCHITECTURE, fact 4).
+"""Trie attention out of library kernels, node by node and without a mask.
 
 A node's tokens attend among themselves causally, and every later row of its subtree sees all of
-them: one causal square and one full rectangle a node. Forward merges the pieces of a row by
-log-sum-exp; backward runs each piece with the row's final (out, lse) and sums.
+them: one causal square and one full rectangle a node (docs/architecture.md, fact 4). Forward merges
+the pieces of a row by log-sum-exp; backward runs each piece with the row's final (out, lse) and
+sums.
 """
 
 import numpy as np

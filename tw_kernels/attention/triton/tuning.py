@@ -71,6 +71,7 @@ CANDIDATES = {
 
 
 def candidates_for(dtype: torch.dtype, head_dim: int) -> Candidates:
+    """Those of the smallest head dim in the table that is not below this one."""
     largest = min(d for _, d in CANDIDATES if d >= head_dim)
     return CANDIDATES[dtype.itemsize, largest]
 
