@@ -37,10 +37,6 @@ FILES = {
 }
 
 
-def is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
-
-
 def imports(module: str, of_types: bool) -> set[str]:
     """Modules of ours that one imports; with `of_types` under TYPE_CHECKING too."""
     found: set[str] = set()
@@ -52,8 +48,8 @@ def imports(module: str, of_types: bool) -> set[str]:
             assert node.module and not node.level, f"{module} imports relatively"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
             found.update(name if name in FILES else node.module for name in names)
-        elif is_type_checking(node) and not of_types:
-            nodes += node.orelse
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            nodes += [*(node.body if of_types else []), *node.orelse]
         else:
             nodes += ast.iter_child_nodes(node)
     return found & FILES.keys()

@@ -60,18 +60,12 @@ class Trie:
         """
         if len(paths) > INT32_MAX:
             raise ValueError(f"{len(paths)} paths: at most 2^31 - 1 fit in a trie")
-        if weights is None:
-            builder = TrieBuilder()
-            for path in paths:
-                builder.add(path)
-            return builder.build()
-        if len(weights) != len(paths):
+        if weights is not None and len(weights) != len(paths):
             raise ValueError(
                 f"{len(weights)} weight lists for {len(paths)} paths: give one per path"
             )
-        builder = TrieBuilder("weights")
-        for path, row in zip(paths, weights, strict=True):
-            builder.add(path, weights=row)
+        builder = TrieBuilder() if weights is None else TrieBuilder("weights")
+        builder._add(paths, [] if weights is None else [weights])
         return builder.build()
 
     @classmethod
@@ -153,7 +147,8 @@ class TrieBuilder:
         Raises:
             ValueError, TypeError: as `add`.
         """
-        return self._trie.shared_prefix(_as_array(path))
+        [path] = _as_arrays([path])
+        return self._trie.shared_prefix(path)
 
     def add(self, path: Path, **columns: Any) -> None:
         """Adds a path: a non-empty list, NumPy array or 1-D tensor of token ids in [0, 2^31).
@@ -170,7 +165,11 @@ class TrieBuilder:
         """
         if columns.keys() != set(self._names):
             raise ValueError(f"a path needs the columns {[*self._names]}, got {[*columns]}")
-        self._trie.add(_as_array(path), [_as_array(columns[name]) for name in self._names])
+        self._add([path], [[columns[name]] for name in self._names])
+
+    def _add(self, paths: Sequence[Path], columns: Sequence[Sequence]) -> None:
+        """Adds many paths; columns, in the order of their names, have a row for each."""
+        self._trie.add(_as_arrays(paths), [_as_arrays(column) for column in columns])
 
     def build(self) -> Trie:
         """The trie of all paths so far.
@@ -185,8 +184,11 @@ class TrieBuilder:
         )
 
 
-def _as_array(values: Any) -> Any:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else values
+def _as_arrays(rows: Sequence) -> Sequence:
+    """The same rows, a tensor as an array."""
+    if any(isinstance(row, Tensor) for row in rows):
+        return [r.detach().cpu().numpy() if isinstance(r, Tensor) else r for r in rows]
+    return rows
 
 
 class BlockSchedule(NamedTuple):
