@@ -37,7 +37,7 @@ from bench.peers import (
     UNROLLED_VARLEN,
 )
 from tw_kernels import trie_attention
-from tw_kernels.backends import TRIE_ATTENTION
+from tw_kernels.attention.op import TRIE_ATTENTION
 
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 

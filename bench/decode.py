@@ -49,8 +49,7 @@ from bench.oracle import worst_row
 from bench.peers import cuda_only, lacks, why_not_importable
 from bench.roofline import Work
 from tw_kernels import DecodePlan, PagedKV, trie_decode
-from tw_kernels.backends import TRIE_DECODE
-from tw_kernels.decode.op import choose_backend
+from tw_kernels.decode.op import TRIE_DECODE, choose_backend
 
 OURS, UNSHARED = "ours", "ours, sharing off"
 PADDED, VARLEN, CASCADE = "padded SDPA", "varlen_attn", "FlashInfer cascade"

@@ -50,6 +50,7 @@ def cutlass() -> Path | None:
 
 
 def sources() -> list[Path]:
+    """The files of CUDA kernels."""
     return sorted((SOURCES / "cuda").glob("*.cu"))
 
 

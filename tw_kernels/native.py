@@ -1,4 +1,4 @@
-"""Tensors as the compiled half takes them, which knows no torch: addresses and strides.
+"""Tensors as the compiled kernels take them, which know no torch: addresses and strides.
 
 Whoever passes an address keeps the tensor alive until the call, or the stream, is done with it.
 """
@@ -21,8 +21,22 @@ PlanArrays = tuple[int, int, int, int, int, int, int]
 Pages = tuple[int, int, int, int, int]
 
 
+def why_not(q: Tensor) -> str | None:
+    """None if the CPU kernels (csrc/cpu) take q's device and dtype, else the reason in one line."""
+    if q.device.type != "cpu":
+        return f"the native kernels run on the CPU, not on {q.device.type}"
+    if q.dtype not in DTYPES:
+        return f"the native kernels take float32, bfloat16 and float16, not {q.dtype}"
+    return None
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """x if each of its rows along the last dimension lies in one piece, else a contiguous copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def strided(x: Tensor | None) -> Strided:
-    """Address of x [rows, heads, D], strides of its rows and heads in elements."""
+    """Address of x [rows, heads, D], strides of its rows and heads in elements; None: zeros."""
     return NOTHING if x is None else (x.data_ptr(), x.stride(0), x.stride(1))
 
 

@@ -2,7 +2,7 @@
 
 A trie is kept flat, in preorder with children in first-seen order. `subtree_ends` then says all
 there is to know about visibility: token j is i or an ancestor of i iff j <= i < subtree_ends[j]
-(ARCHITECTURE, fact 1). A trie may have several roots; the same inequality separates them.
+(docs/architecture.md, fact 1). A trie may have several roots; the same inequality separates them.
 """
 
 from __future__ import annotations
@@ -60,18 +60,12 @@ class Trie:
         """
         if len(paths) > INT32_MAX:
             raise ValueError(f"{len(paths)} paths: at most 2^31 - 1 fit in a trie")
-        if weights is None:
-            builder = TrieBuilder()
-            for path in paths:
-                builder.add(path)
-            return builder.build()
-        if len(weights) != len(paths):
+        if weights is not None and len(weights) != len(paths):
             raise ValueError(
                 f"{len(weights)} weight lists for {len(paths)} paths: give one per path"
             )
-        builder = TrieBuilder("weights")
-        for path, row in zip(paths, weights, strict=True):
-            builder.add(path, weights=row)
+        builder = TrieBuilder() if weights is None else TrieBuilder("weights")
+        builder._add(paths, [] if weights is None else [weights])
         return builder.build()
 
     @classmethod
@@ -106,6 +100,7 @@ class Trie:
 
     @property
     def num_paths(self) -> int:
+        """How many paths the trie was built from, equal ones counted each time."""
         return self.path_ends.numel()
 
     def path_nodes(self, i: int) -> Tensor:
@@ -152,7 +147,8 @@ class TrieBuilder:
         Raises:
             ValueError, TypeError: as `add`.
         """
-        return self._trie.shared_prefix(_as_array(path))
+        [path] = _as_arrays([path])
+        return self._trie.shared_prefix(path)
 
     def add(self, path: Path, **columns: Any) -> None:
         """Adds a path: a non-empty list, NumPy array or 1-D tensor of token ids in [0, 2^31).
@@ -169,7 +165,11 @@ class TrieBuilder:
         """
         if columns.keys() != set(self._names):
             raise ValueError(f"a path needs the columns {[*self._names]}, got {[*columns]}")
-        self._trie.add(_as_array(path), [_as_array(columns[name]) for name in self._names])
+        self._add([path], [[columns[name]] for name in self._names])
+
+    def _add(self, paths: Sequence[Path], columns: Sequence[Sequence]) -> None:
+        """Adds many paths; columns, in the order of their names, have a row for each."""
+        self._trie.add(_as_arrays(paths), [_as_arrays(column) for column in columns])
 
     def build(self) -> Trie:
         """The trie of all paths so far.
@@ -184,15 +184,18 @@ class TrieBuilder:
         )
 
 
-def _as_array(values: Any) -> Any:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else values
+def _as_arrays(rows: Sequence) -> Sequence:
+    """The same rows, a tensor as an array."""
+    if any(isinstance(row, Tensor) for row in rows):
+        return [r.detach().cpu().numpy() if isinstance(r, Tensor) else r for r in rows]
+    return rows
 
 
 class BlockSchedule(NamedTuple):
     """Which pairs of (block of query rows, block of KV columns) hold a visible pair.
 
-    A pair is full iff every row sees every column, so that no mask is needed (fact 3). All tensors
-    are int32, on the layout's device; nq and nkv are the numbers of blocks.
+    A pair is full iff every row sees every column, so that no mask is needed (docs/architecture.md,
+    fact 3). All tensors are int32, on the layout's device; nq and nkv are the numbers of blocks.
     """
 
     row_ptr: Tensor  # [nq + 1]: query block b meets kv_blocks[row_ptr[b]:row_ptr[b + 1]]
@@ -208,14 +211,14 @@ class TrieLayout:
     """What attention needs to know about a trie; everything follows from `subtree_ends`.
 
     Attributes:
-        subtree_ends: int32 [N] on the device. The op receives this tensor alone and finds the
-            layout, with its cached schedules, by its identity: see `TrieLayout.of`.
-        visible_pairs: number of (query, key) pairs that attend.
-        density: visible_pairs / N^2.
+        subtree_ends: int32 [N] on the device.
         memo: what backends derived from this trie and want to keep with it.
     """
 
-    # Keyed by id(subtree_ends): a layout holds its tensor, so while it lives the id is not reused.
+    # An op of torch.library takes tensors, numbers and strings. Any other object needs
+    # torch._library.opaque_object, which is private and differs between releases of torch. So
+    # trie_attention's op receives subtree_ends, and finds the layout, with what it keeps, by the
+    # identity of that tensor: a layout holds its tensor, so while it lives the id is not reused.
     _alive: ClassVar[weakref.WeakValueDictionary[int, TrieLayout]] = weakref.WeakValueDictionary()
 
     def __init__(self, subtree_ends: Tensor):
@@ -231,24 +234,29 @@ class TrieLayout:
 
     @property
     def num_tokens(self) -> int:
+        """N, all roots together."""
         return self._ends.size
 
     @property
     def device(self) -> torch.device:
+        """Where subtree_ends and the schedules are."""
         return self.subtree_ends.device
 
     @cached_property
     def visible_pairs(self) -> int:
+        """Number of (query, key) pairs that attend: the sum over tokens of their depth + 1."""
         return int(self._ends.sum(dtype=np.int64)) - self.num_tokens * (self.num_tokens - 1) // 2
 
     @property
     def density(self) -> float:
+        """visible_pairs / N^2: the share of a dense mask that is not hidden."""
         return self.visible_pairs / self.num_tokens**2
 
     @cached_property
     def nodes(self) -> np.ndarray:
-        """Node segments in preorder, int32 [M, 3]: start, end, subtree_end (fact 4).
+        """Node segments in preorder, int32 [M, 3]: start, end, subtree_end.
 
+        Attention is a causal square and a full rectangle a node (docs/architecture.md, fact 4).
         A segment is a maximal run in which every token is the only child of the one before it.
         """
         return _C.node_segments(self._ends).reshape(-1, 3)

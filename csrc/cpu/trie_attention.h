@@ -1,8 +1,8 @@
 // Trie attention for small tries on the CPU: one call a pass, float32 arithmetic.
 //
 // Rows are taken in tiles of consecutive tokens (whatever nodes they belong to) and columns one by
-// one: a tile sees the ancestors of its first row and its own rows, nothing else (ARCHITECTURE,
-// facts 1 and 3). Tokens being in preorder, those ancestors are a stack: going down the tiles, a
+// one: a tile sees the ancestors of its first row and its own rows, nothing else
+// (docs/architecture.md, facts 1 and 3). Tokens being in preorder, those ancestors are a stack: going down the tiles, a
 // task keeps the K and V of the current path packed in float32, pushes each tile's own rows and
 // drops columns once their subtree is over. Backward keeps dK and dV on the same stack, and a
 // column's gradient is complete when it is dropped.

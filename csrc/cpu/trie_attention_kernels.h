@@ -347,7 +347,7 @@ void sum_shares(const void *context, int64_t index, int worker) {
   for (int64_t j = first; j < end; ++j) {
     while (job.pieces[home].end_row <= j) ++home;
     if (args.subtree_ends[j] <= job.pieces[home].end_row) continue; // finished by its own piece
-    // A column's rows are contiguous (fact 2), so the pieces that see it are, too.
+    // A column's rows are contiguous (docs/architecture.md, fact 2), so the pieces that see it are.
     for (int64_t i = home; i < job.num_pieces && job.pieces[i].first_row < args.subtree_ends[j];
          ++i) {
       const Piece &piece = job.pieces[i];

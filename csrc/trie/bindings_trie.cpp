@@ -95,20 +95,24 @@ public:
   explicit TrieBuilder(std::vector<std::string> columns)
       : names_(std::move(columns)), trie_(names_.size()) {}
 
-  // values: for each column, in the order of their names, as many numbers as the path has tokens.
-  void add(py::handle path, const py::sequence &values) {
-    const std::vector<int32_t> &ids = reader_.read(path, num_paths());
-    std::vector<Values> held;
-    std::vector<const float *> pointers;
-    for (size_t c = 0; c < names_.size(); ++c) {
-      held.push_back(Values::ensure(py::object(values[c])));
-      const Values &column = held.back();
-      if (!column || column.ndim() != 1 || static_cast<size_t>(column.size()) != ids.size())
-        throw py::value_error(at(num_paths()) + " has " + std::to_string(ids.size()) +
-                              " tokens: its " + names_[c] + " must be as many numbers");
-      pointers.push_back(column.data());
+  // columns: in the order of their names, each with a row for every path, of as many numbers as the
+  // path has tokens.
+  void add(const py::sequence &paths, const std::vector<py::sequence> &columns) {
+    const size_t count = paths.size();
+    std::vector<Values> rows(columns.size());
+    std::vector<const float *> values(columns.size());
+    for (size_t i = 0; i < count; ++i) {
+      const py::object path = paths[i];
+      const std::vector<int32_t> &ids = reader_.read(path, num_paths());
+      for (size_t c = 0; c < columns.size(); ++c) {
+        rows[c] = Values::ensure(py::object(columns[c][i]));
+        if (!rows[c] || rows[c].ndim() != 1 || static_cast<size_t>(rows[c].size()) != ids.size())
+          throw py::value_error(at(num_paths()) + " has " + std::to_string(ids.size()) +
+                                " tokens: its " + names_[c] + " must be as many numbers");
+        values[c] = rows[c].data();
+      }
+      trie_.insert(ids.data(), ids.size(), values);
     }
-    trie_.insert(ids.data(), ids.size(), pointers);
   }
 
   size_t shared_prefix(py::handle path) {
@@ -152,7 +156,7 @@ py::tuple schedule_of(const Ints &subtree_ends, int32_t block_q, int32_t block_k
 void bind_trie(py::module_ &m) {
   py::class_<TrieBuilder>(m, "TrieBuilder")
       .def(py::init<std::vector<std::string>>(), py::arg("columns"))
-      .def("add", &TrieBuilder::add, py::arg("path"), py::arg("values"))
+      .def("add", &TrieBuilder::add, py::arg("paths"), py::arg("columns"))
       .def("shared_prefix", &TrieBuilder::shared_prefix, py::arg("path"))
       .def_property_readonly("num_tokens", &TrieBuilder::num_tokens)
       .def("build", &TrieBuilder::build);

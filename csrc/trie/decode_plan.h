@@ -1,4 +1,5 @@
-// The host plan of a decode step: which queries attend to which pages (ARCHITECTURE, fact 6).
+// The host plan of a decode step: which queries attend to which pages (docs/architecture.md,
+// fact 6).
 #pragma once
 
 #include <cstdint>

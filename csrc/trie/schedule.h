@@ -1,4 +1,5 @@
-// Geometry that kernels read, derived from `subtree_ends` alone (ARCHITECTURE, facts 2-4).
+// Geometry that kernels read, derived from `subtree_ends` alone (docs/architecture.md, facts
+// 2 to 4).
 #pragma once
 
 #include <cstdint>

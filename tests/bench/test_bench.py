@@ -321,9 +321,9 @@ def test_bench_layout_quick(tmp_path, monkeypatch):
     monkeypatch.setattr(frame, "measure_roofline", measure_roofline)
     assert main(layout.SUITE, ["--quick", "--json", str(tmp_path / "l.json")]) == 0
     rows = _check_schema(tmp_path / "l.json", layout.SUITE)
-    # A trie takes O(N): 36 bytes a token at every size, and 4 for each path.
+    # A trie takes O(N): 28 bytes a token at every size, and 4 for each path.
     tries = [row for row in rows if row["peer"] == layout.OURS]
-    assert all(36 <= row["bytes_per_token"] < 36.3 for row in tries)
+    assert all(28 <= row["bytes_per_token"] < 28.3 for row in tries)
 
 
 def test_bench_attention_quick(tmp_path):

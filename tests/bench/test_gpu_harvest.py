@@ -249,7 +249,7 @@ def test_spilled_registers_are_read_off_compiled_kernels():
     pytest.importorskip("triton")
     code = (
         "import torch; from tests.kernels.compile_for_sm90 import compile_instead_of_launching\n"
-        "from tw_kernels.attention.triton import backward as bwd\n"
+        "from tw_kernels.attention.triton import backward_kernels as bwd\n"
         "from bench.profile import triton_spills\n"
         "compiled = compile_instead_of_launching(); q = torch.zeros(64, 2, 64)\n"
         "bwd.row_stats(q, q, torch.zeros(2, 64)); assert triton_spills() == {}\n"

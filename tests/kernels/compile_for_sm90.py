@@ -24,8 +24,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from tw_kernels.attention.triton import backward as bwd
-from tw_kernels.attention.triton import forward as fwd
+from tw_kernels.attention.triton import backward_kernels as bwd
+from tw_kernels.attention.triton import forward_kernel as fwd
 from tw_kernels.attention.triton.tuning import candidates_for
 from tw_kernels.trie import TrieLayout
 

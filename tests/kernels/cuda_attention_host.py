@@ -82,12 +82,12 @@ class Emulator:
         self.library = library()
 
     def arguments(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: list[Tensor], scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, plan: cuda_attention.Plan, scale: float
     ) -> TrieAttentionArgs:
         """What both passes take, but for their schedules and results."""
         n, heads, head_dim = q.shape
         args = TrieAttentionArgs(n, heads, k.shape[1], head_dim, self.multiprocessors, scale)
-        args.ends = plan[0].data_ptr()
+        args.ends = plan.ends.data_ptr()
         args.q, args.k, args.v = (Heads.of(x) for x in (q, k, v))
         return args
 
@@ -97,7 +97,7 @@ class Emulator:
         """out [N, Hq, D] and lse [Hq, N], float64."""
         plan = cuda_attention.plan(layout, q)
         args = self.arguments(q, k, v, plan, scale)
-        args.rows = RowSchedule(*cuda_attention._rows(cuda_attention.schedules_of(plan).forward))
+        args.rows = RowSchedule(*cuda_attention._rows(plan.forward))
         out = torch.full(q.shape, torch.nan, dtype=torch.float64)
         lse = torch.full((q.shape[1], q.shape[0]), torch.nan, dtype=torch.float64)
         as_bfloat16 = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -119,10 +119,9 @@ class Emulator:
         """dq, dk, dv in float64; out bfloat16, lse float32."""
         plan = cuda_attention.plan(layout, q)
         args = self.arguments(q, k, v, plan, scale)
-        schedules = cuda_attention.schedules_of(plan)
-        args.rows = RowSchedule(*cuda_attention._rows(schedules.dq))
-        args.columns = ColumnSchedule(*cuda_attention._columns(schedules.dkv))
-        lse2, delta = torch.full((2, q.shape[1], plan[0].numel()), torch.nan)
+        args.rows = RowSchedule(*cuda_attention._rows(plan.dq))
+        args.columns = ColumnSchedule(*cuda_attention._columns(plan.dkv))
+        lse2, delta = torch.full((2, q.shape[1], plan.ends.numel()), torch.nan)
         args.lse, args.lse2, args.delta = lse.data_ptr(), lse2.data_ptr(), delta.data_ptr()
         args.out, args.dout = Heads.of(out), Heads.of(dout)
         as_bfloat16 = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]

@@ -16,8 +16,7 @@ from tests.kernels.tries import (
 )
 from tw_kernels import Trie, TrieLayout, backends, trie_attention
 from tw_kernels.attention import segments
-from tw_kernels.attention.op import choose_backend
-from tw_kernels.backends import TRIE_ATTENTION
+from tw_kernels.attention.op import TRIE_ATTENTION, choose_backend
 
 CPU_BACKENDS = [n for n in TRIE_ATTENTION if n not in ("triton", "cuda")]
 Grads = tuple[Tensor, ...]

@@ -141,8 +141,8 @@ def test_the_plan_is_for_the_tiles_that_the_kernels_take(head_dim):
     assert cuda_attention.STREAMED_ROWS[head_dim] == streamed
     layout = Trie.from_paths([list(range(200))]).layout()
     plan = cuda_attention.plan(layout, torch.empty(200, 1, head_dim))
-    assert plan[0].tolist() == [200] * 200 + [0] * 56
-    forward, dq, dkv = cuda_attention.schedules_of(plan)
+    ends, forward, dq, dkv = plan
+    assert ends.tolist() == [200] * 200 + [0] * 56
     blocks = [-(-200 // rows) for rows in streamed]
     assert [forward.kv_order.numel(), dq.kv_order.numel(), dkv.q_order.numel()] == blocks
     assert forward.q_order.numel() == dq.q_order.numel() == dkv.kv_order.numel() == 2

@@ -16,7 +16,7 @@ from tests.kernels.decode_batches import (
 )
 from tests.kernels.tries import relative_error
 from tw_kernels import DecodePlan, PagedKV, PlanSizes, backends, trie_decode
-from tw_kernels.backends import TRIE_DECODE
+from tw_kernels.decode.op import TRIE_DECODE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = [torch.bfloat16, torch.float16]

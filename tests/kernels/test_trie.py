@@ -188,7 +188,7 @@ def test_subtree_ends_are_the_ancestor_mask(seed):
     trie_mask = visible(layout.subtree_ends)
     assert layout.visible_pairs == trie_mask.sum()
     assert layout.density == trie_mask.double().mean().item()
-    # a column's rows are one interval that starts at the column itself (fact 2)
+    # a column's rows are one interval that starts at the column itself
     for j in range(layout.num_tokens):
         rows = trie_mask[:, j].nonzero().squeeze(-1)
         assert rows.tolist() == list(range(j, int(layout.subtree_ends[j])))

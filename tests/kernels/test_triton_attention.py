@@ -18,7 +18,8 @@ import torch.nn.functional as F
 
 from tests.kernels.rounding import allowed, gradient_terms
 from tests.kernels.tries import oracle, relative_error, visible
-from tw_kernels.attention.triton import backend as triton_attention
+from tw_kernels import triton_device
+from tw_kernels.attention import triton as triton_attention
 from tw_kernels.trie import BlockSchedule, TrieLayout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -305,14 +306,6 @@ def test_an_expanded_output_gradient():
     assert_exact(call, DenseLayout(ends))
 
 
-@pytest.mark.parametrize("scale", [0.0, -1.0])
-def test_a_scale_that_is_not_positive_is_refused(scale):
-    call = Call.random(4, 1, 1, 16, torch.float32)
-    plan = triton_attention.plan(DenseLayout(star(4)), call.q)
-    with pytest.raises(ValueError, match="positive scale"):
-        triton_attention.forward(call.q, call.k, call.v, plan, scale)
-
-
 @pytest.mark.parametrize(
     "head_dim, dtype, reason",
     [
@@ -327,17 +320,17 @@ def test_what_it_cannot_run_is_said(head_dim, dtype, reason):
 
 def test_a_missing_triton_is_said(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    triton_attention._is_installed.cache_clear()
+    triton_device._is_installed.cache_clear()
     q = torch.empty(1, 1, 64, device=DEVICE)
     try:
         assert "triton is not installed" in str(triton_attention.why_not(q, q, q))
     finally:
-        triton_attention._is_installed.cache_clear()
+        triton_device._is_installed.cache_clear()
 
 
 def test_importing_it_imports_no_triton_and_a_cpu_needs_the_interpreter():
     code = (
-        "import sys, torch; from tw_kernels.attention.triton import backend as triton_attention\n"
+        "import sys, torch; from tw_kernels.attention import triton as triton_attention\n"
         "assert 'triton' not in sys.modules\n"
         "q = torch.empty(1, 1, 64); print(triton_attention.why_not(q, q, q))"
     )

@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_candidate_gives_the_right_answer(dtype, head_dim):
-    from tw_kernels.attention.triton import backward as bwd
-    from tw_kernels.attention.triton import forward as fwd
+    from tw_kernels.attention.triton import backward_kernels as bwd
+    from tw_kernels.attention.triton import forward_kernel as fwd
     from tw_kernels.attention.triton.tuning import candidates_for
     from tw_kernels.trie import TrieLayout
 

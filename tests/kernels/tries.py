@@ -54,7 +54,7 @@ def node_prefixes(trie: Trie) -> list[tuple[int, ...]]:
 
 
 def visible(subtree_ends: Tensor) -> Tensor:
-    """[N, N] bool: row i sees column j (ARCHITECTURE, fact 1)."""
+    """[N, N] bool: row i sees column j (docs/architecture.md, fact 1)."""
     i = torch.arange(subtree_ends.numel())
     return (i <= i[:, None]) & (i[:, None] < subtree_ends[None, :])
 

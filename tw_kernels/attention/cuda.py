@@ -28,12 +28,11 @@ STREAMED_ROWS = {64: (128, 128, 64), 128: (128, 64, 64)}
 FORWARD_CUBIN = cuda_build.CUBINS / "trie_attention_fwd.cubin"
 BACKWARD_CUBIN = cuda_build.CUBINS / "trie_attention_bwd.cubin"
 
-_FIELDS = len(BlockSchedule._fields)
 
+class Plan(NamedTuple):
+    """subtree_ends padded with zeros to a multiple of OWN_ROWS, and the schedule of each kernel."""
 
-class Schedules(NamedTuple):
-    """What each kernel walks."""
-
+    ends: Tensor
     forward: BlockSchedule
     dq: BlockSchedule
     dkv: BlockSchedule
@@ -50,31 +49,22 @@ def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return cuda_device.why_not_built(FORWARD_CUBIN, BACKWARD_CUBIN)
 
 
-def plan(layout: TrieLayout, q: Tensor) -> list[Tensor]:
-    """subtree_ends padded with zeros, then the fields of three schedules: forward, dQ, dK with dV.
-
-    The layout keeps them; kernels of equal block sizes share one.
-    """
+def plan(layout: TrieLayout, q: Tensor) -> Plan:
+    """The plan for q's head dim. The layout keeps its parts; kernels of equal block sizes share a
+    schedule."""
     if "padded_ends" not in layout.memo:
         missing = -layout.num_tokens % OWN_ROWS
         layout.memo["padded_ends"] = F.pad(layout.subtree_ends, (0, missing))
     forward, dq, dkv = STREAMED_ROWS[q.shape[-1]]
-    schedules = (
+    return Plan(
+        layout.memo["padded_ends"],
         layout.block_schedule(OWN_ROWS, forward),
         layout.block_schedule(OWN_ROWS, dq),
         layout.block_schedule(dkv, OWN_ROWS),
     )
-    return [layout.memo["padded_ends"], *(field for schedule in schedules for field in schedule)]
 
 
-def schedules_of(plan: list[Tensor]) -> Schedules:
-    starts = range(1, len(plan), _FIELDS)
-    return Schedules(*(BlockSchedule(*plan[i : i + _FIELDS]) for i in starts))
-
-
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: list[Tensor], scale: float
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
     """out [N, Hq, D] in q's dtype and lse [Hq, N], float32."""
     q, k, v = (_for_bulk_copies(x) for x in (q, k, v))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -83,8 +73,8 @@ def forward(
         _sizes(q, k),
         scale,
         cuda_device.place(q, FORWARD_CUBIN),
-        plan[0].data_ptr(),
-        _rows(schedules_of(plan).forward),
+        plan.ends.data_ptr(),
+        _rows(plan.forward),
         (_strided(q), _strided(k), _strided(v), _strided(out)),
         lse.data_ptr(),
     )
@@ -98,7 +88,7 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    plan: list[Tensor],
+    plan: Plan,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq [N, Hq, D], dk and dv [N, Hkv, D] in the dtypes of q, k and v."""
@@ -106,16 +96,15 @@ def backward(
     lse = lse.contiguous()
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     lse2, delta = torch.empty(
-        2, q.shape[1], plan[0].numel(), dtype=torch.float32, device=q.device
+        2, q.shape[1], plan.ends.numel(), dtype=torch.float32, device=q.device
     ).unbind()
-    schedules = schedules_of(plan)
     _C.cuda_trie_attention_backward(
         _sizes(q, k),
         scale,
         cuda_device.place(q, BACKWARD_CUBIN),
-        plan[0].data_ptr(),
-        _rows(schedules.dq),
-        _columns(schedules.dkv),
+        plan.ends.data_ptr(),
+        _rows(plan.dq),
+        _columns(plan.dkv),
         (_strided(q), _strided(k), _strided(v), _strided(out)),
         (_strided(dout), _strided(dq), _strided(dk), _strided(dv)),
         (lse.data_ptr(), lse2.data_ptr(), delta.data_ptr()),

@@ -4,7 +4,7 @@ Roots whose lengths share a power of two run as one padded batch, so the masks o
 the sum over roots of at most 4 length^2, never N^2.
 """
 
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,22 @@ from tw_kernels.attention import flash as aten_flash
 from tw_kernels.trie import TrieLayout
 
 
+class Bucket(NamedTuple):
+    """B roots, padded to a common length L.
+
+    slots, int64 [B, L]: the token in each slot; padding repeats the root's first token.
+    real, int64 [tokens]: which of the B * L slots are not padding.
+    bias [B, 1, L, L] in q's dtype: 0 where visible, -inf elsewhere. Padding sees itself and nobody
+        sees padding, so no row is empty and nothing of it reaches a real slot.
+    """
+
+    slots: Tensor
+    real: Tensor
+    bias: Tensor
+
+
 def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """None if this call can run, else the reason in one line."""
     return None if q.is_floating_point() else f"attention needs a floating dtype, not {q.dtype}"
 
 
@@ -25,21 +40,15 @@ def buckets(layout: TrieLayout) -> list[list[tuple[int, int]]]:
     return list(groups.values())
 
 
-def plan(layout: TrieLayout, q: Tensor) -> list[Tensor]:
-    """Three tensors for each bucket of B roots padded to length L.
-
-    slots, int64 [B, L]: the token in each slot; padding repeats the root's first token.
-    real, int64 [tokens]: which of the B * L slots are not padding.
-    bias [B, 1, L, L] in q's dtype: 0 where visible, -inf elsewhere. Padding sees itself and nobody
-        sees padding, so no row is empty and nothing of it reaches a real slot.
-    """
+def plan(layout: TrieLayout, q: Tensor) -> list[Bucket]:
+    """All roots in buckets; the layout keeps them for q's dtype."""
     key = "dense", q.dtype
     if key not in layout.memo:
-        layout.memo[key] = [t for roots in buckets(layout) for t in _bucket(layout, roots, q)]
+        layout.memo[key] = [_bucket(layout, roots, q) for roots in buckets(layout)]
     return layout.memo[key]
 
 
-def _bucket(layout: TrieLayout, roots: list[tuple[int, int]], q: Tensor) -> list[Tensor]:
+def _bucket(layout: TrieLayout, roots: list[tuple[int, int]], q: Tensor) -> Bucket:
     start, end = torch.tensor(roots, device=layout.device).T.unsqueeze(-1)
     at = torch.arange(int((end - start).max()), device=layout.device)
     is_real = start + at < end
@@ -48,11 +57,7 @@ def _bucket(layout: TrieLayout, roots: list[tuple[int, int]], q: Tensor) -> list
     visible = (at <= at[:, None]) & (at[:, None] < subtree_ends[:, None, :])
     bias = torch.zeros(visible.shape, dtype=q.dtype, device=layout.device)
     bias.masked_fill_(~visible, -torch.inf)
-    return [slots, is_real.flatten().nonzero().squeeze(-1), bias.unsqueeze(1)]
-
-
-def _triples(plan: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    return zip(plan[0::3], plan[1::3], plan[2::3], strict=True)
+    return Bucket(slots, is_real.flatten().nonzero().squeeze(-1), bias.unsqueeze(1))
 
 
 def _to_slots(x: Tensor, slots: Tensor) -> Tensor:
@@ -61,23 +66,24 @@ def _to_slots(x: Tensor, slots: Tensor) -> Tensor:
     return rows.view(*slots.shape, *x.shape[1:]).transpose(1, 2)
 
 
-def _from_slots(parts: list[Tensor], plan: list[Tensor], n: int) -> Tensor:
+def _from_slots(parts: list[Tensor], plan: list[Bucket], n: int) -> Tensor:
     """[B, H, L, D] for each bucket -> [N, H, D], contiguous."""
     rows = [part.transpose(1, 2).reshape(-1, part.shape[1], part.shape[3]) for part in parts]
     if len(rows) == 1 and rows[0].shape[0] == n:
         return rows[0].contiguous()
     into = torch.empty((n, *rows[0].shape[1:]), dtype=rows[0].dtype, device=rows[0].device)
-    for values, (slots, real, _) in zip(rows, _triples(plan), strict=True):
+    for values, (slots, real, _) in zip(rows, plan, strict=True):
         into[slots.flatten()[real]] = values[real]
     return into
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: list[Tensor], scale: float
+    q: Tensor, k: Tensor, v: Tensor, plan: list[Bucket], scale: float
 ) -> tuple[Tensor, Tensor]:
+    """out [N, Hq, D] in q's dtype; lse [Hq, N], float32, or float64 for float64."""
     attend = aten_flash.forward if q.device.type == "cpu" else _masked_forward
     outs, lses = [], []
-    for slots, _, bias in _triples(plan):
+    for slots, _, bias in plan:
         qs, ks, vs = _to_slots(q, slots), _to_slots(k, slots), _to_slots(v, slots)
         out, lse = attend(qs, ks, vs, scale, bias=bias)
         outs.append(out)
@@ -93,13 +99,14 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    plan: list[Tensor],
+    plan: list[Bucket],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dq [N, Hq, D], dk and dv [N, Hkv, D] in the dtypes of q, k and v."""
     attend = aten_flash.backward if q.device.type == "cpu" else _masked_backward
     lse = lse.T.unsqueeze(-1)
     grads = []
-    for slots, _, bias in _triples(plan):
+    for slots, _, bias in plan:
         do, qs, ks, vs, o = (_to_slots(x, slots) for x in (dout, q, k, v, out))
         rows_lse = _to_slots(lse, slots).squeeze(-1)
         grads.append(attend(do, qs, ks, vs, o, rows_lse, scale, bias=bias))

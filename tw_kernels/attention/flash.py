@@ -2,7 +2,7 @@
 
 The one extra over F.scaled_dot_product_attention is that backward may be given the log-sum-exp and
 output of a *larger* softmax than the piece it runs on: the gradients are then that piece's exact
-share of the whole (ARCHITECTURE, fact 4).
+share of the whole (docs/architecture.md, fact 4).
 
 Shapes: q [B, Hq, M, D], k and v [B, Hkv, L, D], any strides; lse [B, Hq, M]. `bias` is additive,
 [B, 1, M, L], CPU only.
@@ -20,6 +20,7 @@ FEW_PAIRS = 2**18
 
 
 def why_not(q: Tensor) -> str | None:
+    """None if ATen's flash attention takes q's device, dtype and head dim, else the reason."""
     if q.device.type == "cpu":
         if q.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             return f"ATen's flash attention takes no {q.dtype}"

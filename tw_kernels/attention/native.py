@@ -8,33 +8,31 @@ environment variable TW_CPU (avx512bf16, avx512, avx2 or portable) forces an ins
 import torch
 from torch import Tensor
 
-from tw_kernels import _C
-from tw_kernels.native import DTYPES, Strided, strided
+from tw_kernels import _C, native
+from tw_kernels.native import DTYPES, Strided, dense_rows, strided
 from tw_kernels.trie import TrieLayout
 
 Sizes = tuple[int, int, int, int]  # tokens, heads, KV heads, head dim
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    if q.device.type != "cpu":
-        return f"the native kernels run on the CPU, not on {q.device.type}"
-    if q.dtype not in DTYPES:
-        return f"the native kernels take float32, bfloat16 and float16, not {q.dtype}"
-    return None
+    """None if this call can run, else the reason in one line."""
+    return native.why_not(q)
 
 
-def plan(layout: TrieLayout, q: Tensor) -> list[Tensor]:
-    """One tensor, int32 [N] on the CPU: the subtree ends themselves."""
-    return [layout.subtree_ends.contiguous()]
+def plan(layout: TrieLayout, q: Tensor) -> Tensor:
+    """The subtree ends, int32 [N] on the CPU, contiguous."""
+    return layout.subtree_ends.contiguous()
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: list[Tensor], scale: float
+    q: Tensor, k: Tensor, v: Tensor, subtree_ends: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = (_with_dense_rows(x) for x in (q, k, v))
+    """out [N, Hq, D] in q's dtype and lse [Hq, N], float32."""
+    q, k, v = (dense_rows(x) for x in (q, k, v))
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    _C.trie_attention_forward(*_arguments(q, k, v, out, lse, plan, scale))
+    _C.trie_attention_forward(*_arguments(q, k, v, out, lse, subtree_ends, scale))
     return out, lse
 
 
@@ -45,24 +43,21 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    plan: list[Tensor],
+    subtree_ends: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dout, q, k, v = (_with_dense_rows(x) for x in (dout, q, k, v))
+    """dq [N, Hq, D], dk and dv [N, Hkv, D] in the dtypes of q, k and v."""
+    dout, q, k, v = (dense_rows(x) for x in (dout, q, k, v))
     out, lse = out.contiguous(), lse.contiguous()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-    arguments = _arguments(q, k, v, out, lse, plan, scale)
+    arguments = _arguments(q, k, v, out, lse, subtree_ends, scale)
     grads = dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
     _C.trie_attention_backward(*arguments, strided(dout), *grads)
     return dq, dk, dv
 
 
-def _with_dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(2) == 1 else x.contiguous()
-
-
 def _arguments(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: list[Tensor], scale: float
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, subtree_ends: Tensor, scale: float
 ) -> tuple[Sizes, int, float, int, int, Strided, Strided, Strided, int, int]:
     """What both passes take first."""
     n, heads, head_dim = q.shape
@@ -71,7 +66,7 @@ def _arguments(
         DTYPES[q.dtype],
         scale,
         torch.get_num_threads(),
-        plan[0].data_ptr(),
+        subtree_ends.data_ptr(),
         strided(q),
         strided(k),
         strided(v),

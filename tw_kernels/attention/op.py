@@ -1,7 +1,19 @@
 """trie_attention: every token attends to itself and its ancestors in a trie.
 
-The op takes one int per token, `subtree_ends`, as its whole mask (ARCHITECTURE, fact 1); backends
-find what else they need through the TrieLayout that owns that tensor.
+The op takes one int per token, `subtree_ends`, as its whole mask (docs/architecture.md, fact 1);
+backends find what else they need through the TrieLayout that owns that tensor.
+
+A backend is a module of four functions:
+
+    why_not(q, k, v)                                  None if it can run this call, else the reason
+    plan(layout, q)                                   what it needs of the trie, for q's device,
+                                                      dtype and head dim
+    forward(q, k, v, plan, scale)                     -> out, lse
+    backward(dout, q, k, v, out, lse, plan, scale)    -> dq, dk, dv
+
+Shapes: q, out, dout, dq [N, Hq, D]; k, v, dk, dv [N, Hkv, D]; lse [Hq, N] (natural logarithm,
+float32, or float64 for float64 inputs). scale is above 0. A plan that costs something to build is
+kept in `layout.memo`, so it is built once a trie.
 
 Which backend runs, unless `backend` or the environment variable TW_BACKEND names one:
 
@@ -17,14 +29,23 @@ from __future__ import annotations
 
 import math
 import os
+from types import ModuleType
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from tw_kernels.backends import TRIE_ATTENTION
+from tw_kernels.attention import cuda, dense, native, segments, triton
 from tw_kernels.cpu import bfloat16_instructions
 from tw_kernels.trie import TrieLayout
+
+TRIE_ATTENTION: dict[str, ModuleType] = {
+    "native": native,
+    "triton": triton,
+    "segments": segments,
+    "dense": dense,
+    "cuda": cuda,
+}
 
 # Visible pairs at which segments overtakes native in bfloat16 where ATen has AMX (two Xeon cores, 9
 # heads of 64, forward and backward: native 2.6x faster at 0.3 M pairs, 1.1x at 4 M, 0.9x at 16 M).

@@ -1,10 +1,12 @@
-"""Trie attention out of library kernels, node by node and without a mask (ARCHITECTURE, fact 4).
+"""Trie attention out of library kernels, node by node and without a mask.
 
 A node's tokens attend among themselves causally, and every later row of its subtree sees all of
-them: one causal square and one full rectangle a node. Forward merges the pieces of a row by
-log-sum-exp; backward runs each piece with the row's final (out, lse) and sums.
+them: one causal square and one full rectangle a node (docs/architecture.md, fact 4). Forward merges
+the pieces of a row by log-sum-exp; backward runs each piece with the row's final (out, lse) and
+sums.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,12 +15,13 @@ from tw_kernels.trie import TrieLayout
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """None if this call can run, else the reason in one line."""
     return aten_flash.why_not(q)
 
 
-def plan(layout: TrieLayout, q: Tensor) -> list[Tensor]:
-    """One int32 tensor [M, 3] on the CPU: the node segments."""
-    return [torch.from_numpy(layout.nodes)]
+def plan(layout: TrieLayout, q: Tensor) -> np.ndarray:
+    """The node segments, int32 [M, 3]: start, end, subtree_end."""
+    return layout.nodes
 
 
 def _rows(x: Tensor, start: int, end: int) -> Tensor:
@@ -27,13 +30,14 @@ def _rows(x: Tensor, start: int, end: int) -> Tensor:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: list[Tensor], scale: float
+    q: Tensor, k: Tensor, v: Tensor, nodes: np.ndarray, scale: float
 ) -> tuple[Tensor, Tensor]:
+    """out [N, Hq, D] in q's dtype; lse [Hq, N], float32, or float64 for float64."""
     wide = torch.promote_types(q.dtype, torch.float32)
     out = torch.empty(q.shape, dtype=wide, device=q.device)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=wide, device=q.device)
     root_end = 0
-    for start, end, subtree_end in plan[0].tolist():
+    for start, end, subtree_end in nodes.tolist():
         # Preorder: when a node's turn comes, its rows hold the merge of all its ancestors, or
         # nothing yet if it has none.
         is_root = start == root_end
@@ -67,9 +71,10 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    plan: list[Tensor],
+    nodes: np.ndarray,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dq [N, Hq, D], dk and dv [N, Hkv, D] in the dtypes of q, k and v."""
     dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
 
@@ -80,7 +85,7 @@ def backward(
         dq[start:end] += rows_dq[0].transpose(0, 1)
         return part_dk, part_dv
 
-    for start, end, subtree_end in plan[0].tolist():
+    for start, end, subtree_end in nodes.tolist():
         ks, vs = _rows(k, start, end), _rows(v, start, end)
         node_dk, node_dv = piece(ks, vs, start, end, causal=True)
         if end < subtree_end:

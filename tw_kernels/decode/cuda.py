@@ -10,16 +10,12 @@ matter.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from tw_kernels import _C, cuda_build, cuda_device
+from tw_kernels.decode.plan import DecodePlan, PagedKV
 from tw_kernels.native import DTYPES, pages, plan_arrays, strided
-
-if TYPE_CHECKING:
-    from tw_kernels.decode.plan import DecodePlan, PagedKV
 
 CUBIN = cuda_build.CUBINS / "trie_decode.cubin"
 

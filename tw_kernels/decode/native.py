@@ -10,22 +10,17 @@ attention; finite values never do, and what no row sees does not matter.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from tw_kernels import _C
-from tw_kernels.attention import native
-from tw_kernels.native import DTYPES, pages, plan_arrays, strided
-
-if TYPE_CHECKING:
-    from tw_kernels.decode.plan import DecodePlan, PagedKV
+from tw_kernels import _C, native
+from tw_kernels.decode.plan import DecodePlan, PagedKV
+from tw_kernels.native import DTYPES, dense_rows, pages, plan_arrays, strided
 
 
 def why_not(q: Tensor, kv: PagedKV) -> str | None:
     """None if this call can run, else the reason in one line."""
-    return native.why_not(q, q, q)
+    return native.why_not(q)
 
 
 def forward(
@@ -37,9 +32,9 @@ def forward(
     new_v: Tensor | None,
 ) -> Tensor:
     """out [Q, Hq, D] in q's dtype; writes new_k and new_v to their slots first."""
-    q = _with_dense_rows(q)
-    new_k = None if new_k is None else _with_dense_rows(new_k)
-    new_v = None if new_v is None else _with_dense_rows(new_v)
+    q = dense_rows(q)
+    new_k = None if new_k is None else dense_rows(new_k)
+    new_v = None if new_v is None else dense_rows(new_v)
     rows, heads, head_dim = q.shape
     slots, kv_heads = plan.capacity.slots, kv.k_pages.shape[2]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -56,7 +51,3 @@ def forward(
         strided(new_v),
     )
     return out
-
-
-def _with_dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(2) == 1 else x.contiguous()

@@ -1,23 +1,41 @@
 """trie_decode: new tokens of many sequences attend to keys and values in shared pages.
 
-Decoding is the same trie (ARCHITECTURE, fact 6): sequences that were forked from one another hold
-the same first pages. The radix trie of their page tables puts the readers of each run of pages side
-by side, so that a run is fetched once for all of them and the partial results of the runs on a path
-merge by log-sum-exp. One call serves any number of new tokens a sequence: decoding, prefill in one
-piece or in chunks, and all of them in one batch.
+Decoding is the same trie (docs/architecture.md, fact 6): sequences that were forked from one
+another hold the same first pages. The radix trie of their page tables puts the readers of each run
+of pages side by side, so that a run is fetched once for all of them and the partial results of the
+runs on a path merge by log-sum-exp. One call serves any number of new tokens a sequence: decoding,
+prefill in one piece or in chunks, and all of them in one batch.
+
+A backend is a module of two functions:
+
+    why_not(q, kv)                                None if it can run this call, else the reason
+    forward(q, kv, plan, scale, new_k, new_v)     -> out; new_k and new_v, tensors or None, are
+                                                  written to their pages first
+
+Shapes: q, out [Q, Hq, D]; new_k, new_v [Q, Hkv, D]. scale is above 0.
 
 Which backend runs, unless `backend` or the environment variable TW_DECODE_BACKEND names one: the
-first of TRIE_DECODE (tw_kernels/backends) that can run the call: triton on CUDA, native on a CPU.
+first of TRIE_DECODE that can run the call: triton on CUDA, native on a CPU, reference otherwise.
+Two are only ever asked for by name: cuda, which is experimental, and on a CPU triton, which would
+run in Triton's interpreter.
 """
 
 from __future__ import annotations
 
 import os
+from types import ModuleType
 
 from torch import Tensor
 
-from tw_kernels.backends import TRIE_DECODE
+from tw_kernels.decode import cuda, native, reference, triton
 from tw_kernels.decode.plan import DecodePlan, PagedKV
+
+TRIE_DECODE: dict[str, ModuleType] = {
+    "triton": triton,
+    "native": native,
+    "reference": reference,
+    "cuda": cuda,
+}
 
 
 def trie_decode(
@@ -94,7 +112,6 @@ def choose_backend(q: Tensor, kv: PagedKV, name: str | None = None) -> str:
     """The backend that runs this call: `name` if given, else by the module docstring's rule."""
     if name and name not in TRIE_DECODE:
         raise ValueError(f"no backend {name!r} for trie_decode: {', '.join(TRIE_DECODE)}")
-    # Only ever asked for by name: cuda, which is experimental, and on a CPU Triton's interpreter.
     named = {"cuda"} if q.device.type == "cuda" else {"cuda", "triton"}
     usual = [n for n in TRIE_DECODE if n not in named]
     reasons = {}

@@ -1,6 +1,6 @@
 """What a decode step reads and where it writes: pages of keys and values, and the plan of the step.
 
-Data alone: the op and its backends take it (tw_kernels/decode.py).
+Data alone, which the op and its backends take.
 """
 
 from __future__ import annotations
@@ -54,10 +54,12 @@ class PagedKV:
 
     @property
     def num_pages(self) -> int:
+        """Pages of the layer, free ones included."""
         return self.k_pages.shape[0]
 
     @property
     def page_size(self) -> int:
+        """Tokens a page."""
         return self.k_pages.shape[1]
 
 

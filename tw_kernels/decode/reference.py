@@ -7,15 +7,14 @@ device; float64 too, for tests.
 from __future__ import annotations
 
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from tw_kernels.decode.plan import DecodePlan, PagedKV
+from tw_kernels.decode.plan import DecodePlan, PagedKV
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -1,6 +1,4 @@
-"""trie_decode in Triton: the door to the kernels.
-
-    triton_decode_kernels.py    write, partial and merge kernels; their block sizes
+"""trie_decode in Triton; its kernels are in triton_kernels.py.
 
 Triton is imported by the first call that needs it. On a CPU the kernels run in Triton's
 interpreter, which must be on (TRITON_INTERPRET=1) before anything imports triton.
@@ -13,15 +11,12 @@ not, as in any flash attention; finite values never do, and what no row sees is 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from tw_kernels.attention.triton import backend as triton_attention
-
-if TYPE_CHECKING:
-    from tw_kernels.decode.plan import DecodePlan, PagedKV
+from tw_kernels import triton_device
+from tw_kernels.decode.plan import DecodePlan, PagedKV
+from tw_kernels.native import dense_rows
 
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
 
@@ -30,7 +25,7 @@ def why_not(q: Tensor, kv: PagedKV) -> str | None:
     """None if this call can run, else the reason in one line."""
     if kv.page_size not in PAGE_SIZES:
         return f"page size {kv.page_size} is not one of {', '.join(map(str, PAGE_SIZES))}"
-    return triton_attention.why_not(q, q, q)
+    return triton_device.why_not(q)
 
 
 def forward(
@@ -48,12 +43,7 @@ def forward(
     if q.shape[0] == 0:
         return out
     if new_k is not None and new_v is not None:
-        kernels.write(kv, plan, _rows_contiguous(new_k), _rows_contiguous(new_v))
+        kernels.write(kv, plan, dense_rows(new_k), dense_rows(new_v))
     config = kernels.config_for(q, kv, plan)
-    kernels.merge(plan, *kernels.partial(_rows_contiguous(q), kv, plan, scale, config), out)
+    kernels.merge(plan, *kernels.partial(dense_rows(q), kv, plan, scale, config), out)
     return out
-
-
-def _rows_contiguous(x: Tensor) -> Tensor:
-    """x if each of its rows of D numbers lies in one piece, else a contiguous copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -9,7 +9,7 @@ slots of each row, in the plan's order, so the result does not depend on schedul
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,9 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tw_kernels import triton_interpreter
-
-if TYPE_CHECKING:
-    from tw_kernels.decode.plan import DecodePlan, PagedKV
+from tw_kernels.decode.plan import DecodePlan, PagedKV
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
@@ -85,6 +83,7 @@ def write_kernel(
     stride_page, stride_slot, stride_head, PAGE: tl.constexpr, H: tl.constexpr,
     BLOCK_H: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
+    """One program per row: its new key and value, all heads, to their slot."""
     slot = tl.load(slots + tl.program_id(0))
     if slot < 0:
         return
@@ -161,6 +160,7 @@ def partial_kernel(
     HKV: tl.constexpr, GROUP: tl.constexpr, ROW_TILES: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_KV: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
+    """One program per (item, KV head, tile of matrix rows)."""
     # Row tiles run fastest: those of one item fetch the same pages, all but the first from L2.
     first_m = tl.program_id(0) % ROW_TILES * BLOCK_M
     head = tl.program_id(0) // ROW_TILES % HKV
@@ -252,6 +252,7 @@ def merge_kernel(
     partial_out, partial_lse, out, rows, merge_ptr, merge_slots, stride_on, stride_oh,
     HQ: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
+    """One program per (row, query head)."""
     row = tl.program_id(0) // HQ
     head = tl.program_id(0) % HQ
     dims = tl.arange(0, D)

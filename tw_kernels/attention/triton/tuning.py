@@ -19,9 +19,9 @@ import triton.testing
 from torch import Tensor
 
 from tw_kernels import triton_interpreter
-from tw_kernels.attention.triton import backward as bwd
-from tw_kernels.attention.triton import forward as fwd
-from tw_kernels.attention.triton.forward import Config
+from tw_kernels.attention.triton import backward_kernels as bwd
+from tw_kernels.attention.triton import forward_kernel as fwd
+from tw_kernels.attention.triton.forward_kernel import Config
 from tw_kernels.trie import TrieLayout
 
 
@@ -71,6 +71,7 @@ CANDIDATES = {
 
 
 def candidates_for(dtype: torch.dtype, head_dim: int) -> Candidates:
+    """Those of the smallest head dim in the table that is not below this one."""
     largest = min(d for _, d in CANDIDATES if d >= head_dim)
     return CANDIDATES[dtype.itemsize, largest]
 
@@ -130,8 +131,8 @@ def _fastest_of(options: tuple[Config, ...], run: Callable[[Config], object]) ->
 def fork_join_subtree_ends() -> Tensor:
     """The trie that is timed: a prefix, five threads of 768 tokens, a join after the first one.
 
-    int32 [8192]. The joined context continues the first thread (fact 7), so that thread's tokens
-    see down to the join's end; the other four stand beside it.
+    int32 [8192]. The joined context continues the first thread (docs/architecture.md, fact 7), so
+    the join's tokens see that thread's; the other four threads stand beside it.
     """
     prefix, thread, join = 2048, 768, 2304
     ends = [8192] * prefix + [prefix + thread + join] * (thread + join)

@@ -1,8 +1,8 @@
 """Triton forward kernel of trie attention: one program per (query block, query head).
 
-Knows nothing of tries or of tuning: it gets `subtree_ends`, a block schedule and a configuration.
+It gets `subtree_ends`, a block schedule and a configuration.
 Every KV block that a schedule calls full is read without any mask; a partial one is masked by
-`column <= row < subtree_ends[column]` (ARCHITECTURE, facts 1 and 3).
+`column <= row < subtree_ends[column]` (docs/architecture.md, facts 1 and 3).
 """
 
 from __future__ import annotations
@@ -104,6 +104,7 @@ def forward_kernel(
     stride_vn: tl.constexpr, stride_vh, stride_on: tl.constexpr, stride_oh,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, D: tl.constexpr, PARTIAL_STAGES: tl.constexpr,
 ):  # fmt: skip
+    """One program per (query block, query head): out, and lse in natural logarithm."""
     head = tl.program_id(0)
     q_block = tl.load(q_order + tl.program_id(1))
     start = q_block * BLOCK_Q

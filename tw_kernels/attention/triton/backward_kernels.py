@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tw_kernels.attention.triton.forward import (
+from tw_kernels.attention.triton.forward_kernel import (
     LOG2E,
     Config,
     launch,
@@ -32,6 +32,7 @@ def row_stats_kernel(
     stride_on: tl.constexpr, stride_oh, stride_stats,
     BLOCK_Q: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
+    """One program per (query block, query head): delta = sum(dout * out), lse2 = lse in base 2."""
     head = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0) * BLOCK_Q
     rows = start + tl.arange(0, BLOCK_Q)
@@ -173,9 +174,9 @@ def dkv_kernel(
 ):  # fmt: skip
     """One program per (KV block, KV head), over the query heads of its group.
 
-    The rows that see a column are contiguous (fact 2), so the query blocks are one range: a partial
-    head, a full middle, a partial tail. Each loop runs over (query head, query block) pairs as one
-    sequence, so that its pipeline is filled once.
+    The rows that see a column are contiguous (docs/architecture.md, fact 2), so the query blocks
+    are one range: a partial head, a full middle, a partial tail. Each loop runs over (query head,
+    query block) pairs as one sequence, so that its pipeline is filled once.
     """
     kv_head = tl.program_id(0)
     kv_block = tl.load(kv_order + tl.program_id(1))
