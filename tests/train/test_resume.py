@@ -3,16 +3,23 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from threadweaver.train import trainer
+from threadweaver.train import setup
+from threadweaver.train.__main__ import main
+from threadweaver.train.config import ConfigError, config_of, parser_of
+from threadweaver.train.run_dir import check_same_config, settings_of
 from threadweaver.train.sft import SFTTrainer
+from threadweaver.train.stages import PipelineConfig, RLConfig, SelfTrainConfig, SFTConfig
 
 
 def start(run, *options: str) -> subprocess.Popen:
@@ -222,7 +229,7 @@ def test_the_same_data_under_another_name_is_taken(stopped, tmp_path, data_files
 def test_a_resumed_run_takes_the_threads_it_had(stopped, monkeypatch):
     stopped.settings["compute"].pop("threads")
     seen = []
-    monkeypatch.setattr(trainer.torch, "set_num_threads", seen.append)
+    monkeypatch.setattr(setup.torch, "set_num_threads", seen.append)
     assert stopped("--resume") == 0
     state = torch.load(stopped.folder / "checkpoints/step-6/trainer_state.pt")
     assert seen[0] == state["threads"] == 1
@@ -233,3 +240,55 @@ def test_wall_clock_goes_on_where_it_stopped(stopped):
     before = json.loads(records[-1])["seconds"]
     assert stopped("--resume") == 0
     assert stopped.summary()["seconds"] > before
+
+
+OLD_CONFIGS = Path(__file__).parent / "old_configs"  # config.yaml as version 0.1.0 wrote it
+
+
+@pytest.mark.parametrize("kind", [SFTConfig, SelfTrainConfig, RLConfig, PipelineConfig])
+def test_the_config_of_a_run_of_version_0_1_0_has_the_settings_of_that_run(kind, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text((OLD_CONFIGS / f"{kind.command}.yaml").read_text())
+    parser = parser_of(kind)
+    config = config_of(
+        kind, parser, parser.parse_args(["--config", str(path), "--run_dir", str(tmp_path)])
+    )
+    check_same_config(config)
+    assert settings_of(config)["seed"] == 0
+    config.seed = 1
+    with pytest.raises(ConfigError, match=r"seed is 1, but .* was made with 0"):
+        check_same_config(config)
+
+
+def test_a_run_of_version_0_1_0_goes_on_bit_for_bit(new_run, monkeypatch, data_files):
+    whole, old = new_run("whole"), new_run("old")
+    assert whole() == 0
+    stop_before(old, monkeypatch, "finish")
+    shutil.rmtree(old.folder / "checkpoints/step-6")
+    text = (OLD_CONFIGS / "sft.yaml").read_text().replace("RUN", str(old.folder))
+    for name, path in zip(("TRAIN", "VALIDATION"), data_files, strict=True):
+        text = text.replace(name, str(path))
+    config = old.folder / "config.yaml"
+    config.write_text(text)
+    path = old.folder / "checkpoints/step-4/trainer_state.pt"
+    state = torch.load(path)
+    torch.save({**state, "settings": dict(flat(yaml.safe_load(text)))}, path)
+    assert main(["sft", "--config", str(config), "--resume"]) == 0
+    assert old.weights(6) == whole.weights(6)
+    assert old.summary()["accuracy"] == 0
+    evaluate = yaml.safe_load(config.read_text())["evaluate"]
+    assert evaluate["generation"]["max_tokens"] == 8
+    assert evaluate["engine"]["max_sequences"] == 3
+    assert evaluate["engine"]["kv_gigabytes"] == 0.01
+
+
+FREE = ("run_dir", "compute.device", "compute.threads", "data.train", "data.validation")
+
+
+def flat(settings: dict, section: str = ""):
+    """The settings that a checkpoint of version 0.1.0 holds, by dotted name."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{section}{name}.")
+        elif f"{section}{name}" not in FREE and section not in ("report.", "evaluate."):
+            yield f"{section}{name}", value

@@ -16,8 +16,9 @@ from threadweaver.model import load_model, new_model, save_model, supervised_tok
 from threadweaver.tokenizer import build_tokenizer
 from threadweaver.train.__main__ import main
 from threadweaver.train.batches import Step, unrolled_tokens
-from threadweaver.train.config import SFTConfig, config_of, parser_of
+from threadweaver.train.config import config_of, parser_of
 from threadweaver.train.sft import SFTTrainer
+from threadweaver.train.stages import SFTConfig
 from tw_kernels import Trie
 
 from .conftest import ARCH
