@@ -52,9 +52,11 @@ class Run(ABC, Generic[C]):
     """A run that `prepare` makes ready.
 
     Attributes:
+        device: where it computes.
         state: of the newest checkpoint, for the kinds that have checkpoints; None: at the start.
     """
 
+    device: torch.device
     state: dict[str, Any] | None = None
 
     def __init__(self, config: C, console: Console):
@@ -158,7 +160,8 @@ class Trainer(Run[T]):
         if self.state:
             self._restore(self.last_checkpoint, self.state)
             self.state = None  # the moments take twice the memory of the weights
-        # So that now - origin is the wall-clock of the whole run, without the time it lay dead.
+        # So that now - origin is the wall-clock of the whole run, less the time between stop and
+        # resume.
         self.origin = self.started - self.totals["seconds"]
 
     def run(self) -> int:

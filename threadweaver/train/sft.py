@@ -28,7 +28,7 @@ from threadweaver.train.batches import (
 )
 from threadweaver.train.config import ConfigError
 from threadweaver.train.evaluation import evaluate_modes
-from threadweaver.train.report import print_table
+from threadweaver.train.report import print_sft_table
 from threadweaver.train.run import Record, Trainer
 from threadweaver.train.run_dir import write_json
 from threadweaver.train.schedule import learning_rate
@@ -76,7 +76,7 @@ class SFTTrainer(Trainer[SFTConfig]):
             "checkpoint": str(checkpoint),
         }
         write_json(self.run_dir / "summary.json", summary)
-        print_table(self.console, summary, self.run_dir)
+        print_sft_table(self.console, summary, self.run_dir)
 
     def train_step(self) -> Record:
         # The steps are dealt in order; a resumed run takes up where it was.
