@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from threadweaver.model import new_model, save_model, supervised_tokens, trie_loss
+from threadweaver.model import build_tokenizer, new_model, save_model, supervised_tokens, trie_loss
 from threadweaver.tasks.multiplication import question, trajectory
-from threadweaver.tokenizer import build_tokenizer
 from threadweaver.trajectory import Codec, loss_paths
 from tw_kernels import Trie
 

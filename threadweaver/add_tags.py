@@ -41,8 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         return fail(error, 2)
     # After the arguments are known to be good: these take seconds to import.
-    from threadweaver.model import load_model, save_model
-    from threadweaver.trajectory import add_tags
+    from threadweaver.model import add_tags, load_model, save_model
 
     quiet()
     try:

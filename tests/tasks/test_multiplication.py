@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from threadweaver.data import load_examples
+from threadweaver.model import build_tokenizer
 from threadweaver.tasks.multiplication import (
     Multiplication,
     is_correct,
@@ -21,7 +22,6 @@ from threadweaver.tasks.multiplication import (
     split_problems,
     trajectory,
 )
-from threadweaver.tokenizer import build_tokenizer
 from threadweaver.trajectory import Codec, check_format, path_lengths
 
 TOKENIZER = build_tokenizer()

@@ -12,7 +12,7 @@ from threadweaver.generate.engine import Engine
 from threadweaver.generate.options import EngineSettings
 from threadweaver.model import load_model, load_tokenizer
 from threadweaver.trajectory import Codec
-from threadweaver.trajectory.vocabulary import missing_tags
+from threadweaver.trajectory.codec import missing_tags
 
 
 def load_engine(

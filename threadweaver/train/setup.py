@@ -9,12 +9,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from threadweaver.data import load_examples
-from threadweaver.model import load_model, new_model
+from threadweaver.model import add_tags, build_tokenizer, load_model, new_model
 from threadweaver.tasks import Problem
-from threadweaver.tokenizer import build_tokenizer
 from threadweaver.train.config import ConfigError, RunConfig, SFTConfig, TrainingConfig
 from threadweaver.train.run_dir import device_of
-from threadweaver.trajectory import add_tags
 
 
 def prepare_torch(config: RunConfig, state: dict[str, Any] | None) -> torch.device:

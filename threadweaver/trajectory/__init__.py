@@ -1,6 +1,6 @@
 """The trajectory format: tags, ids, format check, calls, losses, path lengths.
 
-Knows nothing of models (except that `add_tags` can extend one), kernels or generation.
+Knows nothing of models or generation, and needs no `transformers`.
 """
 
 from threadweaver.trajectory.calls import Call, extract_calls
@@ -9,7 +9,6 @@ from threadweaver.trajectory.format import check_format
 from threadweaver.trajectory.loss import LossPaths, loss_paths
 from threadweaver.trajectory.paths import PathLengths, path_lengths
 from threadweaver.trajectory.tags import TAGS
-from threadweaver.trajectory.vocabulary import add_tags
 
 __all__ = [
     "TAGS",
@@ -17,7 +16,6 @@ __all__ = [
     "Codec",
     "LossPaths",
     "PathLengths",
-    "add_tags",
     "check_format",
     "extract_calls",
     "loss_paths",

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from threadweaver.trajectory.tags import BLOCK_TAGS, TAGS, THREAD_HEADER
-from threadweaver.trajectory.vocabulary import missing_tags
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -141,6 +140,17 @@ class Codec:
         if id not in self._texts:
             self._texts[id] = self._vocabulary.decode([id])
         return self._texts[id]
+
+
+def missing_tags(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The tags that are not one token wherever they stand in a text."""
+    vocab = tokenizer.get_vocab()
+    return [
+        tag
+        for tag in TAGS
+        if tag not in vocab
+        or vocab[tag] not in tokenizer.encode(f"1{tag}1", add_special_tokens=False)
+    ]
 
 
 def _eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
