@@ -1,6 +1,7 @@
 """`python -m threadweaver.tasks multiplication|write --out DIR`: write a task's data.
 
 Writes DIR/train and DIR/validation as JSON lines or parquet, in the columns of `threadweaver.data`.
+`--help` names the tasks there are, those of installed packages included.
 """
 
 import sys
@@ -8,14 +9,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from jsonargparse import ArgumentParser, auto_cli
-from rich.console import Console
-
-from threadweaver.command import fail
-from threadweaver.data import save_rows
-from threadweaver.progress import Progress
-from threadweaver.tasks import Problem, Task, load_task
+from threadweaver.command import fail, train_extra
+from threadweaver.data import save_rows, trajectory_row
+from threadweaver.tasks import Problem, Task, load_task, task_names
 from threadweaver.tasks.multiplication import make_rows, split_problems
+
+with train_extra():
+    from jsonargparse import ArgumentParser, auto_cli
+    from rich.console import Console
+
+    from threadweaver.progress import Progress
 
 
 def multiplication(
@@ -62,11 +65,11 @@ def write(
 ) -> None:
     """Write DIR/train and DIR/validation: problems of any task, with demonstrations if it has them.
 
-    Whoever reads the files compares answers with the one on record, as mathematics; a scorer that
-    belongs to the task stays behind.
+    A file keeps the right answer of each problem, not the task's own scorer: read as a task, it is
+    graded as mathematics.
 
     Args:
-        task: multiplication, reasoning_gym:<dataset> or a data file.
+        task: its name, or the path of a data file.
         out: folder to write to.
         train: number of training rows.
         validation: number of validation rows; no question of training.
@@ -91,7 +94,7 @@ def write(
         console.print(f"{path}: {len(rows[name])} rows", soft_wrap=True, highlight=False)
 
 
-def _rows(task: Task, problems: Iterable[Problem], parallel: bool) -> list[dict]:
+def _rows(task: Task, problems: Iterable[Problem], parallel: bool) -> list[dict[str, Any]]:
     rows = []
     for problem in problems:
         if not problem.answer:
@@ -99,20 +102,13 @@ def _rows(task: Task, problems: Iterable[Problem], parallel: bool) -> list[dict]
                 f"{problem.source}: no right answer is on record, so that its row could not be "
                 "graded; use the task itself instead of a file of it"
             )
-        row = {
-            "question": problem.prompt,
-            "reward_model": {"ground_truth": problem.answer, "style": "rule"},
-        }
         response = task.demonstration(problem, parallel)
-        if response is not None:
-            row |= {"response": response, "qwen_text": problem.prompt + response}
-        rows.append(row)
+        rows.append(trajectory_row(problem.prompt, response, problem.answer))
     return rows
 
 
 class _DashParser(ArgumentParser):
-    """Options of several words are spelt with dashes on the command line, or as in the code; none
-    by its beginning."""
+    """Takes options of several words with dashes or underscores, and no abbreviations."""
 
     def __init__(self, *arguments, **settings):
         super().__init__(*arguments, **settings, allow_abbrev=False)
@@ -125,11 +121,17 @@ class _DashParser(ArgumentParser):
         return super().add_argument(*names, *dashed, **settings)
 
 
+@train_extra()
 def main() -> None:
     """Exit codes: 0; 2 for arguments that cannot be met, with one line on stderr."""
     commands = {"multiplication": multiplication, "write": write}
     try:
-        auto_cli(commands, as_positional=False, parser_class=_DashParser)
+        auto_cli(
+            commands,
+            as_positional=False,
+            parser_class=_DashParser,
+            description=f"Write the data of a task. Tasks: {task_names()}.",
+        )
     except ValueError as error:
         sys.exit(fail(error, 2))
 
