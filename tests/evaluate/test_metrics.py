@@ -53,7 +53,7 @@ def test_known_problems_are_solved_in_both_modes():
         result = solve(mode)
         assert [g.response for g in result.graded] == RESPONSES
         found = result.metrics()
-        for name in ("accuracy", "format_correct", "activation"):
+        for name in ("accuracy", "format", "activation"):
             assert found[name].value == 1
         assert found["threads_per_block"].value == 2
         assert set(result.limits.values()) == {0} and result.ungraded == 0
@@ -81,7 +81,7 @@ def test_shares_and_means_are_those_of_the_responses():
     result = recorded([RESPONSES[0], wrong, broken, plain])
     found = result.metrics()
     assert found["accuracy"].value == 3 / 4
-    assert found["format_correct"].value == 3 / 4
+    assert found["format"].value == 3 / 4
     assert found["activation"].value == 3 / 4
     lengths = [g.lengths for g in result.graded]
     assert found["total_tokens"].value == sum(x.total_tokens for x in lengths) / 4

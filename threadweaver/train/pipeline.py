@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol
 from rich.console import Console
 
 from threadweaver.data import save_rows
-from threadweaver.evaluate.grade import summary
+from threadweaver.evaluate.grade import graded_row, summary
 from threadweaver.evaluate.metrics import evaluate
 from threadweaver.generate.load import load_engine
 from threadweaver.generate.options import EngineSettings
@@ -40,7 +40,7 @@ from threadweaver.train.run_dir import (
     write_config,
     write_whole,
 )
-from threadweaver.train.self_train import SelfTraining, graded_row
+from threadweaver.train.self_train import SelfTraining
 from threadweaver.train.setup import prepare_torch
 from threadweaver.train.sft import SFTTrainer
 from threadweaver.train.stages import PipelineConfig, RLConfig, SelfTrainConfig, TaskConfig

@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 
 from threadweaver.data import save_rows
-from threadweaver.evaluate.grade import Graded, summary
+from threadweaver.evaluate.grade import Graded, graded_row, summary
 from threadweaver.evaluate.rollouts import fingerprint, roll_out
 from threadweaver.generate.engine import Engine
 from threadweaver.progress import ResponsesProgress
@@ -235,21 +235,6 @@ def select(rows: Iterable[Row], keep_per_problem: int) -> tuple[list[Row], Row]:
         "violations": dict(breaches.most_common(MOST_REASONS)),
     }
     return kept, report
-
-
-def graded_row(graded: Graded) -> Row:
-    """A rollout and its grade, for JSON."""
-    return {
-        "question": graded.problem.prompt,
-        "ground_truth": graded.problem.answer,
-        "response": graded.response,
-        "correct": graded.correct,
-        "violations": graded.violations,
-        "total_tokens": graded.lengths.total_tokens,
-        "longest_path_tokens": graded.lengths.longest_path_tokens,
-        "limits": asdict(graded.rollout.limits),
-        "source": graded.problem.source,
-    }
 
 
 def _read(path: Path) -> Any:

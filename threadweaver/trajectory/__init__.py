@@ -5,7 +5,7 @@ Knows nothing of models or generation, and needs no `transformers`.
 
 from threadweaver.trajectory.calls import Call, extract_calls
 from threadweaver.trajectory.codec import Codec
-from threadweaver.trajectory.format import check_format
+from threadweaver.trajectory.format import check_format, violations
 from threadweaver.trajectory.loss import LossPaths, loss_paths
 from threadweaver.trajectory.paths import PathLengths, path_lengths
 from threadweaver.trajectory.tags import TAGS
@@ -20,4 +20,5 @@ __all__ = [
     "extract_calls",
     "loss_paths",
     "path_lengths",
+    "violations",
 ]

@@ -1,4 +1,5 @@
-"""Whether a trajectory is well formed, and if not, where and why (SPEC, "Trajectory")."""
+"""Whether a trajectory is well formed, and if not, where and why (docs/semantics.md,
+"Trajectory")."""
 
 from __future__ import annotations
 
@@ -52,6 +53,12 @@ def check_format(
         check.problems.append("there is no <Parallel> block")
     check.main_line(main)
     return check.problems
+
+
+def violations(prompt: str, response: str, max_depth: int = 1) -> list[str]:
+    """The violations in a response, of which a <think> that the prompt ends with is a part."""
+    opened = "<think>" if prompt.rstrip().endswith("<think>") else ""
+    return check_format(opened + response, max_depth=max_depth)
 
 
 class _Check:
