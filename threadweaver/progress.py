@@ -13,15 +13,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from time import monotonic
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import Protocol, Self, TypeVar
 
 from rich import progress as rich_progress
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
-
-if TYPE_CHECKING:
-    from threadweaver.generate.engine import Engine
 
 LINE_SECONDS = 5.0
 FRAME_SECONDS = 0.1
@@ -205,10 +202,16 @@ class Progress:
         print_line(self._console, f"{self._title}: {', '.join(filter(None, parts))}")
 
 
-class ResponsesProgress(Progress):
-    """Responses that are decoded, at so many tokens a second, and then graded."""
+class DecodesTokens(Protocol):
+    """An engine, as far as a progress line is concerned."""
 
-    def __init__(self, console: Console, title: str, total: int, engine: Engine):
+    decoded_tokens: int
+
+
+class ResponsesProgress(Progress):
+    """Responses that are decoded, with tokens per second, and then graded."""
+
+    def __init__(self, console: Console, title: str, total: int, engine: DecodesTokens):
         super().__init__(console, title, total, "responses")
         self._all, self._engine, self._tokens_before = total, engine, engine.decoded_tokens
         self._rate = ""

@@ -21,16 +21,19 @@ from argparse import ArgumentError
 from collections.abc import Callable
 from typing import Any
 
-from jsonargparse import ArgumentParser
-from rich.console import Console
+from threadweaver.command import explain, fail, quiet, train_extra
 
-from threadweaver.command import explain, fail, quiet
-from threadweaver.train.config import SFTConfig, config_of, parser_of
-from threadweaver.train.stages import PipelineConfig, RLConfig, SelfTrainConfig
+with train_extra():
+    from jsonargparse import ArgumentParser
+    from rich.console import Console
+
+    from threadweaver.train.config import SFTConfig, config_of, parser_of
+    from threadweaver.train.stages import PipelineConfig, RLConfig, SelfTrainConfig
 
 KINDS = {kind.command: kind for kind in (SFTConfig, SelfTrainConfig, RLConfig, PipelineConfig)}
 
 
+@train_extra()
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line (default: the process's own) and returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
