@@ -105,13 +105,12 @@ class SlowOrchestrator:
             line += joined + ids("\n")
 
 
-@pytest.mark.parametrize("share", [True, False])
-def test_greedy_parallel_decoding_equals_full_recomputation_token_for_token(fork_join_model, share):
+def test_greedy_parallel_decoding_equals_full_recomputation_token_for_token(fork_join_model):
     slow = SlowOrchestrator(plain(fork_join_model), max_depth=2)
     expected = [slow.line(ids(prompt), {EOS}, 0) for prompt in TRAJECTORIES]
     # What the model knows by heart has the blocks that this test is about.
     assert [CODEC.decode(e) for e in expected] == [f"{t}<eos>" for t in TRAJECTORIES.values()]
-    engine = Engine(fork_join_model, CODEC, num_pages=500, page_size=4, share=share)
+    engine = Engine(fork_join_model, CODEC, num_pages=500, page_size=4)
     for prompt in TRAJECTORIES:
         engine.add(ids(prompt), GenerationSettings(max_tokens=500, max_depth=2, sampling=GREEDY))
     assert [rollout.response for rollout in engine.run()] == expected

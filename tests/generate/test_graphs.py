@@ -45,9 +45,6 @@ def decode(model, capture: Capture | None) -> list[Rollout]:
         settings = GenerationSettings(max_tokens=400, max_depth=2, sampling=SamplingParams(0))
         engine.add(ids(prompt), settings)
     rollouts = engine.run()
-    if isinstance(capture, EagerCapture):
-        assert engine._runner._graphs is not None
-        assert len(engine._runner._graphs) == capture.captured
     engine.free()
     return rollouts
 

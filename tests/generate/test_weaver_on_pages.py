@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from rollouts import CODEC, RandomModel, ids, randoms, unhurried
 from simulated_pages import SimulatedPages
 
-from threadweaver.generate import PagePool, PageTable, RequestId, Weaver
+from threadweaver.generate import RequestId, Weaver
+from threadweaver.generate.pages import PagePool, PageTable
 
 PROMPT = ids("1ab\n" * 5)
 NUM_PAGES = 4096
@@ -36,7 +37,7 @@ class PagedRollout:
             self.pool.release(self.tables.pop(id))
 
     def _append(self, table: PageTable, tokens: list[int]) -> None:
-        self.device.run(self.pool.append([table], [len(tokens)]), tokens)
+        self.device.run(self.pool.append([table], [len(tokens)]), [(table, tokens)])
 
     def run(self, model: RandomModel, random) -> None:
         while not self.weaver.done:

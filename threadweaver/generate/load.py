@@ -53,20 +53,6 @@ def load_engine(
     return engine, tokenizer
 
 
-def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """A prompt as the user's turn of the tokenizer's chat template, up to where the answer begins.
-
-    Raises:
-        ValueError: the tokenizer has no template.
-    """
-    if not tokenizer.chat_template:
-        raise ValueError("chat: the tokenizer has no chat template; leave the option out")
-    turns = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert isinstance(text, str)  # not tokenized
-    return text
-
-
 def settle_precision(settings: EngineSettings) -> tuple[EngineSettings, str | None]:
     """The settings with `auto` made what suits the device, and a line that says why, if it was."""
     if settings.precision != "auto":
