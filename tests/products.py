@@ -1,4 +1,4 @@
-"""A model of 60,000 parameters that knows two products by heart, in threads and one by one."""
+"""A model of 60,000 parameters that has memorised two products, in both modes."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from threadweaver.trajectory import check_format, extract_calls
 PROMPT = ids("<Outlines>a1\n")
 UNLIMITED = 10**6
 NEWLINE, THREAD_END = VOCAB["\n"], VOCAB["</Thread>"]
-# What the state machine writes where a line ends with no word of the model; in the finished text
+# What the state machine writes where a line ends by force; in the finished text
 # it looks like the completion of one more request.
 FORCED_ENDS = [ids(text) for text in ("</Parallel>", "</Parallel>\n</Thread>", "\n</Thread>")]
 

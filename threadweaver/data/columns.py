@@ -19,12 +19,19 @@ from threadweaver.data.files import DataError, kind_of, read_rows
 
 @dataclass(frozen=True)
 class Example:
-    """One row: train on `prompt + response`, with loss on the response only."""
+    """One row of training data.
+
+    Attributes:
+        prompt: text before the response, without loss.
+        response: empty only if the row has none and none was asked for.
+        ground_truth: the right answer; None if the row names none.
+        source: "file:line", or "file, row n" for parquet; both count from 1.
+    """
 
     prompt: str
-    response: str  # empty only where none was asked for
-    ground_truth: str | None  # None: the row names no answer
-    source: str  # "file:line", or "file, row n" for parquet; both count from 1
+    response: str
+    ground_truth: str | None
+    source: str
 
 
 def trajectory_row(prompt: str, response: str | None, answer: object) -> dict[str, Any]:
@@ -87,7 +94,7 @@ def _example(row: dict[str, Any], source: str, needs_response: bool) -> Example:
 
 
 def _split(row: dict[str, Any], source: str) -> tuple[str, str]:
-    """Prompt and response of a `qwen_text`: the whole text, but for the end of a closed turn."""
+    """Prompt and response of a `qwen_text`; together the whole text but for the end of a turn."""
     text = _text(row, "qwen_text", source)
     if chat := split_chat(text):
         return chat

@@ -125,7 +125,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     yield f"{path}, row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise DataError(f"{path}: not a readable parquet file ({reason}); write it anew") from error
+        raise DataError(f"{path}: not a readable parquet file ({reason}); rewrite it") from error
 
 
 def kind_of(value: Any) -> str:

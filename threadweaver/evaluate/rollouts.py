@@ -1,4 +1,4 @@
-"""Responses to the problems of a task: queued on an engine, decoded, judged."""
+"""Responses to the problems of a task: queued on an engine, decoded, graded."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def queue(
     seed: Sequence[int] = (0,),
     first: int = 0,
 ) -> list[Generation]:
-    """Adds `samples` responses to each problem, of the first problem first; decodes nothing.
+    """Adds `samples` responses to each problem to an engine, in the order of the problems.
 
     Args:
-        seed: numbers that tell these responses from all others of the same model. The same ones,
-            the same model, problems and settings give the same responses.
-        first: number of the first problem, where these are a part of more.
+        seed: of the draws, with the numbers of problem and sample. The same seed, model, problems
+            and settings give the same responses.
+        first: number of the first problem, if these are a part of a longer list.
 
     Raises:
         ValueError: a prompt or setting that the engine refuses; names the problem.
@@ -57,7 +57,7 @@ def roll_out(
     on_progress: Callable[[int], None] = lambda done: None,
     on_graded: Callable[[int], None] = lambda count: None,
 ) -> list[Graded]:
-    """Decodes `samples` responses to each problem and judges them; in the order of `queue`.
+    """Decodes `samples` responses to each problem and grades them; in the order of `queue`.
 
     Args:
         on_progress: gets the number of responses that are decoded, after every step.
@@ -80,8 +80,8 @@ def grade_all(
     settings: GenerationSettings,
     on_graded: Callable[[int], None],
 ) -> list[Graded]:
-    """Judges rollouts: as many of the first problem as of the second, and so on; `on_graded` gets
-    their number after each."""
+    """Grades rollouts, equally many a problem and in the order of the problems; `on_graded` gets
+    the number of graded ones after each."""
     samples = len(rollouts) // len(problems)
     graded: list[Graded] = []
     for i, rollout in enumerate(rollouts):
@@ -91,7 +91,7 @@ def grade_all(
 
 
 def fingerprint(problems: Sequence[Problem]) -> str:
-    """Same prompts and answers in the same order: same value."""
+    """SHA-256 of the prompts and answers, in order; hexadecimal."""
     digest = hashlib.sha256()
     for problem in problems:
         digest.update(json.dumps([problem.prompt, problem.answer]).encode())

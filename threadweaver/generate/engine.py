@@ -1,4 +1,4 @@
-"""The in-process generator: continuous batching of fork-join rollouts on shared KV pages.
+"""The in-process engine: continuous batching of fork-join rollouts on shared KV pages.
 
     engine = Engine(model, codec)
     for i in range(8):
@@ -47,12 +47,12 @@ class Token(NamedTuple):
 
 @dataclass(eq=False)
 class Generation:
-    """One response in the making.
+    """One response that is being decoded.
 
     Attributes:
-        number: counts the generations of an engine.
+        number: unique in its engine, in the order of `add`.
         weaver: its state machine.
-        open: the sequences that serve its open requests.
+        open: the sequences of its open requests.
         retained: closed ones whose path a join may still extend.
         completions: of its closed requests.
         steps: engine steps that computed tokens of it.

@@ -22,7 +22,7 @@ def load_engine(
 
     Args:
         model: a Hugging Face folder, a .gguf file, or smollm2.
-        parallel: whether it is to decode threads; a model without the tags can only do without.
+        parallel: whether it is to decode threads, which needs a tokenizer with the tags.
 
     Raises:
         ValueError: no model there, one that cannot be used, or settings out of range.
@@ -30,7 +30,7 @@ def load_engine(
     device = find_device(settings.device)
     dtype = DTYPES[resolve(settings.precision, device)]
     if parallel:
-        # Weights take long to load: not before the tags are known to be there.
+        # Before the weights, which take long to load.
         Codec.from_tokenizer(load_tokenizer(model))
     weights, tokenizer = load_model(model, dtype)
     with_tags = parallel or not missing_tags(tokenizer)
@@ -54,7 +54,7 @@ def load_engine(
 
 
 def settle_precision(settings: EngineSettings) -> tuple[EngineSettings, str | None]:
-    """The settings with `auto` made what suits the device, and a line that says why, if it was."""
+    """The settings with precision `auto` resolved, and a line with the reason if it was `auto`."""
     if settings.precision != "auto":
         return settings, None
     precision, reason = choose(find_device(settings.device))

@@ -34,7 +34,7 @@ _LIMITS = [f.name for f in fields(GenerationSettings) if f.name not in ("mode", 
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """Adds every field but the mode; tokens are drawn as in the published evaluation (SPEC)."""
+    """Adds every field but the mode; sampling defaults to the published evaluation's."""
     parser.add_class_arguments(GenerationSettings, skip={"mode", "sampling"})
     parser.add_class_arguments(SamplingParams)
     parser.add_class_arguments(EngineSettings)

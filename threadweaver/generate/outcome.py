@@ -1,4 +1,4 @@
-"""What came of a command's generations, for a table and for JSON."""
+"""The results of a command's generations, for a table and for JSON."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from threadweaver.trajectory import Codec
 
 @dataclass(frozen=True)
 class Response:
-    """One response, or as much of it as was decoded.
+    """The figures of one response, or of the part that was decoded.
 
     Attributes:
         text: without the end token.
-        finished: whether it came to its end; a limit may have ended it (`limits`).
+        finished: False if it was interrupted; a limit may have ended it (`limits`).
         total_tokens, longest_path_tokens, acceleration, blocks, mean_threads_per_block: as in
             GenerationSettings.path_lengths.
         sampled_tokens: of all its requests.
         decode_steps: engine steps that computed tokens of it.
         logprob: of all sampled tokens under the untempered model, summed; natural log.
         sampled_logprob: under the distributions they were drawn from.
-        limits: what the limits ended (LimitCounts).
+        limits: how often limits ended something (LimitCounts).
     """
 
     text: str

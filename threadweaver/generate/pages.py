@@ -1,10 +1,9 @@
 """The pool of KV pages, and the page tables of sequences (docs/architecture.md, facts 6 and 7).
 
 Bookkeeping on the host: where keys and values lie, and which pages the device has to copy.
-The invariant is that only slots past the end of a sequence are written, and only in pages that no
-other sequence holds. So a forked sequence shares all pages of its origin, the last, partly filled
-one too; whoever first appends to that page while it is shared moves to a copy of it, and the last
-one to hold it writes in place.
+Invariant: only slots past the end of a sequence are written, and only in pages that no other
+sequence holds. A forked sequence shares all pages of its origin, the last, partly filled one too: a
+sequence that appends to a shared page moves to a copy of it, and the last holder writes in place.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from tw_kernels.decode.plan import default_workers
 
 # A step takes one CPU thread for each THREAD_WORK multiply-adds of its largest product, where
 # fetching a weight counts as much as FETCH_ROWS rows. Below it two threads take as long as one, or
-# longer, and whatever else runs on the machine slows them down (a model with matrices of 98,000
+# longer, and other processes on the machine slow them down (a model with matrices of 98,000
 # weights: 1.1 to 1.3 times as long at 1 to 16 tokens, even at 64; with 885,000 weights 0.7 at one
 # token; two Xeon cores, with AVX-512 and held to AVX2).
 THREAD_WORK = 4e6
@@ -37,8 +37,8 @@ class Runner:
     Args:
         model: loaded by threadweaver.model. Its weights are read in place, or as copies that `cast`
             brings up to date (EngineWeights).
-        capture: steps in which every sequence decodes one token run as graphs that this records;
-            None: no graphs. Default: CUDA graphs on CUDA.
+        capture: records the graphs in which steps of one new token a sequence run; None: no
+            graphs. Default: CUDA graphs on CUDA.
         autocast: compute, and keep keys and values, in bfloat16 whatever the dtype of the weights,
             as a trainer does under torch.autocast.
 

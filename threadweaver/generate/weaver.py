@@ -1,7 +1,7 @@
-"""The fork-join state machine of one response (SPEC, "State machine"). It does no I/O.
+"""The fork-join state machine of one response (docs/semantics.md, "State machine"), without I/O.
 
-Whoever drives it decodes the open requests, in any order and as slowly as it likes, and hands back
-what came: an engine, a test, a remote server.
+Its driver (an engine, a test, a remote server) decodes the open requests in any order and hands
+back the completions.
 
     weaver = Weaver(prompt_ids, codec, max_tokens=1500)
     while not weaver.done:
@@ -9,9 +9,9 @@ what came: an engine, a test, a remote server.
             weaver.complete(request, *decode(request.context, request.stop_ids, request.max_tokens))
     weaver.response
 
-Sharing of KV (ARCHITECTURE, facts 6 and 7): the *path* of a request is its context and completion.
-Every request but the first extends the path of one closed request, all of it, by the forced tokens
-between them; so page tables are forked and taken over without a look at the ids.
+Sharing of KV (docs/architecture.md, facts 6 and 7): the *path* of a request is its context and
+completion. Every request but the first extends the whole path of one closed request by the forced
+tokens between them; so page tables are forked and adopted without comparing ids.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ Mode = Literal["parallel", "sequential"]
 Reason = Literal["stop", "eos", "length"]
 
 # Request k of the main line is (k,); request m of the t-th thread that request r opened is
-# (*r, t, m), all counted from 0. An id depends on what was decoded, never on which thread was
-# faster, and ids sort in the order of the text: a request before all that extends it.
+# (*r, t, m), all counted from 0. An id depends on the decoded tokens and not on the schedule, and
+# ids sort in the order of the text: a request before all that extend it.
 RequestId = tuple[int, ...]
 
 _OUTLINE_NUMBER = re.compile(r"<Outline>\s*([0-9]+(?:\.[0-9]+)*)\s*:")
@@ -40,16 +40,16 @@ class Request:
     """Something to decode. Two requests are equal only if they are the same object.
 
     Attributes:
-        id: unique within its Weaver, and the same however the requests were scheduled.
+        id: unique within its Weaver, and independent of the schedule.
         context: ids to continue from, [T]; not to be modified.
         stop_ids: ids that end the completion, and stand at its end.
         max_tokens: most tokens of the completion, the stop token included; at least 1.
-        kind: what it does with the path of its parent:
-            "prompt": it has no parent, its context is the prompt;
-            "thread": it forks it, as the other threads of the block do;
-            "continue": its line goes on, as no outline asked for a thread;
-            "join": the line that forked goes on. The parent is the last request of thread 1, whose
-                path runs through the fork; what follows it are the other threads, seen anew.
+        kind: how it extends the path of its parent:
+            "prompt": it has no parent, and its context is the prompt;
+            "thread": it forks the path, as the other threads of the block do;
+            "continue": it continues its line, since no outline asked for a thread;
+            "join": it continues the line that forked. The parent is the last request of thread 1,
+                whose path runs through the fork; the tokens of the other threads follow it.
         parent: id of the closed request whose path it extends; None for the first.
         shared_length: length of that whole path: context[:shared_length] is the parent's context
             and completion. The rest of the context, maybe nothing, is forced.
@@ -87,7 +87,7 @@ class Weaver:
     Args:
         prompt_ids: [T], T >= 1: a list, NumPy array or 1-D tensor. Its tags are literal text.
         max_tokens: most tokens of the response, on any path and joined; a response that a join
-            makes longer is closed and cut.
+            makes longer is closed and truncated.
         mode: "sequential" runs the model with no orchestration: one request, until EOS.
         max_depth: how deep blocks nest. Below it a thread stops at </Outlines> too, and may open a
             block of its own.
@@ -97,7 +97,7 @@ class Weaver:
             depends on how fast another is.
 
     Attributes:
-        limits: what the limits ended.
+        limits: how often a limit ended something.
 
     Raises:
         ValueError: the prompt is empty, a setting is out of range, or the codec has no newline to
@@ -161,8 +161,8 @@ class Weaver:
     def retained(self) -> set[RequestId]:
         """The closed requests whose path a join may still extend: threads 1 that wait for others.
 
-        The path of a closed request serves the requests opened by the call of `complete` that
-        closed it, and is needed no more after that call unless it is named here.
+        The path of any other closed request is not needed once the requests have been opened that
+        followed from it.
         """
         blocks = set()
         for _, line in self._open.values():
@@ -173,7 +173,7 @@ class Weaver:
         return {line.request_id for line in firsts if line.closed}
 
     def complete(self, request: Request, tokens: Iterable[int], reason: Reason) -> None:
-        """Takes the completion of an open request, and opens the requests that follow from it.
+        """Takes the completion of an open request, and opens the requests that follow.
 
         Args:
             tokens: ids, the stop token included, [n] with n <= request.max_tokens.
@@ -191,7 +191,7 @@ class Weaver:
         tokens = [int(id) for id in tokens]
         self._check(request, tokens, reason)
         del self._open[request.id]
-        # A new list: the request keeps the context it was opened with.
+        # A new list, since the request keeps its context.
         line.context = line.context + tokens
         stop = tokens[-1] if tokens and tokens[-1] in request.stop_ids else None
         if stop == self._outlines_end:
@@ -269,7 +269,7 @@ class Weaver:
             self._newline + self._codec.encode(f"<Thread>\n{number}:")
             for number in numbers[: self._max_threads]
         ]
-        # Threads have room as if each were alone, so that none depends on how fast another is.
+        # The room of a thread does not depend on the other threads, nor on the schedule.
         room = line.room - max(map(len, headers))
         if room <= 0:
             self._end_by_length(line)
@@ -321,7 +321,7 @@ class Weaver:
         self._end(line)
 
     def _end(self, line: _Line) -> None:
-        """Ends a line with no word of the model: no line that it is part of goes on after it."""
+        """Ends a line by force; the lines that it is part of end at their joins."""
         if line.block is None:
             if line.room < 0:
                 self.limits.response = 1
@@ -337,11 +337,11 @@ class Weaver:
 
 @dataclass
 class _Line:
-    """The main line, or a thread: what its requests decode, one after another.
+    """The main line or a thread: a run of requests, one after another.
 
     Attributes:
         id: what the ids of its requests begin with.
-        context: ids from the prompt on; replaced, never changed, while a request refers to it.
+        context: ids from the prompt on; never modified in place, since requests refer to it.
         start: where its own tokens begin, after the prompt or the forced header.
         limit: how many tokens of its own it may have.
         levels: how many levels of blocks may still open in it.

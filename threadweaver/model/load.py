@@ -1,4 +1,4 @@
-"""Hugging Face decoders that attend over tries: loaded, made anew, saved."""
+"""Hugging Face decoders that attend over tries: load, initialise, save."""
 
 from __future__ import annotations
 

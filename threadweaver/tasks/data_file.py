@@ -97,12 +97,12 @@ def build_math_grader() -> Callable[[str, str], bool]:
     from math_verify import LatexExtractionConfig, parse, verify
 
     def parsed(text: str) -> list:
-        # No limits of its own, which need the main thread and its signals: the judge has one.
+        # Without a time limit of its own, which would need signals: the judge has one.
         return parse(f"\\boxed{{{text}}}", [LatexExtractionConfig()], parsing_timeout=0)
 
     def grade(answer: str, ground_truth: str) -> bool:
         truth = boxed_answer(f"</think>{ground_truth}") or ground_truth
         return verify(parsed(truth), parsed(answer), timeout_seconds=None)
 
-    grade("1/2", "0.5")  # imports what is imported at first use
+    grade("1/2", "0.5")  # imports what math-verify imports at first use
     return grade

@@ -35,7 +35,7 @@ digits found, highest first. Three habits make every token a function of a few n
   one size have one layout (but for leading zeros of the answer).
 
 More factors: block after block, each multiplying the running product by the next factor. The
-sequential trajectory holds the same lines without blocks. The format is that of SPEC "Trajectory".
+sequential trajectory holds the same lines without blocks. Format: docs/semantics.md, "Trajectory".
 """
 
 import math
@@ -230,7 +230,7 @@ def make_rows(problems: Sequence[Factors], parallel_share: float, seed: int) -> 
     if not 0.0 <= parallel_share <= 1.0:
         raise ValueError(f"parallel_share must lie between 0 and 1, not {parallel_share}")
     count = round(parallel_share * len(problems))
-    # A string seed: the draw must not repeat the one that picked the problems.
+    # A string seed, so that the draw differs from the one that picked the problems.
     in_parallel = set(random.Random(f"parallel {seed}").sample(range(len(problems)), count))
     for i, problem in enumerate(problems):
         response = trajectory(problem, parallel=i in in_parallel)

@@ -72,7 +72,7 @@ def _installed() -> list[str]:
 
 
 def _factory(entry: EntryPoint) -> Callable[..., Task]:
-    """What an entry point names. Whatever its import raises becomes a ValueError that names it."""
+    """The object that an entry point names. Raises ValueError, which names it, if that fails."""
     try:
         make = entry.load()
         inspect.signature(make)

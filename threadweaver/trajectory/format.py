@@ -1,5 +1,4 @@
-"""Whether a trajectory is well formed, and if not, where and why (docs/semantics.md,
-"Trajectory")."""
+"""Where a trajectory breaks the format, and how (docs/semantics.md, "Trajectory")."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from itertools import pairwise
 from threadweaver.trajectory.parser import Block, Tag, Thread, parse
 from threadweaver.trajectory.tags import MAX_OUTLINES, TAGS
 
-# Inside a block not even a foreign tag may stand.
+# No tag of any name may stand inside a block.
 _ANY_TAG = re.compile(r"</?[A-Za-z]\w*>")
 _OUTLINE = re.compile(r"\s*([0-9]+)\s*:(.*)", re.DOTALL)
 _HEADER = re.compile(r"\s*([0-9]+)\s*:")

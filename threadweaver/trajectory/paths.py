@@ -1,4 +1,4 @@
-"""Token latency of a trajectory: how long its longest path is (SPEC, "Path metrics")."""
+"""Token latency of a trajectory: its longest path (docs/semantics.md, "Path metrics")."""
 
 from __future__ import annotations
 
