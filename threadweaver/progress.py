@@ -61,6 +61,7 @@ class Bar:
 
     Args:
         total: None if it is not known.
+        unit: what is counted, in the plural.
         done: how much of it was done before.
         stays: whether the bar stays when the work is over.
     """
@@ -142,38 +143,24 @@ def _display(console: Console, stays: bool) -> rich_progress.Progress:
     )
 
 
-class Progress:
-    """Work that is counted: a bar while it lasts, or lines, the last of them when it is done.
-
-    Args:
-        total: None if it is not known.
-        unit: what is counted, in the plural.
-    """
-
-    def __init__(self, console: Console, title: str, total: int | None, unit: str):
-        self._console = console
-        self._title, self._total, self._unit = title, total, unit
-        self._done, self._note = 0, ""
-        self._bar = Bar(console, title, total, unit)
+class Progress(Bar):
+    """Work that is counted: a bar while it lasts, or lines, the last of them when it is done."""
 
     def __enter__(self) -> Self:
         self._start = monotonic()
         self._lines = Pace(LINE_SECONDS)
         self._printed = False
-        self._bar.__enter__()
-        return self
+        return super().__enter__()
 
-    def __exit__(self, kind: type[BaseException] | None, *exc) -> None:
-        self._bar.__exit__()
+    def __exit__(self, kind: type[BaseException] | None = None, *exc) -> None:
+        super().__exit__()
         if self._printed and kind is None:
             self._print(f"in {self._seconds:,.0f} s")
 
     def update(self, done: int, note: str = "") -> None:
         """Reports how much is done by now, with a note to show beside it."""
-        self._done, self._note = done, note
-        if self._console.is_interactive:
-            self._bar.update(done, note)
-        elif self._lines.due():
+        super().update(done, note)
+        if not self._console.is_interactive and self._lines.due():
             self._printed = True
             self._print(self._left())
 

@@ -128,9 +128,6 @@ def _parser() -> ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--model", type=str, required=True, help="Hugging Face folder, .gguf file, or smollm2."
-    )
-    parser.add_argument(
         "--task",
         type=str,
         required=True,
@@ -157,11 +154,6 @@ def _parser() -> ArgumentParser:
         help="parallel: threads are decoded at the same time; sequential: one token after another.",
     )
     parser.add_argument("--seed", type=int, default=0, help="Of the problems and of the draws.")
-    parser.add_argument(
-        "--chat",
-        action="store_true",
-        help="Make prompts the user's turn of the tokenizer's chat template.",
-    )
     parser.add_argument("--json", type=Path, help="File for all figures.")
     parser.add_argument("--responses", type=Path, help="File for all responses, as JSON lines.")
     add_options(parser)

@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 
 from threadweaver.evaluate.grade import METRICS, Graded, Metric
 from threadweaver.evaluate.intervals import Estimate, ratio, share
-from threadweaver.evaluate.rollouts import grade_all, queue
-from threadweaver.generate.engine import Engine, Token
-from threadweaver.generate.rollout import Rollout
+from threadweaver.evaluate.rollouts import decode, grade_all
+from threadweaver.generate.engine import Engine
 from threadweaver.generate.settings import GenerationSettings
 from threadweaver.tasks import Problem, Task
 
@@ -187,19 +186,16 @@ def evaluate(
         ValueError: a prompt or setting that the engine refuses; names the problem.
         NonFiniteLogits: from the engine.
     """
-    queued = 0
-
-    def show(_: list[Token]) -> None:
-        on_progress(queued - engine.unfinished)
-
     ungraded, start = task.ungraded, time.perf_counter()
-    rollouts: list[Rollout] = []
-    size = at_once or len(problems)
-    for first in range(0, len(problems), size):
-        part = problems[first : first + size]
-        queue(engine, part, settings, samples=samples, seed=(seed,), first=first)
-        queued += samples * len(part)
-        rollouts += engine.run(show)
+    rollouts = decode(
+        engine,
+        problems,
+        settings,
+        samples=samples,
+        seed=(seed,),
+        at_once=at_once,
+        on_progress=on_progress,
+    )
     seconds = time.perf_counter() - start
     graded = grade_all(problems, rollouts, task, engine.codec, settings, on_graded)
     return Evaluation(settings, samples, graded, task.ungraded - ungraded, seconds)

@@ -46,6 +46,35 @@ def queue(
     return generations
 
 
+def decode(
+    engine: Engine,
+    problems: Sequence[Problem],
+    settings: GenerationSettings,
+    *,
+    samples: int = 1,
+    seed: Sequence[int] = (0,),
+    at_once: int | None = None,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> list[Rollout]:
+    """Decodes `samples` responses to each problem, in the order of `queue`.
+
+    Args:
+        at_once: problems decoded at the same time; None: as many as the engine takes.
+        on_progress: gets the number of responses that are decoded, after every step.
+
+    Raises:
+        ValueError: as `queue`.
+        NonFiniteLogits: from the engine.
+    """
+    queued, rollouts = 0, []
+    size = at_once or len(problems)
+    for first in range(0, len(problems), size):
+        part = problems[first : first + size]
+        queued += len(queue(engine, part, settings, samples=samples, seed=seed, first=first))
+        rollouts += engine.run(lambda _, queued=queued: on_progress(queued - engine.unfinished))
+    return rollouts
+
+
 def roll_out(
     engine: Engine,
     task: Task,
@@ -57,18 +86,10 @@ def roll_out(
     on_progress: Callable[[int], None] = lambda done: None,
     on_graded: Callable[[int], None] = lambda count: None,
 ) -> list[Graded]:
-    """Decodes `samples` responses to each problem and grades them; in the order of `queue`.
-
-    Args:
-        on_progress: gets the number of responses that are decoded, after every step.
-        on_graded: gets the number of those that are graded, after each.
-
-    Raises:
-        ValueError: as `queue`.
-        NonFiniteLogits: from the engine.
-    """
-    queued = len(queue(engine, problems, settings, samples=samples, seed=seed))
-    rollouts = engine.run(lambda _: on_progress(queued - engine.unfinished))
+    """`decode`, then `grade_all`."""
+    rollouts = decode(
+        engine, problems, settings, samples=samples, seed=seed, on_progress=on_progress
+    )
     return grade_all(problems, rollouts, task, engine.codec, settings, on_graded)
 
 

@@ -119,18 +119,10 @@ def _parser() -> ArgumentParser:
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--model", type=str, required=True, help="Hugging Face folder, .gguf file, or smollm2."
-    )
     parser.add_argument("--prompt", type=str, help="What to continue, taken as it stands.")
     parser.add_argument("--prompt_file", type=Path, help="File that holds the prompt instead.")
     parser.add_argument(
         "--escapes", action="store_true", help=r"Read \n, \t and \\ in --prompt as in a program."
-    )
-    parser.add_argument(
-        "--chat",
-        action="store_true",
-        help="Make the prompt the user's turn of the tokenizer's chat template.",
     )
     parser.add_argument(
         "--mode",

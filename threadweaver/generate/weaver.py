@@ -118,11 +118,15 @@ class Weaver:
     ):
         if mode not in get_args(Mode):
             raise ValueError(f"mode is {mode!r}: it must be one of {', '.join(get_args(Mode))}")
-        _at_least_one("max_tokens", max_tokens)
-        _at_least_one("max_depth", max_depth)
-        _at_least_one("max_threads", max_threads)
-        _at_least_one("max_thread_tokens", max_thread_tokens)
-        _at_least_one("max_blocks", max_blocks)
+        for name, value in (
+            ("max_tokens", max_tokens),
+            ("max_depth", max_depth),
+            ("max_threads", max_threads),
+            ("max_thread_tokens", max_thread_tokens),
+            ("max_blocks", max_blocks),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1")
         prompt = [int(id) for id in prompt_ids]
         if not prompt:
             raise ValueError("the prompt is empty: there is nothing to continue from")
@@ -373,8 +377,3 @@ class _Block:
     line: _Line
     threads: list[_Line] = field(default_factory=list)
     is_last: bool = False
-
-
-def _at_least_one(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise ValueError(f"{name} is {value}: it must be at least 1")

@@ -5,7 +5,7 @@ Writes DIR/train and DIR/validation as JSON lines or parquet, in the columns of 
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -43,14 +43,9 @@ def multiplication(
         seed: same seed, same files; the problems do not depend on the share.
         format: jsonl (JSON lines) or parquet.
     """
-    console = Console(stderr=True)
     halves = split_problems(train, validation, digits, factors, seed)
-    for name, problems in zip(("train", "validation"), halves, strict=True):
-        path = out / f"{name}.{format}"
-        rows = make_rows(problems, parallel_share, seed)
-        with Progress(console, path.name, len(problems), "rows") as progress:
-            save_rows(list(progress.track(rows)), path)
-        console.print(f"{path}: {len(problems)} rows", soft_wrap=True, highlight=False)
+    rows = ((len(problems), make_rows(problems, parallel_share, seed)) for problems in halves)
+    _save(out, format, dict(zip(("train", "validation"), rows, strict=True)))
 
 
 def write(
@@ -78,24 +73,16 @@ def write(
         seed: same seed, same files.
         format: jsonl (JSON lines) or parquet.
     """
-    console = Console(stderr=True)
     source = load_task(task, **(options or {}))
     halves = {
         "train": source.problems("train", train, seed),
         "validation": source.problems("validation", validation, seed),
     }
-    rows = {}
-    for name, problems in halves.items():
-        with Progress(console, f"{name}.{format}", len(problems), "rows") as progress:
-            rows[name] = _rows(source, progress.track(problems), parallel)
-    for name in rows:
-        path = out / f"{name}.{format}"
-        save_rows(rows[name], path)
-        console.print(f"{path}: {len(rows[name])} rows", soft_wrap=True, highlight=False)
+    rows = {name: (len(half), _rows(source, half, parallel)) for name, half in halves.items()}
+    _save(out, format, rows)
 
 
-def _rows(task: Task, problems: Iterable[Problem], parallel: bool) -> list[dict[str, Any]]:
-    rows = []
+def _rows(task: Task, problems: Sequence[Problem], parallel: bool) -> Iterator[dict[str, Any]]:
     for problem in problems:
         if not problem.answer:
             raise ValueError(
@@ -103,8 +90,18 @@ def _rows(task: Task, problems: Iterable[Problem], parallel: bool) -> list[dict[
                 "graded; use the task itself instead of a file of it"
             )
         response = task.demonstration(problem, parallel)
-        rows.append(trajectory_row(problem.prompt, response, problem.answer))
-    return rows
+        yield trajectory_row(problem.prompt, response, problem.answer)
+
+
+def _save(out: Path, format: str, files: dict[str, tuple[int, Iterator[dict[str, Any]]]]) -> None:
+    """Makes the rows of all files, of which the number is known, and then writes them."""
+    console, made = Console(stderr=True), {}
+    for name, (count, rows) in files.items():
+        with Progress(console, f"{name}.{format}", count, "rows") as progress:
+            made[out / f"{name}.{format}"] = list(progress.track(rows))
+    for path, rows in made.items():
+        save_rows(rows, path)
+        console.print(f"{path}: {len(rows)} rows", soft_wrap=True, highlight=False)
 
 
 class _DashParser(ArgumentParser):
