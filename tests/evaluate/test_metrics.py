@@ -10,11 +10,9 @@ import pytest
 from tests.products import CODEC, FACTORS, PROMPTS, RESPONSES, product_model
 from threadweaver.evaluate.grade import grade
 from threadweaver.evaluate.metrics import Evaluation, compare, evaluate
-from threadweaver.generate.engine import Engine
-from threadweaver.generate.rollout import Rollout
+from threadweaver.generate import Engine, GenerationSettings, LimitCounts, Rollout
 from threadweaver.generate.sampler import SamplingParams
-from threadweaver.generate.settings import GenerationSettings
-from threadweaver.generate.weaver import LimitCounts, Mode
+from threadweaver.generate.weaver import Mode
 from threadweaver.tasks import Problem
 from threadweaver.tasks.multiplication import Multiplication
 

@@ -19,10 +19,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from threadweaver.generate import Rollout
-from threadweaver.generate.engine import Engine, NonFiniteLogits
+from threadweaver.generate import Engine, GenerationSettings, Rollout
+from threadweaver.generate.engine import NonFiniteLogits
 from threadweaver.generate.sampler import SamplingParams
-from threadweaver.generate.settings import GenerationSettings
 from threadweaver.model import output_layer, trie_hidden_states
 from threadweaver.trajectory import extract_calls
 from tw_kernels import Trie

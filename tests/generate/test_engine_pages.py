@@ -14,10 +14,8 @@ from hypothesis import strategies as st
 from rollouts import CODEC, RandomModel, ids, randoms, unhurried, weaver_settings
 from simulated_pages import SimulatedPages
 
-from threadweaver.generate import Weaver
-from threadweaver.generate.engine import Engine
+from threadweaver.generate import Engine, GenerationSettings, Weaver
 from threadweaver.generate.scheduler import Batch, common_prefix_length
-from threadweaver.generate.settings import GenerationSettings
 
 MODEL = SimpleNamespace(
     config=SimpleNamespace(max_position_embeddings=10_000),

@@ -12,12 +12,10 @@ from hypothesis import strategies as st
 from rollouts import CODEC, ids
 from torch import Tensor
 
-from threadweaver.generate import Rollout
-from threadweaver.generate.engine import Engine
+from threadweaver.generate import Engine, GenerationSettings, Rollout
 from threadweaver.generate.graphs import Capture, cuda_capture, padded
 from threadweaver.generate.runner import Runner
 from threadweaver.generate.sampler import SamplingParams
-from threadweaver.generate.settings import GenerationSettings
 from tw_kernels import PlanSizes
 
 

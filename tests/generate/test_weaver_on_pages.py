@@ -29,8 +29,8 @@ class PagedRollout:
                 continue
             parent = self.tables[request.parent] if request.parent else PageTable()
             table = self.tables[request.id] = self.pool.fork(parent)
-            self._append(table, request.context[request.shared_length :])
-            self.prefilled += len(request.context) - request.shared_length
+            self.prefilled += len(request.context) - table.length
+            self._append(table, request.context[table.length :])
             assert self.device.read(table) == request.context
         needed = {request.id for request in self.weaver.requests()} | self.weaver.retained()
         for id in self.tables.keys() - needed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from threadweaver.device import DTYPES, choose, find_device, resolve
 from threadweaver.generate.engine import Engine
 from threadweaver.generate.options import EngineSettings
+from threadweaver.generate.settings import EngineSizes
 from threadweaver.model import load_model, load_tokenizer
 from threadweaver.trajectory import Codec
 from threadweaver.trajectory.codec import missing_tags
@@ -42,15 +43,8 @@ def load_engine(
             "python -m threadweaver.add_tags --model MODEL --out FOLDER makes them agree"
         )
     torch.nn.Module.to(weights, device)
-    engine = Engine(
-        weights,
-        codec,
-        page_size=settings.page_size,
-        kv_gigabytes=settings.kv_gigabytes,
-        max_sequences=settings.max_sequences,
-        max_batch_tokens=settings.max_batch_tokens,
-    )
-    return engine, tokenizer
+    sizes = {field.name: getattr(settings, field.name) for field in fields(EngineSizes)}
+    return Engine(weights, codec, **sizes), tokenizer
 
 
 def settle_precision(settings: EngineSettings) -> tuple[EngineSettings, str | None]:

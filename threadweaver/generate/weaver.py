@@ -50,9 +50,8 @@ class Request:
             "continue": it continues its line, since no outline asked for a thread;
             "join": it continues the line that forked. The parent is the last request of thread 1,
                 whose path runs through the fork; the tokens of the other threads follow it.
-        parent: id of the closed request whose path it extends; None for the first.
-        shared_length: length of that whole path: context[:shared_length] is the parent's context
-            and completion. The rest of the context, maybe nothing, is forced.
+        parent: id of the closed request whose path it extends; None for the first. The context
+            begins with that whole path; the rest of it, maybe nothing, is forced.
     """
 
     id: RequestId
@@ -61,7 +60,6 @@ class Request:
     max_tokens: int
     kind: Literal["prompt", "thread", "continue", "join"]
     parent: RequestId | None
-    shared_length: int
 
 
 @dataclass
@@ -147,7 +145,7 @@ class Weaver:
         self._open: dict[RequestId, tuple[Request, _Line]] = {}
         levels = max_depth if mode == "parallel" else 0
         self._main = _Line((), prompt, len(prompt), max_tokens, levels, block=None)
-        self._request(self._main, "prompt", None, 0)
+        self._request(self._main, "prompt", None)
 
     @property
     def done(self) -> bool:
@@ -235,7 +233,6 @@ class Weaver:
         line: _Line,
         kind: Literal["prompt", "thread", "continue", "join"],
         parent: RequestId | None,
-        shared_length: int,
     ) -> None:
         stop_ids = [self._codec.eos_id]
         if line.block is not None:
@@ -251,7 +248,6 @@ class Weaver:
             max_tokens=line.room,
             kind=kind,
             parent=parent,
-            shared_length=shared_length,
         )
         self._open[request.id] = request, line
 
@@ -260,7 +256,7 @@ class Weaver:
         numbers = self._outline_numbers(line)
         if not numbers:
             if line.room > 0:
-                self._request(line, "continue", line.request_id, len(line.context))
+                self._request(line, "continue", line.request_id)
             else:
                 self._end_by_length(line)
             return
@@ -287,7 +283,7 @@ class Weaver:
             id = (*line.request_id, t)
             thread = _Line(id, context, len(context), room, line.levels - 1, block)
             block.threads.append(thread)
-            self._request(thread, "thread", line.request_id, len(line.context))
+            self._request(thread, "thread", line.request_id)
 
     def _outline_numbers(self, line: _Line) -> list[str]:
         """Numbers of the outlines since the last <Outlines> that the line holds itself."""
@@ -315,7 +311,7 @@ class Weaver:
             self._end_by_length(line)
         else:
             line.context += self._newline
-            self._request(line, "join", first.request_id, len(first.context))
+            self._request(line, "join", first.request_id)
 
     def _end_by_length(self, line: _Line) -> None:
         if line.block is not None:
