@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from threadweaver.data import save_rows
-from threadweaver.train.rows import trajectory_row
+from threadweaver.data import save_rows, trajectory_row
 
 from .conftest import ARCH
 

@@ -12,8 +12,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from threadweaver.data import load_examples
-from threadweaver.model import load_model, new_model, save_model, supervised_tokens, trie_loss
-from threadweaver.tokenizer import build_tokenizer
+from threadweaver.model import (
+    build_tokenizer,
+    load_model,
+    new_model,
+    save_model,
+    supervised_tokens,
+    trie_loss,
+)
 from threadweaver.train.__main__ import main
 from threadweaver.train.batches import Step, unrolled_tokens
 from threadweaver.train.config import config_of, parser_of

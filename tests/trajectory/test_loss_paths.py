@@ -1,4 +1,4 @@
-"""loss_paths against the definition of SPEC, spelled out over sets of prefixes."""
+"""loss_paths against the definition of docs/semantics.md, over sets of prefixes."""
 
 import pytest
 from hypothesis import given

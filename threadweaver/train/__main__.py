@@ -20,12 +20,14 @@ import sys
 from argparse import ArgumentError
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentParser
-from rich.console import Console
+from threadweaver.command import explain, fail, quiet, train_extra
 
-from threadweaver.command import explain, fail, quiet
-from threadweaver.train.config import config_of, parser_of
-from threadweaver.train.stages import PipelineConfig, RLConfig, SelfTrainConfig, SFTConfig
+with train_extra():
+    from jsonargparse import ArgumentParser
+    from rich.console import Console
+
+    from threadweaver.train.config import config_of, parser_of
+    from threadweaver.train.stages import PipelineConfig, RLConfig, SelfTrainConfig, SFTConfig
 
 if TYPE_CHECKING:
     from threadweaver.train.run import Run
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 KINDS = {kind.command: kind for kind in (SFTConfig, SelfTrainConfig, RLConfig, PipelineConfig)}
 
 
+@train_extra()
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line (default: the process's own) and returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments

@@ -16,8 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from threadweaver.data import save_rows
-from threadweaver.evaluate.grade import summary
+from threadweaver.data import save_rows, trajectory_row
+from threadweaver.evaluate.grade import graded_row, summary
 from threadweaver.generate.load import load_engine
 from threadweaver.generate.options import EngineSettings
 from threadweaver.tasks import load_task
@@ -26,7 +26,6 @@ from threadweaver.train.evaluation import evaluate_modes
 from threadweaver.train.plots import plot_rl, plot_stages
 from threadweaver.train.report import print_pipeline_table
 from threadweaver.train.rl import RLTrainer
-from threadweaver.train.rows import graded_row, trajectory_row
 from threadweaver.train.run import Run
 from threadweaver.train.run_dir import holds_run, read_json, write_json
 from threadweaver.train.self_train import SelfTraining

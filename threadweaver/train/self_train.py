@@ -18,18 +18,18 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from threadweaver.data import save_rows
-from threadweaver.evaluate.grade import Graded, summary
+from threadweaver.data import save_rows, trajectory_row
+from threadweaver.evaluate.grade import Graded, graded_row, summary
 from threadweaver.evaluate.rollouts import fingerprint, roll_out
 from threadweaver.generate.engine import Engine
 from threadweaver.progress import ResponsesProgress
 from threadweaver.tasks import Problem, load_task
 from threadweaver.train.config import ConfigError, DataConfig
 from threadweaver.train.report import print_self_train_table
-from threadweaver.train.rows import Row, graded_row, trajectory_row
 from threadweaver.train.run import Run
 from threadweaver.train.run_dir import read_json, write_json
 from threadweaver.train.setup import build_model
@@ -38,6 +38,7 @@ from threadweaver.train.stages import SelfTrainConfig, SFTConfig
 from threadweaver.trajectory import Codec
 
 MOST_REASONS = 10
+Row = dict[str, Any]
 
 
 class SelfTraining(Run[SelfTrainConfig]):

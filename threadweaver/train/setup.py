@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from threadweaver.model import load_model, new_model
-from threadweaver.tokenizer import build_tokenizer
+from threadweaver.model import add_tags, build_tokenizer, load_model, new_model
 from threadweaver.train.config import AdamWConfig, ConfigError, RunConfig
 from threadweaver.train.run_dir import device_of
-from threadweaver.trajectory import add_tags
 
 
 def prepare_torch(config: RunConfig, state: dict[str, Any] | None) -> torch.device:

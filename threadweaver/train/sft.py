@@ -208,9 +208,9 @@ class SFTTrainer(Trainer[SFTConfig]):
         alone, threads = (e.metrics() for e in evaluations.values())
         return {
             "accuracy": alone["accuracy"].value,
-            "format_correct": alone["format_correct"].value,
+            "format_correct": alone["format"].value,
             "parallel_accuracy": threads["accuracy"].value,
-            "parallel_format_correct": threads["format_correct"].value,
+            "parallel_format_correct": threads["format"].value,
             "parallel_activation": threads["activation"].value,
             "speedup": gain.speedup.value,
             "wall_clock_speedup": gain.wall_clock_speedup,
