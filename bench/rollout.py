@@ -56,10 +56,16 @@ from threadweaver.generate.engine import Engine, Script
 from threadweaver.generate.replay import script_of
 from threadweaver.generate.settings import GenerationSettings
 from threadweaver.generate.weaver import Mode
-from threadweaver.model import ATTENTION, load_model, new_model, trie_logprobs
+from threadweaver.model import (
+    ATTENTION,
+    add_tags,
+    build_tokenizer,
+    load_model,
+    new_model,
+    trie_logprobs,
+)
 from threadweaver.tasks.multiplication import question, trajectory
-from threadweaver.tokenizer import build_tokenizer
-from threadweaver.trajectory import Codec, add_tags, path_lengths
+from threadweaver.trajectory import Codec, path_lengths
 from tw_kernels import Trie
 
 PARALLEL, SEQUENTIAL = "ours, parallel", "ours, sequential"

@@ -11,7 +11,7 @@ import hypothesis
 import pytest
 import torch
 
-# An example that takes long tells of a busy machine, and is no fault.
+# An example that takes long is no failure: the machine may be busy.
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 
@@ -65,7 +65,7 @@ def smollm2(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def ticking_clock(monkeypatch):
-    """The clock of threadweaver.progress goes on a second at each look: all work is long."""
+    """The clock of threadweaver.progress advances by a second at each reading: all work is long."""
     monkeypatch.setattr("threadweaver.progress.monotonic", itertools.count().__next__)
 
 

@@ -1,4 +1,4 @@
-"""A model of 60,000 parameters that knows two products by heart, in threads and one by one."""
+"""A model of 60,000 parameters that has memorised two products, in both modes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from threadweaver.model import new_model, save_model, supervised_tokens, trie_loss
+from threadweaver.model import build_tokenizer, new_model, save_model, supervised_tokens, trie_loss
 from threadweaver.tasks.multiplication import question, trajectory
-from threadweaver.tokenizer import build_tokenizer
 from threadweaver.trajectory import Codec, loss_trie
 from tw_kernels import Trie
 

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.products import ARCH
 from tests.trajectory.byte_tokenizer import byte_tokenizer
 from threadweaver.add_tags import main
+from threadweaver.generate import GenerationSettings
 from threadweaver.generate.load import load_engine
 from threadweaver.generate.options import EngineSettings
-from threadweaver.generate.settings import GenerationSettings
 from threadweaver.model import load_model, load_tokenizer, new_model, save_model
 from threadweaver.trajectory import TAGS
 

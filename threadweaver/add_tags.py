@@ -1,8 +1,8 @@
 """`python -m threadweaver.add_tags --model MODEL --out FOLDER`
 
 Gives a model the tags of the trajectory format, each as one token, and saves it with its tokenizer
-as a plain Hugging Face folder, in the dtype of its weights. What the new tokens start from: SPEC,
-"Trajectory". A model needs training before it writes them.
+as a plain Hugging Face folder, in the dtype of its weights. What the new tokens start from:
+docs/semantics.md, "Trajectory". A model needs training before it writes them.
 
 Exit codes: 0; 2 for a model or folder that cannot be used, with one line on stderr.
 """
@@ -13,11 +13,13 @@ import sys
 from argparse import ArgumentError
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
+from threadweaver.command import explain, fail, quiet, train_extra
 
-from threadweaver.command import explain, fail, quiet
+with train_extra():
+    from jsonargparse import ArgumentParser
 
 
+@train_extra()
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line (default: the process's own) and returns the exit code."""
     parser = ArgumentParser(
@@ -41,8 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         return fail(error, 2)
     # After the arguments are known to be good: these take seconds to import.
-    from threadweaver.model import load_model, save_model
-    from threadweaver.trajectory import add_tags
+    from threadweaver.model import add_tags, load_model, save_model
 
     quiet()
     try:

@@ -1,12 +1,46 @@
-"""What the commands have in common: how they say that something is wrong, and nothing else."""
+"""What the commands share: errors in one line on stderr, also for a package that is missing."""
 
 from __future__ import annotations
 
 import difflib
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from jsonargparse import Namespace
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+# Modules of the packages in the extra `train` (pyproject.toml), and of those that they bring.
+TRAIN_MODULES = {
+    "datasets",
+    "huggingface_hub",
+    "jsonargparse",
+    "matplotlib",
+    "rich",
+    "safetensors",
+    "tensorboard",
+    "tokenizers",
+    "transformers",
+    "yaml",
+}
+
+
+@contextmanager
+def train_extra() -> Iterator[None]:
+    """Ends the process with exit code 2 and one line if a package of the extra `train` is missing.
+
+    For a block of imports and, as a decorator, for the function of a command.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in TRAIN_MODULES:
+            raise
+        message = f"this command needs the package '{module}': pip install 'threadweaver[train]'"
+        sys.exit(fail(message, 2))
 
 
 def explain(message: str, known: Namespace) -> str:
@@ -29,7 +63,7 @@ def fail(error: Exception | str, code: int) -> int:
 
 
 def quiet() -> None:
-    """Keeps `transformers` off stderr, where the one line of an error goes."""
+    """Turns off the log lines and progress bars that `transformers` writes to stderr."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""Where to compute and in which dtype: what settings `device` and `precision` mean here, and why.
+"""Where to compute and in which dtype: the meaning of the settings `device` and `precision`.
 
 bf16    products in bfloat16
 fp32    everything in float32
@@ -23,7 +23,7 @@ FIRST_CAPABILITY = (8, 0)  # of CUDA devices that multiply bfloat16
 
 
 class Choice(NamedTuple):
-    """What `auto` came to, and the reason in one clause."""
+    """The precision that `auto` stands for, and the reason in one clause."""
 
     precision: Literal["bf16", "fp32"]
     reason: str
@@ -42,7 +42,7 @@ def find_device(name: str) -> torch.device:
 
 
 def choose(device: torch.device) -> Choice:
-    """What `auto` means on a device."""
+    """The precision that `auto` stands for on a device."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         capability = torch.cuda.get_device_capability(device)
@@ -56,7 +56,7 @@ def choose(device: torch.device) -> Choice:
 
 
 def resolve(precision: Precision, device: torch.device) -> Literal["bf16", "fp32"]:
-    """What to compute in. Asking for bf16 where it is emulated is allowed, and warned of once."""
+    """The precision to compute in. bf16 where it is emulated is allowed, with one warning."""
     if precision == "auto":
         return choose(device).precision
     if precision == "bf16" and choose(device).precision == "fp32":

@@ -1,11 +1,11 @@
-"""How far work has come: a bar on a terminal, elsewhere a line every few seconds.
+"""Progress of work: a bar on a terminal, elsewhere a line every few seconds.
 
     with Progress(console, "evaluating", len(problems), "problems") as progress:
         for problem in progress.track(problems):
             ...
 
-Work that is over sooner prints no line. No thread runs beside the work: things are shown when the
-work says how far it has come, so that nothing disturbs what it does, or times, in between.
+Work that is over sooner prints no line. No thread runs beside the work: everything is shown by the
+calls that report progress, so that nothing disturbs what is computed or timed in between.
 """
 
 from __future__ import annotations
@@ -13,39 +13,36 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from time import monotonic
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import Protocol, Self, TypeVar
 
 from rich import progress as rich_progress
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from threadweaver.generate.engine import Engine
-
 LINE_SECONDS = 5.0
 FRAME_SECONDS = 0.1
-# A bar for a part of other work comes later: those of quick parts would only flicker.
+# A bar for a part of other work appears later: those of quick parts would only flicker.
 PART_SECONDS = 0.5
 
 T = TypeVar("T")
 
-# A console has one live display; a part of other work adds its bar to the display that is there.
+# A console has one live display; a part of other work adds its bar to it.
 _displays: dict[Console, rich_progress.Progress] = {}
 
 
 class Pace:
-    """When something is due again: so many seconds after the last time, or after the start."""
+    """A timer: due so many seconds after the last time that it was due, or after the start."""
 
     def __init__(self, seconds: float):
         self._seconds = seconds
         self._next = monotonic() + seconds
 
     def due(self, wanted: bool = False, coming: float = 0.0) -> bool:
-        """Whether it is due, or wanted all the same; it then counts as done.
+        """Whether it is due or `wanted`; if so, the time starts again.
 
         Args:
-            coming: seconds in which there will be no other occasion.
+            coming: seconds until the next call.
         """
         now = monotonic()
         if now + coming < self._next and not wanted:
@@ -55,7 +52,7 @@ class Pace:
 
 
 def print_line(console: Console, text: str) -> None:
-    """As it stands: a log does not fold lines, and brackets in a path are no markup."""
+    """Prints a line without wrapping or markup, since paths may be long or hold brackets."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -63,8 +60,9 @@ class Bar:
     """A bar with a count and the time left, on a terminal; elsewhere nothing.
 
     Args:
-        total: None if nobody knows.
-        done: how much of it had been done before.
+        total: None if it is not known.
+        unit: what is counted, in the plural.
+        done: how much of it was done before.
         stays: whether the bar stays when the work is over.
     """
 
@@ -115,7 +113,7 @@ class Bar:
 
     def _draw(self, display: rich_progress.Progress) -> None:
         if self._task is None:
-            # With what was done before, which says nothing of the speed.
+            # What was done before counts for the bar and not for the speed.
             self._task = display.add_task(
                 self._title,
                 total=self._total,
@@ -128,7 +126,7 @@ class Bar:
 
 
 def _display(console: Console, stays: bool) -> rich_progress.Progress:
-    # What the work prints goes above the bars, unless it goes elsewhere: to a file.
+    # What the work prints to the terminal goes above the bars.
     redirect = sys.stdout.isatty() and sys.stderr.isatty()
     return rich_progress.Progress(
         rich_progress.TextColumn("{task.description}", markup=False),
@@ -145,38 +143,24 @@ def _display(console: Console, stays: bool) -> rich_progress.Progress:
     )
 
 
-class Progress:
-    """Work that is counted: a bar while it lasts, or lines, the last of them when it is done.
-
-    Args:
-        total: None if nobody knows.
-        unit: what is counted, in the plural.
-    """
-
-    def __init__(self, console: Console, title: str, total: int | None, unit: str):
-        self._console = console
-        self._title, self._total, self._unit = title, total, unit
-        self._done, self._note = 0, ""
-        self._bar = Bar(console, title, total, unit)
+class Progress(Bar):
+    """Work that is counted: a bar while it lasts, or lines, the last of them when it is done."""
 
     def __enter__(self) -> Self:
         self._start = monotonic()
         self._lines = Pace(LINE_SECONDS)
         self._printed = False
-        self._bar.__enter__()
-        return self
+        return super().__enter__()
 
-    def __exit__(self, kind: type[BaseException] | None, *exc) -> None:
-        self._bar.__exit__()
+    def __exit__(self, kind: type[BaseException] | None = None, *exc) -> None:
+        super().__exit__()
         if self._printed and kind is None:
             self._print(f"in {self._seconds:,.0f} s")
 
     def update(self, done: int, note: str = "") -> None:
-        """Says how much is done by now, and whatever else there is to say."""
-        self._done, self._note = done, note
-        if self._console.is_interactive:
-            self._bar.update(done, note)
-        elif self._lines.due():
+        """Reports how much is done by now, with a note to show beside it."""
+        super().update(done, note)
+        if not self._console.is_interactive and self._lines.due():
             self._printed = True
             self._print(self._left())
 
@@ -185,7 +169,7 @@ class Progress:
         self.update(self._done + 1)
 
     def track(self, items: Iterable[T]) -> Iterator[T]:
-        """The items; each is done when the next is asked for."""
+        """Yields the items; each counts as done when the next is asked for."""
         for item in items:
             yield item
             self.advance()
@@ -205,29 +189,35 @@ class Progress:
         print_line(self._console, f"{self._title}: {', '.join(filter(None, parts))}")
 
 
-class ResponsesProgress(Progress):
-    """Responses that are decoded, at so many tokens a second, and then graded."""
+class DecodesTokens(Protocol):
+    """An engine, as far as a progress line is concerned."""
 
-    def __init__(self, console: Console, title: str, total: int, engine: Engine):
+    decoded_tokens: int
+
+
+class ResponsesProgress(Progress):
+    """Responses that are decoded, with tokens per second, and then graded."""
+
+    def __init__(self, console: Console, title: str, total: int, engine: DecodesTokens):
         super().__init__(console, title, total, "responses")
         self._all, self._engine, self._tokens_before = total, engine, engine.decoded_tokens
         self._rate = ""
 
     def decoded(self, count: int) -> None:
-        """Says how many have been decoded by now."""
+        """Reports how many have been decoded by now."""
         if seconds := self._seconds:
             tokens = self._engine.decoded_tokens - self._tokens_before
             self._rate = f"{tokens / seconds:,.0f} tokens/s"
         self.update(count, self._rate)
 
     def graded(self, count: int) -> None:
-        """Says how many have been graded by now; all have been decoded."""
+        """Reports how many have been graded by now; all have been decoded."""
         self.update(self._all, ", ".join(filter(None, (self._rate, f"{count:,} graded"))))
 
 
 class Status:
-    """What is being done right now: a line that goes when it is over, on a terminal; elsewhere a
-    line every few seconds. It is used again and again, each time for a stretch of work."""
+    """What is being done now: on a terminal a line that is removed at the end, elsewhere a line
+    every few seconds. May be entered again for the next stretch of work."""
 
     def __init__(self, console: Console):
         self._console = console
@@ -236,7 +226,7 @@ class Status:
 
     def __enter__(self) -> Self:
         if self._console.is_interactive:
-            # What the work prints is left alone: it may be timed.
+            # Output is not redirected: the work may be timed.
             self._live = Live(
                 console=self._console,
                 auto_refresh=False,
@@ -253,11 +243,11 @@ class Status:
             self._live = None
 
     def show(self, text: str, seconds: float | None = None) -> None:
-        """Says what comes next.
+        """Shows what comes next.
 
         Args:
-            seconds: how long it will take, if that is known. Nothing can be shown in this time, so
-                a line that would be due in it comes before.
+            seconds: how long it will take, if known. Nothing can be shown in this time, so a line
+                that would be due in it is shown before.
         """
         if self._live is None:
             if self._lines.due(coming=seconds or 0.0):

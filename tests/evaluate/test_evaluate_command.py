@@ -25,21 +25,8 @@ def solve(folder):
     """Runs the command with greedy choices; options given later win."""
 
     def run(*options: str, model: str = folder, task: str = "multiplication") -> int:
-        fixed = ["--model", model, "--task", task, "--temperature", "0", "--kv_gigabytes", "0.01"]
-        return main(
-            [
-                *fixed,
-                "--device",
-                "cpu",
-                "--precision",
-                "fp32",
-                "--max_tokens",
-                "300",
-                "--n",
-                "2",
-                *options,
-            ]
-        )
+        fixed = "--temperature 0 --kv_gigabytes 0.01 --device cpu --precision fp32 --max_tokens 300"
+        return main(["--model", model, "--task", task, *fixed.split(), "--n", "2", *options])
 
     return run
 

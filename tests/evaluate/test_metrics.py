@@ -10,11 +10,9 @@ import pytest
 from tests.products import CODEC, FACTORS, PROMPTS, RESPONSES, product_model
 from threadweaver.evaluate.grade import grade
 from threadweaver.evaluate.metrics import Evaluation, compare, evaluate
-from threadweaver.generate.engine import Engine
-from threadweaver.generate.rollout import Rollout
+from threadweaver.generate import Engine, GenerationSettings, LimitCounts, Rollout
 from threadweaver.generate.sampler import SamplingParams
-from threadweaver.generate.settings import GenerationSettings
-from threadweaver.generate.weaver import LimitCounts, Mode
+from threadweaver.generate.weaver import Mode
 from threadweaver.tasks import Problem
 from threadweaver.tasks.multiplication import Multiplication
 
@@ -53,7 +51,7 @@ def test_known_problems_are_solved_in_both_modes():
         result = solve(mode)
         assert [g.response for g in result.graded] == RESPONSES
         found = result.metrics()
-        for name in ("accuracy", "format_correct", "activation"):
+        for name in ("accuracy", "format", "activation"):
             assert found[name].value == 1
         assert found["threads_per_block"].value == 2
         assert set(result.limits.values()) == {0} and result.ungraded == 0
@@ -81,7 +79,7 @@ def test_shares_and_means_are_those_of_the_responses():
     result = recorded([RESPONSES[0], wrong, broken, plain])
     found = result.metrics()
     assert found["accuracy"].value == 3 / 4
-    assert found["format_correct"].value == 3 / 4
+    assert found["format"].value == 3 / 4
     assert found["activation"].value == 3 / 4
     lengths = [g.lengths for g in result.graded]
     assert found["total_tokens"].value == sum(x.total_tokens for x in lengths) / 4

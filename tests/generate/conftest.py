@@ -1,4 +1,4 @@
-"""A model of 60,000 parameters that knows a few trajectories by heart: blocks, joins, nesting."""
+"""A model of 60,000 parameters that has memorised a few trajectories: blocks, joins, nesting."""
 
 from __future__ import annotations
 

@@ -19,10 +19,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from threadweaver.generate import Rollout
-from threadweaver.generate.engine import Engine, NonFiniteLogits
+from threadweaver.generate import Engine, GenerationSettings, Rollout
+from threadweaver.generate.engine import NonFiniteLogits
 from threadweaver.generate.sampler import SamplingParams
-from threadweaver.generate.settings import GenerationSettings
 from threadweaver.model import output_layer, trie_hidden_states
 from threadweaver.trajectory import extract_calls
 from tw_kernels import Trie
@@ -69,7 +68,7 @@ def greedy_by_transformers(
 
 
 class SlowOrchestrator:
-    """SPEC, "State machine", word by word: every token by a forward pass over the whole context."""
+    """docs/semantics.md, "State machine", with a forward pass over the context for each token."""
 
     def __init__(self, model: PreTrainedModel, max_depth: int):
         self.model = model
@@ -105,13 +104,12 @@ class SlowOrchestrator:
             line += joined + ids("\n")
 
 
-@pytest.mark.parametrize("share", [True, False])
-def test_greedy_parallel_decoding_equals_full_recomputation_token_for_token(fork_join_model, share):
+def test_greedy_parallel_decoding_equals_full_recomputation_token_for_token(fork_join_model):
     slow = SlowOrchestrator(plain(fork_join_model), max_depth=2)
     expected = [slow.line(ids(prompt), {EOS}, 0) for prompt in TRAJECTORIES]
-    # What the model knows by heart has the blocks that this test is about.
+    # The memorised trajectories have the blocks that this test is about.
     assert [CODEC.decode(e) for e in expected] == [f"{t}<eos>" for t in TRAJECTORIES.values()]
-    engine = Engine(fork_join_model, CODEC, num_pages=500, page_size=4, share=share)
+    engine = Engine(fork_join_model, CODEC, num_pages=500, page_size=4)
     for prompt in TRAJECTORIES:
         engine.add(ids(prompt), GenerationSettings(max_tokens=500, max_depth=2, sampling=GREEDY))
     assert [rollout.response for rollout in engine.run()] == expected

@@ -14,10 +14,8 @@ from hypothesis import strategies as st
 from rollouts import CODEC, RandomModel, ids, randoms, unhurried, weaver_settings
 from simulated_pages import SimulatedPages
 
-from threadweaver.generate import Weaver, Writes
-from threadweaver.generate.engine import Engine
+from threadweaver.generate import Engine, GenerationSettings, Weaver
 from threadweaver.generate.scheduler import Batch, common_prefix_length
-from threadweaver.generate.settings import GenerationSettings
 
 MODEL = SimpleNamespace(
     config=SimpleNamespace(max_position_embeddings=10_000),
@@ -40,16 +38,13 @@ class LabelRunner:
         pass
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        slots, tokens = [], []
-        written: dict[int, object] = {}
+        writes, written = [], {}
         for sequence, count in zip(batch.sequences, batch.counts, strict=True):
             table = sequence.table
-            for position in range(table.length - count, table.length):
-                page = table.pages[position // self.page_size]
+            for page in table.pages[(table.length - count) // self.page_size :]:
                 assert written.setdefault(page, sequence) is sequence, "two owners write one page"
-                slots.append(page * self.page_size + position % self.page_size)
-                tokens.append(sequence.ids[position])
-        self.pages.run(Writes(torch.tensor(slots).numpy(), batch.copies), tokens)
+            writes.append((table, sequence.ids[table.length - count : table.length]))
+        self.pages.run(batch.copies, writes)
         for sequence in batch.sequences:
             assert self.pages.read(sequence.table) == sequence.ids[: sequence.table.length]
         self.computed += sum(batch.counts)
@@ -105,7 +100,7 @@ def test_every_generation_ends_as_its_script_says_however_small_the_pool(
     assert [r.response for r in rollouts] == [weaver.response for _, _, weaver in jobs]
     assert [r.limits for r in rollouts] == [weaver.limits for _, _, weaver in jobs]
     assert engine.pool.free_pages == num_pages
-    assert len(engine._scheduler) == 0 and not engine._families
+    assert not engine.has_work and not engine._families
     assert runner.largest_batch <= max(max_batch_tokens, max_sequences)
 
 

@@ -14,12 +14,11 @@ from rich.console import Console
 
 from tests.products import ARCH, CODEC, PROMPTS, RESPONSES, product_model, save_product_model
 from tests.trajectory.byte_tokenizer import byte_tokenizer
-from threadweaver.generate import display
+from threadweaver.generate import GenerationSettings, display
 from threadweaver.generate.__main__ import main
 from threadweaver.generate.display import LiveView, PlainView
 from threadweaver.generate.engine import Engine, Generation, Token
 from threadweaver.generate.sampler import SamplingParams
-from threadweaver.generate.settings import GenerationSettings
 from threadweaver.model import new_model, save_model
 
 ESCAPED = PROMPTS[0].replace("\n", r"\n")

@@ -12,12 +12,10 @@ from hypothesis import strategies as st
 from rollouts import CODEC, ids
 from torch import Tensor
 
-from threadweaver.generate import Rollout
-from threadweaver.generate.engine import Engine
+from threadweaver.generate import Engine, GenerationSettings, Rollout
 from threadweaver.generate.graphs import Capture, cuda_capture, padded
 from threadweaver.generate.runner import Runner
 from threadweaver.generate.sampler import SamplingParams
-from threadweaver.generate.settings import GenerationSettings
 from tw_kernels import PlanSizes
 
 
@@ -45,9 +43,6 @@ def decode(model, capture: Capture | None) -> list[Rollout]:
         settings = GenerationSettings(max_tokens=400, max_depth=2, sampling=SamplingParams(0))
         engine.add(ids(prompt), settings)
     rollouts = engine.run()
-    if isinstance(capture, EagerCapture):
-        assert engine._runner._graphs is not None
-        assert len(engine._runner._graphs) == capture.captured
     engine.free()
     return rollouts
 

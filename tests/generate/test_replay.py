@@ -11,10 +11,8 @@ from hypothesis import strategies as st
 from rollouts import CODEC, RandomModel, ids, randoms, unhurried, weaver_settings
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from threadweaver.generate import Weaver
-from threadweaver.generate.engine import Engine
+from threadweaver.generate import Engine, GenerationSettings, Weaver
 from threadweaver.generate.replay import script_of
-from threadweaver.generate.settings import GenerationSettings
 
 PROMPT = ids("1:")
 BLOCK = "<Parallel><Outlines><Outline>1:a</Outline><Outline>2:b</Outline></Outlines>\n"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from test_engine import GREEDY, greedy_by_transformers
 
-from threadweaver.generate.engine import Engine
-from threadweaver.generate.settings import GenerationSettings
+from threadweaver.generate import Engine, GenerationSettings
 from threadweaver.model import load_model
 from threadweaver.trajectory import Codec
 

@@ -8,10 +8,9 @@ from random import Random
 from hypothesis import given
 from rollouts import CODEC, EOS, RandomModel, ids, randoms, unhurried, weaver_settings
 
-from threadweaver.generate import Completion, Weaver
+from threadweaver.generate import Completion, GenerationSettings, Weaver
 from threadweaver.generate.engine import Generation
 from threadweaver.generate.scheduler import Family, Sequence
-from threadweaver.generate.settings import GenerationSettings
 from threadweaver.generate.transcript import pieces, settled, transcript
 
 PROMPT = ids("1ab:")

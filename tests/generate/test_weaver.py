@@ -1,4 +1,4 @@
-"""The state machine: golden rollouts, and each rule of SPEC on a small example."""
+"""The state machine: golden rollouts, and each rule of docs/semantics.md on an example."""
 
 import json
 from pathlib import Path

@@ -20,7 +20,7 @@ from threadweaver.trajectory import check_format, extract_calls
 PROMPT = ids("<Outlines>a1\n")
 UNLIMITED = 10**6
 NEWLINE, THREAD_END = VOCAB["\n"], VOCAB["</Thread>"]
-# What the state machine writes where a line ends with no word of the model; in the finished text
+# What the state machine writes where a line ends by force; in the finished text
 # it looks like the completion of one more request.
 FORCED_ENDS = [ids(text) for text in ("</Parallel>", "</Parallel>\n</Thread>", "\n</Thread>")]
 
@@ -127,11 +127,11 @@ def test_context_begins_with_the_whole_path_of_its_parent(random, settings):
             if request.id in seen:
                 continue
             seen.add(request.id)
-            shared = request.context[: request.shared_length]
             if request.parent is None:
-                assert (request.kind, shared) == ("prompt", [])
+                assert request.kind == "prompt"
             else:
-                assert shared == kept[request.parent]
+                path = kept[request.parent]
+                assert request.context[: len(path)] == path
         # What is not retained is never a parent later on: kept[...] above would fail.
         kept = {id: kept[id] for id in weaver.retained()}
         request = random.choice(weaver.requests())
@@ -147,7 +147,9 @@ def test_kinds_say_what_a_request_does_with_its_parent(random, max_depth):
     weaver = Weaver(PROMPT, CODEC, UNLIMITED, max_depth=max_depth)
     made = drive(weaver, RandomModel(random, early=False))
     for request, _ in made.values():
-        forced = CODEC.decode(request.context[request.shared_length :])
+        parent, completion = made[request.parent] if request.parent else (None, None)
+        path = [*parent.context, *completion.tokens] if parent and completion else []
+        forced = CODEC.decode(request.context[len(path) :])
         line, number = request.id[:-1], request.id[-1]
         previous = (*line, number - 1)
         if request.kind == "thread":

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from rollouts import CODEC, RandomModel, ids, randoms, unhurried
 from simulated_pages import SimulatedPages
 
-from threadweaver.generate import PagePool, PageTable, RequestId, Weaver
+from threadweaver.generate import RequestId, Weaver
+from threadweaver.generate.pages import PagePool, PageTable
 
 PROMPT = ids("1ab\n" * 5)
 NUM_PAGES = 4096
@@ -28,15 +29,15 @@ class PagedRollout:
                 continue
             parent = self.tables[request.parent] if request.parent else PageTable()
             table = self.tables[request.id] = self.pool.fork(parent)
-            self._append(table, request.context[request.shared_length :])
-            self.prefilled += len(request.context) - request.shared_length
+            self.prefilled += len(request.context) - table.length
+            self._append(table, request.context[table.length :])
             assert self.device.read(table) == request.context
         needed = {request.id for request in self.weaver.requests()} | self.weaver.retained()
         for id in self.tables.keys() - needed:
             self.pool.release(self.tables.pop(id))
 
     def _append(self, table: PageTable, tokens: list[int]) -> None:
-        self.device.run(self.pool.append([table], [len(tokens)]), tokens)
+        self.device.run(self.pool.append([table], [len(tokens)]), [(table, tokens)])
 
     def run(self, model: RandomModel, random) -> None:
         while not self.weaver.done:

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from rollouts import CODEC, ids
 from torch.profiler import ProfilerActivity, profile
 
-from threadweaver.generate.engine import Engine
+from threadweaver.generate import Engine, GenerationSettings
 from threadweaver.generate.sampler import SamplingParams
-from threadweaver.generate.settings import GenerationSettings
 from threadweaver.generate.weights import EngineWeights
 from tw_kernels.linear import MOST_ROWS
 

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config
 
-from threadweaver import model as model_module
 from threadweaver.model import (
+    build_tokenizer,
     check_supported,
     cross_entropy_sum,
     load_model,
@@ -16,8 +16,8 @@ from threadweaver.model import (
     trie_hidden_states,
     trie_loss,
 )
+from threadweaver.model import loss as model_loss
 from threadweaver.tasks.multiplication import question, trajectory
-from threadweaver.tokenizer import build_tokenizer
 from threadweaver.trajectory import Codec, extract_calls, loss_trie
 from tw_kernels import Trie
 
@@ -144,7 +144,7 @@ def test_bfloat16_autocast_stays_close_to_float32():
 def test_the_loss_in_pieces_equals_that_of_whole_logits(fused, bias, monkeypatch):
     if not fused:
         monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
-    monkeypatch.setitem(model_module.LOGITS_AT_ONCE, "cpu", 500)
+    monkeypatch.setitem(model_loss.LOGITS_AT_ONCE, "cpu", 500)
     torch.manual_seed(0)
     hidden = torch.randn(67, 24, requires_grad=True)
     head = torch.nn.Linear(24, 90, bias=bias)

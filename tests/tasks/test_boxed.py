@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from threadweaver.tasks.boxed import boxed_answer
+from threadweaver.tasks.boxed import boxed_answer, boxes_number
 
 balanced = st.recursive(
     st.text("ab\\{} \n").map(lambda s: s.replace("\\", "").replace("{", "").replace("}", "")),
@@ -36,3 +36,29 @@ def test_braces_are_matched(answer, boxed):
 def test_a_response_that_never_stops_thinking_has_no_answer():
     assert boxed_answer("<think> \\boxed{4}") is None
     assert boxed_answer("\\boxed{4}</think>") is None
+
+
+@pytest.mark.parametrize(
+    ("response", "right"),
+    [
+        ("<think>\n</think>\n\\boxed{42}", True),
+        ("<think>\n</think>\n\\boxed{ 0042 } is it", True),
+        ("</think> \\boxed{7}, no: \\boxed{42}", True),
+        ("</think> \\boxed{42}, no: \\boxed{7}", False),
+        ("</think> \\boxed{42}, no: \\boxed{", False),
+        ("<think>\n\\boxed{42}\n</think>\nforty-two", False),
+        ("<think>\n\\boxed{42}", False),
+        ("</think> \\boxed{4 2}", False),
+        ("</think> \\boxed{-42}", False),
+        ("</think> \\boxed{\u0664\u0662}", False),
+        ("</think> \\boxed{" + "9" * 5000 + "}", False),
+        ("</think> 42", False),
+        ("", False),
+    ],
+)
+def test_a_whole_number_is_compared_by_its_digits(response, right):
+    assert boxes_number(response, "42") is right
+
+
+def test_zero_is_an_answer_like_any_other():
+    assert boxes_number("</think>\\boxed{00}", "0") and not boxes_number("</think>\\boxed{}", "0")

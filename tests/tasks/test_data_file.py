@@ -6,6 +6,7 @@ import pytest
 
 from threadweaver.data import DataError, save_rows
 from threadweaver.tasks import Task, load_task
+from threadweaver.tasks.multiplication import Multiplication
 
 
 def task_of(path: Path, *rows: object, **options) -> Task:
@@ -119,3 +120,16 @@ def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(ValueError, match=r"'math-verify'.*threadweaver\[tasks\]"):
         task_of(tmp_path / "rows.jsonl", {"question": "Q", "ground_truth": "4"})
+
+
+@pytest.mark.parametrize("box", ["42", "0042", " 42 ", "43", "4,2", "41+1", "-42", ""])
+def test_whole_numbers_are_graded_as_in_multiplication_without_math_verify(
+    tmp_path, monkeypatch, box
+):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    row = {"question": "6*7=?\n", "ground_truth": "42"}
+    task = task_of(tmp_path / "rows.jsonl", row, held_out=1.0, whole_numbers=True)
+    (problem,) = task.problems("validation", None)
+    response = f"<think>\n</think>\n\\boxed{{{box}}}"
+    assert task.is_correct(response, problem) == Multiplication().is_correct(response, problem)
+    assert task.is_correct(response, problem) == (box.strip().lstrip("0") == "42")

@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from threadweaver.data import load_examples
+from threadweaver.model import build_tokenizer
+from threadweaver.tasks.boxed import boxes_number
 from threadweaver.tasks.multiplication import (
     Multiplication,
-    is_correct,
     make_rows,
     place_name,
     question,
     split_problems,
     trajectory,
 )
-from threadweaver.tokenizer import build_tokenizer
 from threadweaver.trajectory import Codec, check_format, path_lengths
 
 TOKENIZER = build_tokenizer()
@@ -136,8 +136,8 @@ def test_parallel_is_well_formed_with_a_block_a_factor_and_a_thread_a_digit(fact
 def test_both_trajectories_give_the_right_answer(factors):
     for parallel in (True, False):
         text = trajectory(factors, parallel)
-        assert is_correct(text, str(math.prod(factors)))
-        assert not is_correct(text, str(math.prod(factors) + 1))
+        assert boxes_number(text, str(math.prod(factors)))
+        assert not boxes_number(text, str(math.prod(factors) + 1))
 
 
 @given(factors=problems)
@@ -187,33 +187,7 @@ def test_bad_factors_are_refused(factors, message):
 def test_a_factor_may_have_as_many_digits_as_a_block_may_hold_threads():
     factors = (7, 10**50 - 1)
     assert check_format(trajectory(factors, parallel=True), require_parallel=True) == []
-    assert is_correct(trajectory(factors, parallel=False), str(math.prod(factors)))
-
-
-@pytest.mark.parametrize(
-    ("response", "right"),
-    [
-        ("<think>\n</think>\n\\boxed{42}", True),
-        ("<think>\n</think>\n\\boxed{ 0042 } is it", True),
-        ("</think> \\boxed{7}, no: \\boxed{42}", True),
-        ("</think> \\boxed{42}, no: \\boxed{7}", False),
-        ("</think> \\boxed{42}, no: \\boxed{", False),
-        ("<think>\n\\boxed{42}\n</think>\nforty-two", False),
-        ("<think>\n\\boxed{42}", False),
-        ("</think> \\boxed{4 2}", False),
-        ("</think> \\boxed{-42}", False),
-        ("</think> \\boxed{\u0664\u0662}", False),
-        ("</think> \\boxed{" + "9" * 5000 + "}", False),
-        ("</think> 42", False),
-        ("", False),
-    ],
-)
-def test_answer_is_the_last_box_after_the_thinking(response, right):
-    assert is_correct(response, "42") is right
-
-
-def test_zero_is_an_answer_like_any_other():
-    assert is_correct("</think>\\boxed{00}", "0") and not is_correct("</think>\\boxed{}", "0")
+    assert boxes_number(trajectory(factors, parallel=False), str(math.prod(factors)))
 
 
 def test_the_seed_alone_decides_the_problems():

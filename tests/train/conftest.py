@@ -47,26 +47,19 @@ def data_files(tmp_path_factory) -> tuple[Path, Path]:
 class Run:
     """The settings of one run, and the command that makes it."""
 
-    def __init__(self, folder: Path, train: Path, validation: Path):
-        self.folder = folder
-        self.config = folder.with_name(f"{folder.name}.yaml")
+    def __init__(self, command: str, folder: Path, **settings: dict):
+        self.command, self.folder = command, folder
         self.settings = {
             "run_dir": str(folder),
             "model": {"arch": ARCH},
-            "data": {"train": str(train), "validation": str(validation)},
-            "optimization": {
-                "max_steps": 6,
-                "batch_tokens": 512,
-                "accumulation": 2,
-                "learning_rate": 3e-3,
-            },
             "compute": {"device": "cpu", "precision": "fp32", "threads": 1},
-            "report": {"validate_every": 3, "checkpoint_every": 2},
+            **settings,
         }
 
     def arguments(self, *extra: str) -> list[str]:
-        self.config.write_text(yaml.safe_dump(self.settings))
-        return ["sft", "--config", str(self.config), *extra]
+        path = self.folder.with_name(f"{self.folder.name}.yaml")
+        path.write_text(yaml.safe_dump(self.settings))
+        return [self.command, "--config", str(path), *extra]
 
     def __call__(self, *extra: str) -> int:
         """Runs in this process; returns the exit code."""
@@ -74,26 +67,37 @@ class Run:
 
     def metrics(self) -> list[dict]:
         """All records, without what was measured with a clock."""
-        text = (self.folder / "metrics.jsonl").read_text()
-        return [
-            {k: v for k, v in json.loads(line).items() if k not in CLOCK}
-            for line in text.splitlines()
-        ]
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
 
     def summary(self) -> dict:
         return json.loads((self.folder / "summary.json").read_text())
 
-    def weights(self, step: int) -> bytes:
-        return (self.folder / f"checkpoints/step-{step}/model.safetensors").read_bytes()
-
-
-CLOCK = ("seconds", "tokens_per_second")
+    def weights(self) -> bytes:
+        """Of the finished run."""
+        return (Path(self.summary()["checkpoint"]) / "model.safetensors").read_bytes()
 
 
 @pytest.fixture
 def new_run(tmp_path, data_files):
-    """Makes a Run in a folder of that name."""
-    return lambda name="run": Run(tmp_path / name, *data_files)
+    """Makes a Run of SFT in a folder of that name."""
+    train, validation = map(str, data_files)
+
+    def make(name: str = "run") -> Run:
+        return Run(
+            "sft",
+            tmp_path / name,
+            data={"train": train, "validation": validation},
+            optimization={
+                "max_steps": 6,
+                "batch_tokens": 512,
+                "accumulation": 2,
+                "learning_rate": 3e-3,
+            },
+            report={"validate_every": 3, "checkpoint_every": 2},
+        )
+
+    return make
 
 
 @pytest.fixture

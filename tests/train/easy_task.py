@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from threadweaver.data import save_rows
+from threadweaver.data import save_rows, trajectory_row
+
+from .conftest import ARCH
 
 SEQUENTIAL = "<think>\na\n</think>\n\\boxed{7}"
 PARALLEL = (
@@ -12,33 +14,12 @@ PARALLEL = (
     "</Outlines>\n<Thread>\n1: aaa</Thread><Thread>\n2: bbb</Thread>\n</Parallel>\n</think>\n"
     "\\boxed{7}"
 )
-ARCH = {
-    "model_type": "qwen3",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": True,
-}
 
 
 def write_task(path: Path, count: int = 40) -> Path:
     """Every other row in parallel."""
-    rows = []
-    for i in range(count):
-        prompt, response = f"{i}?\n", PARALLEL if i % 2 else SEQUENTIAL
-        rows.append(
-            {
-                "question": prompt,
-                "response": response,
-                "qwen_text": prompt + response,
-                "reward_model": {"ground_truth": "7", "style": "rule"},
-            }
-        )
-    save_rows(rows, path)
+    responses = (SEQUENTIAL, PARALLEL)
+    save_rows([trajectory_row(f"{i}?\n", responses[i % 2], "7") for i in range(count)], path)
     return path
 
 
@@ -49,7 +30,7 @@ def pipeline_settings(run_dir: Path, task_file: Path) -> dict:
     optimization = {"batch_tokens": 512, "learning_rate": 1e-2, "weight_decay": 0.0}
     return {
         "run_dir": str(run_dir),
-        "model": {"arch": ARCH},
+        "model": {"arch": {**ARCH, "max_position_embeddings": 512}},
         "task": {"name": str(task_file), "options": {"held_out": 0.3}},
         "sft": {"data": str(task_file), "optimization": {**optimization, "max_steps": 60}},
         "self_train": {

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from threadweaver.data import DataError, Example
+from threadweaver.model import build_tokenizer
 from threadweaver.tasks.multiplication import question, trajectory
-from threadweaver.tokenizer import build_tokenizer
 from threadweaver.train.batches import (
     PACKING_WINDOW,
     all_steps,

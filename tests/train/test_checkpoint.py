@@ -4,8 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from threadweaver.model import new_model
-from threadweaver.tokenizer import build_tokenizer
+from threadweaver.model import build_tokenizer, new_model
 from threadweaver.train import checkpoint as checkpoints
 from threadweaver.train.checkpoint import (
     all_checkpoints,

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from threadweaver.command import explain
-from threadweaver.train.config import ConfigError, SFTConfig, config_of, parser_of
-from threadweaver.train.stages import PipelineConfig, RLConfig
+from threadweaver.train.config import ConfigError, config_of, parser_of
+from threadweaver.train.stages import PipelineConfig, RLConfig, SFTConfig
 
 ROOT = Path(__file__).parents[2]
 NEEDED = ["--run_dir", "r", "--data.train", "t.jsonl", "--model.path", "m"]

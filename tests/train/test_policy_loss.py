@@ -13,10 +13,16 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from tests.kernels.tries import node_prefixes
 from tests.train.groups import Prefix, made_up_logprob, random_group
-from threadweaver import model as model_module
 from threadweaver.generate.rollout import Completion, Rollout
 from threadweaver.generate.weaver import LimitCounts
-from threadweaver.model import ATTENTION, TokenLogprobs, token_logprobs, trie_logprobs
+from threadweaver.model import (
+    ATTENTION,
+    TokenLogprobs,
+    token_logprobs,
+    trie_hidden_states,
+    trie_logprobs,
+)
+from threadweaver.model import loss as model_loss
 from threadweaver.train.advantages import group_advantages
 from threadweaver.train.config import ConfigError
 from threadweaver.train.policy_batch import PolicyTrie, micro_batches, policy_group
@@ -299,7 +305,7 @@ def test_the_entropy_bonus_raises_entropy_by_its_formula(batch):
     [with_bonus], got = step(model, batch, [trie], PolicyConfig(entropy=0.5), one_step=True)
     [without], plain = step(model, batch, [trie], PolicyConfig(), one_step=True)
     model.zero_grad()
-    hidden_states = model_module.trie_hidden_states(model, trie.trie, trie.trie.layout())
+    hidden_states = trie_hidden_states(model, trie.trie, trie.trie.layout())
     logits = model.lm_head(hidden_states[trie.trie.parents[trie.sampled]])
     entropy = torch.distributions.Categorical(logits=logits).entropy()
     mean = (trie.counts * entropy).sum() / batch.num_completion_tokens
@@ -344,7 +350,7 @@ def test_token_logprobs_in_pieces_equal_those_of_whole_logits(bias, entropy_grad
 
     want, want_grads = run(whole)
     for many in (2**24, 500):
-        monkeypatch.setitem(model_module.LOGITS_AT_ONCE, "cpu", many)
+        monkeypatch.setitem(model_loss.LOGITS_AT_ONCE, "cpu", many)
         got, grads = run(lambda: token_logprobs(hidden, head, targets, entropy_gradient))
         torch.testing.assert_close(got, want)
         torch.testing.assert_close(grads, want_grads)

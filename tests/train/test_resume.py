@@ -1,18 +1,25 @@
-"""A run that is stopped, however, continues as if it had not been."""
+"""A run that was stopped or killed ends as one that was not."""
 
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from threadweaver.train import trainer
+from threadweaver.train import setup
+from threadweaver.train.__main__ import main
+from threadweaver.train.config import ConfigError, config_of, parser_of
+from threadweaver.train.run_dir import check_same_config, settings_of
 from threadweaver.train.sft import SFTTrainer
+from threadweaver.train.stages import PipelineConfig, RLConfig, SelfTrainConfig, SFTConfig
 
 
 def start(run, *options: str) -> subprocess.Popen:
@@ -53,7 +60,7 @@ def test_a_run_killed_at_random_times_ends_bit_for_bit_like_one_that_was_not(new
     assert killed("--resume") == 0
     assert killed.metrics() == whole.metrics()
     assert [m["step"] for m in killed.metrics()] == list(range(1, 61))
-    assert killed.weights(60) == whole.weights(60)
+    assert killed.weights() == whole.weights()
     optimizers = [
         torch.load(run.folder / "checkpoints/step-60/trainer_state.pt")["optimizer"]["state"]
         for run in (whole, killed)
@@ -87,7 +94,7 @@ def test_a_signal_saves_says_how_to_resume_and_sets_the_exit_code(
     assert not (stopped.folder / "summary.json").exists()
     assert stopped("--resume") == 0
     assert stopped.metrics() == whole.metrics()
-    assert stopped.weights(6) == whole.weights(6)
+    assert stopped.weights() == whole.weights()
 
 
 def test_a_second_signal_stops_at_once(new_run, monkeypatch, fails):
@@ -119,7 +126,7 @@ def test_a_run_that_died_before_something_does_it_when_resumed(new_run, monkeypa
     stop_before(dead, monkeypatch, what)
     assert dead("--resume") == 0
     assert dead.metrics() == whole.metrics()
-    assert dead.weights(6) == whole.weights(6)
+    assert dead.weights() == whole.weights()
     timed = ("seconds", "tokens_per_second", "checkpoint")
     a, b = ({k: v for k, v in r.summary().items() if k not in timed} for r in (whole, dead))
     assert a == b
@@ -148,10 +155,10 @@ def test_records_after_the_checkpoint_are_taken_back(new_run, monkeypatch):
 def test_a_finished_run_says_so(new_run, capsys):
     run = new_run()
     assert run() == 0
-    weights = run.weights(6)
+    weights = run.weights()
     assert run("--resume") == 0
     assert "finished" in capsys.readouterr().out
-    assert run.weights(6) == weights
+    assert run.weights() == weights
 
 
 def test_a_run_dir_that_holds_a_run_is_refused_without_resume(new_run, fails, capsys):
@@ -222,7 +229,7 @@ def test_the_same_data_under_another_name_is_taken(stopped, tmp_path, data_files
 def test_a_resumed_run_takes_the_threads_it_had(stopped, monkeypatch):
     stopped.settings["compute"].pop("threads")
     seen = []
-    monkeypatch.setattr(trainer.torch, "set_num_threads", seen.append)
+    monkeypatch.setattr(setup.torch, "set_num_threads", seen.append)
     assert stopped("--resume") == 0
     state = torch.load(stopped.folder / "checkpoints/step-6/trainer_state.pt")
     assert seen[0] == state["threads"] == 1
@@ -233,3 +240,55 @@ def test_wall_clock_goes_on_where_it_stopped(stopped):
     before = json.loads(records[-1])["seconds"]
     assert stopped("--resume") == 0
     assert stopped.summary()["seconds"] > before
+
+
+OLD_CONFIGS = Path(__file__).parent / "old_configs"  # config.yaml as version 0.1.0 wrote it
+
+
+@pytest.mark.parametrize("kind", [SFTConfig, SelfTrainConfig, RLConfig, PipelineConfig])
+def test_the_config_of_a_run_of_version_0_1_0_has_the_settings_of_that_run(kind, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text((OLD_CONFIGS / f"{kind.command}.yaml").read_text())
+    parser = parser_of(kind)
+    config = config_of(
+        kind, parser, parser.parse_args(["--config", str(path), "--run_dir", str(tmp_path)])
+    )
+    check_same_config(config)
+    assert settings_of(config)["seed"] == 0
+    config.seed = 1
+    with pytest.raises(ConfigError, match=r"seed is 1, but .* was made with 0"):
+        check_same_config(config)
+
+
+def test_a_run_of_version_0_1_0_goes_on_bit_for_bit(new_run, monkeypatch, data_files):
+    whole, old = new_run("whole"), new_run("old")
+    assert whole() == 0
+    stop_before(old, monkeypatch, "finish")
+    shutil.rmtree(old.folder / "checkpoints/step-6")
+    text = (OLD_CONFIGS / "sft.yaml").read_text().replace("RUN", str(old.folder))
+    for name, path in zip(("TRAIN", "VALIDATION"), data_files, strict=True):
+        text = text.replace(name, str(path))
+    config = old.folder / "config.yaml"
+    config.write_text(text)
+    path = old.folder / "checkpoints/step-4/trainer_state.pt"
+    state = torch.load(path)
+    torch.save({**state, "settings": dict(flat(yaml.safe_load(text)))}, path)
+    assert main(["sft", "--config", str(config), "--resume"]) == 0
+    assert old.weights() == whole.weights()
+    assert old.summary()["accuracy"] == 0
+    evaluate = yaml.safe_load(config.read_text())["evaluate"]
+    assert evaluate["generation"]["max_tokens"] == 8
+    assert evaluate["engine"]["max_sequences"] == 3
+    assert evaluate["engine"]["kv_gigabytes"] == 0.01
+
+
+FREE = ("run_dir", "compute.device", "compute.threads", "data.train", "data.validation")
+
+
+def flat(settings: dict, section: str = ""):
+    """The settings that a checkpoint of version 0.1.0 holds, by dotted name."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{section}{name}.")
+        elif f"{section}{name}" not in FREE and section not in ("report.", "evaluate."):
+            yield f"{section}{name}", value

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from pathlib import Path
 
 import pytest
-import yaml
 
 from threadweaver.generate.runner import Runner
 from threadweaver.tasks import Problem
-from threadweaver.train.__main__ import main
 from threadweaver.train.rl import RLTrainer
 
-from .easy_task import ARCH
+from .conftest import Run
 
 PROMPTS = [f"{i}?\n" for i in range(5)]
 
@@ -40,44 +36,24 @@ def begins_low(response: str) -> bool:
     return bool(response) and ord(response[0]) < 64
 
 
-class Run:
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.settings = {
-            "run_dir": str(folder),
-            "model": {"arch": ARCH},
-            "rollouts": {
-                "problems": 3,
-                "samples": 4,
-                "generation": {"max_tokens": 6},
-                "engine": {"kv_gigabytes": 0.01},
-            },
-            "optimization": {"steps": 8, "batch_tokens": 256, "learning_rate": 3e-3},
-            "compute": {"device": "cpu", "precision": "fp32", "threads": 1},
-            "report": {"checkpoint_every": 3},
-        }
-
-    def __call__(self, *options: str) -> int:
-        path = self.folder.with_suffix(".yaml")
-        path.write_text(yaml.safe_dump(self.settings))
-        return main(["rl", "--config", str(path), *options])
-
-    def metrics(self) -> list[dict]:
-        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
-        return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
-
-    def weights(self) -> bytes:
-        checkpoint = json.loads((self.folder / "summary.json").read_text())["checkpoint"]
-        return (Path(checkpoint) / "model.safetensors").read_bytes()
-
-
 @pytest.fixture
 def new_run(tmp_path, monkeypatch):
     def make(is_correct=begins_low, name: str = "run") -> Run:
         monkeypatch.setattr(
             "threadweaver.train.rl.load_task", lambda *_, **__: LetterTask(is_correct)
         )
-        return Run(tmp_path / name)
+        return Run(
+            "rl",
+            tmp_path / name,
+            rollouts={
+                "problems": 3,
+                "samples": 4,
+                "generation": {"max_tokens": 6},
+                "engine": {"kv_gigabytes": 0.01},
+            },
+            optimization={"steps": 8, "batch_tokens": 256, "learning_rate": 3e-3},
+            report={"checkpoint_every": 3},
+        )
 
     return make
 
@@ -116,7 +92,7 @@ def test_groups_without_signal_are_skipped_and_counted(new_run):
     assert run() == 0
     for record in run.metrics():
         assert (record["no_signal_groups"], record["updates"], record["loss"]) == (3, 0, 0)
-    assert json.loads((run.folder / "summary.json").read_text())["no_signal_groups"] == 24
+    assert run.summary()["no_signal_groups"] == 24
 
 
 @pytest.mark.parametrize("updates", [1, 2])
@@ -184,8 +160,7 @@ def test_kl_needs_a_reference_on_disk(new_run, capsys):
 def test_kl_to_the_model_it_started_from(new_run):
     first, second = new_run(name="first"), new_run(name="second")
     assert first() == 0
-    checkpoint = json.loads((first.folder / "summary.json").read_text())["checkpoint"]
-    second.settings |= {"model": {"path": checkpoint}, "policy": {"kl": 0.1}}
+    second.settings |= {"model": {"path": first.summary()["checkpoint"]}, "policy": {"kl": 0.1}}
     assert second() == 0
     records = second.metrics()
     assert records[0]["kl"] == pytest.approx(0, abs=1e-7) and records[-1]["kl"] > 0

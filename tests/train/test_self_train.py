@@ -7,13 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 
 from threadweaver.data import load_examples
-from threadweaver.train.__main__ import main
 from threadweaver.train.self_train import select
 
-from .easy_task import ARCH, write_task
+from .conftest import Run
+from .easy_task import write_task
 
 
 def row(question: str, response: str, correct: bool = True, *violations: str) -> dict:
@@ -48,40 +47,32 @@ def test_only_right_and_well_formed_rollouts_are_kept_once_and_up_to_the_cap():
 
 
 @pytest.fixture
-def settings(tmp_path) -> dict:
-    task = write_task(tmp_path / "seven.jsonl")
-    return {
-        "run_dir": str(tmp_path / "run"),
-        "model": {"arch": ARCH},
-        "task": {"name": str(task), "problems": 6},
-        "rollouts": {
+def run(tmp_path) -> Run:
+    return Run(
+        "self-train",
+        tmp_path / "run",
+        task={"name": str(write_task(tmp_path / "seven.jsonl")), "problems": 6},
+        rollouts={
             "samples": 2,
             "chunk": 4,
             "generation": {"max_tokens": 20},
             "engine": {"kv_gigabytes": 0.01},
         },
-        "optimization": {"max_steps": 2, "batch_tokens": 512},
-        "compute": {"device": "cpu", "precision": "fp32", "threads": 1},
-    }
+        optimization={"max_steps": 2, "batch_tokens": 512},
+    )
 
 
-def run(settings: dict, *options: str) -> int:
-    path = Path(settings["run_dir"]).with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(settings))
-    return main(["self-train", "--config", str(path), *options])
-
-
-def test_an_empty_yield_stops_and_says_why_the_rejects_failed(settings, capsys):
-    assert run(settings) == 2
+def test_an_empty_yield_stops_and_says_why_the_rejects_failed(run, capsys):
+    assert run() == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "kept none of 12 rollouts (12 wrong, 0 malformed" in error
-    chunks = sorted((Path(settings["run_dir"]) / "rollouts").glob("chunk-*.json"))
+    chunks = sorted((run.folder / "rollouts").glob("chunk-*.json"))
     assert [len(json.loads(chunk.read_text())["rollouts"]) for chunk in chunks] == [8, 4]
 
 
-def test_each_chunk_says_how_far_it_is(settings, capsys, ticking_clock):
-    assert run(settings) == 2
+def test_each_chunk_says_how_far_it_is(run, capsys, ticking_clock):
+    assert run() == 2
     lines = capsys.readouterr().out.splitlines()
     for chunk, total in ((1, 8), (2, 4)):
         of_chunk = [line for line in lines if line.startswith(f"rolling out {chunk}/2: ")]
@@ -89,27 +80,18 @@ def test_each_chunk_says_how_far_it_is(settings, capsys, ticking_clock):
         assert f" {total} graded, in " in of_chunk[-1]
 
 
-def test_rollouts_of_other_problems_are_not_taken_over(settings, capsys):
-    assert run(settings) == 2
+def test_rollouts_of_other_problems_are_not_taken_over(run, capsys):
+    assert run() == 2
     capsys.readouterr()
-    write_task(Path(settings["task"]["name"]), count=60)
-    assert run(settings, "--resume") == 2
+    write_task(Path(run.settings["task"]["name"]), count=60)
+    assert run("--resume") == 2
     assert "is not what" in capsys.readouterr().err
 
 
-def test_what_is_kept_is_what_sft_reads(settings, monkeypatch):
+def test_what_is_kept_is_what_sft_reads(run, monkeypatch):
     monkeypatch.setattr("threadweaver.tasks.data_file.DataFile.is_correct", lambda *_: True)
-    monkeypatch.setattr("threadweaver.grading.violations", lambda *_: [])
-    settings["rollouts"]["generation"] = {"max_tokens": 8, "mode": "sequential"}
-    settings["data"] = None
-    del settings["data"]
-    folder = Path(settings["run_dir"])
-    code = run(settings)
-    kept = [json.loads(line) for line in (folder / "kept.jsonl").read_text().splitlines()]
-    selection = json.loads((folder / "selection.json").read_text())
-    assert len(kept) == selection["kept"] == 6
-    assert [e.response for e in load_examples(folder / "kept.jsonl")] == [
-        k["response"] for k in kept
-    ]
-    # Random bytes are no trajectory: SFT names the first that is not, or trains on them all.
-    assert code in (0, 2)
+    for module in ("evaluate.grade", "train.batches"):  # random bytes are no trajectory
+        monkeypatch.setattr(f"threadweaver.{module}.violations", lambda *_: [])
+    run.settings["rollouts"]["generation"] = {"max_tokens": 8, "mode": "sequential"}
+    assert run() == 0
+    assert len(load_examples(run.folder / "kept.jsonl")) == run.summary()["kept"] == 6

@@ -8,7 +8,8 @@ from trajectories import CODEC, EXAMPLE, VOCAB, Trajectory, trajectories, unhurr
 from transformers import AddedToken
 
 from threadweaver.generate import Weaver
-from threadweaver.trajectory import TAGS, Codec, PathLengths, add_tags, extract_calls, path_lengths
+from threadweaver.model import add_tags
+from threadweaver.trajectory import TAGS, Codec, PathLengths, extract_calls, path_lengths
 
 
 @pytest.fixture(scope="module")

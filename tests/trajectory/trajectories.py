@@ -1,7 +1,7 @@
 """Random trajectories, written call by call as the state machine writes them.
 
-The text grows by the rules of SPEC, "State machine", so the calls are known by construction and
-the code under test has no part in them.
+The text grows by the rules of docs/semantics.md, "State machine": the calls are known by
+construction, without the code under test.
 """
 
 from __future__ import annotations

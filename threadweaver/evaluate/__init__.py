@@ -1,0 +1,1 @@
+"""Solving problems with a model: grades, rewards, metrics with confidence intervals."""

@@ -1,9 +1,9 @@
 """`python -m threadweaver.eval --model MODEL --task NAME --n N [--mode both] ...`
 
-Solves held-out problems of a task and prints every metric of SPEC, "Path metrics", with 95 %
-confidence intervals: Wilson's for shares, by bootstrap over problems for means and ratios. With
---mode both, also what threads gain over decoding one token after another. --json keeps the figures,
---responses every response with its grade. How far it has come goes to stderr.
+Solves held-out problems of a task and prints every metric of docs/semantics.md, "Path metrics",
+with 95 % confidence intervals: Wilson's for shares, by bootstrap over problems for means and
+ratios. With --mode both, also the gain over decoding one token after another. --json writes the
+figures to a file, --responses every response with its grade. Progress goes to stderr.
 
 Prompts are taken as they stand; --chat makes them the user's turn of the tokenizer's chat template.
 
@@ -20,14 +20,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentParser
-from rich.console import Console
-from rich.table import Table
-
-from threadweaver.command import explain, fail, quiet
-from threadweaver.generate.options import add_options, engine_settings, generation_settings
+from threadweaver.command import explain, fail, quiet, train_extra
+from threadweaver.evaluate.grade import graded_row
 from threadweaver.generate.weaver import Mode
-from threadweaver.progress import ResponsesProgress, print_line
+from threadweaver.tasks import load_task, task_names
+
+with train_extra():
+    from jsonargparse import ArgumentParser
+    from rich.console import Console
+    from rich.table import Table
+
+    from threadweaver.generate.options import add_options, engine_settings, generation_settings
+    from threadweaver.progress import ResponsesProgress, print_line
 
 if TYPE_CHECKING:
     from threadweaver.evaluate.intervals import Estimate
@@ -40,6 +44,7 @@ MODES: dict[str, list[Mode]] = {
 }
 
 
+@train_extra()
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line (default: the process's own) and returns the exit code."""
     parser = _parser()
@@ -52,11 +57,11 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         return fail(error, 2)
     # After the arguments are known to be good: these take seconds to import.
+    from threadweaver.data.chat import chat_prompt
     from threadweaver.evaluate.metrics import compare, evaluate
     from threadweaver.evaluate.rollouts import queue
     from threadweaver.generate.engine import NonFiniteLogits
-    from threadweaver.generate.load import chat_prompt, load_engine, settle_precision
-    from threadweaver.tasks import load_task
+    from threadweaver.generate.load import load_engine, settle_precision
 
     quiet()
     console = Console()
@@ -72,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         if options.chat:
             problems = [replace(p, prompt=chat_prompt(tokenizer, p.prompt)) for p in problems]
-        # Once before the clock runs: the first steps take the memory of the KV pages.
+        # A warm-up that is not timed: the first step takes the memory of the KV pages.
         queue(engine, problems[:1], replace(next(iter(settings.values())), max_tokens=8))
         engine.run()
         for mode in settings:
@@ -123,13 +128,10 @@ def _parser() -> ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--model", type=str, required=True, help="Hugging Face folder, .gguf file, or smollm2."
-    )
-    parser.add_argument(
         "--task",
         type=str,
         required=True,
-        help="multiplication, reasoning_gym:<dataset>, or a data file (.jsonl, .json, .parquet).",
+        help=f"One of {task_names()}.",
     )
     parser.add_argument(
         "--task_options",
@@ -152,11 +154,6 @@ def _parser() -> ArgumentParser:
         help="parallel: threads are decoded at the same time; sequential: one token after another.",
     )
     parser.add_argument("--seed", type=int, default=0, help="Of the problems and of the draws.")
-    parser.add_argument(
-        "--chat",
-        action="store_true",
-        help="Make prompts the user's turn of the tokenizer's chat template.",
-    )
     parser.add_argument("--json", type=Path, help="File for all figures.")
     parser.add_argument("--responses", type=Path, help="File for all responses, as JSON lines.")
     add_options(parser)
@@ -164,7 +161,7 @@ def _parser() -> ArgumentParser:
 
 
 def _check(options) -> None:
-    """Raises ValueError for what would be found out only when all is decoded, or makes no sense."""
+    """Raises ValueError for numbers out of range and files that could not be written at the end."""
     for name in ("n", "samples", "at_once"):
         if options[name] is not None and options[name] < 1:
             raise ValueError(f"{name} is {options[name]}: it must be at least 1")
@@ -175,23 +172,12 @@ def _check(options) -> None:
 
 
 def _rows(mode: str, evaluation: Evaluation) -> list[dict[str, Any]]:
-    return [
-        {
-            "mode": mode,
-            "source": g.problem.source,
-            "sample": i % evaluation.samples,
-            "prompt": g.problem.prompt,
-            "response": g.response,
-            "answer": g.problem.answer,
-            "correct": g.correct,
-            "violations": g.violations,
-            **asdict(g.lengths),
-            "acceleration": g.lengths.acceleration,
-            "decode_steps": g.rollout.decode_steps,
-            "limits": asdict(g.rollout.limits),
-        }
-        for i, g in enumerate(evaluation.graded)
-    ]
+    rows = []
+    for i, graded in enumerate(evaluation.graded):
+        row = graded_row(graded)
+        asked = {"prompt": row.pop("question"), "answer": row.pop("ground_truth")}
+        rows.append({"mode": mode, "sample": i % evaluation.samples, **asked, **row})
+    return rows
 
 
 def print_table(
@@ -200,7 +186,7 @@ def print_table(
     evaluations: dict[str, Evaluation],
     comparison: Comparison | None,
 ) -> None:
-    """A row for each metric, a column for each mode; below, what the one gains over the other."""
+    """Prints a row for each metric and a column for each mode; below them the comparison."""
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for mode in evaluations:
@@ -241,7 +227,7 @@ def _cell(name: str, estimate: Estimate | None) -> str:
     return f"{estimate.value:,.{digits}f}{unit} [{low}, {high}]"
 
 
-_SHARES = ("accuracy", "format_correct", "activation", "acceleration")
+_SHARES = ("accuracy", "format", "activation", "acceleration")
 
 
 if __name__ == "__main__":

@@ -1,35 +1,25 @@
-"""What a rollout is worth: whether its answer is right, its form, its length, its reward."""
+"""The grade of a rollout: its answer, format and path lengths; and means over rollouts."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from math import fsum
+from typing import Any, NamedTuple
 
 from threadweaver.generate.rollout import Rollout
 from threadweaver.generate.settings import GenerationSettings
 from threadweaver.tasks import Problem, Task
-from threadweaver.trajectory import Codec, PathLengths, check_format
-
-METRICS = (
-    "accuracy",
-    "format",
-    "activation",
-    "threads_per_block",
-    "total_tokens",
-    "longest_path_tokens",
-    "acceleration",
-)
+from threadweaver.trajectory import Codec, PathLengths, violations
 
 
 @dataclass(frozen=True)
 class Graded:
-    """A rollout, judged.
+    """A rollout and its grade.
 
     Attributes:
         response: its text, without the end token.
-        correct: whether the task takes its answer for right.
+        correct: whether its answer is right, by the task.
         violations: of the format, a <think> that the prompt ends with included.
         lengths: of its paths, the end token counted; in sequential mode all of it is one path.
     """
@@ -45,7 +35,7 @@ class Graded:
 def grade(
     problem: Problem, rollout: Rollout, task: Task, codec: Codec, settings: GenerationSettings
 ) -> Graded:
-    """Judges a rollout that was decoded with these settings."""
+    """Grades a rollout that was decoded with these settings."""
     response = codec.decode([id for id in rollout.response if id != codec.eos_id])
     return Graded(
         problem,
@@ -57,29 +47,53 @@ def grade(
     )
 
 
-def violations(prompt: str, response: str, max_depth: int = 1) -> list[str]:
-    """What is wrong with a response's format, a <think> that the prompt ends with included."""
-    opened = "<think>" if prompt.rstrip().endswith("<think>") else ""
-    return check_format(opened + response, max_depth=max_depth)
+def graded_row(graded: Graded) -> dict[str, Any]:
+    """A rollout and its grade, for JSON."""
+    return {
+        "question": graded.problem.prompt,
+        "ground_truth": graded.problem.answer,
+        "response": graded.response,
+        "correct": graded.correct,
+        "violations": graded.violations,
+        **graded.lengths.as_dict(),
+        "decode_steps": graded.rollout.decode_steps,
+        "limits": asdict(graded.rollout.limits),
+        "source": graded.problem.source,
+    }
+
+
+class Metric(NamedTuple):
+    """A mean over responses, or the ratio of two sums over them.
+
+    Attributes:
+        value: what is summed.
+        per: what the sum is divided by the sum of; by default the number of responses.
+        is_share: whether `value` is 0 or 1.
+    """
+
+    value: Callable[[Graded], float]
+    per: Callable[[Graded], float] = lambda graded: 1
+    is_share: bool = False
+
+
+# By the name that every table, file and plot uses.
+METRICS = {
+    "accuracy": Metric(lambda g: g.correct, is_share=True),
+    "format": Metric(lambda g: not g.violations, is_share=True),
+    "activation": Metric(lambda g: g.lengths.blocks > 0, is_share=True),
+    "threads_per_block": Metric(
+        lambda g: g.lengths.blocks * g.lengths.mean_threads_per_block, lambda g: g.lengths.blocks
+    ),
+    "total_tokens": Metric(lambda g: g.lengths.total_tokens),
+    "longest_path_tokens": Metric(lambda g: g.lengths.longest_path_tokens),
+    "acceleration": Metric(lambda g: g.lengths.acceleration),
+}
 
 
 def summary(graded: Sequence[Graded]) -> dict[str, float]:
-    """METRICS, the means over rollouts of what SPEC names ("Path metrics"); activation is the share
-    of responses with a block."""
-
-    def mean(values: Iterable[Any]) -> float:
-        return statistics.fmean(map(float, values))
-
-    total = mean(g.lengths.total_tokens for g in graded)
-    longest = mean(g.lengths.longest_path_tokens for g in graded)
-    blocks = sum(g.lengths.blocks for g in graded)
-    threads = sum(g.lengths.blocks * g.lengths.mean_threads_per_block for g in graded)
-    return {
-        "accuracy": mean(g.correct for g in graded),
-        "format": mean(not g.violations for g in graded),
-        "activation": mean(g.lengths.blocks > 0 for g in graded),
-        "threads_per_block": threads / blocks if blocks else 0.0,
-        "total_tokens": total,
-        "longest_path_tokens": longest,
-        "acceleration": mean(g.lengths.acceleration for g in graded),
-    }
+    """METRICS over rollouts; a ratio is 0 where its denominator is."""
+    found = {}
+    for name, metric in METRICS.items():
+        below = fsum(map(metric.per, graded))
+        found[name] = fsum(map(metric.value, graded)) / below if below else 0.0
+    return found

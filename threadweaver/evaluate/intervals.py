@@ -28,7 +28,7 @@ class Estimate:
 def share(shares: NDArray[np.float64]) -> Estimate:
     """Mean of one share in [0, 1] for each problem, [P]; Wilson's interval (1927) for P trials.
 
-    With several responses a problem it is wide rather than narrow: it takes them for one.
+    Several responses to a problem count as one trial, so that the interval is rather too wide.
     """
     n, p = len(shares), float(np.mean(shares))
     center = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
@@ -38,10 +38,10 @@ def share(shares: NDArray[np.float64]) -> Estimate:
 
 
 def ratio(numerators: NDArray[np.float64], denominators: NDArray[np.float64]) -> Estimate | None:
-    """Sum over sum, of one number each for a problem, both [P]; None where the sum below is 0.
+    """Sum of numerators over sum of denominators, one each a problem, [P]; None if the latter is 0.
 
-    A mean is such a ratio, with the numbers of responses below. The interval holds the middle 95 %
-    of the ratios of 2000 bootstrap resamples of the problems, always the same ones.
+    The interval holds the middle 95 % of the ratios of 2000 bootstrap resamples of the problems,
+    drawn with a fixed seed.
     """
     if not denominators.sum():
         return None

@@ -1,10 +1,8 @@
-"""Solving problems with a model on the engine: every metric of SPEC, "Path metrics".
+"""Solving problems with a model on the engine: every metric of docs/semantics.md, "Path metrics".
 
-    engine, tokenizer = load_engine(model, EngineSettings(), parallel=True)
-    evaluation = evaluate(engine, task, task.problems("validation", 200), GenerationSettings())
-    evaluation.metrics()["accuracy"]
-
-Also what training uses at its end; knows nothing of commands.
+engine, tokenizer = load_engine(model, EngineSettings(), parallel=True)
+evaluation = evaluate(engine, task, task.problems("validation", 200), GenerationSettings())
+evaluation.metrics()["accuracy"]
 """
 
 from __future__ import annotations
@@ -18,21 +16,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from threadweaver.evaluate.grade import Graded
+from threadweaver.evaluate.grade import METRICS, Graded, Metric
 from threadweaver.evaluate.intervals import Estimate, ratio, share
-from threadweaver.evaluate.rollouts import grade_all, queue
-from threadweaver.generate.engine import Engine, Token
-from threadweaver.generate.rollout import Rollout
+from threadweaver.evaluate.rollouts import decode, grade_all
+from threadweaver.generate.engine import Engine
 from threadweaver.generate.settings import GenerationSettings
 from threadweaver.tasks import Problem, Task
+
+_OF_EVALUATIONS = {
+    "speedup": Metric(METRICS["total_tokens"].value, METRICS["longest_path_tokens"].value),
+    "decode_steps": Metric(lambda g: g.rollout.decode_steps),
+}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came of solving problems.
+    """The graded responses to problems, and the time they took.
 
     Attributes:
         settings: of every response.
+        samples: responses to each problem.
         graded: the responses; `samples` of the first problem, then of the second, and so on. In
             sequential mode all tokens of one are on its longest path.
         ungraded: answers that count as wrong because their grading did not end.
@@ -51,34 +54,23 @@ class Evaluation:
 
             accuracy             share of right answers (mean@k for k samples a problem)
             pass@k               share of problems with a right answer among its k samples, k > 1
-            format_correct       share that is well formed
+            format               share that is well formed
             activation           share with a block
             threads_per_block    all threads over all blocks
             total_tokens, longest_path_tokens, decode_steps    means over responses
             acceleration         mean of 1 - longest path / total
             speedup              all tokens over all tokens on longest paths
         """
-        accuracy = self._per_response(lambda g: g.correct)
-        total = self._per_response(lambda g: g.lengths.total_tokens)
-        longest = self._per_response(lambda g: g.lengths.longest_path_tokens)
-        threads = self._per_response(lambda g: g.lengths.blocks * g.lengths.mean_threads_per_block)
-        blocks = self._per_response(lambda g: g.lengths.blocks)
-        problems = np.ones(len(accuracy))
-        found = {
-            "accuracy": share(accuracy.mean(1)),
-            f"pass@{self.samples}": share(accuracy.max(1)) if self.samples > 1 else None,
-            "format_correct": share(self._per_response(lambda g: not g.violations).mean(1)),
-            "activation": share((blocks > 0).mean(1)),
-            "threads_per_block": ratio(threads.sum(1), blocks.sum(1)),
-            "total_tokens": ratio(total.mean(1), problems),
-            "longest_path_tokens": ratio(longest.mean(1), problems),
-            "acceleration": ratio((1 - longest / np.maximum(total, 1)).mean(1), problems),
-            "speedup": ratio(total.sum(1), longest.sum(1)),
-            "decode_steps": ratio(
-                self._per_response(lambda g: g.rollout.decode_steps).mean(1), problems
-            ),
-        }
-        return {name: estimate for name, estimate in found.items() if estimate is not None}
+        found: dict[str, Estimate] = {}
+        for name, metric in {**METRICS, **_OF_EVALUATIONS}.items():
+            values = self._per_response(metric.value)
+            if metric.is_share:
+                found[name] = share(values.mean(1))
+            elif estimate := ratio(values.sum(1), self._per_response(metric.per).sum(1)):
+                found[name] = estimate
+            if name == "accuracy" and self.samples > 1:
+                found[f"pass@{self.samples}"] = share(values.max(1))
+        return found
 
     @property
     def problems(self) -> list[Problem]:
@@ -97,7 +89,7 @@ class Evaluation:
 
     @property
     def limits(self) -> dict[str, int]:
-        """What limits ended, over all responses (LimitCounts)."""
+        """LimitCounts summed over all responses."""
         counts = Counter({"response": 0, "threads": 0, "outlines": 0, "blocks": 0})
         for g in self.graded:
             counts.update(asdict(g.rollout.limits))
@@ -129,12 +121,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What threads gain over the same model, or another, decoded one token after another.
+    """Parallel mode against sequential mode, of the same model or of two.
 
     Attributes:
-        speedup: mean total tokens of the one over mean longest path of the other.
-        max_speedup: the same for single problems that both solve, at its largest; None if none.
-        wall_clock_speedup: of the two evaluations as they were run.
+        speedup: mean total tokens in sequential mode over mean longest path in parallel mode.
+        max_speedup: the largest such ratio of a single problem that both solve; None if none.
+        wall_clock_speedup: seconds of the sequential evaluation over those of the parallel one.
         accuracy_difference: accuracy with threads minus accuracy without.
     """
 
@@ -194,19 +186,16 @@ def evaluate(
         ValueError: a prompt or setting that the engine refuses; names the problem.
         NonFiniteLogits: from the engine.
     """
-    queued = 0
-
-    def show(_: list[Token]) -> None:
-        on_progress(queued - engine.unfinished)
-
     ungraded, start = task.ungraded, time.perf_counter()
-    rollouts: list[Rollout] = []
-    size = at_once or len(problems)
-    for first in range(0, len(problems), size):
-        part = problems[first : first + size]
-        queue(engine, part, settings, samples=samples, seed=(seed,), first=first)
-        queued += samples * len(part)
-        rollouts += engine.run(show)
+    rollouts = decode(
+        engine,
+        problems,
+        settings,
+        samples=samples,
+        seed=(seed,),
+        at_once=at_once,
+        on_progress=on_progress,
+    )
     seconds = time.perf_counter() - start
     graded = grade_all(problems, rollouts, task, engine.codec, settings, on_graded)
     return Evaluation(settings, samples, graded, task.ungraded - ungraded, seconds)

@@ -1,6 +1,6 @@
-"""The reward of a response: right or wrong, and for a right one, how short its longest path is.
+"""The reward of a response: its correctness, and for a right one the length of its longest path.
 
-Source: SPEC "Reward" (Lian et al., arXiv 2512.07843).
+Source: docs/semantics.md, "Reward" (Lian et al., arXiv 2512.07843).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ class RewardConfig:
     Args:
         accel: clipped: 1 + rho * min(acceleration, clip), where acceleration is the share of tokens
             off the longest path. latency: 1 - min(latency_cost * longest path, 1/2), which also
-            rewards thinking less. none: 1.
+            rewards shorter responses. none: 1.
         rho: weight of the acceleration.
-        clip: acceleration from which more earns nothing more.
+        clip: acceleration beyond which the reward does not rise.
         latency_cost: cost of a token of the longest path. Choose it so that common paths cost less
-            than 1/2; beyond, shortening them earns nothing.
+            than 1/2, where the cost is capped.
     """
 
     accel: Literal["clipped", "latency", "none"] = "clipped"
@@ -57,7 +57,7 @@ class Reward:
         return self.correct + self.speed
 
 
-# The most that a right answer can lose: it always earns more than a wrong one, by half at least.
+# The most that a right answer can lose: it earns at least 1/2 more than a wrong one.
 MAX_LATENCY_COST = 0.5
 
 
@@ -65,7 +65,7 @@ def reward(correct: float, lengths: PathLengths, config: RewardConfig, source: s
     """r = c + c * rho * min(acceleration, clip), or what `config.accel` puts in its place.
 
     Args:
-        correct: c, what the task says of the answer: 0 or 1.
+        correct: c, 0 or 1: whether the answer is right.
         lengths: of the response, by `threadweaver.trajectory.path_lengths`.
         source: of the problem, for the message.
 
@@ -75,7 +75,7 @@ def reward(correct: float, lengths: PathLengths, config: RewardConfig, source: s
     if correct not in (0, 1):
         raise ValueError(
             f"{source}: the correctness of a response is {correct}; it must be 0 or 1: "
-            "mend the check of answers of this task"
+            "correct the check of answers of this task"
         )
     speed = 0.0
     if correct and config.accel == "clipped":

@@ -1,4 +1,4 @@
-"""Responses to the problems of a task: queued on an engine, decoded, judged."""
+"""Responses to the problems of a task: queued on an engine, decoded, graded."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def queue(
     seed: Sequence[int] = (0,),
     first: int = 0,
 ) -> list[Generation]:
-    """Adds `samples` responses to each problem, of the first problem first; decodes nothing.
+    """Adds `samples` responses to each problem to an engine, in the order of the problems.
 
     Args:
-        seed: numbers that tell these responses from all others of the same model. The same ones,
-            the same model, problems and settings give the same responses.
-        first: number of the first problem, where these are a part of more.
+        seed: of the draws, with the numbers of problem and sample. The same seed, model, problems
+            and settings give the same responses.
+        first: number of the first problem, if these are a part of a longer list.
 
     Raises:
         ValueError: a prompt or setting that the engine refuses; names the problem.
@@ -46,6 +46,35 @@ def queue(
     return generations
 
 
+def decode(
+    engine: Engine,
+    problems: Sequence[Problem],
+    settings: GenerationSettings,
+    *,
+    samples: int = 1,
+    seed: Sequence[int] = (0,),
+    at_once: int | None = None,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> list[Rollout]:
+    """Decodes `samples` responses to each problem, in the order of `queue`.
+
+    Args:
+        at_once: problems decoded at the same time; None: as many as the engine takes.
+        on_progress: gets the number of responses that are decoded, after every step.
+
+    Raises:
+        ValueError: as `queue`.
+        NonFiniteLogits: from the engine.
+    """
+    queued, rollouts = 0, []
+    size = at_once or len(problems)
+    for first in range(0, len(problems), size):
+        part = problems[first : first + size]
+        queued += len(queue(engine, part, settings, samples=samples, seed=seed, first=first))
+        rollouts += engine.run(lambda _, queued=queued: on_progress(queued - engine.unfinished))
+    return rollouts
+
+
 def roll_out(
     engine: Engine,
     task: Task,
@@ -57,18 +86,10 @@ def roll_out(
     on_progress: Callable[[int], None] = lambda done: None,
     on_graded: Callable[[int], None] = lambda count: None,
 ) -> list[Graded]:
-    """Decodes `samples` responses to each problem and judges them; in the order of `queue`.
-
-    Args:
-        on_progress: gets the number of responses that are decoded, after every step.
-        on_graded: gets the number of those that are graded, after each.
-
-    Raises:
-        ValueError: as `queue`.
-        NonFiniteLogits: from the engine.
-    """
-    queued = len(queue(engine, problems, settings, samples=samples, seed=seed))
-    rollouts = engine.run(lambda _: on_progress(queued - engine.unfinished))
+    """`decode`, then `grade_all`."""
+    rollouts = decode(
+        engine, problems, settings, samples=samples, seed=seed, on_progress=on_progress
+    )
     return grade_all(problems, rollouts, task, engine.codec, settings, on_graded)
 
 
@@ -80,8 +101,8 @@ def grade_all(
     settings: GenerationSettings,
     on_graded: Callable[[int], None],
 ) -> list[Graded]:
-    """Judges rollouts: as many of the first problem as of the second, and so on; `on_graded` gets
-    their number after each."""
+    """Grades rollouts, equally many a problem and in the order of the problems; `on_graded` gets
+    the number of graded ones after each."""
     samples = len(rollouts) // len(problems)
     graded: list[Graded] = []
     for i, rollout in enumerate(rollouts):
@@ -91,7 +112,7 @@ def grade_all(
 
 
 def fingerprint(problems: Sequence[Problem]) -> str:
-    """Same prompts and answers in the same order: same value."""
+    """SHA-256 of the prompts and answers, in order; hexadecimal."""
     digest = hashlib.sha256()
     for problem in problems:
         digest.update(json.dumps([problem.prompt, problem.answer]).encode())

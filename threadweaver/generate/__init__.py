@@ -1,31 +1,40 @@
 """Generation: fork-join rollouts on shared KV pages, in the trainer's own process.
 
-    weaver      the state machine of one response; says what to decode and what is shared
-    pages       the pool of KV pages, and where the tokens of a sequence lie in it
-    scheduler   which sequences compute how many tokens in the next step
-    runner      the model: one forward pass over a step
-    sampler     from logits to tokens
-    engine      all of them together; imports torch and transformers
-    load        an engine from a model on disk
-    transcript  the text of a response as it grows; display shows it, outcome sums it up
-
-The first two know no model.
+weaver      the state machine of one response; says what to decode and what is shared
+pages       the pool of KV pages, and where the tokens of a sequence lie in it
+scheduler   which sequences compute how many tokens in the next step
+runner      the model: one forward pass over a step
+sampler     from logits to tokens
+engine      all of them together; the only name here that needs transformers
+load        an engine from a model on disk
+transcript  the text of a response as it grows; display shows it, outcome sums it up
 """
 
-from threadweaver.generate.pages import Copy, OutOfPages, PagePool, PageTable, Writes
+from typing import TYPE_CHECKING, Any
+
 from threadweaver.generate.rollout import Completion, Rollout
+from threadweaver.generate.settings import GenerationSettings
 from threadweaver.generate.weaver import LimitCounts, Request, RequestId, Weaver
+
+if TYPE_CHECKING:
+    from threadweaver.generate.engine import Engine
 
 __all__ = [
     "Completion",
-    "Copy",
+    "Engine",
+    "GenerationSettings",
     "LimitCounts",
-    "OutOfPages",
-    "PagePool",
-    "PageTable",
     "Request",
     "RequestId",
     "Rollout",
     "Weaver",
-    "Writes",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when asked for, so that a Weaver needs no transformers.
+    if name == "Engine":
+        from threadweaver.generate.engine import Engine
+
+        return Engine
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,15 +27,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
-from jsonargparse import ArgumentParser, Namespace
-from rich.console import Console
-
-from threadweaver.command import explain, fail, quiet
-from threadweaver.generate.options import add_options, engine_settings, generation_settings
+from threadweaver.command import explain, fail, quiet, train_extra
 from threadweaver.generate.weaver import Mode
-from threadweaver.progress import print_line
+
+with train_extra():
+    from jsonargparse import ArgumentParser, Namespace
+    from rich.console import Console
+
+    from threadweaver.generate.options import add_options, engine_settings, generation_settings
+    from threadweaver.progress import print_line
 
 
+@train_extra()
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line (default: the process's own) and returns the exit code."""
     parser = _parser()
@@ -48,9 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         return fail(error, 2)
     # After the arguments are known to be good: these take seconds to import.
+    from threadweaver.data.chat import chat_prompt
     from threadweaver.generate.display import CountView, LiveView, PlainView
     from threadweaver.generate.engine import NonFiniteLogits, Token
-    from threadweaver.generate.load import chat_prompt, load_engine, settle_precision
+    from threadweaver.generate.load import load_engine, settle_precision
     from threadweaver.generate.outcome import Outcome
     from threadweaver.generate.sampler import stream_key
 
@@ -115,18 +119,10 @@ def _parser() -> ArgumentParser:
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--model", type=str, required=True, help="Hugging Face folder, .gguf file, or smollm2."
-    )
     parser.add_argument("--prompt", type=str, help="What to continue, taken as it stands.")
     parser.add_argument("--prompt_file", type=Path, help="File that holds the prompt instead.")
     parser.add_argument(
         "--escapes", action="store_true", help=r"Read \n, \t and \\ in --prompt as in a program."
-    )
-    parser.add_argument(
-        "--chat",
-        action="store_true",
-        help="Make the prompt the user's turn of the tokenizer's chat template.",
     )
     parser.add_argument(
         "--mode",
@@ -165,6 +161,6 @@ def _prompt(options: Namespace) -> str:
 
 
 if __name__ == "__main__":
-    # Whoever reads the output may stop reading.
+    # A closed pipe, as of `| head`, ends the process without a traceback.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())

@@ -1,5 +1,4 @@
-"""What a person sees of generations while they decode: a live view on a terminal, else plain text,
-and how many are done.
+"""Views of generations while they decode: live on a terminal, else plain text or a count.
 
 All are used alike:
 
@@ -27,17 +26,18 @@ from threadweaver.progress import ResponsesProgress
 from threadweaver.trajectory import Codec
 
 FRAME_SECONDS = 0.1
-# A narrower panel shows nothing that can be read.
+# Narrower panels are not readable.
 MIN_THREAD_WIDTH = 26
 MIN_THREAD_HEIGHT = 4
-# Control characters of a model's text must not reach the terminal: shown by their pictures.
+# Control characters of a model's text must not reach the terminal: Unicode's pictures of them do.
 _VISIBLE = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"}
 
 
 class PlainView:
-    """Text for a file or a pipe: a single response as it settles, several each when it is done.
+    """Text for a file or a pipe: a single response as it grows in its final order, several
+    responses each when it is done.
 
-    On leaving, all that is decoded has been written.
+    On exit all that was decoded is written.
     """
 
     def __init__(self, generations: Sequence[Generation], codec: Codec, file: TextIO):
@@ -85,7 +85,7 @@ class PlainView:
 
 
 def _whole_characters(ids: list[int], start: int, codec: Codec) -> list[int]:
-    """Without the last few ids if they are, as yet, only a part of a character."""
+    """The ids without the last few if these are only a part of a character so far."""
     for end in range(len(ids), max(start, len(ids) - 3), -1):
         if not codec.decode(ids[start:end]).endswith("\ufffd"):
             return ids[:end]
@@ -114,7 +114,7 @@ class LiveView:
     """Threads side by side: the main line, below it a panel for each thread of the open block.
 
     Of several generations there is a row each, and of the first that is not done also its threads.
-    On leaving the view is gone from the terminal, and the responses are printed in full.
+    On exit the view is removed and the responses are printed in full.
     """
 
     def __init__(self, generations: Sequence[Generation], codec: Codec, console: Console):
@@ -172,7 +172,7 @@ class LiveView:
         return Group(*parts)
 
     def _rows(self, generations: list[Generation], count: int) -> Table:
-        """One line for each of the first generations that still decode."""
+        """A row for each of the first `count` generations."""
         table = Table.grid(padding=(0, 1), expand=True)
         for _ in range(3):
             table.add_column(justify="right", no_wrap=True)
@@ -229,7 +229,7 @@ class LiveView:
         """The last lines of a text in a frame of at most `height` lines."""
         width = max(1, self._console.width // columns - 4)
         lines = max(1, height - 2)
-        # No character has more than four tokens.
+        # A character has at most four tokens.
         text = self._text(ids[-4 * lines * width :])[-lines * width :]
         wrapped = Text(text, overflow="fold").wrap(self._console, width)[-lines:]
         return Panel(

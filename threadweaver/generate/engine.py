@@ -1,11 +1,11 @@
-"""The in-process generator: continuous batching of fork-join rollouts on shared KV pages.
+"""The in-process engine: continuous batching of fork-join rollouts on shared KV pages.
 
     engine = Engine(model, codec)
     for i in range(8):
         engine.add(prompt_ids, GenerationSettings(max_tokens=1000), seed=i)
     rollouts = engine.run()
 
-It decodes on the model it is given: a trainer's own weights, as they are when it starts to decode.
+It decodes on the weights of the model it is given, which a trainer may change between runs.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from threadweaver.generate.settings import GenerationSettings
 from threadweaver.generate.weaver import Reason, RequestId, Weaver
 from threadweaver.trajectory import Codec
 
-# Recorded completions by request id: what a generation is made to say instead of being sampled.
+# Recorded completions by request id, which a generation takes instead of sampling.
 Script = Mapping[RequestId, list[int]]
 
 
 class NonFiniteLogits(ArithmeticError):  # noqa: N818 (named for what was found)
-    """The model gave logits from which no token can be drawn; names the request."""
+    """The model gave NaN or infinite logits; names the request."""
 
 
 class Token(NamedTuple):
-    """A token that was decoded: of which generation (its number) and request."""
+    """A decoded token, with the number of its generation and the id of its request."""
 
     generation: int
     request: RequestId
@@ -47,12 +47,12 @@ class Token(NamedTuple):
 
 @dataclass(eq=False)
 class Generation:
-    """One response in the making.
+    """One response that is being decoded.
 
     Attributes:
-        number: counts the generations of an engine.
+        number: unique in its engine, in the order of `add`.
         weaver: its state machine.
-        open: the sequences that serve its open requests.
+        open: the sequences of its open requests.
         retained: closed ones whose path a join may still extend.
         completions: of its closed requests.
         steps: engine steps that computed tokens of it.
@@ -91,8 +91,11 @@ class Engine:
         kv_gigabytes: memory for keys and values, in 1e9 bytes.
         max_sequences: most threads, of all generations together, that a step advances.
         max_batch_tokens: most new tokens of a step; longer prefills go in chunks.
-        share: False plans as if no page had two readers, for comparison.
         autocast: see Runner.
+
+    Attributes:
+        pool: the KV pages.
+        decoded_tokens: by all steps so far.
 
     Raises:
         ValueError: sizes out of range.
@@ -108,7 +111,6 @@ class Engine:
         kv_gigabytes: float = 2.0,
         max_sequences: int = 64,
         max_batch_tokens: int = 2048,
-        share: bool = True,
         autocast: bool = False,
     ):
         if num_pages is None:
@@ -127,14 +129,14 @@ class Engine:
                 raise ValueError(f"{name} is {value}: it must be at least 1")
         self.codec = codec
         self.pool = PagePool(num_pages, page_size)
-        self._runner = Runner(model, num_pages, page_size, share, autocast=autocast)
+        self._runner = Runner(model, num_pages, page_size, autocast=autocast)
         self._scheduler = Scheduler(self.pool, max_sequences, max_batch_tokens)
         self._families: dict[tuple[int, ...], Family] = {}
         self._live: dict[int, Generation] = {}
         self._added: list[Generation] = []
         self._count = 0
-        self._is_cast = False  # whether the runner has the weights of what is decoded now
-        self._decoded = 0
+        self.decoded_tokens = 0
+        self._is_cast = False  # whether the runner took the weights since it last had no work
         self._context_length = getattr(model.config, "max_position_embeddings", None) or 2**31
         self._seconds = {"sampling": 0.0, "orchestration": 0.0}
 
@@ -148,11 +150,6 @@ class Engine:
     def preemptions(self) -> int:
         """How often a running sequence had to give up its pages."""
         return self._scheduler.preemptions
-
-    @property
-    def decoded_tokens(self) -> int:
-        """Tokens that all steps so far have decoded."""
-        return self._decoded
 
     @property
     def unfinished(self) -> int:
@@ -175,8 +172,8 @@ class Engine:
         Args:
             prompt: ids, [T], T >= 1.
             seed: of its draws; the same seed, prompt and model give the same response.
-            script: completions to go through instead of sampling. A request that is not in it, or
-                at the end of its completion there, has come to the end of its room.
+            script: completions to take instead of sampling. A request that is not in it, or at the
+                end of its completion there, ends by length.
 
         Raises:
             ValueError: the prompt is empty or fills the model's context, a setting is out of
@@ -204,8 +201,8 @@ class Engine:
     def step(self) -> list[Token]:
         """One forward pass: prefills and decodes what fits. Returns the tokens it decoded.
 
-        Weights must not change while generations are unfinished: they are taken by the first step
-        after none was.
+        Weights must not change while generations are unfinished: copies are made by the first step
+        of a run.
 
         Raises:
             NonFiniteLogits: the model gave NaN or infinite logits; names the request.
@@ -224,14 +221,14 @@ class Engine:
         for number in {s.rank[0] for s in batch.sequences}:
             self._live[number].steps += 1
         tokens = [self._advance(s, *draw) for s, draw in zip(ready, draws, strict=True)]
-        self._decoded += len(tokens)
+        self.decoded_tokens += len(tokens)
         self._seconds["sampling"] += sampled - computed
         self._seconds["orchestration"] += scheduled - start + time.perf_counter() - sampled
         return tokens
 
     def run(self, on_step: Callable[[list[Token]], None] | None = None) -> list[Rollout]:
-        """Decodes all that was added to its end. The rollouts come in the order of `add`, each
-        only once."""
+        """Decodes all generations that were added to their ends. Returns their rollouts in the
+        order of `add`, each only once."""
         while self.has_work:
             tokens = self.step()
             if on_step is not None:
@@ -303,7 +300,8 @@ class Engine:
         self._open_requests(generation)
 
     def _open_requests(self, generation: Generation) -> None:
-        """A sequence for each new request, on its parent's pages; releases what nobody extends."""
+        """Adds a sequence on its parent's pages for each new request, and releases the sequences
+        that no later request extends."""
         weaver, script = generation.weaver, generation.script
         while new := [r for r in weaver.requests() if r.id not in generation.open]:
             for request in new:

@@ -1,8 +1,8 @@
 """Decode steps as CUDA graphs: one launch for all kernels of a step.
 
-A graph is captured for the capacity that a step's plan is padded to, in powers of two, so there are
-few; a step that fits one again is copied into its buffers and replayed. Padding rows attend to
-nothing and write nowhere.
+A graph is captured for each capacity that plans are padded to, in powers of two, so there are few.
+A step of that capacity is copied into the graph's buffers and replayed. Padding rows attend to
+nothing and write nothing.
 """
 
 from __future__ import annotations
@@ -38,16 +38,14 @@ class DecodeGraphs:
     """Runs a forward pass over padded steps, each capacity captured once.
 
     Args:
-        forward: reads its arguments in place; launches the same kernels whatever they hold.
+        forward: launches the same kernels whatever its arguments hold.
+        capture: records a call (`cuda_capture`).
     """
 
     def __init__(self, forward: Forward, capture: Capture):
         self._forward = forward
         self._capture = capture
         self._graphs: OrderedDict[PlanSizes, _Graph] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._graphs)
 
     def __call__(self, ids: Tensor, positions: Tensor, plan: DecodePlan) -> Tensor:
         """Logits [S, V] of S new tokens, one a sequence; overwritten by the next call.
@@ -71,7 +69,7 @@ class DecodeGraphs:
             self._graphs.popitem(last=False)
         device, rows = plan.buffer.device, plan.capacity.rows
         ids, positions = torch.zeros(2, rows, dtype=torch.int64, device=device)
-        # A plan of its own, on which the call that is captured computes once in earnest.
+        # The graph reads this copy; later plans are copied into it.
         own = DecodePlan(
             plan.buffer.clone(),
             plan.page_size,
@@ -91,7 +89,7 @@ def padded(size: PlanSizes) -> PlanSizes:
 
 
 def cuda_capture(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Captures a call on the current CUDA device, after it ran a few times to settle."""
+    """Captures a call on the current CUDA device, after a few warm-up calls."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

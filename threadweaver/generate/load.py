@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerBase
 from threadweaver.device import DTYPES, choose, find_device, resolve
 from threadweaver.generate.engine import Engine
 from threadweaver.generate.options import EngineSettings
+from threadweaver.generate.settings import EngineSizes
 from threadweaver.model import load_model, load_tokenizer
 from threadweaver.trajectory import Codec
-from threadweaver.trajectory.vocabulary import missing_tags
+from threadweaver.trajectory.codec import missing_tags
 
 
 def load_engine(
@@ -22,7 +23,7 @@ def load_engine(
 
     Args:
         model: a Hugging Face folder, a .gguf file, or smollm2.
-        parallel: whether it is to decode threads; a model without the tags can only do without.
+        parallel: whether it is to decode threads, which needs a tokenizer with the tags.
 
     Raises:
         ValueError: no model there, one that cannot be used, or settings out of range.
@@ -30,7 +31,7 @@ def load_engine(
     device = find_device(settings.device)
     dtype = DTYPES[resolve(settings.precision, device)]
     if parallel:
-        # Weights take long to load: not before the tags are known to be there.
+        # Before the weights, which take long to load.
         Codec.from_tokenizer(load_tokenizer(model))
     weights, tokenizer = load_model(model, dtype)
     with_tags = parallel or not missing_tags(tokenizer)
@@ -42,33 +43,12 @@ def load_engine(
             "python -m threadweaver.add_tags --model MODEL --out FOLDER makes them agree"
         )
     torch.nn.Module.to(weights, device)
-    engine = Engine(
-        weights,
-        codec,
-        page_size=settings.page_size,
-        kv_gigabytes=settings.kv_gigabytes,
-        max_sequences=settings.max_sequences,
-        max_batch_tokens=settings.max_batch_tokens,
-    )
-    return engine, tokenizer
-
-
-def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """A prompt as the user's turn of the tokenizer's chat template, up to where the answer begins.
-
-    Raises:
-        ValueError: the tokenizer has no template.
-    """
-    if not tokenizer.chat_template:
-        raise ValueError("chat: the tokenizer has no chat template; leave the option out")
-    turns = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert isinstance(text, str)  # not tokenized
-    return text
+    sizes = {field.name: getattr(settings, field.name) for field in fields(EngineSizes)}
+    return Engine(weights, codec, **sizes), tokenizer
 
 
 def settle_precision(settings: EngineSettings) -> tuple[EngineSettings, str | None]:
-    """The settings with `auto` made what suits the device, and a line that says why, if it was."""
+    """The settings with precision `auto` resolved, and a line with the reason if it was `auto`."""
     if settings.precision != "auto":
         return settings, None
     precision, reason = choose(find_device(settings.device))

@@ -34,7 +34,16 @@ _LIMITS = [f.name for f in fields(GenerationSettings) if f.name not in ("mode", 
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """Adds every field but the mode; tokens are drawn as in the published evaluation (SPEC)."""
+    """Adds the options of both commands, the mode apart: model, chat template, limits, sampling
+    (by default that of the published evaluation) and engine."""
+    parser.add_argument(
+        "--model", type=str, required=True, help="Hugging Face folder, .gguf file, or smollm2."
+    )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="Make prompts the user's turn of the tokenizer's chat template.",
+    )
     parser.add_class_arguments(GenerationSettings, skip={"mode", "sampling"})
     parser.add_class_arguments(SamplingParams)
     parser.add_class_arguments(EngineSettings)

@@ -1,9 +1,10 @@
-"""What came of a command's generations, for a table and for JSON."""
+"""The results of a command's generations, for a table and for JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -13,56 +14,32 @@ from threadweaver.generate.transcript import transcript
 from threadweaver.trajectory import Codec
 
 
-@dataclass(frozen=True)
-class Response:
-    """One response, or as much of it as was decoded.
+def response_row(generation: Generation, codec: Codec) -> dict[str, Any]:
+    """The figures of one response, or of the part that was decoded, for JSON.
 
-    Attributes:
-        text: without the end token.
-        finished: whether it came to its end; a limit may have ended it (`limits`).
-        total_tokens, longest_path_tokens, acceleration, blocks, mean_threads_per_block: as in
-            GenerationSettings.path_lengths.
-        sampled_tokens: of all its requests.
-        decode_steps: engine steps that computed tokens of it.
-        logprob: of all sampled tokens under the untempered model, summed; natural log.
-        sampled_logprob: under the distributions they were drawn from.
-        limits: what the limits ended (LimitCounts).
+    text: without the end token.
+    finished: False if it was interrupted; a limit may have ended it (`limits`).
+    total_tokens, longest_path_tokens, acceleration, blocks, mean_threads_per_block: as in
+        GenerationSettings.path_lengths.
+    sampled_tokens: of all its requests.
+    decode_steps: engine steps that computed tokens of it.
+    logprob: of all sampled tokens under the untempered model, summed; natural log.
+    sampled_logprob: under the distributions they were drawn from.
+    limits: how often limits ended something (LimitCounts).
     """
-
-    text: str
-    finished: bool
-    total_tokens: int
-    longest_path_tokens: int
-    acceleration: float
-    blocks: int
-    mean_threads_per_block: float
-    sampled_tokens: int
-    decode_steps: int
-    logprob: float
-    sampled_logprob: float
-    limits: dict[str, int]
-
-    @classmethod
-    def of(cls, generation: Generation, codec: Codec) -> Response:
-        done = generation.weaver.done
-        text = transcript(generation, codec)
-        ids = generation.weaver.response if done else text
-        lengths = generation.settings.path_lengths(ids, codec)
-        records = [*generation.completions.values(), *generation.open.values()]
-        return cls(
-            codec.decode(text),
-            done,
-            lengths.total_tokens,
-            lengths.longest_path_tokens,
-            lengths.acceleration,
-            lengths.blocks,
-            lengths.mean_threads_per_block,
-            sum(len(record.logprobs) for record in records),
-            generation.steps,
-            sum(sum(record.logprobs) for record in records),
-            sum(sum(record.sampled_logprobs) for record in records),
-            asdict(generation.weaver.limits),
-        )
+    text = transcript(generation, codec)
+    ids = generation.weaver.response if generation.weaver.done else text
+    records = [*generation.completions.values(), *generation.open.values()]
+    return {
+        "text": codec.decode(text),
+        "finished": generation.weaver.done,
+        **generation.settings.path_lengths(ids, codec).as_dict(),
+        "sampled_tokens": sum(len(record.logprobs) for record in records),
+        "decode_steps": generation.steps,
+        "logprob": sum(sum(record.logprobs) for record in records),
+        "sampled_logprob": sum(sum(record.sampled_logprobs) for record in records),
+        "limits": asdict(generation.weaver.limits),
+    }
 
 
 @dataclass(frozen=True)
@@ -70,20 +47,21 @@ class Outcome:
     """All responses, and the time they took.
 
     Attributes:
+        responses: by `response_row`.
         seconds: wall-clock, without loading the model.
         tokens_per_second: sampled tokens.
         seconds_in: where the time went (Engine.seconds); "attention" is within "model".
     """
 
-    responses: list[Response]
+    responses: list[dict[str, Any]]
     seconds: float
     tokens_per_second: float
     seconds_in: dict[str, float]
 
     @classmethod
     def of(cls, engine: Engine, generations: Sequence[Generation], seconds: float) -> Outcome:
-        responses = [Response.of(generation, engine.codec) for generation in generations]
-        sampled = sum(response.sampled_tokens for response in responses)
+        responses = [response_row(generation, engine.codec) for generation in generations]
+        sampled = sum(response["sampled_tokens"] for response in responses)
         return cls(responses, seconds, sampled / seconds, engine.seconds)
 
     def print(self, console: Console) -> None:
@@ -93,17 +71,11 @@ class Outcome:
             "", "tokens", "critical path", "accel.", "blocks", "threads", "steps", "ended",
         ):  # fmt: skip
             table.add_column(name, justify="left" if name == "ended" else "right")
-        for number, response in enumerate(self.responses, 1):
-            table.add_row(
-                str(number),
-                f"{response.total_tokens:,}",
-                f"{response.longest_path_tokens:,}",
-                f"{response.acceleration:.1%}",
-                str(response.blocks),
-                f"{response.mean_threads_per_block:.1f}",
-                f"{response.decode_steps:,}",
-                _end(response),
-            )
+        for number, r in enumerate(self.responses, 1):
+            tokens, longest = r["total_tokens"], r["longest_path_tokens"]
+            threads, steps = r["mean_threads_per_block"], r["decode_steps"]
+            cells = f"{number}", f"{tokens:,}", f"{longest:,}", f"{r['acceleration']:.1%}"
+            table.add_row(*cells, f"{r['blocks']}", f"{threads:.1f}", f"{steps:,}", _end(r))
         console.print(table)
         share = {name: f"{value / self.seconds:.0%}" for name, value in self.seconds_in.items()}
         console.print(
@@ -115,7 +87,7 @@ class Outcome:
         )
 
 
-def _end(response: Response) -> str:
-    if not response.finished:
+def _end(response: dict[str, Any]) -> str:
+    if not response["finished"]:
         return "interrupted"
-    return "at a limit" if any(response.limits.values()) else "by itself"
+    return "at a limit" if any(response["limits"].values()) else "by itself"

@@ -1,10 +1,9 @@
-"""The pool of KV pages, and the page tables of sequences (ARCHITECTURE, facts 6 and 7).
+"""The pool of KV pages, and the page tables of sequences (docs/architecture.md, facts 6 and 7).
 
-Host bookkeeping alone: it says where keys and values lie and which copies the device has to make.
-The invariant is that only slots past the end of a sequence are written, and only in pages that no
-other sequence holds. So a forked sequence shares all pages of its origin, the last, partly filled
-one too; whoever first appends to that page while it is shared moves to a copy of it, and the last
-one to hold it writes in place.
+Bookkeeping on the host: where keys and values lie, and which pages the device has to copy.
+Invariant: only slots past the end of a sequence are written, and only in pages that no other
+sequence holds. A forked sequence shares all pages of its origin, the last, partly filled one too: a
+sequence that appends to a shared page moves to a copy of it, and the last holder writes in place.
 """
 
 from __future__ import annotations
@@ -14,21 +13,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 
-class OutOfPages(RuntimeError):  # noqa: N818 (a state that a scheduler waits out, not an error)
-    """The pool lacks pages for what was asked; nothing has changed.
-
-    Attributes:
-        needed: how many pages it would take.
-        free: how many there are.
-    """
-
-    def __init__(self, needed: int, free: int):
-        super().__init__(f"{needed} pages are needed, {free} are free")
-        self.needed = needed
-        self.free = free
+class OutOfPages(RuntimeError):  # noqa: N818 (a state that a scheduler resolves, not an error)
+    """The pool lacks pages for what was asked; nothing has changed."""
 
 
 class PageTable:
@@ -57,23 +45,11 @@ class Copy(NamedTuple):
     tokens: int
 
 
-class Writes(NamedTuple):
-    """What the device does for an append: first the copies, then the new tokens.
-
-    Attributes:
-        slots: for each new token, the tables in order, page * page_size + slot; int64 [tokens].
-        copies: at most one for each table.
-    """
-
-    slots: NDArray[np.int64]
-    copies: list[Copy]
-
-
 class PagePool:
     """Counts for every page how many tables hold it.
 
-    The device runs the copies and writes of one append before those of the next: a page that was
-    released in between may be handed out again.
+    The device must run the copies and writes of one append before those of the next: a page that
+    was released in between may be handed out again.
 
     Args:
         num_pages: pages are numbered from 0.
@@ -99,8 +75,11 @@ class PagePool:
     def free_pages(self) -> int:
         return len(self._free)
 
-    def append(self, tables: Sequence[PageTable], counts: Sequence[int]) -> Writes:
+    def append(self, tables: Sequence[PageTable], counts: Sequence[int]) -> list[Copy]:
         """Lengthens each table by its count of tokens.
+
+        Returns:
+            The copies that the device makes before it writes the new tokens, at most one a table.
 
         Args:
             tables: different ones.
@@ -118,34 +97,23 @@ class PagePool:
             raise ValueError(f"counts hold {min(counts)}: each must be at least 0")
         needed = self._pages_needed(tables, counts)
         if needed > len(self._free):
-            raise OutOfPages(needed, len(self._free))
+            raise OutOfPages(f"{needed} pages are needed, {len(self._free)} are free")
         size, free, holders = self.page_size, self._free, self._holders
-        slots = np.empty(sum(counts), np.int64)
         copies: list[Copy] = []
-        filled = 0
         for table, count in zip(tables, counts, strict=True):
             if count == 0:
                 continue
-            start, pages = table.length, table.pages
-            table.length = end = start + count
-            used = start % size
+            pages, used = table.pages, table.length % size
+            table.length += count
             if used and holders[pages[-1]] > 1:
                 copies.append(Copy(pages[-1], free[-1], used))
                 holders[pages[-1]] -= 1
                 pages[-1] = free.pop()
                 holders[pages[-1]] = 1
-            while len(pages) * size < end:
+            while len(pages) * size < table.length:
                 holders[free[-1]] = 1
                 pages.append(free.pop())
-            if count == 1:
-                slots[filled] = pages[-1] * size + used
-            else:
-                index = np.arange(start, end)
-                slots[filled : filled + count] = (
-                    np.frombuffer(pages, np.int32)[index // size] * np.int64(size) + index % size
-                )
-            filled += count
-        return Writes(slots, copies)
+        return copies
 
     def fork(self, table: PageTable, length: int | None = None) -> PageTable:
         """Another sequence of the first `length` tokens, by default all; takes no page."""
@@ -158,7 +126,7 @@ class PagePool:
     def adopt(self, table: PageTable, source: PageTable) -> None:
         """Releases the table and gives it the pages and tokens of the source, which ends up empty.
 
-        At a join the line that forked so takes over thread 1's table (ARCHITECTURE, fact 7).
+        At a join the line that forked takes over thread 1's table (docs/architecture.md, fact 7).
         """
         if table is source:
             return

@@ -19,19 +19,19 @@ _SHOWN = 8  # tokens that an error shows
 def script_of(
     ids: Sequence[int], prompt_length: int, codec: Codec, settings: GenerationSettings
 ) -> dict[RequestId, list[int]]:
-    """The completions that make a generation say a finished trajectory again.
+    """The completions with which a generation repeats a finished trajectory.
 
-    Where the record does not tell a forced ending ("\\n</Thread>", say) from the model's own words,
-    it counts as these, if there is room for it. In sequential mode the script is {(0,): response}.
+    An ending that may have been forced ("\\n</Thread>", say) or decoded counts as decoded if the
+    request has room for it. In sequential mode the script is {(0,): response}.
 
     Args:
         ids: prompt and response, [T]: a list, NumPy array or 1-D tensor.
         prompt_length: how many of them are the prompt.
-        settings: those it was recorded with; or others whose limits leave it room.
+        settings: those it was recorded with, or others whose limits leave it room.
 
     Raises:
-        ValueError: the state machine cannot come to this response; says from which token on. Or
-            the prompt is empty, or prompt_length or a setting is out of range.
+        ValueError: the state machine cannot produce this response, with the first token that
+            differs; the prompt is empty; prompt_length or a setting is out of range.
     """
     max_depth = settings.max_depth if settings.mode == "parallel" else 0
     calls = extract_calls(ids, codec, prompt_length, max_depth=max_depth)
@@ -41,9 +41,9 @@ def script_of(
     for call in calls:
         context = call.context
         request = next((r for r in weaver.requests() if r.context == context), None)
-        # Without a request these tokens were forced, or cannot be: the response will tell.
+        # Without a request these tokens were forced, or are impossible, which `_check` finds.
         if request is not None:
-            script[request.id] = tokens = _own_words(call.completion, request, codec)
+            script[request.id] = tokens = _decoded_part(call.completion, request, codec)
             stopped = tokens and tokens[-1] in request.stop_ids
             weaver.complete(request, tokens, "stop" if stopped else "length")
     while not weaver.done:
@@ -52,8 +52,8 @@ def script_of(
     return script
 
 
-def _own_words(completion: list[int], request: Request, codec: Codec) -> list[int]:
-    """What the model can have decoded: up to a stop token, as far as there was room."""
+def _decoded_part(completion: list[int], request: Request, codec: Codec) -> list[int]:
+    """The tokens that the model can have decoded: up to a stop token and the request's limit."""
     forced = [*codec.newline_ids, codec.tag_ids["</Thread>"]]
     if len(completion) > request.max_tokens and completion[-len(forced) :] == forced:
         completion = completion[: -len(forced)]

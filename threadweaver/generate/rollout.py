@@ -1,4 +1,4 @@
-"""What came of decoding: the record of one rollout that evaluation and training read."""
+"""The record of one rollout, which evaluation and training read."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from threadweaver.generate.weaver import LimitCounts, Reason, RequestId
 
 @dataclass(frozen=True)
 class Completion:
-    """What one request of a rollout got.
+    """The tokens decoded for one request of a rollout.
 
     Attributes:
         request: its id in the Weaver.
-        context: ids it was continued from, [T].
+        context: ids of the request, [T].
         tokens: ids that were decoded, the stop token included, [n]; empty if there was no room.
         logprobs: log-probability of each token under the model, untempered, [n].
         sampled_logprobs: of each token under the distribution it was drawn from, after temperature
             and truncation, [n]; 0 for a greedy choice.
-        reason: why it ended.
+        reason: what ended it.
     """
 
     request: RequestId
@@ -37,7 +37,7 @@ class Rollout:
         prompt: ids of the prompt.
         response: ids after the prompt, joined; the end token included if it was decoded.
         completions: by request id, which is the order of the text.
-        limits: what the limits of the Weaver ended.
+        limits: how often a limit of the Weaver ended something.
         decode_steps: engine steps that computed tokens of it, prefill included.
     """
 

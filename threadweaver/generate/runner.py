@@ -20,9 +20,9 @@ from threadweaver.model import PagedStep, output_layer, paged_hidden_states
 from tw_kernels import DecodePlan, PagedKV
 from tw_kernels.decode.plan import default_workers
 
-# What makes a further CPU thread worth while in a step: multiply-adds of its largest product, where
+# A step takes one CPU thread for each THREAD_WORK multiply-adds of its largest product, where
 # fetching a weight counts as much as FETCH_ROWS rows. Below it two threads take as long as one, or
-# longer, and whatever else runs on the machine slows them down (a model with matrices of 98,000
+# longer, and other processes on the machine slow them down (a model with matrices of 98,000
 # weights: 1.1 to 1.3 times as long at 1 to 16 tokens, even at 64; with 885,000 weights 0.7 at one
 # token; two Xeon cores, with AVX-512 and held to AVX2).
 THREAD_WORK = 4e6
@@ -35,11 +35,10 @@ class Runner:
     The memory of the pages is taken by the first step after `free`, or after the start.
 
     Args:
-        model: loaded by threadweaver.model. Its weights are read where they are, or as copies that
-            `cast` brings up to date (EngineWeights).
-        share: False reads a shared page once for every sequence that holds it, for comparison.
-        capture: steps in which every sequence decodes one token run as graphs that this records;
-            None: no graphs. Default: CUDA graphs on CUDA.
+        model: loaded by threadweaver.model. Its weights are read in place, or as copies that `cast`
+            brings up to date (EngineWeights).
+        capture: records the graphs in which steps of one new token a sequence run; None: no
+            graphs. Default: CUDA graphs on CUDA.
         autocast: compute, and keep keys and values, in bfloat16 whatever the dtype of the weights,
             as a trainer does under torch.autocast.
 
@@ -53,18 +52,16 @@ class Runner:
         model: PreTrainedModel,
         num_pages: int,
         page_size: int,
-        share: bool = True,
         capture: Capture | Literal["default"] | None = "default",
         autocast: bool = False,
     ):
         self._weights = EngineWeights(model, torch.bfloat16 if autocast else None)
         self.page_size = page_size
-        self.share = share
         self.seconds = {"plan": 0.0, "model": 0.0, "attention": 0.0}
         self._num_pages = num_pages
         self._pages: Tensor | None = None
         self._caches: list[PagedKV] = []
-        self._device = model.device  # kept, for the model looks through its parameters each time
+        self._device = model.device  # model.device goes through all parameters
         self._dtype = torch.bfloat16 if autocast else model.dtype
         if capture == "default":
             capture = cuda_capture if self._device.type == "cuda" else None
@@ -113,7 +110,8 @@ class Runner:
 
     @contextmanager
     def _threads(self, tokens: int) -> Iterator[None]:
-        """As many of torch's CPU threads as a pass over so many tokens fills; all beside a GPU."""
+        """Limits torch to as many CPU threads as a pass over so many tokens fills; does nothing
+        for a model on a GPU."""
         if self._device.type != "cpu":
             yield
             return
@@ -152,13 +150,11 @@ class Runner:
             self.page_size,
         )
         if not in_graph:
-            return DecodePlan.build(*sequences, self._device, share=self.share)
-        # Cut for the device's workers as the plan that goes there, so that the sizes agree.
+            return DecodePlan.build(*sequences, self._device)
+        # Split for the same number of workers as the plan on the device, so that the sizes agree.
         workers = default_workers(self._device)
-        size = DecodePlan.build(*sequences, num_workers=workers, share=self.share).size
-        return DecodePlan.build(
-            *sequences, self._device, workers, share=self.share, capacity=padded(size)
-        )
+        size = DecodePlan.build(*sequences, num_workers=workers).size
+        return DecodePlan.build(*sequences, self._device, workers, capacity=padded(size))
 
 
 def kv_shape(model: PreTrainedModel, num_pages: int, page_size: int) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
-"""From logits to tokens: temperature, truncation, and draws that depend on nothing but their key.
+"""From logits to tokens: temperature, truncation, and draws that depend on their key alone.
 
-The random number of a token is a hash of its key (seed, request, position), so a draw is the same
-whatever else is in the batch, however requests are scheduled, and on every device.
+The random number of a token is a hash of its key (seed, request, position), so a draw does not
+depend on the rest of the batch, the schedule or the device.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch import Tensor
 _WORD = 2**64
 # Mixing constants of SplitMix64 (Steele, Lea, Flood 2014).
 _STEP, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-_BLOCK = 256  # tokens whose weights are summed before any of them is looked at
+_BLOCK = 256  # tokens whose weights are summed together at first
 _CANDIDATES = 1024  # likeliest tokens among which truncation is first tried
-_CPU_LOGITS = 2**19  # at a time: so that what is computed from them stays in a CPU's cache
+_CPU_LOGITS = 2**19  # at a time, so that intermediate results stay in a CPU's cache
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a token is drawn. Truncations apply in this order, each to what the last one left.
+    """How a token is drawn. Truncations apply in this order, each to the result of the last.
 
     Args:
         temperature: divides the logits; 0 takes the likeliest token.
@@ -75,7 +75,7 @@ class Draws(NamedTuple):
 
 
 def stream_key(numbers: Iterable[int]) -> int:
-    """64 bits that stand for one stream of draws: a seed and a request id, say."""
+    """A 64-bit hash of the numbers that name a stream of draws, such as a seed and request id."""
     state = 0
     for number in numbers:
         state = _mix((state ^ (number % _WORD)) + _STEP)
@@ -109,7 +109,7 @@ def sample(
     Args:
         logits: [S, V].
         params: of each row.
-        u: of each row, in [0, 1): where the draw falls in its cumulative distribution.
+        u: a uniform number in [0, 1) for each row, the point in its cumulative distribution.
         forced: tokens to take instead of the drawn ones, None where there is none; the
             log-probabilities are theirs (-inf for one that truncation excludes).
     """
@@ -135,7 +135,7 @@ def sample(
 
 
 def _index(rows: list[int], device: torch.device) -> slice | Tensor:
-    """A slice if it can be, which copies nothing."""
+    """The rows as a slice if they are contiguous, which copies nothing; else as a tensor."""
     if rows[-1] - rows[0] + 1 == len(rows):
         return slice(rows[0], rows[-1] + 1)
     return torch.tensor(rows, device=device)
@@ -183,8 +183,8 @@ def _draw(logits: Tensor, u: Tensor) -> Tensor:
     before = ends.gather(1, block) - sums.gather(1, block)
     cumulative = blocks.gather(1, block[..., None].expand(-1, -1, _BLOCK))[:, 0]
     cumulative = cumulative.cumsum(-1, dtype=torch.float64)
-    # The block's sum is rounded otherwise than its weights', so that a point close to an end may
-    # miss them: it is moved to between 0 and their last.
+    # The block's sum is rounded differently from the cumulative sum of its weights: a point close
+    # to an end may lie outside, and is moved inside.
     points = torch.minimum((points - before).clamp_(min=0), cumulative[:, -1:] * (1 - 2.0**-52))
     tokens = block * _BLOCK + torch.searchsorted(cumulative, points, right=True)
     return tokens[:, 0].clamp_(max=vocabulary - 1)
@@ -196,8 +196,8 @@ def _truncate(logits: Tensor, params: SamplingParams) -> Tensor:
     candidates = max(_CANDIDATES, 2 * (params.top_k or 0))
     if 4 * candidates > vocabulary:
         return _keep(logits, *logits.sort(dim=-1, descending=True, stable=True), params)[0]
-    # Sorting everything costs more than a small model's pass, and almost always a few tokens hold
-    # what is kept. They do unless one is kept that equals the last of them.
+    # Sorting everything costs more than a small model's pass, and the kept tokens are almost always
+    # among the likeliest few. They are unless a kept one equals the last of these.
     ids = logits.topk(candidates, sorted=False).indices.sort().values
     ordered, order = logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
     truncated, keep = _keep(logits, ordered, ids.gather(-1, order), params)

@@ -1,8 +1,9 @@
 """Which sequences compute how many tokens in the next step, and on which pages.
 
 Everything that holds pages is a Branch, and branches are ranked: by arrival of their generation,
-then in the order of its text. When the pool runs short, the branch that ranks last gives up its
-pages and computes them anew later; so the first in rank always moves on, and every generation ends.
+then in the order of its text. When the pool runs short, the branch that ranks last is preempted: it
+releases its pages and computes them again later. So the first in rank always advances, and every
+generation ends.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ class Branch:
     """Tokens of one path, and the pages of those that were computed.
 
     Attributes:
-        rank: first come, first kept; unique.
+        rank: unique; a lower rank keeps its pages longer.
         ids: all tokens, [T].
-        family: branches that share a prefix belong to one: those of all generations of a prompt.
+        family: the branches of all generations of the same prompt.
         table: where the keys and values of ids[:table.length] lie.
     """
 
@@ -40,7 +41,7 @@ class Branch:
 
 @dataclass(eq=False)
 class Sequence(Branch):
-    """A branch that is being decoded: the open request it serves, and what it has got.
+    """A branch that is being decoded, for one open request.
 
     Attributes:
         key: of its random draws (sampler.stream_key).
@@ -65,9 +66,9 @@ class Family:
 
     Attributes:
         prompt_length: tokens that all of them share.
-        branches: that are in the scheduler.
+        branches: those in the scheduler.
         unfinished: generations that are not done.
-        stem: keeps the prompt for generations that start late.
+        stem: holds the prompt's pages for generations that have yet to start.
     """
 
     prompt_length: int
@@ -108,19 +109,12 @@ class Scheduler:
         self._waiting: list[Sequence] = []
         self._kept: list[Branch] = []
 
-    @property
-    def num_running(self) -> int:
-        return len(self._running)
-
-    def __len__(self) -> int:
-        return len(self._running) + len(self._waiting)
-
     def add(self, sequence: Sequence) -> None:
         insort(self._waiting, sequence, key=_rank)
         sequence.family.branches.append(sequence)
 
     def keep(self, branch: Branch) -> None:
-        """From now on a branch that holds its pages as long as nobody else needs them."""
+        """Stops decoding a branch; it holds its pages until they are needed elsewhere."""
         if isinstance(branch, Sequence) and branch in self._running:
             self._running.remove(branch)
         else:
@@ -144,7 +138,7 @@ class Scheduler:
         Empty if there is nothing to decode.
         """
         self._admit()
-        # Decoding goes before prefill: nobody who is talking waits for somebody who reads.
+        # Decoding goes before prefill, so that a long prompt does not hold up running sequences.
         by_need = sorted(self._running, key=lambda s: s.pending > 1)
         batch, counts, room = [], [], self._max_batch_tokens
         for sequence in by_need:
@@ -155,7 +149,7 @@ class Scheduler:
                 room -= count
         while True:
             try:
-                writes = self.pool.append([s.table for s in batch], counts)
+                copies = self.pool.append([s.table for s in batch], counts)
             except OutOfPages:
                 victim = self._last_holder()
                 self._give_up(victim)
@@ -163,7 +157,7 @@ class Scheduler:
                     at = batch.index(victim)
                     del batch[at], counts[at]
                 continue
-            return Batch(batch, counts, writes.copies)
+            return Batch(batch, counts, copies)
 
     def _admit(self) -> None:
         """Moves waiting sequences to the running ones, in order, as far as slots and pages go."""
@@ -178,8 +172,8 @@ class Scheduler:
             insort(self._running, sequence, key=_rank)
 
     def _waits_for_a_prefix(self, sequence: Sequence) -> bool:
-        """Forks the branch that shares most with a sequence that has no pages; True if that branch
-        is just computing what they share."""
+        """Forks the branch with the longest shared prefix for a sequence without pages. True if
+        that branch has yet to compute the prefix: the sequence then waits for it."""
         most, source = 0, None
         for branch in sequence.family.branches:
             if branch is sequence:
@@ -207,10 +201,10 @@ class Scheduler:
         return min(shared, there, len(sequence.ids) - 1)
 
     def _fits(self, sequence: Sequence) -> bool:
-        """Whether there are pages for all its tokens and for one more page of each running one.
+        """Whether there are pages for all its tokens, and one more for each running sequence.
 
-        To make room, those that rank behind it and are not running give up their pages. The first
-        in rank fits if nothing else runs, whatever it takes: `schedule` finds the pages.
+        To make room, branches of higher rank that are not running are preempted. If nothing runs,
+        it fits in any case: `schedule` preempts others for it.
         """
         pages = -(-len(sequence.ids) // self.pool.page_size) - len(sequence.table.pages) + 1
         needed = pages + len(self._running)

@@ -1,4 +1,4 @@
-"""What a generation may be told (mode, limits, how tokens are drawn), and an engine: its sizes."""
+"""Settings of a generation (mode, limits, sampling) and of an engine (sizes)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from threadweaver.trajectory.tags import MAX_OUTLINES
 
 @dataclass(frozen=True)
 class EngineSizes:
-    """How much an engine decodes at once, and in how much memory.
+    """The sizes of an engine.
 
     Args:
         kv_gigabytes: memory for keys and values, in 1e9 bytes.

@@ -1,7 +1,4 @@
-"""The text of a generation while it is being decoded, in the order in which it will be read.
-
-Without end tokens: they are no text.
-"""
+"""The ids of a generation while it is being decoded, in their final order, without end tokens."""
 
 from __future__ import annotations
 
@@ -14,13 +11,13 @@ from threadweaver.trajectory import Codec
 
 @dataclass(frozen=True)
 class Piece:
-    """What one request decoded so far.
+    """The tokens that one request has decoded so far.
 
     Attributes:
         request: its id.
         forced: ids between the piece before it and this one: newline, thread header.
-        tokens: ids that were decoded, an end token left out.
-        is_open: more may come.
+        tokens: decoded ids, without an end token.
+        is_open: whether the request is open.
     """
 
     request: RequestId
@@ -72,8 +69,8 @@ def transcript(generation: Generation, codec: Codec) -> list[int]:
 
 
 def settled(generation: Generation, codec: Codec) -> list[int]:
-    """The beginning of the response that nothing can change any more, but for its limit: what is
-    behind a thread that still runs, or ended early, is not in it."""
+    """The part of the response that no later token changes, but for the response's limit: it ends
+    at a thread that still runs or ended early."""
     if generation.weaver.done:
         return _without_end(generation.weaver.response, codec)
     ids: list[int] = []
@@ -91,8 +88,8 @@ def _without_end(ids: list[int], codec: Codec) -> list[int]:
 
 
 def _leads_to(piece: Piece, following: Piece, codec: Codec) -> bool:
-    """Whether nothing is written between a closed piece and the following one but what the latter
-    forces: it ended in </Thread>, or the following one is a fork or continuation of it."""
+    """Whether only the forced ids of the following piece come between it and a closed piece: the
+    piece ended in </Thread>, or the following one is a fork or continuation of it."""
     line = piece.request[:-1]
     ended = piece.tokens[-1:] == [codec.tag_ids["</Thread>"]]
     return ended or following.request[: len(line)] == line

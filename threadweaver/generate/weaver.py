@@ -1,7 +1,7 @@
-"""The fork-join state machine of one response (SPEC, "State machine"). It does no I/O.
+"""The fork-join state machine of one response (docs/semantics.md, "State machine"), without I/O.
 
-Whoever drives it decodes the open requests, in any order and as slowly as it likes, and hands back
-what came: an engine, a test, a remote server.
+Its driver (an engine, a test, a remote server) decodes the open requests in any order and hands
+back the completions.
 
     weaver = Weaver(prompt_ids, codec, max_tokens=1500)
     while not weaver.done:
@@ -9,9 +9,9 @@ what came: an engine, a test, a remote server.
             weaver.complete(request, *decode(request.context, request.stop_ids, request.max_tokens))
     weaver.response
 
-Sharing of KV (ARCHITECTURE, facts 6 and 7): the *path* of a request is its context and completion.
-Every request but the first extends the path of one closed request, all of it, by the forced tokens
-between them; so page tables are forked and taken over without a look at the ids.
+Sharing of KV (docs/architecture.md, facts 6 and 7): the *path* of a request is its context and
+completion. Every request but the first extends the whole path of one closed request by the forced
+tokens between them; so page tables are forked and adopted without comparing ids.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ Mode = Literal["parallel", "sequential"]
 Reason = Literal["stop", "eos", "length"]
 
 # Request k of the main line is (k,); request m of the t-th thread that request r opened is
-# (*r, t, m), all counted from 0. An id depends on what was decoded, never on which thread was
-# faster, and ids sort in the order of the text: a request before all that extends it.
+# (*r, t, m), all counted from 0. An id depends on the decoded tokens and not on the schedule, and
+# ids sort in the order of the text: a request before all that extend it.
 RequestId = tuple[int, ...]
 
 _OUTLINE_NUMBER = re.compile(r"<Outline>\s*([0-9]+(?:\.[0-9]+)*)\s*:")
@@ -40,19 +40,18 @@ class Request:
     """Something to decode. Two requests are equal only if they are the same object.
 
     Attributes:
-        id: unique within its Weaver, and the same however the requests were scheduled.
+        id: unique within its Weaver, and independent of the schedule.
         context: ids to continue from, [T]; not to be modified.
         stop_ids: ids that end the completion, and stand at its end.
         max_tokens: most tokens of the completion, the stop token included; at least 1.
-        kind: what it does with the path of its parent:
-            "prompt": it has no parent, its context is the prompt;
-            "thread": it forks it, as the other threads of the block do;
-            "continue": its line goes on, as no outline asked for a thread;
-            "join": the line that forked goes on. The parent is the last request of thread 1, whose
-                path runs through the fork; what follows it are the other threads, seen anew.
-        parent: id of the closed request whose path it extends; None for the first.
-        shared_length: length of that whole path: context[:shared_length] is the parent's context
-            and completion. The rest of the context, maybe nothing, is forced.
+        kind: how it extends the path of its parent:
+            "prompt": it has no parent, and its context is the prompt;
+            "thread": it forks the path, as the other threads of the block do;
+            "continue": it continues its line, since no outline asked for a thread;
+            "join": it continues the line that forked. The parent is the last request of thread 1,
+                whose path runs through the fork; the tokens of the other threads follow it.
+        parent: id of the closed request whose path it extends; None for the first. The context
+            begins with that whole path; the rest of it, maybe nothing, is forced.
     """
 
     id: RequestId
@@ -61,7 +60,6 @@ class Request:
     max_tokens: int
     kind: Literal["prompt", "thread", "continue", "join"]
     parent: RequestId | None
-    shared_length: int
 
 
 @dataclass
@@ -87,7 +85,7 @@ class Weaver:
     Args:
         prompt_ids: [T], T >= 1: a list, NumPy array or 1-D tensor. Its tags are literal text.
         max_tokens: most tokens of the response, on any path and joined; a response that a join
-            makes longer is closed and cut.
+            makes longer is closed and truncated.
         mode: "sequential" runs the model with no orchestration: one request, until EOS.
         max_depth: how deep blocks nest. Below it a thread stops at </Outlines> too, and may open a
             block of its own.
@@ -97,7 +95,7 @@ class Weaver:
             depends on how fast another is.
 
     Attributes:
-        limits: what the limits ended.
+        limits: how often a limit ended something.
 
     Raises:
         ValueError: the prompt is empty, a setting is out of range, or the codec has no newline to
@@ -118,11 +116,15 @@ class Weaver:
     ):
         if mode not in get_args(Mode):
             raise ValueError(f"mode is {mode!r}: it must be one of {', '.join(get_args(Mode))}")
-        _at_least_one("max_tokens", max_tokens)
-        _at_least_one("max_depth", max_depth)
-        _at_least_one("max_threads", max_threads)
-        _at_least_one("max_thread_tokens", max_thread_tokens)
-        _at_least_one("max_blocks", max_blocks)
+        for name, value in (
+            ("max_tokens", max_tokens),
+            ("max_depth", max_depth),
+            ("max_threads", max_threads),
+            ("max_thread_tokens", max_thread_tokens),
+            ("max_blocks", max_blocks),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1")
         prompt = [int(id) for id in prompt_ids]
         if not prompt:
             raise ValueError("the prompt is empty: there is nothing to continue from")
@@ -143,7 +145,7 @@ class Weaver:
         self._open: dict[RequestId, tuple[Request, _Line]] = {}
         levels = max_depth if mode == "parallel" else 0
         self._main = _Line((), prompt, len(prompt), max_tokens, levels, block=None)
-        self._request(self._main, "prompt", None, 0)
+        self._request(self._main, "prompt", None)
 
     @property
     def done(self) -> bool:
@@ -161,8 +163,8 @@ class Weaver:
     def retained(self) -> set[RequestId]:
         """The closed requests whose path a join may still extend: threads 1 that wait for others.
 
-        The path of a closed request serves the requests opened by the call of `complete` that
-        closed it, and is needed no more after that call unless it is named here.
+        The path of any other closed request is not needed once the requests have been opened that
+        followed from it.
         """
         blocks = set()
         for _, line in self._open.values():
@@ -173,7 +175,7 @@ class Weaver:
         return {line.request_id for line in firsts if line.closed}
 
     def complete(self, request: Request, tokens: Iterable[int], reason: Reason) -> None:
-        """Takes the completion of an open request, and opens the requests that follow from it.
+        """Takes the completion of an open request, and opens the requests that follow.
 
         Args:
             tokens: ids, the stop token included, [n] with n <= request.max_tokens.
@@ -191,7 +193,7 @@ class Weaver:
         tokens = [int(id) for id in tokens]
         self._check(request, tokens, reason)
         del self._open[request.id]
-        # A new list: the request keeps the context it was opened with.
+        # A new list, since the request keeps its context.
         line.context = line.context + tokens
         stop = tokens[-1] if tokens and tokens[-1] in request.stop_ids else None
         if stop == self._outlines_end:
@@ -231,7 +233,6 @@ class Weaver:
         line: _Line,
         kind: Literal["prompt", "thread", "continue", "join"],
         parent: RequestId | None,
-        shared_length: int,
     ) -> None:
         stop_ids = [self._codec.eos_id]
         if line.block is not None:
@@ -247,7 +248,6 @@ class Weaver:
             max_tokens=line.room,
             kind=kind,
             parent=parent,
-            shared_length=shared_length,
         )
         self._open[request.id] = request, line
 
@@ -256,7 +256,7 @@ class Weaver:
         numbers = self._outline_numbers(line)
         if not numbers:
             if line.room > 0:
-                self._request(line, "continue", line.request_id, len(line.context))
+                self._request(line, "continue", line.request_id)
             else:
                 self._end_by_length(line)
             return
@@ -269,7 +269,7 @@ class Weaver:
             self._newline + self._codec.encode(f"<Thread>\n{number}:")
             for number in numbers[: self._max_threads]
         ]
-        # Threads have room as if each were alone, so that none depends on how fast another is.
+        # The room of a thread does not depend on the other threads, nor on the schedule.
         room = line.room - max(map(len, headers))
         if room <= 0:
             self._end_by_length(line)
@@ -283,7 +283,7 @@ class Weaver:
             id = (*line.request_id, t)
             thread = _Line(id, context, len(context), room, line.levels - 1, block)
             block.threads.append(thread)
-            self._request(thread, "thread", line.request_id, len(line.context))
+            self._request(thread, "thread", line.request_id)
 
     def _outline_numbers(self, line: _Line) -> list[str]:
         """Numbers of the outlines since the last <Outlines> that the line holds itself."""
@@ -311,7 +311,7 @@ class Weaver:
             self._end_by_length(line)
         else:
             line.context += self._newline
-            self._request(line, "join", first.request_id, len(first.context))
+            self._request(line, "join", first.request_id)
 
     def _end_by_length(self, line: _Line) -> None:
         if line.block is not None:
@@ -321,7 +321,7 @@ class Weaver:
         self._end(line)
 
     def _end(self, line: _Line) -> None:
-        """Ends a line with no word of the model: no line that it is part of goes on after it."""
+        """Ends a line by force; the lines that it is part of end at their joins."""
         if line.block is None:
             if line.room < 0:
                 self.limits.response = 1
@@ -337,11 +337,11 @@ class Weaver:
 
 @dataclass
 class _Line:
-    """The main line, or a thread: what its requests decode, one after another.
+    """The main line or a thread: a run of requests, one after another.
 
     Attributes:
         id: what the ids of its requests begin with.
-        context: ids from the prompt on; replaced, never changed, while a request refers to it.
+        context: ids from the prompt on; never modified in place, since requests refer to it.
         start: where its own tokens begin, after the prompt or the forced header.
         limit: how many tokens of its own it may have.
         levels: how many levels of blocks may still open in it.
@@ -373,8 +373,3 @@ class _Block:
     line: _Line
     threads: list[_Line] = field(default_factory=list)
     is_last: bool = False
-
-
-def _at_least_one(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise ValueError(f"{name} is {value}: it must be at least 1")

@@ -1,8 +1,8 @@
-"""The engine's own form of a model: the trainer's parameters, but for copies that are cast once.
+"""A model's weights as the engine reads them: the trainer's parameters, and copies cast once.
 
-Under inference mode autocast caches nothing, so every step would cast every matrix anew. Here the
+Under inference mode autocast caches nothing, so every step would cast every matrix again. Here the
 matrices that autocast would cast have copies in its dtype, which all steps of a batch of rollouts
-read; they stay where they are until `free`, so that CUDA graphs may point at them.
+read. The copies keep their addresses until `free`, as CUDA graphs require.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class EngineWeights:
                 module.__class__ = _FewRowLinear
 
     def _replace(self, module: nn.Module, dtype: torch.dtype) -> None:
-        """Gives a module copies of what its matrix products read. Lookups and norms do not count:
-        autocast leaves them in float32."""
+        """Gives a module copies of the parameters of its matrix products. Embeddings and norms have
+        none: autocast leaves them in float32."""
         own = dict(module.named_parameters(recurse=False))
         if isinstance(module, nn.Embedding) or all(p.dim() < 2 for p in own.values()):
             return
@@ -54,7 +54,7 @@ class EngineWeights:
 
     @torch.no_grad()
     def cast(self) -> None:
-        """Brings the copies up to date: once for a batch of rollouts, in which weights stand."""
+        """Updates the copies: once for a batch of rollouts, during which weights do not change."""
         for own, parameter in self._copies:
             if own.shape == parameter.shape:
                 own.copy_(parameter)
@@ -72,7 +72,7 @@ def _fits_few_rows(module: nn.Linear) -> bool:
 
 
 class _FewRowLinear(nn.Linear):
-    """nn.Linear in a decode step on a CPU, where memory should be what it waits for."""
+    """nn.Linear on a CPU that multiplies few rows, as in a decode step, by `few_row_linear`."""
 
     def forward(self, input: Tensor) -> Any:
         if input.numel() > MOST_ROWS * self.in_features:

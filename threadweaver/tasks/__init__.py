@@ -1,9 +1,10 @@
 """Where prompts and answers come from. One module a task.
 
-`load_task` is the door: `load_task("multiplication", digits=3)`, `load_task("prompts.jsonl")`.
+load_task("multiplication", digits=3)
+load_task("prompts.jsonl")
 """
 
-from threadweaver.tasks.registry import load_task
+from threadweaver.tasks.registry import load_task, task_names
 from threadweaver.tasks.task import Problem, Split, Task
 
-__all__ = ["Problem", "Split", "Task", "load_task"]
+__all__ = ["Problem", "Split", "Task", "load_task", "task_names"]

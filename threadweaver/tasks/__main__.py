@@ -1,21 +1,24 @@
 """`python -m threadweaver.tasks multiplication|write --out DIR`: write a task's data.
 
 Writes DIR/train and DIR/validation as JSON lines or parquet, in the columns of `threadweaver.data`.
+`--help` names the tasks there are, those of installed packages included.
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from jsonargparse import ArgumentParser, auto_cli
-from rich.console import Console
-
-from threadweaver.command import fail
-from threadweaver.data import save_rows
-from threadweaver.progress import Progress
-from threadweaver.tasks import Problem, Task, load_task
+from threadweaver.command import fail, train_extra
+from threadweaver.data import save_rows, trajectory_row
+from threadweaver.tasks import Problem, Task, load_task, task_names
 from threadweaver.tasks.multiplication import make_rows, split_problems
+
+with train_extra():
+    from jsonargparse import ArgumentParser, auto_cli
+    from rich.console import Console
+
+    from threadweaver.progress import Progress
 
 
 def multiplication(
@@ -40,14 +43,9 @@ def multiplication(
         seed: same seed, same files; the problems do not depend on the share.
         format: jsonl (JSON lines) or parquet.
     """
-    console = Console(stderr=True)
     halves = split_problems(train, validation, digits, factors, seed)
-    for name, problems in zip(("train", "validation"), halves, strict=True):
-        path = out / f"{name}.{format}"
-        rows = make_rows(problems, parallel_share, seed)
-        with Progress(console, path.name, len(problems), "rows") as progress:
-            save_rows(list(progress.track(rows)), path)
-        console.print(f"{path}: {len(problems)} rows", soft_wrap=True, highlight=False)
+    rows = ((len(problems), make_rows(problems, parallel_share, seed)) for problems in halves)
+    _save(out, format, dict(zip(("train", "validation"), rows, strict=True)))
 
 
 def write(
@@ -62,11 +60,11 @@ def write(
 ) -> None:
     """Write DIR/train and DIR/validation: problems of any task, with demonstrations if it has them.
 
-    Whoever reads the files compares answers with the one on record, as mathematics; a scorer that
-    belongs to the task stays behind.
+    A file keeps the right answer of each problem, not the task's own scorer: read as a task, it is
+    graded as mathematics.
 
     Args:
-        task: multiplication, reasoning_gym:<dataset> or a data file.
+        task: its name, or the path of a data file.
         out: folder to write to.
         train: number of training rows.
         validation: number of validation rows; no question of training.
@@ -75,44 +73,39 @@ def write(
         seed: same seed, same files.
         format: jsonl (JSON lines) or parquet.
     """
-    console = Console(stderr=True)
     source = load_task(task, **(options or {}))
     halves = {
         "train": source.problems("train", train, seed),
         "validation": source.problems("validation", validation, seed),
     }
-    rows = {}
-    for name, problems in halves.items():
-        with Progress(console, f"{name}.{format}", len(problems), "rows") as progress:
-            rows[name] = _rows(source, progress.track(problems), parallel)
-    for name in rows:
-        path = out / f"{name}.{format}"
-        save_rows(rows[name], path)
-        console.print(f"{path}: {len(rows[name])} rows", soft_wrap=True, highlight=False)
+    rows = {name: (len(half), _rows(source, half, parallel)) for name, half in halves.items()}
+    _save(out, format, rows)
 
 
-def _rows(task: Task, problems: Iterable[Problem], parallel: bool) -> list[dict]:
-    rows = []
+def _rows(task: Task, problems: Sequence[Problem], parallel: bool) -> Iterator[dict[str, Any]]:
     for problem in problems:
         if not problem.answer:
             raise ValueError(
                 f"{problem.source}: no right answer is on record, so that its row could not be "
                 "graded; use the task itself instead of a file of it"
             )
-        row = {
-            "question": problem.prompt,
-            "reward_model": {"ground_truth": problem.answer, "style": "rule"},
-        }
         response = task.demonstration(problem, parallel)
-        if response is not None:
-            row |= {"response": response, "qwen_text": problem.prompt + response}
-        rows.append(row)
-    return rows
+        yield trajectory_row(problem.prompt, response, problem.answer)
+
+
+def _save(out: Path, format: str, files: dict[str, tuple[int, Iterator[dict[str, Any]]]]) -> None:
+    """Makes the rows of all files, of which the number is known, and then writes them."""
+    console, made = Console(stderr=True), {}
+    for name, (count, rows) in files.items():
+        with Progress(console, f"{name}.{format}", count, "rows") as progress:
+            made[out / f"{name}.{format}"] = list(progress.track(rows))
+    for path, rows in made.items():
+        save_rows(rows, path)
+        console.print(f"{path}: {len(rows)} rows", soft_wrap=True, highlight=False)
 
 
 class _DashParser(ArgumentParser):
-    """Options of several words are spelt with dashes on the command line, or as in the code; none
-    by its beginning."""
+    """Takes options of several words with dashes or underscores, and no abbreviations."""
 
     def __init__(self, *arguments, **settings):
         super().__init__(*arguments, **settings, allow_abbrev=False)
@@ -125,11 +118,17 @@ class _DashParser(ArgumentParser):
         return super().add_argument(*names, *dashed, **settings)
 
 
+@train_extra()
 def main() -> None:
     """Exit codes: 0; 2 for arguments that cannot be met, with one line on stderr."""
     commands = {"multiplication": multiplication, "write": write}
     try:
-        auto_cli(commands, as_positional=False, parser_class=_DashParser)
+        auto_cli(
+            commands,
+            as_positional=False,
+            parser_class=_DashParser,
+            description=f"Write the data of a task. Tasks: {task_names()}.",
+        )
     except ValueError as error:
         sys.exit(fail(error, 2))
 

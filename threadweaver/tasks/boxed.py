@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 def boxed_answer(response: str) -> str | None:
     """The text in the last `\\boxed{...}` after the last `</think>`, without spaces around it.
@@ -24,3 +26,13 @@ def boxed_answer(response: str) -> str | None:
             if depth == 0:
                 return content[:i].strip()
     return None
+
+
+def boxes_number(response: str, number: str) -> bool:
+    """Whether the box of a response holds decimal digits alone that make the whole number `number`;
+    leading zeros and surrounding spaces do not matter."""
+    answer = boxed_answer(response)
+    if answer is None or not re.fullmatch("[0-9]+", answer):
+        return False
+    # As text: a model may box more digits than Python agrees to read as a number.
+    return answer.lstrip("0") == number.strip().lstrip("0")

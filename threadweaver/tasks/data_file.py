@@ -1,4 +1,4 @@
-"""Problems from a data file, graded as mathematics by math-verify."""
+"""Problems from a data file, graded as mathematics by math-verify, or as whole numbers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 
 from threadweaver.data import DataError, Example, load_examples
-from threadweaver.tasks.boxed import boxed_answer
+from threadweaver.tasks.boxed import boxed_answer, boxes_number
 from threadweaver.tasks.judge import Judge
 from threadweaver.tasks.task import Problem, Split, check_count, check_settings, is_held_out
 
@@ -23,20 +23,28 @@ class DataFile:
         held_out: share of the prompts that make up the validation split; which ones depends on
             their text alone. 1: the whole file is for evaluation.
         seconds: most time to grade one answer; one that takes longer is wrong.
+        whole_numbers: an answer is right if its box holds decimal digits alone and they equal the
+            ground truth as a whole number; needs no math-verify.
 
     Raises:
         DataError: a row that cannot be used, or one without an answer; names file, row and field.
         ValueError: a setting out of range, or math-verify is not installed.
     """
 
-    def __init__(self, path: str, held_out: float = 0.1, seconds: float = 5.0):
+    def __init__(
+        self,
+        path: str,
+        held_out: float = 0.1,
+        seconds: float = 5.0,
+        whole_numbers: bool = False,
+    ):
         check_settings(held_out, seconds)
-        if importlib.util.find_spec("math_verify") is None:
+        if not whole_numbers and importlib.util.find_spec("math_verify") is None:
             raise ValueError(
                 f"{path}: grading its answers needs the package 'math-verify'; "
                 "install it, or the extra that holds it: threadweaver[tasks]"
             )
-        self._path = path
+        self._path, self._whole_numbers = path, whole_numbers
         self._splits: dict[Split, list[Problem]] = {"train": [], "validation": []}
         for example in load_examples(path, responses=False):
             held = is_held_out(example.prompt, held_out)
@@ -59,6 +67,8 @@ class DataFile:
         return list(rows) if n is None else random.Random(seed).sample(rows, n)
 
     def is_correct(self, response: str, problem: Problem) -> bool:
+        if self._whole_numbers:
+            return boxes_number(response, problem.answer)
         answer = boxed_answer(response)
         if answer is None:
             return False
@@ -87,12 +97,12 @@ def build_math_grader() -> Callable[[str, str], bool]:
     from math_verify import LatexExtractionConfig, parse, verify
 
     def parsed(text: str) -> list:
-        # No limits of its own, which need the main thread and its signals: the judge has one.
+        # Without a time limit of its own, which would need signals: the judge has one.
         return parse(f"\\boxed{{{text}}}", [LatexExtractionConfig()], parsing_timeout=0)
 
     def grade(answer: str, ground_truth: str) -> bool:
         truth = boxed_answer(f"</think>{ground_truth}") or ground_truth
         return verify(parsed(truth), parsed(answer), timeout_seconds=None)
 
-    grade("1/2", "0.5")  # imports what is imported at first use
+    grade("1/2", "0.5")  # imports what math-verify imports at first use
     return grade

@@ -1,7 +1,7 @@
-"""Grading answers that nobody vouches for, in a process of its own that may be killed.
+"""Grading of untrusted answers, in a process of its own that may be killed.
 
 A grader works on what a model wrote: it may never end, take all memory or, where a scorer hands the
-answer to `eval`, do anything at all. None of it may reach the training run.
+answer to `eval`, run any code. None of this may affect the training run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 logger = logging.getLogger(__name__)
 
-MEMORY_BYTES = 2 * 2**30  # what grading may take on top of what the grader starts with
+MEMORY_BYTES = 2 * 2**30  # that grading may take beyond the memory of the process at its start
 
 
 class _Worker(NamedTuple):
@@ -32,13 +32,13 @@ class _Worker(NamedTuple):
 class Judge:
     """Calls a grader in another process, within limits of time and memory.
 
-    The process is started at the first call and anew after every answer it did not survive. It can
+    The process is started at the first call, and again after an answer that ended it. It can
     neither write files nor start processes nor open connections: a guard against answers that
-    happen to be code, not against an attacker. Safe to call from several threads; they take turns.
+    happen to be code, not against an attacker. Thread-safe; calls run one at a time.
 
     Args:
         build: called with `arguments` in that process when it starts; returns the grader. A
-            function of a module, so that it can travel; that module should import little.
+            function of a module, so that it can be pickled; that module should import little.
         seconds: wall-clock limit of one grading.
 
     Attributes:
@@ -55,7 +55,7 @@ class Judge:
         self._turn = threading.Lock()
 
     def __call__(self, *answer: Any, source: str) -> bool:
-        """What the grader says of `answer`; False if it raises an exception.
+        """The grader's verdict on `answer`; False if it raises an exception.
 
         Also False, and counted and logged with `source`, if it does not end within the limit or
         takes its process down. Raises RuntimeError if the grader cannot be built.
@@ -109,14 +109,14 @@ def _serve(
             answer = connection.recv()
         except EOFError:
             return
-        # So that a grading without end ends even if the run has died and cannot kill it.
+        # A grading without end also ends if the run has died and cannot kill it.
         signal.setitimer(signal.ITIMER_REAL, 2 * seconds)
         try:
             right = bool(grade(*answer))
         except Exception:
             right = False
         signal.setitimer(signal.ITIMER_REAL, 0)
-        # Bytes: what an answer returns must not be unpickled on the other side.
+        # Bytes: nothing that an answer made is unpickled on the other side.
         connection.send_bytes(b"right" if right else b"wrong")
 
 
@@ -132,7 +132,7 @@ def _limit_memory() -> None:
 
 
 def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
-    """Audit hook: PermissionError for what would change anything outside the process."""
+    """Audit hook: PermissionError for events that could change anything outside the process."""
     if event == "open":
         refused = arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) != 0
     else:

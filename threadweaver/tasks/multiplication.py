@@ -35,16 +35,16 @@ digits found, highest first. Three habits make every token a function of a few n
   one size have one layout (but for leading zeros of the answer).
 
 More factors: block after block, each multiplying the running product by the next factor. The
-sequential trajectory holds the same lines without blocks. The format is that of SPEC "Trajectory".
+sequential trajectory holds the same lines without blocks. Format: docs/semantics.md, "Trajectory".
 """
 
 import math
 import random
-import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from threadweaver.tasks.boxed import boxed_answer
+from threadweaver.data import trajectory_row
+from threadweaver.tasks.boxed import boxes_number
 from threadweaver.tasks.task import Problem, Split, check_count
 from threadweaver.trajectory.tags import MAX_OUTLINES
 
@@ -149,19 +149,6 @@ def _block(factor: str, works: list[str]) -> str:
     return f"<Parallel>\n<Outlines>\n{outlines}</Outlines>\n{threads}\n</Parallel>\n"
 
 
-def is_correct(response: str, ground_truth: str) -> bool:
-    """Whether the last `\\boxed{...}` after the last `</think>` is the number `ground_truth`.
-
-    Compared as whole numbers: leading zeros and surrounding spaces do not matter. A response that
-    never closes its thinking, boxes nothing or boxes anything but decimal digits is wrong.
-    """
-    answer = boxed_answer(response)
-    if answer is None or not re.fullmatch("[0-9]+", answer):
-        return False
-    # As text: a model may box more digits than Python agrees to read as a number.
-    return answer.lstrip("0") == ground_truth.strip().lstrip("0")
-
-
 Factors = tuple[int, ...]
 
 
@@ -235,7 +222,7 @@ def _shuffled(size: int, rng: random.Random) -> Iterator[int]:
 
 
 def make_rows(problems: Sequence[Factors], parallel_share: float, seed: int) -> Iterator[dict]:
-    """One data row a problem, in the reference's columns (see `threadweaver.data`).
+    """One data row a problem (`threadweaver.data.trajectory_row`).
 
     round(parallel_share * len(problems)) of the rows, chosen by the seed, hold the parallel
     trajectory, the others the sequential one. Raises ValueError if the share is not in [0, 1].
@@ -243,17 +230,11 @@ def make_rows(problems: Sequence[Factors], parallel_share: float, seed: int) -> 
     if not 0.0 <= parallel_share <= 1.0:
         raise ValueError(f"parallel_share must lie between 0 and 1, not {parallel_share}")
     count = round(parallel_share * len(problems))
-    # A string seed: the draw must not repeat the one that picked the problems.
+    # A string seed, so that the draw differs from the one that picked the problems.
     in_parallel = set(random.Random(f"parallel {seed}").sample(range(len(problems)), count))
     for i, problem in enumerate(problems):
-        prompt = question(problem)
         response = trajectory(problem, parallel=i in in_parallel)
-        yield {
-            "question": prompt,
-            "response": response,
-            "qwen_text": prompt + response,
-            "reward_model": {"ground_truth": str(math.prod(problem)), "style": "rule"},
-        }
+        yield trajectory_row(question(problem), response, math.prod(problem))
 
 
 class Multiplication:
@@ -310,7 +291,7 @@ class Multiplication:
         ]
 
     def is_correct(self, response: str, problem: Problem) -> bool:
-        return is_correct(response, problem.answer)
+        return boxes_number(response, problem.answer)
 
     def demonstration(self, problem: Problem, parallel: bool) -> str:
         return trajectory(problem.data, parallel)

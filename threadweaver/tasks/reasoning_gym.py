@@ -18,10 +18,10 @@ INSTRUCTION = "\n\nPut the final answer, as plain text, in \\boxed{}.\n"
 
 # One dataset object makes this many problems: some make all of theirs when they are built.
 CHUNK = 500
-# So many problems on end without a new question: there are no more.
+# After this many problems without a new question there are taken to be no more.
 PATIENCE = 2000
 
-# They go through sets of strings, whose order differs from process to process.
+# Datasets that iterate over sets of strings, whose order differs from process to process.
 UNORDERED = (
     "codeio",
     "isomorphic_strings",
@@ -33,7 +33,7 @@ UNORDERED = (
 
 
 class ReasoningGym:
-    """A dataset of reasoning-gym: as many problems as it can make different questions.
+    """A dataset of reasoning-gym: as many problems as it makes different questions.
 
     An answer is right if the dataset's scorer gives the text of the box the full mark. There are no
     demonstrations.
@@ -41,7 +41,7 @@ class ReasoningGym:
     Args:
         dataset: its name in reasoning-gym, one of `dataset_names()`.
         held_out: share of the questions that make up the validation split; which ones depends on
-            their text alone, so each split costs the making of the other's questions.
+            their text alone, so the questions of the other split are made too.
         seconds: most time to grade one answer; one that takes longer is wrong.
         options: of the dataset.
 
@@ -104,7 +104,7 @@ class ReasoningGym:
         return self._judge(answer, problem.data, source=problem.source)
 
     def demonstration(self, problem: Problem, parallel: bool) -> None:
-        """None: reasoning-gym has answers, not how to get there."""
+        """None: reasoning-gym has answers without reasoning."""
 
     def _check_options(self) -> None:
         from reasoning_gym.factory import DATASETS
@@ -120,7 +120,7 @@ class ReasoningGym:
             raise ValueError(f"{self._name}: {error or 'an option is out of range'}") from error
 
     def _entries(self, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Where each problem comes from, and the problem as reasoning-gym makes it; no end."""
+        """Endless pairs of a problem's source and the problem as reasoning-gym makes it."""
         for chunk in count():
             # A problem depends on the sum of seed and index: neighbouring seeds would overlap.
             chunk_seed = random.Random(f"{seed} {chunk}").getrandbits(31)

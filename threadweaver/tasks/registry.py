@@ -1,4 +1,4 @@
-"""Tasks by name."""
+"""Tasks by name: the built-in ones, and those that installed packages register as entry points."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import difflib
 import inspect
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,23 @@ from threadweaver.tasks.multiplication import Multiplication
 from threadweaver.tasks.reasoning_gym import ReasoningGym, dataset_names
 from threadweaver.tasks.task import Task
 
+# A package adds a task by an entry point of this group: its name, and a function or class that
+# takes the task's options and returns a Task.
+GROUP = "threadweaver.tasks"
+
 
 def load_task(name: str, **options: Any) -> Task:
     """The task called `name`, with its options.
 
     Args:
-        name: `multiplication`, `reasoning_gym:<dataset>`, or the path of a data file (.jsonl,
-            .json, .parquet).
-        options: those of `Multiplication`, `ReasoningGym` or `DataFile`.
+        name: `multiplication`, `reasoning_gym:<dataset>`, the path of a data file (.jsonl, .json,
+            .parquet), or the name of an entry point of the group `threadweaver.tasks`.
+        options: those of `Multiplication`, `ReasoningGym`, `DataFile` or the entry point's.
 
     Raises:
-        ValueError: no such task, file or option, an option out of range, or a package is not
-            installed; says in one line which, and what there is instead.
+        ValueError: no such task, file or option, an option out of range, a package is not
+            installed, or an entry point is broken; says in one line which, and what there is
+            instead.
     """
     family, _, dataset = name.partition(":")
     make: Callable[..., Task]
@@ -35,16 +41,47 @@ def load_task(name: str, **options: Any) -> Task:
         make = Multiplication
     elif family == "reasoning_gym" and dataset in dataset_names():
         make = partial(ReasoningGym, dataset)
+    elif found := tuple(entry_points(group=GROUP, name=name)):
+        make = _factory(found[0])
     else:
         raise ValueError(_unknown(name))
-    known = list(inspect.signature(make).parameters)
-    for option in options:
-        if option not in known and "options" not in known:
-            raise ValueError(f"{name} has no option '{option}'; it has {', '.join(known)}")
+    parameters = inspect.signature(make).parameters
+    if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
+        for option in options:
+            if option not in parameters:
+                known = ", ".join(parameters) or "none"
+                raise ValueError(f"{name} has no option '{option}'; it has {known}")
     try:
-        return make(**options)
+        task = make(**options)
     except TypeError as error:
         raise ValueError(f"{name}: an option has the wrong type: {error}") from error
+    parts = ("ungraded", "problems", "is_correct", "demonstration")
+    if missing := [part for part in parts if not hasattr(task, part)]:
+        raise ValueError(f"{name}: {type(task).__name__} is no task: it lacks {', '.join(missing)}")
+    return task
+
+
+def task_names() -> str:
+    """What `load_task` takes here, for messages."""
+    names = ", ".join(("multiplication", "reasoning_gym:<dataset>", *_installed()))
+    return f"{names} and data files (.jsonl, .json, .parquet)"
+
+
+def _installed() -> list[str]:
+    return sorted(entry_points(group=GROUP).names)
+
+
+def _factory(entry: EntryPoint) -> Callable[..., Task]:
+    """The object that an entry point names. Raises ValueError, which names it, if that fails."""
+    try:
+        make = entry.load()
+        inspect.signature(make)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"task '{entry.name}': its entry point {entry.value} cannot be loaded: {reason}"
+        ) from error
+    return make
 
 
 def _unknown(name: str) -> str:
@@ -52,10 +89,7 @@ def _unknown(name: str) -> str:
         datasets = dataset_names()
     except ValueError:
         datasets = []
-    names = ["multiplication", *(f"reasoning_gym:{dataset}" for dataset in datasets)]
+    names = ["multiplication", *(f"reasoning_gym:{dataset}" for dataset in datasets), *_installed()]
     near = difflib.get_close_matches(name, names, n=1)
     hint = f" (did you mean '{near[0]}'?)" if near else ""
-    return (
-        f"no task '{name}'{hint}: there are multiplication, reasoning_gym:<dataset> and data files "
-        "(.jsonl, .json, .parquet)"
-    )
+    return f"no task '{name}'{hint}: there are {task_names()}"

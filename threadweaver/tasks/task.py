@@ -1,6 +1,6 @@
-"""What a task is: problems, whether an answer to one is right, and where possible a demonstration.
+"""The interface of a task: problems, a check of answers, and demonstrations if it has them.
 
-Knows no task. Evaluation, self-training, P-GRPO and the writing of data need no more than this.
+Evaluation, self-training, P-GRPO and the writing of data use a task through this alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Problem:
         prompt: the text before the response.
         answer: the right answer as text; empty where many are right and none is on record.
         source: where it came from, for messages: file and line, or how it was made.
-        data: what else the task needs to grade or demonstrate it; nobody else's business.
+        data: what else the task needs to grade or demonstrate it; read by the task alone.
     """
 
     prompt: str
@@ -40,13 +40,13 @@ class Task(Protocol):
     def problems(self, split: Split, n: int | None, seed: int = 0) -> list[Problem]:
         """`n` problems of a split, chosen and ordered by the seed: same arguments, same problems.
 
-        No question is in both splits, whatever the numbers and seeds asked for.
+        No question is in both splits, for any numbers and seeds.
 
         Args:
             n: how many; None: all there are.
 
         Raises:
-            ValueError: there are fewer than `n`, or, for None, none or no end of them.
+            ValueError: there are fewer than `n`; for None, there are none or infinitely many.
         """
         ...
 
@@ -56,14 +56,14 @@ class Task(Protocol):
         ...
 
     def demonstration(self, problem: Problem, parallel: bool) -> str | None:
-        """A right and well-formed response, with blocks or without; None if the task has none."""
+        """A right and well-formed response, with or without blocks; None if the task has none."""
         ...
 
 
 def is_held_out(question: str, share: float) -> bool:
     """Whether a question belongs to the validation split, of which it makes up about `share`.
 
-    Depends on the text alone, so splits stay apart whatever else is drawn, added or reordered.
+    Depends on the text alone: splits stay apart when problems are added or reordered.
     """
     digest = hashlib.sha256(question.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64

@@ -18,19 +18,24 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentParser
-from rich.console import Console
+from threadweaver.command import explain, fail, quiet, train_extra
 
-from threadweaver.command import explain, fail, quiet
-from threadweaver.train.config import SFTConfig, config_of, parser_of
-from threadweaver.train.stages import PipelineConfig, RLConfig, SelfTrainConfig
+with train_extra():
+    from jsonargparse import ArgumentParser
+    from rich.console import Console
+
+    from threadweaver.train.config import config_of, parser_of
+    from threadweaver.train.stages import PipelineConfig, RLConfig, SelfTrainConfig, SFTConfig
+
+if TYPE_CHECKING:
+    from threadweaver.train.run import Run
 
 KINDS = {kind.command: kind for kind in (SFTConfig, SelfTrainConfig, RLConfig, PipelineConfig)}
 
 
+@train_extra()
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line (default: the process's own) and returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -57,9 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     quiet()
     try:
-        # A log is not to fold its paths.
+        # Tables in a file are wide enough for most paths.
         console = Console(width=None if sys.stdout.isatty() else 160)
-        run = _prepare(command)(config, settings.resume, console)
+        run = _kind_of_run(command).prepare(config, settings.resume, console)
     except ValueError as error:
         return fail(error, 2)
     except KeyboardInterrupt:
@@ -76,22 +81,16 @@ def main(arguments: list[str] | None = None) -> int:
         return fail("interrupted; continue from the last checkpoint with --resume", 130)
 
 
-def _prepare(command: str) -> Callable[[Any, bool, Console], Any]:
+def _kind_of_run(command: str) -> type[Run[Any]]:
     if command == "sft":
-        from threadweaver.train.sft import SFTTrainer
-
-        return SFTTrainer.prepare
-    if command == "self-train":
-        from threadweaver.train.self_train import SelfTraining
-
-        return SelfTraining.prepare
-    if command == "rl":
-        from threadweaver.train.rl import RLTrainer
-
-        return RLTrainer.prepare
-    from threadweaver.train.pipeline import Pipeline
-
-    return Pipeline.prepare
+        from threadweaver.train.sft import SFTTrainer as Kind
+    elif command == "self-train":
+        from threadweaver.train.self_train import SelfTraining as Kind
+    elif command == "rl":
+        from threadweaver.train.rl import RLTrainer as Kind
+    else:
+        from threadweaver.train.pipeline import Pipeline as Kind
+    return Kind
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""From the rewards of a prompt's rollouts to their advantages (SPEC, "P-GRPO")."""
+"""From the rewards of a prompt's rollouts to their advantages (docs/semantics.md, "P-GRPO")."""
 
 from __future__ import annotations
 

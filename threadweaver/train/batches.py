@@ -17,9 +17,8 @@ from itertools import count
 import torch
 
 from threadweaver.data import DataError, Example
-from threadweaver.evaluate.grade import violations
 from threadweaver.train.config import DataConfig, OptimizationConfig
-from threadweaver.trajectory import Codec, loss_trie
+from threadweaver.trajectory import Codec, loss_trie, violations
 from tw_kernels import Trie
 
 # Tries are packed among this many micro-batches' worth of neighbours in the shuffled order: enough

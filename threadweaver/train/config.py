@@ -1,15 +1,14 @@
-"""Settings of a training run: their names, their defaults, and which values they may have.
+"""Settings that several kinds of run share, and how settings are read.
 
 Every field is a command-line option of the same name (`--optimization.learning_rate 3e-4`) and a
-key of the YAML file given as `--config`; options win. Defaults are the published ones (SPEC,
-"Stages and published defaults").
+key of the YAML file given as `--config`; options win. Defaults are the published ones
+(docs/semantics.md, "Stages and published defaults").
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from operator import attrgetter
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -20,6 +19,14 @@ T = TypeVar("T")
 
 class ConfigError(ValueError):
     """A setting that cannot be used; the message names the field and says what to do."""
+
+
+def check_least(least: int, section: str, settings: object, *names: str) -> None:
+    """Raises ConfigError for the first of these settings that is a number less than `least`."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise ConfigError(f"{section}.{name} is {value}: it must be at least {least}")
 
 
 @dataclass
@@ -36,8 +43,7 @@ class ModelConfig:
     path: str | None = None
     arch: dict[str, Any] | None = None
 
-    def check(self) -> None:
-        """Raises ConfigError unless exactly one is set."""
+    def __post_init__(self):
         if (self.path is None) == (self.arch is None):
             raise ConfigError(
                 "model.path, model.arch: set exactly one: path for a model on disk, arch for a new "
@@ -53,7 +59,7 @@ class DataConfig:
         train: JSON lines or parquet file of trajectories.
         validation: a file like it, for the validation loss.
         loss: response: every response token but forced headers; completions: only what the model
-            itself would sample (SPEC, "Calls, tries, loss").
+            itself would sample (docs/semantics.md, "Calls, tries, loss").
         malformed: what to do with a trajectory that breaks the format: error, or drop and count.
     """
 
@@ -61,6 +67,21 @@ class DataConfig:
     validation: str | None = None
     loss: Loss = "response"
     malformed: Literal["error", "drop"] = "error"
+
+
+@dataclass
+class TaskConfig:
+    """Where prompts come from and what grades the answers (threadweaver.tasks).
+
+    Args:
+        name: multiplication, reasoning_gym:<dataset>, or the path of a data file.
+        options: of that task, by name.
+        problems: how many training problems are drawn; default: all there are.
+    """
+
+    name: str = "multiplication"
+    options: dict[str, Any] = field(default_factory=dict)
+    problems: int | None = None
 
 
 @dataclass
@@ -112,6 +133,10 @@ class OptimizationConfig(AdamWConfig):
     max_steps: int | None = None
     accumulation: int = 1
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_least(1, "optimization", self, "epochs", "max_steps", "accumulation")
+
 
 @dataclass
 class ComputeConfig:
@@ -134,6 +159,9 @@ class ComputeConfig:
     compile: bool = False
     threads: int | None = None
 
+    def __post_init__(self):
+        check_least(1, "compute", self, "threads")
+
 
 @dataclass
 class ReportConfig:
@@ -152,123 +180,38 @@ class ReportConfig:
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
 
+    def __post_init__(self):
+        check_least(1, "report", self, *(f.name for f in fields(self)))
 
-@dataclass
-class EvaluateConfig:
-    """Solve problems with the trained model, at the end: one token after another, and in threads.
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """What the settings of every run hold.
 
     Args:
-        data: file of prompts with products as ground truths; none: no evaluation.
-        problems: how many of its rows, from the first on.
-        max_new_tokens: most tokens of an answer, each the likeliest.
-        batch_size: answers, or threads of them, decoded at once.
-        kv_gigabytes: memory for keys and values, in 1e9 bytes.
-    """
-
-    data: str | None = None
-    problems: int = 200
-    max_new_tokens: int = 1024
-    batch_size: int = 64
-    kv_gigabytes: float = 2.0
-
-
-class RunConfig(Protocol):
-    """What the settings of every run hold.
+        run_dir: folder of this run.
+        seed: of all that is drawn.
 
     Attributes:
         command: its name on the command line.
-        free_on_resume: settings, by dotted name, that a resumed run may change, besides those of
-            FREE_ON_RESUME: none that reaches the weights.
+        free_on_resume: settings, by dotted name, that a resumed run may change: none that reaches
+            the weights.
     """
 
     command: ClassVar[str]
-    free_on_resume: ClassVar[tuple[str, ...]]
+    free_on_resume: ClassVar[tuple[str, ...]] = (
+        "run_dir",
+        "compute.device",
+        "compute.threads",
+        "report",
+        "evaluate",
+    )
+
     run_dir: str
     model: ModelConfig
-    compute: ComputeConfig
-    report: ReportConfig
-    seed: int
-
-
-class TrainingConfig(RunConfig, Protocol):
-    """What the settings of a run of a Trainer hold.
-
-    Attributes:
-        trains_on: the setting that names its data, and what it says.
-    """
-
-    @property
-    def optimization(self) -> AdamWConfig: ...
-
-    @property
-    def trains_on(self) -> str: ...
-
-
-@dataclass
-class SFTConfig:
-    """Supervised fine-tuning on finished trajectories.
-
-    Args:
-        run_dir: folder of this run: config.yaml, metrics.jsonl, summary.json, TensorBoard events,
-            checkpoints.
-        seed: of a new model's weights and of the order of the data.
-    """
-
-    command: ClassVar[str] = "sft"
-    free_on_resume: ClassVar[tuple[str, ...]] = ("data.train", "data.validation")  # by content
-
-    run_dir: str
-    data: DataConfig
-    model: ModelConfig = field(default_factory=ModelConfig)
-    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     seed: int = 0
-
-    def __post_init__(self):
-        self.model.check()
-        check_at_least_one(self)
-
-    @property
-    def trains_on(self) -> str:
-        return f"data.train: {self.data.train}"
-
-
-AT_LEAST_ONE = (
-    "optimization.epochs",
-    "optimization.max_steps",
-    "optimization.accumulation",
-    "compute.threads",
-    "report.log_every",
-    "report.validate_every",
-    "report.checkpoint_every",
-    "report.keep_checkpoints",
-    "evaluate.problems",
-    "evaluate.max_new_tokens",
-    "evaluate.batch_size",
-)
-
-
-def check_at_least_one(config: Any) -> None:
-    """Raises ConfigError for a setting of AT_LEAST_ONE, where the config has it, that is less."""
-    for name in AT_LEAST_ONE:
-        try:
-            value = attrgetter(name)(config)
-        except AttributeError:
-            continue
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} is {value}: it must be at least 1")
-
-
-# What a resumed run may change: nothing that reaches the weights.
-FREE_ON_RESUME = (
-    "run_dir",
-    "compute.device",
-    "compute.threads",
-    "report",
-    "evaluate",
-)
 
 
 def parser_of(kind: type) -> ArgumentParser:

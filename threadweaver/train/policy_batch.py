@@ -1,4 +1,5 @@
-"""Rollouts of a prompt as tries that hold all that the policy loss reads (SPEC, "P-GRPO").
+"""Rollouts of a prompt as tries that hold all that the policy loss reads
+(docs/semantics.md, "P-GRPO").
 
 A rollout samples no token of the trie twice: threads of a block part in their headers, which are
 forced, and what a join copies is context. So each call weighs its rollout's advantage on its

@@ -1,4 +1,4 @@
-"""The loss of P-GRPO over tries (SPEC, "P-GRPO"), and its settings.
+"""The loss of P-GRPO over tries (docs/semantics.md, "P-GRPO"), and its settings.
 
 Every sum runs over the sampled tokens of a trie and is divided by the number of completion tokens
 of the whole batch, so the micro-batches of a batch add up, gradients and metrics alike. A token

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 
-def print_table(console: Console, summary: dict[str, Any], run_dir: Path) -> None:
+def print_sft_table(console: Console, summary: dict[str, Any], run_dir: Path) -> None:
     """Shows a summary (the keys of summary.json); what was not measured is left out."""
     rows = [
         ("train loss", _number(summary["train_loss"], "{:.4f}")),

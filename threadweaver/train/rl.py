@@ -1,4 +1,5 @@
-"""P-GRPO (SPEC, "P-GRPO"): roll out, grade, merge each prompt's rollouts into a trie, update.
+"""P-GRPO (docs/semantics.md, "P-GRPO"): roll out, grade, merge each prompt's rollouts into a trie,
+update.
 
 The engine decodes on the weights that are trained, in this process; its KV pages are given back
 while the weights are updated.
@@ -6,7 +7,6 @@ while the weights are updated.
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import time
@@ -23,28 +23,28 @@ from threadweaver.evaluate.grade import METRICS, Graded, summary
 from threadweaver.evaluate.reward import reward
 from threadweaver.evaluate.rollouts import fingerprint, roll_out
 from threadweaver.generate.engine import Engine
-from threadweaver.model import load_model, save_model, trie_logprobs
+from threadweaver.model import load_model, trie_logprobs
 from threadweaver.progress import Progress, ResponsesProgress
 from threadweaver.tasks import Problem, load_task
 from threadweaver.train.advantages import group_advantages
 from threadweaver.train.batches import unrolled_tokens
 from threadweaver.train.config import ConfigError
-from threadweaver.train.not_finite import save_batch
 from threadweaver.train.policy_batch import PolicyTrie, micro_batches, policy_group
 from threadweaver.train.policy_loss import PolicyLoss, policy_loss
 from threadweaver.train.report import print_rl_table
-from threadweaver.train.run_dir import write_whole
+from threadweaver.train.run import Record, Trainer
+from threadweaver.train.run_dir import write_json
 from threadweaver.train.stages import RLConfig
-from threadweaver.train.trainer import Record, Trainer
 
 
 class RLTrainer(Trainer[RLConfig]):
     """Reinforcement learning on the problems of a task."""
 
-    def load(self) -> None:
+    def load_data(self) -> None:
         config = self.config
         self.task = load_task(config.task.name, **config.task.options)
         self.problems = self.task.problems("train", config.task.problems, config.seed)
+        self.trains_on = f"task: {config.task.name}"
         self.fingerprint = fingerprint(self.problems)
         self.num_steps = config.optimization.steps
         self.engine = Engine(
@@ -56,17 +56,16 @@ class RLTrainer(Trainer[RLConfig]):
         self.reference = self._load_reference() if config.policy.kl else None
 
     def train_step(self) -> Record:
-        config, start = self.config, time.perf_counter()
+        """A batch of problems: rolled out, graded, rewarded, and learnt from."""
+        start = time.perf_counter()
         preempted, ungraded = self.engine.preemptions, self.task.ungraded
         problems = list(self._batch_of(self.steps_done))
         graded = self._roll_out(problems)
         self.engine.free()
         rolled_out = time.perf_counter()
-        size = config.rollouts.samples
-        groups = [graded[i : i + size] for i in range(0, len(graded), size)]
-        tries, figures = self._tries_of(groups)
+        tries, rewards = self._tries_of(graded)
         tokens = sum(g.rollout.num_sampled_tokens for g in graded)
-        figures |= self._update(tries, tokens, problems)
+        learnt = self._learn(tries, tokens, [problem.source for problem in problems])
         end = time.perf_counter()
         trie_tokens = sum(map(len, tries))
         unrolled = sum(unrolled_tokens(t.trie) for t in tries)
@@ -76,10 +75,11 @@ class RLTrainer(Trainer[RLConfig]):
             unrolled_tokens=unrolled,
             rollout_seconds=rolled_out - start,
             update_seconds=end - rolled_out,
-            no_signal_groups=figures["no_signal_groups"],
+            no_signal_groups=rewards["no_signal_groups"],
         )
         return {
-            **figures,
+            **rewards,
+            **learnt,
             **summary(graded),
             "reached_limits": sum(any(asdict(g.rollout.limits).values()) for g in graded),
             "ungraded": self.task.ungraded - ungraded,
@@ -92,41 +92,6 @@ class RLTrainer(Trainer[RLConfig]):
             "update_tokens_per_second": trie_tokens / (end - rolled_out),
             "tokens_per_second": tokens / (end - start),
         }
-
-    def finish(self) -> None:
-        """Writes summary.json and shows what came out."""
-        last = self.metrics.last
-        totals = self.totals
-        trie_tokens = totals["trie_tokens"]
-        result = {
-            "steps": self.steps_done,
-            **{name: last[name] for name in ("reward", *METRICS)},
-            "no_signal_groups": int(totals["no_signal_groups"]),
-            "rollout_tokens": totals["rollout_tokens"],
-            "rollout_tokens_per_second": totals["rollout_tokens"] / totals["rollout_seconds"],
-            "trie_tokens": trie_tokens,
-            "unrolled_per_trie_token": totals["unrolled_tokens"] / max(trie_tokens, 1),
-            "update_tokens_per_second": trie_tokens / totals["update_seconds"],
-            "seconds": time.perf_counter() - self.origin,
-            "checkpoint": str(self.last_checkpoint),
-        }
-        write_whole(self.run_dir / "summary.json", json.dumps(result, indent=2) + "\n")
-        print_rl_table(self.console, result, self.run_dir)
-
-    def _roll_out(self, problems: Sequence[Problem]) -> list[Graded]:
-        rollouts = self.config.rollouts
-        title, total = f"rolling out, step {self.steps_done + 1}", len(problems) * rollouts.samples
-        with ResponsesProgress(self.console, title, total, self.engine) as progress:
-            return roll_out(
-                self.engine,
-                self.task,
-                problems,
-                rollouts.generation,
-                samples=rollouts.samples,
-                seed=(self.config.seed, self.steps_done),
-                on_progress=progress.decoded,
-                on_graded=progress.graded,
-            )
 
     def _batch_of(self, step: int) -> Iterator[Problem]:
         """The problems of a step: pass after pass over all of them, each in an order of its own."""
@@ -143,40 +108,62 @@ class RLTrainer(Trainer[RLConfig]):
         skipped = start % len(self.problems)
         return islice(passes(), skipped, skipped + size)
 
-    def _tries_of(self, groups: Sequence[Sequence[Graded]]) -> tuple[list[PolicyTrie], Record]:
-        """Tries of the groups that have a signal, and what became of all."""
-        config = self.config
+    def _roll_out(self, problems: Sequence[Problem]) -> list[Graded]:
+        """The rollouts of each problem, decoded and graded; those of one problem are neighbours."""
+        rollouts = self.config.rollouts
+        title, total = f"rolling out, step {self.steps_done + 1}", len(problems) * rollouts.samples
+        with ResponsesProgress(self.console, title, total, self.engine) as progress:
+            return roll_out(
+                self.engine,
+                self.task,
+                problems,
+                rollouts.generation,
+                samples=rollouts.samples,
+                seed=(self.config.seed, self.steps_done),
+                on_progress=progress.decoded,
+                on_graded=progress.graded,
+            )
+
+    def _tries_of(self, graded: Sequence[Graded]) -> tuple[list[PolicyTrie], Record]:
+        """Rewards the rollouts, weighs each against its group, and merges each group into tries.
+
+        Returns:
+            The tries of the groups that have a signal, and figures of all groups.
+        """
+        config, size = self.config, self.config.rollouts.samples
+        rewards = [reward(g.correct, g.lengths, config.reward, g.problem.source) for g in graded]
         tries: list[PolicyTrie] = []
-        rewards = [
-            [reward(g.correct, g.lengths, config.reward, g.problem.source) for g in group]
-            for group in groups
-        ]
-        every = [r for group in rewards for r in group]
-        figures = {
-            "reward": fmean(r.total for r in every),
-            "reward_correct": fmean(r.correct for r in every),
-            "reward_speed": fmean(r.speed for r in every),
-            "no_signal_groups": 0,
-            "dropped_calls": 0,
-            "skipped_rollouts": 0,
-        }
-        for group, values in zip(groups, rewards, strict=True):
-            advantages = group_advantages([r.total for r in values], config.policy.advantage)
+        no_signal_groups = dropped_calls = skipped_rollouts = 0
+        for first in range(0, len(graded), size):
+            group = slice(first, first + size)
+            advantages = group_advantages(
+                [r.total for r in rewards[group]], config.policy.advantage
+            )
             if not any(advantages):
-                figures["no_signal_groups"] += 1
+                no_signal_groups += 1
                 continue
             merged = policy_group(
-                [g.rollout for g in group], advantages, config.optimization.batch_tokens
+                [g.rollout for g in graded[group]], advantages, config.optimization.batch_tokens
             )
             tries += merged.tries
-            figures["dropped_calls"] += merged.dropped_calls
-            figures["skipped_rollouts"] += merged.skipped_rollouts
-        return tries, figures
+            dropped_calls += merged.dropped_calls
+            skipped_rollouts += merged.skipped_rollouts
+        return tries, {
+            "reward": fmean(r.total for r in rewards),
+            "reward_correct": fmean(r.correct for r in rewards),
+            "reward_speed": fmean(r.speed for r in rewards),
+            "no_signal_groups": no_signal_groups,
+            "dropped_calls": dropped_calls,
+            "skipped_rollouts": skipped_rollouts,
+        }
 
-    def _update(
-        self, tries: list[PolicyTrie], num_tokens: int, problems: Sequence[Problem]
-    ) -> Record:
-        """The optimizer steps of a batch, whose completions have `num_tokens` tokens."""
+    def _learn(self, tries: list[PolicyTrie], num_tokens: int, sources: list[str]) -> Record:
+        """The optimizer steps of a batch.
+
+        Args:
+            num_tokens: of all completions of the batch, those of groups without signal included.
+            sources: of its problems.
+        """
         settings = self.config.optimization
         warmup = math.ceil(settings.warmup * self.num_steps)
         rate = settings.learning_rate * min(1.0, (self.steps_done + 1) / max(warmup, 1))
@@ -196,33 +183,25 @@ class RLTrainer(Trainer[RLConfig]):
                         for micros in batches
                     ]
             for micros, old_logprobs in zip(batches, old, strict=True):
-                # Each update has its share of the batch's tokens, those of skipped groups included.
                 step = [
                     self._backward(micro, before, num_tokens / settings.updates)
                     for micro, before in zip(progress.track(micros), old_logprobs, strict=True)
                 ]
-                norm = self.clip_gradient()
-                values = [loss.loss for loss in step]
-                if not torch.isfinite(torch.stack([*values, norm])).all():
-                    folder = self.run_dir / f"nan-step-{self.steps_done + 1}"
-                    save_model(self.model, self.tokenizer, folder / "model")
-                    sources = [[p.source for p in problems]] * len(micros)
-                    packs = [m.trie for m in micros]
-                    found = [float(v) for v in values]
-                    raise save_batch(folder, packs, sources, found, float(norm))
-                self.update(rate)
+                norms.append(
+                    self.update(
+                        rate,
+                        [loss.loss for loss in step],
+                        [micro.trie for micro in micros],
+                        [sources] * len(micros),
+                    )
+                )
                 losses += step
-                norms.append(float(norm))
 
         def total(name: str) -> float:
             return sum(float(getattr(loss, name)) for loss in losses) / settings.updates
 
         return {
-            "loss": total("loss"),
-            "clip_share": total("clip_share"),
-            "entropy": total("entropy"),
-            "kl": total("kl"),
-            "mismatch": total("mismatch"),
+            **{n: total(n) for n in ("loss", "clip_share", "entropy", "kl", "mismatch")},
             "max_mismatch": max((float(loss.max_mismatch) for loss in losses), default=0.0),
             "gradient_norm": fmean(norms) if norms else 0.0,
             "learning_rate": rate,
@@ -263,3 +242,23 @@ class RLTrainer(Trainer[RLConfig]):
             )
         torch.nn.Module.to(reference, self.device)
         return reference.eval()
+
+    def finish(self) -> None:
+        """Writes summary.json and shows what came out."""
+        last = self.metrics.last
+        totals = self.totals
+        trie_tokens = totals["trie_tokens"]
+        result = {
+            "steps": self.steps_done,
+            **{name: last[name] for name in ("reward", *METRICS)},
+            "no_signal_groups": int(totals["no_signal_groups"]),
+            "rollout_tokens": totals["rollout_tokens"],
+            "rollout_tokens_per_second": totals["rollout_tokens"] / totals["rollout_seconds"],
+            "trie_tokens": trie_tokens,
+            "unrolled_per_trie_token": totals["unrolled_tokens"] / max(trie_tokens, 1),
+            "update_tokens_per_second": trie_tokens / totals["update_seconds"],
+            "seconds": time.perf_counter() - self.origin,
+            "checkpoint": str(self.last_checkpoint),
+        }
+        write_json(self.run_dir / "summary.json", result)
+        print_rl_table(self.console, result, self.run_dir)

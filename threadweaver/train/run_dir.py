@@ -4,7 +4,7 @@ config.yaml      every setting, as resolved; present as soon as training starts
 metrics.jsonl    one record a step (log.py)
 summary.json     what came out; present once the run is finished
 checkpoints/     step-N/ (checkpoint.py)
-nan-step-N/      what a step that was not finite was made of (loop.py)
+nan-step-N/      what a step that was not finite was made of (not_finite.py)
 events.out.*     TensorBoard
 """
 
@@ -14,7 +14,7 @@ import json
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import yaml
@@ -23,7 +23,7 @@ from rich.console import Console
 from threadweaver.device import choose, find_device, resolve
 from threadweaver.progress import print_line
 from threadweaver.train.checkpoint import all_checkpoints
-from threadweaver.train.config import FREE_ON_RESUME, ComputeConfig, ConfigError, RunConfig
+from threadweaver.train.config import ComputeConfig, ConfigError, RunConfig
 
 PRECISION_NOTE = "# compute.precision: "
 
@@ -64,14 +64,23 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def write_config(config: RunConfig, precision_note: str | None = None) -> None:
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    """As `write_whole`."""
+    write_whole(path, json.dumps(value, indent=indent) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_config(config: RunConfig, precision_note: str | None) -> None:
     """Writes config.yaml.
 
     Args:
         precision_note: why compute.precision is what it is, as `settle_precision` gave it.
     """
     # Through JSON: YAML would mark a tuple as one of Python's.
-    text = yaml.safe_dump(json.loads(json.dumps(_asdict(config))), sort_keys=False)
+    text = yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False)
     note = f"{PRECISION_NOTE}{precision_note}\n" if precision_note else ""
     write_whole(Path(config.run_dir) / "config.yaml", note + text)
 
@@ -123,27 +132,15 @@ def saved_config(path: Path) -> dict[str, Any]:
     )
 
 
-def resume_command(config: RunConfig) -> str:
-    path = Path(config.run_dir) / "config.yaml"
-    return f"python -m threadweaver.train {config.command} --config {path} --resume"
+def settings_of(config: RunConfig, settings: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The settings that reach the weights, by dotted name.
 
-
-def settings_of(config: RunConfig) -> dict[str, Any]:
-    """The settings that reach the weights, by dotted name."""
-    return _that_reach_the_weights(_asdict(config), config)
-
-
-def _that_reach_the_weights(settings: dict[str, Any], config: RunConfig) -> dict[str, Any]:
-    free = (*FREE_ON_RESUME, *config.free_on_resume)
-    return {
-        name: value
-        for name, value in _flatten(settings, "")
-        if not any(name == f or name.startswith(f"{f}.") for f in free)
-    }
-
-
-def _asdict(config: RunConfig) -> dict[str, Any]:
-    return asdict(cast(Any, config))
+    Args:
+        settings: others of the same kind of run, instead of those of `config`.
+    """
+    flat = _flatten(asdict(config) if settings is None else settings, "")
+    free = config.free_on_resume
+    return {n: v for n, v in flat if not any(n == f or n.startswith(f"{f}.") for f in free)}
 
 
 def _flatten(value: Any, name: str) -> list[tuple[str, Any]]:
@@ -158,8 +155,7 @@ def check_same_config(config: RunConfig) -> None:
     """Raises ConfigError if run_dir holds a run of other settings, naming the first."""
     path = Path(config.run_dir) / "config.yaml"
     if path.exists():
-        saved = saved_config(path)
-        check_same_settings(config, _that_reach_the_weights(saved, config), path)
+        check_same_settings(config, settings_of(config, saved_config(path)), path)
 
 
 def check_same_settings(config: RunConfig, saved: dict[str, Any], made: Path) -> None:

@@ -1,4 +1,5 @@
-"""Self-training: roll out, keep what is right and well formed, fine-tune on it (SPEC, "Stages").
+"""Self-training: roll out, keep what is right and well formed, fine-tune on it
+(docs/semantics.md, "Stages and published defaults").
 
     run_dir/rollouts/chunk-N.json   every rollout of a chunk of problems, graded, and their means
     run_dir/kept.jsonl              what was kept, as SFT reads it
@@ -12,7 +13,6 @@ itself, so a resumed run gets the same rollouts.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -21,103 +21,84 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
-from threadweaver.data import save_rows
-from threadweaver.evaluate.grade import Graded, summary
+from threadweaver.data import save_rows, trajectory_row
+from threadweaver.evaluate.grade import Graded, graded_row, summary
 from threadweaver.evaluate.rollouts import fingerprint, roll_out
 from threadweaver.generate.engine import Engine
 from threadweaver.progress import ResponsesProgress
 from threadweaver.tasks import Problem, load_task
-from threadweaver.train.config import ConfigError, DataConfig, ModelConfig, SFTConfig
+from threadweaver.train.config import ConfigError, DataConfig
 from threadweaver.train.report import print_self_train_table
-from threadweaver.train.run_dir import (
-    check_run_dir,
-    check_same_config,
-    holds_run,
-    settle_precision,
-    write_config,
-    write_whole,
-)
-from threadweaver.train.setup import build_model, prepare_torch
+from threadweaver.train.run import Run
+from threadweaver.train.run_dir import read_json, write_json
+from threadweaver.train.setup import build_model
 from threadweaver.train.sft import SFTTrainer
-from threadweaver.train.stages import SelfTrainConfig
+from threadweaver.train.stages import SelfTrainConfig, SFTConfig
 from threadweaver.trajectory import Codec
 
 MOST_REASONS = 10
 Row = dict[str, Any]
 
 
-class SelfTraining:
-    """One run of self-training, up to where it was stopped.
+class SelfTraining(Run[SelfTrainConfig]):
+    """One run of self-training, up to where it was stopped."""
 
-    Raises:
-        ValueError: settings that cannot be used.
-    """
-
-    def __init__(self, config: SelfTrainConfig, console: Console):
-        self.config = config
-        self.console = console
-        self.run_dir = Path(config.run_dir)
+    def load(self) -> None:
+        config = self.config
         self.task = load_task(config.task.name, **config.task.options)
-        self.problems = self.task.problems("train", config.task.problems, config.seed)
-
-    @classmethod
-    def prepare(
-        cls, config: SelfTrainConfig, resume: bool, console: Console
-    ) -> SelfTraining | None:
-        """None if the run is finished."""
-        run_dir = Path(config.run_dir)
-        check_run_dir(run_dir, resume)
-        if (run_dir / "summary.json").exists():
-            summary = run_dir / "summary.json"
-            console.print(f"{run_dir}: this run is finished, see {summary}", soft_wrap=True)
-            return None
-        precision_note = settle_precision(config, console)
-        check_same_config(config)
-        run = cls(config, console)
-        write_config(config, precision_note)
-        return run
+        problems = self.task.problems("train", config.task.problems, config.seed)
+        size = config.rollouts.chunk
+        self.chunks = [problems[i : i + size] for i in range(0, len(problems), size)]
 
     def run(self) -> int:
-        """To the end. Returns the exit code: 0, or 128 + the signal that stopped SFT.
+        """See `Run`.
 
         Raises:
             ConfigError: nothing was kept; says why.
         """
         if not (self.run_dir / "selection.json").exists():
             self._select()
-        folder = self.run_dir / "sft"
-        trainer = SFTTrainer.prepare(self._sft_config(folder), holds_run(folder), self.console)
+        config, folder = self.config, self.run_dir / "sft"
+        settings = SFTConfig(
+            run_dir=str(folder),
+            data=DataConfig(train=str(self.run_dir / "kept.jsonl"), loss=config.loss),
+            model=config.model,
+            optimization=config.optimization,
+            compute=config.compute,
+            report=config.report,
+            seed=config.seed,
+        )
+        trainer = SFTTrainer.prepare(settings, None, self.console)
         if trainer is not None and (code := trainer.run()):
             return code
-        checkpoint = _read(folder / "summary.json")["checkpoint"]
-        engine = self._engine(ModelConfig(path=checkpoint))
+        checkpoint = read_json(folder / "summary.json")["checkpoint"]
+        after = self._roll_out(self._engine(Path(checkpoint)), 0, "rolling out after SFT")
         result = {
-            **_read(self.run_dir / "selection.json"),
-            "before": _read(self._chunk_file(0))["means"],
-            "after": summary(self._roll_out(engine, 0, self._chunks()[0], "rolling out after SFT")),
+            **read_json(self.run_dir / "selection.json"),
+            "before": read_json(self._chunk_file(0))["means"],
+            "after": summary(after),
             "checkpoint": checkpoint,
         }
-        write_whole(self.run_dir / "summary.json", json.dumps(result, indent=2) + "\n")
+        write_json(self.run_dir / "summary.json", result)
         print_self_train_table(self.console, result)
         return 0
 
     def _select(self) -> None:
         """Rolls out what is missing, and writes what is kept."""
-        chunks = self._chunks()
-        missing = [n for n in range(len(chunks)) if not self._chunk_file(n).exists()]
-        engine = self._engine(self.config.model) if missing else None
+        numbers = range(len(self.chunks))
+        missing = [n for n in numbers if not self._chunk_file(n).exists()]
+        engine = self._engine(None) if missing else None
         for n in missing:
             assert engine is not None
-            graded = self._roll_out(engine, n, chunks[n], f"rolling out {n + 1}/{len(chunks)}")
+            graded = self._roll_out(engine, n, f"rolling out {n + 1}/{len(numbers)}")
             record = {
-                "problems": fingerprint(chunks[n]),
+                "problems": fingerprint(self.chunks[n]),
                 "means": summary(graded),
                 "rollouts": [graded_row(g) for g in graded],
             }
-            write_whole(self._chunk_file(n), json.dumps(record) + "\n")
-        rows = [row for n, chunk in enumerate(chunks) for row in self._rows(n, chunk)]
+            write_json(self._chunk_file(n), record, indent=None)
+        rows = [row for n in numbers for row in self._rows(n)]
         kept, selection = select(rows, self.config.rollouts.keep_per_problem)
         if not kept:
             reasons = ", ".join(
@@ -130,29 +111,25 @@ class SelfTraining:
                 f"raise rollouts.samples; they are all in {self.run_dir / 'rollouts'}"
             )
         save_rows(kept, self.run_dir / "kept.jsonl")
-        write_whole(self.run_dir / "selection.json", json.dumps(selection, indent=2) + "\n")
+        write_json(self.run_dir / "selection.json", selection)
 
-    def _chunks(self) -> list[list[Problem]]:
-        size = self.config.rollouts.chunk
-        return [self.problems[i : i + size] for i in range(0, len(self.problems), size)]
-
-    def _rows(self, n: int, problems: list[Problem]) -> list[Row]:
-        record = _read(self._chunk_file(n))
-        if record["problems"] != fingerprint(problems):
+    def _rows(self, number: int) -> list[Row]:
+        record = read_json(self._chunk_file(number))
+        if record["problems"] != fingerprint(self.chunks[number]):
             raise ConfigError(
-                f"task: {self.config.task.name} is not what {self._chunk_file(n)} was rolled out "
-                "on; resume with the same problems or start another run"
+                f"task: {self.config.task.name} is not what {self._chunk_file(number)} was rolled "
+                "out on; resume with the same problems or start another run"
             )
         return record["rollouts"]
 
-    def _chunk_file(self, n: int) -> Path:
-        return self.run_dir / "rollouts" / f"chunk-{n}.json"
+    def _chunk_file(self, number: int) -> Path:
+        return self.run_dir / "rollouts" / f"chunk-{number}.json"
 
-    def _engine(self, source: ModelConfig) -> Engine:
+    def _engine(self, checkpoint: Path | None) -> Engine:
+        """Of a checkpoint, or of the model that the run starts from."""
         config = self.config
-        device = prepare_torch(config, None)
-        model, tokenizer = build_model(config, Path(source.path) if source.path else None)
-        torch.nn.Module.to(model, device)
+        model, tokenizer = build_model(config, checkpoint)
+        torch.nn.Module.to(model, self.device)
         return Engine(
             model.eval(),
             Codec.from_tokenizer(tokenizer),
@@ -160,9 +137,8 @@ class SelfTraining:
             autocast=config.compute.precision == "bf16",
         )
 
-    def _roll_out(
-        self, engine: Engine, number: int, problems: list[Problem], title: str
-    ) -> list[Graded]:
+    def _roll_out(self, engine: Engine, number: int, title: str) -> list[Graded]:
+        problems: list[Problem] = self.chunks[number]
         rollouts = self.config.rollouts
         total = len(problems) * rollouts.samples
         with ResponsesProgress(self.console, title, total, engine) as progress:
@@ -177,18 +153,6 @@ class SelfTraining:
                 on_graded=progress.graded,
             )
 
-    def _sft_config(self, folder: Path) -> SFTConfig:
-        config = self.config
-        return SFTConfig(
-            run_dir=str(folder),
-            data=DataConfig(train=str(self.run_dir / "kept.jsonl"), loss=config.loss),
-            model=config.model,
-            optimization=config.optimization,
-            compute=config.compute,
-            report=config.report,
-            seed=config.seed,
-        )
-
 
 def select(rows: Iterable[Row], keep_per_problem: int) -> tuple[list[Row], Row]:
     """What is kept of graded rollouts, in the columns of threadweaver.data, and a report.
@@ -202,29 +166,23 @@ def select(rows: Iterable[Row], keep_per_problem: int) -> tuple[list[Row], Row]:
     responses: dict[tuple[str, str], set[str]] = {}
     count = right = well_formed = 0
     for row in rows:
+        question, response, answer = row["question"], row["response"], row["ground_truth"]
         count += 1
         right += row["correct"]
         well_formed += not row["violations"]
         breaches.update(re.sub(r"[0-9]+", "n", v.partition(": ")[2]) for v in row["violations"][:1])
-        seen = responses.setdefault((row["question"], row["ground_truth"]), set())
+        seen = responses.setdefault((question, answer), set())
         if not row["correct"]:
             rejected["wrong"] += 1
         elif row["violations"]:
             rejected["malformed"] += 1
-        elif row["response"] in seen:
+        elif response in seen:
             rejected["duplicate"] += 1
         elif len(seen) == keep_per_problem:
             rejected["over the cap"] += 1
         else:
-            seen.add(row["response"])
-            kept.append(
-                {
-                    "question": row["question"],
-                    "response": row["response"],
-                    "qwen_text": row["question"] + row["response"],
-                    "reward_model": {"ground_truth": row["ground_truth"], "style": "rule"},
-                }
-            )
+            seen.add(response)
+            kept.append(trajectory_row(question, response, answer))
     report = {
         "rollouts": count,
         "kept": len(kept),
@@ -235,22 +193,3 @@ def select(rows: Iterable[Row], keep_per_problem: int) -> tuple[list[Row], Row]:
         "violations": dict(breaches.most_common(MOST_REASONS)),
     }
     return kept, report
-
-
-def graded_row(graded: Graded) -> Row:
-    """A rollout and its grade, for JSON."""
-    return {
-        "question": graded.problem.prompt,
-        "ground_truth": graded.problem.answer,
-        "response": graded.response,
-        "correct": graded.correct,
-        "violations": graded.violations,
-        "total_tokens": graded.lengths.total_tokens,
-        "longest_path_tokens": graded.lengths.longest_path_tokens,
-        "limits": asdict(graded.rollout.limits),
-        "source": graded.problem.source,
-    }
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

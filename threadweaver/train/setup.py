@@ -1,4 +1,4 @@
-"""What a run starts from: torch's own settings, the model, the optimizer, the problems."""
+"""What a run computes with: PyTorch's own settings, the model, the optimizer."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from threadweaver.data import load_examples
-from threadweaver.model import load_model, new_model
-from threadweaver.tasks import Problem
-from threadweaver.tokenizer import build_tokenizer
-from threadweaver.train.config import ConfigError, RunConfig, SFTConfig, TrainingConfig
+from threadweaver.model import add_tags, build_tokenizer, load_model, new_model
+from threadweaver.train.config import AdamWConfig, ConfigError, RunConfig
 from threadweaver.train.run_dir import device_of
-from threadweaver.trajectory import add_tags
 
 
 def prepare_torch(config: RunConfig, state: dict[str, Any] | None) -> torch.device:
-    """Sets threads, seed and determinism; returns the device."""
+    """Sets threads, seed and determinism; returns the device.
+
+    Args:
+        state: of the checkpoint that the run continues from.
+    """
     compute = config.compute
     device = device_of(compute)
     # The number of threads decides in which order sums are taken.
@@ -56,32 +56,11 @@ def build_model(
     return model, tokenizer
 
 
-def build_optimizer(model: PreTrainedModel, config: TrainingConfig) -> torch.optim.AdamW:
+def build_optimizer(model: PreTrainedModel, settings: AdamWConfig) -> torch.optim.AdamW:
     """AdamW without weight decay on vectors (norms, biases). The rate is set step by step."""
-    settings = config.optimization
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, betas=settings.betas, fused=True)
-
-
-def load_problems(config: SFTConfig) -> list[Problem]:
-    """The problems of the final evaluation, none if there is to be none.
-
-    Raises:
-        ValueError: a row without a ground truth; names file and line.
-    """
-    if config.evaluate.data is None:
-        return []
-    examples = load_examples(config.evaluate.data, responses=False)[: config.evaluate.problems]
-    problems = []
-    for example in examples:
-        if example.ground_truth is None:
-            raise ConfigError(
-                f"evaluate.data: {example.source}: no field 'reward_model.ground_truth'; add the "
-                "right answer"
-            )
-        problems.append(Problem(example.prompt, example.ground_truth, example.source))
-    return problems

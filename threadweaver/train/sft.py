@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
@@ -12,15 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from threadweaver.data import read_examples
-from threadweaver.evaluate.metrics import compare, evaluate
+from threadweaver.evaluate.metrics import compare
 from threadweaver.evaluate.rollouts import queue
 from threadweaver.generate.engine import Engine
-from threadweaver.generate.sampler import SamplingParams
-from threadweaver.generate.settings import GenerationSettings
-from threadweaver.generate.weaver import Mode
-from threadweaver.model import load_model, save_model, supervised_tokens, trie_loss
-from threadweaver.progress import Progress, ResponsesProgress
-from threadweaver.tasks.multiplication import Multiplication
+from threadweaver.model import load_model, supervised_tokens, trie_loss
+from threadweaver.progress import Progress
+from threadweaver.tasks import load_task
 from threadweaver.train.batches import (
     Step,
     TrieSet,
@@ -29,33 +26,37 @@ from threadweaver.train.batches import (
     pack,
     unrolled_tokens,
 )
-from threadweaver.train.config import ConfigError, SFTConfig
-from threadweaver.train.not_finite import save_batch
-from threadweaver.train.report import print_table
-from threadweaver.train.run_dir import write_whole
+from threadweaver.train.config import ConfigError
+from threadweaver.train.evaluation import evaluate_modes
+from threadweaver.train.report import print_sft_table
+from threadweaver.train.run import Record, Trainer
+from threadweaver.train.run_dir import write_json
 from threadweaver.train.schedule import learning_rate
-from threadweaver.train.setup import load_problems
-from threadweaver.train.trainer import Record, Trainer
+from threadweaver.train.stages import SFTConfig
 from tw_kernels import Trie
 
 
 class SFTTrainer(Trainer[SFTConfig]):
     """Supervised fine-tuning on the tries of a data file."""
 
-    def load(self) -> None:
+    def load_data(self) -> None:
         config = self.config
-        self.problems = load_problems(config)
-        self.data = self._load(config.data.train)
+        if config.evaluate.data is not None:
+            self._load_problems(config.evaluate.data)
+        self.data = self._load_tries(config.data.train)
         if not self.data.tries:
             raise ConfigError(f"data.train: {config.data.train} holds no well-formed trajectory")
-        self.validation = self._load(config.data.validation) if config.data.validation else None
+        path = config.data.validation
+        self.validation = self._load_tries(path) if path else None
+        self.trains_on = f"data.train: {config.data.train}"
         self.fingerprint = self.data.fingerprint
         self.num_steps, self._all_steps = all_steps(
             self.data.sizes, config.optimization, config.seed
         )
         self._next_step = 0
         self._probe()
-        self._check_evaluation()
+        if config.evaluate.data is not None:
+            self._check_evaluation()
 
     def finish(self) -> None:
         """Evaluates the final checkpoint, writes summary.json and shows what came out."""
@@ -63,7 +64,7 @@ class SFTTrainer(Trainer[SFTConfig]):
         summary = {
             "train_loss": self.metrics.last["loss"],
             "validation_loss": self.metrics.last.get("validation_loss"),
-            **(self._evaluate(checkpoint) if self.problems else {}),
+            **(self._evaluate(checkpoint) if self.config.evaluate.data else {}),
             "steps": self.steps_done,
             "trie_tokens": self.totals["trie_tokens"],
             "unrolled_tokens": self.totals["unrolled_tokens"],
@@ -74,8 +75,8 @@ class SFTTrainer(Trainer[SFTConfig]):
             "seconds": time.perf_counter() - self.origin,
             "checkpoint": str(checkpoint),
         }
-        write_whole(self.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
-        print_table(self.console, summary, self.run_dir)
+        write_json(self.run_dir / "summary.json", summary)
+        print_sft_table(self.console, summary, self.run_dir)
 
     def train_step(self) -> Record:
         # The steps are dealt in order; a resumed run takes up where it was.
@@ -94,19 +95,13 @@ class SFTTrainer(Trainer[SFTConfig]):
                 loss = self._loss_sum(trie) / supervised
                 loss.backward()
                 losses.append(loss.detach())
-        losses = torch.stack(losses)
-        norm = self.clip_gradient()
-        if not torch.isfinite(torch.stack([*losses, norm])).all():
-            sources = [[self.data.sources[i] for i in micro] for micro in step.micro_batches]
-            folder = self.run_dir / f"nan-step-{self.steps_done + 1}"
-            save_model(self.model, self.tokenizer, folder / "model")
-            raise save_batch(folder, packs, sources, losses.tolist(), float(norm))
         settings = self.config.optimization
         rate = learning_rate(
             self.steps_done, self.num_steps, settings.learning_rate, settings.warmup
         )
-        self.update(rate)
-        loss_value, norm_value = float(losses.sum()), float(norm)  # waits for the GPU
+        sources = [[self.data.sources[i] for i in micro] for micro in step.micro_batches]
+        norm = self.update(rate, losses, packs, sources)
+        loss_value = float(torch.stack(losses).sum())
         seconds = time.perf_counter() - start
         tokens = sum(map(len, packs))
         unrolled = sum(map(unrolled_tokens, packs))
@@ -114,7 +109,7 @@ class SFTTrainer(Trainer[SFTConfig]):
         record = {
             "epoch": step.epoch,
             "loss": loss_value,
-            "gradient_norm": norm_value,
+            "gradient_norm": norm,
             "learning_rate": rate,
             "supervised_tokens": supervised,
             "trie_tokens": tokens,
@@ -154,7 +149,7 @@ class SFTTrainer(Trainer[SFTConfig]):
         self.model.train()
         return total / supervised
 
-    def _load(self, path: str) -> TrieSet:
+    def _load_tries(self, path: str) -> TrieSet:
         with Progress(self.console, f"reading {path}", None, "rows") as progress:
             examples = list(progress.track(read_examples(path)))
         budget = self.config.optimization.batch_tokens
@@ -179,53 +174,47 @@ class SFTTrainer(Trainer[SFTConfig]):
             field = "model.arch" if self.config.model.arch else "model.path"
             raise ConfigError(f"{field}: {error}") from error
 
+    def _load_problems(self, path: str) -> None:
+        try:
+            self.task = load_task(path, held_out=1.0)
+            problems = self.task.problems("validation", None)
+        except ValueError as error:
+            raise ConfigError(f"evaluate.data: {error}") from error
+        self.problems = problems[: self.config.evaluate.problems]
+
+    def _check_evaluation(self) -> None:
+        """Refuses problems that the engine would refuse when all training is done."""
+        try:
+            queue(self._engine(self.model), self.problems, self.config.evaluate.generation)
+        except ValueError as error:
+            raise ConfigError(f"evaluate: {error}") from error
+
     def _evaluate(self, checkpoint: Path) -> dict[str, float]:
         """Solves the problems with the checkpoint as it can be loaded, in both modes."""
         torch.nn.Module.to(self.model, "cpu")
         self.optimizer.zero_grad()
         model, _ = load_model(checkpoint)
         torch.nn.Module.to(model, self.device)
-        engine, task, total = self._engine(model), Multiplication(), len(self.problems)
-        evaluations = {}
-        for mode in ("sequential", "parallel"):
-            title = f"evaluating, {mode} mode"
-            with ResponsesProgress(self.console, title, total, engine) as progress:
-                evaluations[mode] = evaluate(
-                    engine,
-                    task,
-                    self.problems,
-                    self._decoding(mode),
-                    on_progress=progress.decoded,
-                    on_graded=progress.graded,
-                )
+        evaluations = evaluate_modes(
+            ("sequential", "parallel"),
+            self._engine(model),
+            self.task,
+            self.problems,
+            self.config.evaluate.generation,
+            self.config.seed,
+            self.console,
+        )
         gain = compare(**evaluations)
         alone, threads = (e.metrics() for e in evaluations.values())
         return {
             "accuracy": alone["accuracy"].value,
-            "format_correct": alone["format_correct"].value,
+            "format_correct": alone["format"].value,
             "parallel_accuracy": threads["accuracy"].value,
-            "parallel_format_correct": threads["format_correct"].value,
+            "parallel_format_correct": threads["format"].value,
             "parallel_activation": threads["activation"].value,
             "speedup": gain.speedup.value,
             "wall_clock_speedup": gain.wall_clock_speedup,
         }
 
-    def _check_evaluation(self) -> None:
-        """Refuses problems that the engine would refuse when all training is done."""
-        try:
-            queue(self._engine(self.model), self.problems, self._decoding("parallel"))
-        except ValueError as error:
-            raise ConfigError(f"evaluate: {error}") from error
-
     def _engine(self, model: PreTrainedModel) -> Engine:
-        settings = self.config.evaluate
-        return Engine(
-            model,
-            self.codec,
-            kv_gigabytes=settings.kv_gigabytes,
-            max_sequences=settings.batch_size,
-        )
-
-    def _decoding(self, mode: Mode) -> GenerationSettings:
-        greedy = SamplingParams(temperature=0)
-        return GenerationSettings(mode, self.config.evaluate.max_new_tokens, sampling=greedy)
+        return Engine(model, self.codec, **asdict(self.config.evaluate.engine))

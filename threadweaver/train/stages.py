@@ -1,42 +1,111 @@
-"""Settings of the stages that roll out: self-training, P-GRPO, and the pipeline of all three.
+"""Settings of each kind of run: SFT, self-training, P-GRPO, and the pipeline of all three.
 
-As in config.py; defaults are the published ones (SPEC, "Stages and published defaults").
+As in config.py; the defaults are the published ones. Of several bases RunConfig comes first:
+jsonargparse resolves annotations by the module of the first.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from threadweaver.evaluate.reward import RewardConfig
 from threadweaver.generate.sampler import SamplingParams
 from threadweaver.generate.settings import EngineSizes, GenerationSettings
 from threadweaver.train.config import (
     AdamWConfig,
-    ComputeConfig,
     ConfigError,
-    ModelConfig,
+    DataConfig,
     OptimizationConfig,
-    ReportConfig,
-    check_at_least_one,
+    RunConfig,
+    TaskConfig,
+    check_least,
 )
 from threadweaver.train.policy_loss import PolicyConfig
 from threadweaver.trajectory.loss import Loss
 
 
 @dataclass
-class TaskConfig:
-    """Where prompts come from and what grades the answers (threadweaver.tasks).
+class EvaluationConfig:
+    """Held-out problems after each stage, in parallel and in sequential mode.
 
     Args:
-        name: multiplication, reasoning_gym:<dataset>, or the path of a data file.
-        options: of that task, by name.
-        problems: how many training problems are drawn; default: all there are.
+        problems: how many.
+        generation: limits and sampling; the mode is both.
+        engine: its sizes.
     """
 
-    name: str = "multiplication"
-    options: dict[str, Any] = field(default_factory=dict)
-    problems: int | None = None
+    problems: int = 200
+    generation: GenerationSettings = field(
+        default_factory=lambda: GenerationSettings(
+            sampling=SamplingParams(temperature=0.6, top_p=0.95)
+        )
+    )
+    engine: EngineSizes = field(default_factory=EngineSizes)
+
+    def __post_init__(self):
+        check_least(1, "evaluate", self, "problems")
+
+
+@dataclass
+class SFTEvaluation(EvaluationConfig):
+    """Problems of a file, solved with the trained model at the end, in both modes.
+
+    Args:
+        data: file of prompts and right answers, of which the first rows are taken; none: no
+            evaluation.
+        generation: limits and sampling; by default the likeliest tokens.
+        max_new_tokens: another name of generation.max_tokens, which it overrides.
+        batch_size: another name of engine.max_sequences, which it overrides.
+        kv_gigabytes: another name of engine.kv_gigabytes, which it overrides.
+    """
+
+    data: str | None = None
+    generation: GenerationSettings = field(
+        default_factory=lambda: GenerationSettings(
+            max_tokens=1024, sampling=SamplingParams(temperature=0)
+        )
+    )
+    max_new_tokens: int | None = None
+    batch_size: int | None = None
+    kv_gigabytes: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_least(1, "evaluate", self, "max_new_tokens", "batch_size")
+        # Cleared, so that in a resumed run the settings themselves can be changed.
+        if self.max_new_tokens is not None:
+            self.generation = replace(self.generation, max_tokens=self.max_new_tokens)
+            self.max_new_tokens = None
+        if self.batch_size is not None:
+            self.engine = replace(self.engine, max_sequences=self.batch_size)
+            self.batch_size = None
+        if self.kv_gigabytes is not None:
+            self.engine = replace(self.engine, kv_gigabytes=self.kv_gigabytes)
+            self.kv_gigabytes = None
+
+
+@dataclass(kw_only=True)
+class SFTConfig(RunConfig):
+    """Supervised fine-tuning on finished trajectories.
+
+    Args:
+        run_dir: folder of this run: config.yaml, metrics.jsonl, summary.json, TensorBoard events,
+            checkpoints.
+        seed: of a new model's weights and of the order of the data.
+    """
+
+    command: ClassVar[str] = "sft"
+    # Of the data, its content counts.
+    free_on_resume: ClassVar[tuple[str, ...]] = (
+        *RunConfig.free_on_resume,
+        "data.train",
+        "data.validation",
+    )
+
+    data: DataConfig
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    evaluate: SFTEvaluation = field(default_factory=SFTEvaluation)
 
 
 @dataclass
@@ -58,7 +127,7 @@ class SelfTrainRollouts:
     engine: EngineSizes = field(default_factory=EngineSizes)
 
     def __post_init__(self):
-        _at_least(self, "rollouts", 1, "samples", "keep_per_problem", "chunk")
+        check_least(1, "rollouts", self, "samples", "keep_per_problem", "chunk")
 
 
 @dataclass
@@ -70,7 +139,7 @@ class SelfTrainSettings:
 
 
 @dataclass(kw_only=True)
-class SelfTrainConfig(SelfTrainSettings):
+class SelfTrainConfig(RunConfig, SelfTrainSettings):
     """Self-training: the model's own right and well-formed rollouts, and SFT on them.
 
     Args:
@@ -81,19 +150,9 @@ class SelfTrainConfig(SelfTrainSettings):
     """
 
     command: ClassVar[str] = "self-train"
-    free_on_resume: ClassVar[tuple[str, ...]] = ()
 
-    run_dir: str
-    model: ModelConfig
     task: TaskConfig = field(default_factory=TaskConfig)
     loss: Loss = "response"
-    compute: ComputeConfig = field(default_factory=ComputeConfig)
-    report: ReportConfig = field(default_factory=ReportConfig)
-    seed: int = 0
-
-    def __post_init__(self):
-        self.model.check()
-        check_at_least_one(self)
 
 
 @dataclass
@@ -113,7 +172,7 @@ class RLRollouts:
     engine: EngineSizes = field(default_factory=EngineSizes)
 
     def __post_init__(self):
-        _at_least(self, "rollouts", 1, "problems")
+        check_least(1, "rollouts", self, "problems")
         if self.samples < 2:
             raise ConfigError(
                 f"rollouts.samples is {self.samples}: it must be at least 2, since a response is "
@@ -137,7 +196,7 @@ class RLOptimizationConfig(AdamWConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _at_least(self, "optimization", 1, "steps", "updates")
+        check_least(1, "optimization", self, "steps", "updates")
 
 
 @dataclass
@@ -151,7 +210,7 @@ class RLSettings:
 
 
 @dataclass(kw_only=True)
-class RLConfig(RLSettings):
+class RLConfig(RunConfig, RLSettings):
     """P-GRPO: reinforcement learning of parallel reasoning.
 
     Args:
@@ -162,22 +221,8 @@ class RLConfig(RLSettings):
     """
 
     command: ClassVar[str] = "rl"
-    free_on_resume: ClassVar[tuple[str, ...]] = ()
 
-    run_dir: str
-    model: ModelConfig
     task: TaskConfig = field(default_factory=TaskConfig)
-    compute: ComputeConfig = field(default_factory=ComputeConfig)
-    report: ReportConfig = field(default_factory=ReportConfig)
-    seed: int = 0
-
-    def __post_init__(self):
-        self.model.check()
-        check_at_least_one(self)
-
-    @property
-    def trains_on(self) -> str:
-        return f"task: {self.task.name}"
 
 
 @dataclass
@@ -197,7 +242,7 @@ class SFTStage:
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
 
     def __post_init__(self):
-        _at_least(self, "sft", 1, "demonstrations")
+        check_least(1, "sft", self, "demonstrations")
         if not 0 <= self.parallel_share <= 1:
             raise ConfigError(
                 f"sft.parallel_share is {self.parallel_share}: it must be between 0 and 1"
@@ -217,27 +262,8 @@ class SelfTrainStage(SelfTrainSettings):
     problems: int | None = None
 
 
-@dataclass
-class EvaluationConfig:
-    """Held-out problems after each stage, in parallel and in sequential mode.
-
-    Args:
-        problems: how many.
-        generation: limits and sampling; the mode is both.
-        engine: its sizes.
-    """
-
-    problems: int = 200
-    generation: GenerationSettings = field(
-        default_factory=lambda: GenerationSettings(
-            sampling=SamplingParams(temperature=0.6, top_p=0.95)
-        )
-    )
-    engine: EngineSizes = field(default_factory=EngineSizes)
-
-
-@dataclass
-class PipelineConfig:
+@dataclass(kw_only=True)
+class PipelineConfig(RunConfig):
     """SFT, self-training and P-GRPO, one after another, evaluated after each.
 
     Args:
@@ -248,27 +274,9 @@ class PipelineConfig:
     """
 
     command: ClassVar[str] = "pipeline"
-    free_on_resume: ClassVar[tuple[str, ...]] = ()
 
-    run_dir: str
-    model: ModelConfig
     task: TaskConfig = field(default_factory=TaskConfig)
     sft: SFTStage = field(default_factory=SFTStage)
     self_train: SelfTrainStage = field(default_factory=SelfTrainStage)
     rl: RLSettings = field(default_factory=RLSettings)
     evaluate: EvaluationConfig = field(default_factory=EvaluationConfig)
-    compute: ComputeConfig = field(default_factory=ComputeConfig)
-    report: ReportConfig = field(default_factory=ReportConfig)
-    seed: int = 0
-
-    def __post_init__(self):
-        self.model.check()
-        check_at_least_one(self)
-
-
-def _at_least(config: Any, section: str, least: int, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < least:
-            raise ConfigError(
-                f"{section}.{name} is {getattr(config, name)}: it must be at least {least}"
-            )

@@ -1,4 +1,4 @@
-"""The calls a finished trajectory is made of (SPEC, "Calls, tries, loss")."""
+"""The calls of a finished trajectory (docs/semantics.md, "Calls, tries, loss")."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Call:
-    """One request of the state machine, and what came back.
+    """One request of the state machine and its completion.
 
     The path of a call, context then completion, is a chain of literal slices of the trajectory: one
     for a call of the main line; for a thread's, the main line up to the fork, then the thread.
@@ -42,12 +42,12 @@ class Call:
 
     @property
     def context(self) -> list[int]:
-        """Ids the request carried."""
+        """Ids of the request."""
         return self.path[: -self.completion_length]
 
     @property
     def completion(self) -> list[int]:
-        """Ids that came back, the stop token included; never empty."""
+        """Ids that were decoded, the stop token included; never empty."""
         return self.ids[self.completion_start : self.spans[-1][1]]
 
     @property
@@ -61,7 +61,7 @@ def extract_calls(
     """Every request that the state machine made for a finished trajectory, in order.
 
     Sequential call, threads 1..n, sequential call, …; a thread's nested calls follow in its place.
-    A request that got nothing back, as a trajectory cut right there implies, is left out. In a
+    A request with an empty completion, as at the end of a truncated trajectory, is left out. In a
     malformed trajectory stray tags are literal content.
 
     Args:

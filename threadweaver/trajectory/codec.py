@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from threadweaver.trajectory.tags import BLOCK_TAGS, TAGS, THREAD_HEADER
-from threadweaver.trajectory.vocabulary import missing_tags
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,8 +106,8 @@ class Codec:
     def encode(self, text: str) -> list[int]:
         """Ids of a text, with thread headers as the state machine forces them.
 
-        A header is encoded by itself, so that no token straddles its colon: a model is trained on
-        the very ids it is continued from. Nothing is added in front or behind.
+        A header is encoded by itself, so that no token straddles its colon: training and decoding
+        then see the same ids. No other tokens are added.
         """
         if self.tag_ids["<Thread>"] < 0:
             return self._vocabulary.encode(text)
@@ -121,11 +120,11 @@ class Codec:
         return self._vocabulary.decode(ids)
 
     def header_end(self, ids: Sequence[int], start: int, end: int) -> int:
-        """Where the header that begins at ids[start], right after <Thread>, is over.
+        """The end of the header that begins at ids[start], right after <Thread>.
 
         The header is the shortest run of tokens that reads a number and a colon. Without a colon
-        (malformed) it is the longest run that could still become one, of at most 32 tokens: a
-        thread of nothing but digits must not cost quadratic time.
+        (malformed) it is the longest run that could still become one, of at most 32 tokens, so that
+        a thread of digits alone does not take quadratic time.
         """
         text = ""
         end = min(end, start + _MAX_HEADER_TOKENS)
@@ -141,6 +140,17 @@ class Codec:
         if id not in self._texts:
             self._texts[id] = self._vocabulary.decode([id])
         return self._texts[id]
+
+
+def missing_tags(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The tags that are not one token wherever they stand in a text."""
+    vocab = tokenizer.get_vocab()
+    return [
+        tag
+        for tag in TAGS
+        if tag not in vocab
+        or vocab[tag] not in tokenizer.encode(f"1{tag}1", add_special_tokens=False)
+    ]
 
 
 def _eos_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -1,4 +1,4 @@
-"""Whether a trajectory is well formed, and if not, where and why (SPEC, "Trajectory")."""
+"""Where a trajectory breaks the format, and how (docs/semantics.md, "Trajectory")."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import pairwise
 from threadweaver.trajectory.parser import Block, Tag, Thread, parse
 from threadweaver.trajectory.tags import MAX_OUTLINES, TAGS
 
-# Inside a block not even a foreign tag may stand.
+# No tag of any name may stand inside a block.
 _ANY_TAG = re.compile(r"</?[A-Za-z]\w*>")
 _OUTLINE = re.compile(r"\s*([0-9]+)\s*:(.*)", re.DOTALL)
 _HEADER = re.compile(r"\s*([0-9]+)\s*:")
@@ -52,6 +52,12 @@ def check_format(
         check.problems.append("there is no <Parallel> block")
     check.main_line(main)
     return check.problems
+
+
+def violations(prompt: str, response: str, max_depth: int = 1) -> list[str]:
+    """The violations in a response, of which a <think> that the prompt ends with is a part."""
+    opened = "<think>" if prompt.rstrip().endswith("<think>") else ""
+    return check_format(opened + response, max_depth=max_depth)
 
 
 class _Check:

@@ -1,9 +1,9 @@
-"""Reads blocks and threads off the tags of a trajectory, however malformed.
+"""Parses the blocks and threads of a trajectory, well formed or not, from its tags.
 
-The parser sees only where tags stand, so the same one serves token ids (positions are indices) and
-text (positions are characters). It never fails: a tag that opens or closes nothing where it stands
-is literal content. It follows what the state machine does with a trajectory: a thread runs to the
-next </Thread>, and the threads that come after an </Outlines> are those it opens.
+The parser sees the positions of tags alone, so it serves both token ids (positions are indices) and
+text (positions are characters). It never fails: a tag that opens or closes nothing at its place is
+literal content. As in the state machine, a thread runs to the next </Thread>, and the threads that
+come after an </Outlines> are those it opens.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Token latency of a trajectory: how long its longest path is (SPEC, "Path metrics")."""
+"""Token latency of a trajectory: its longest path (docs/semantics.md, "Path metrics")."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from threadweaver.trajectory.calls import parse_ids
 from threadweaver.trajectory.codec import Codec
@@ -31,6 +31,10 @@ class PathLengths:
     def acceleration(self) -> float:
         """1 - longest / total; 0 for an empty trajectory."""
         return 1 - self.longest_path_tokens / self.total_tokens if self.total_tokens else 0.0
+
+    def as_dict(self) -> dict[str, float]:
+        """All figures by name, for JSON."""
+        return {**asdict(self), "acceleration": self.acceleration}
 
 
 def path_lengths(ids: Sequence[int], codec: Codec, *, max_depth: int = 1) -> PathLengths:

@@ -1,4 +1,4 @@
-"""The tags of a trajectory and the patterns of its numbered headers (SPEC, "Trajectory")."""
+"""The tags of a trajectory and the pattern of thread headers (docs/semantics.md, "Trajectory")."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ TAGS = (*BLOCK_TAGS, "<Conclusion>", "</Conclusion>", "<think>", "</think>")
 
 MAX_OUTLINES = 50
 
-# What a forced header says after <Thread>. The state machine also accepts numbers like 1.2 (SPEC,
-# "State machine" 2); only whole numbers are well formed.
+# A forced header, after <Thread>. The state machine also accepts numbers like 1.2
+# (docs/semantics.md, "State machine", 2); only whole numbers are well formed.
 THREAD_HEADER = re.compile(r"\s*[0-9]+(?:\.[0-9]+)*\s*:")

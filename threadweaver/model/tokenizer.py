@@ -5,8 +5,8 @@ special tokens, and the few words of the built-in tasks as one token each. A dig
 of its own, so is a newline and a colon: the text the state machine forces (a newline, a thread tag,
 a number and a colon) therefore has the same tokens wherever it stands.
 
-No token is ever added silently: `encode` gives the tokens of the text and no more. Callers that
-want the end token append `tokenizer.eos_token_id`.
+`encode` adds no tokens of its own: callers that want the end token append
+`tokenizer.eos_token_id`.
 """
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from threadweaver.model.tokenizer import EOS, PAD, WORDS, build_tokenizer
 from threadweaver.tasks.multiplication import PLACES, trajectory
-from threadweaver.tokenizer import EOS, PAD, WORDS, build_tokenizer
 from threadweaver.trajectory import TAGS
 
 TOKENIZER = build_tokenizer()

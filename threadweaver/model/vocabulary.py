@@ -1,20 +1,21 @@
-"""Adds the tags to a tokenizer and a model that lack them (SPEC, "Trajectory")."""
+"""Adds the tags to a tokenizer and a model that lack them (docs/semantics.md, "Trajectory")."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
-from threadweaver.trajectory.tags import TAGS
+import torch
+from torch import Tensor
+from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from threadweaver.trajectory import TAGS
+from threadweaver.trajectory.codec import missing_tags
 
 _ROWS_MULTIPLE = 64
 
 
 def add_tags(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> list[str]:
-    """Makes every tag one special token, in place; gives the model rows to start from.
+    """Makes every tag one special token, in place, and gives the model rows for them.
 
     The embedding of a new tag, and its output row if the two tables are untied, starts as the mean
     of the rows of the bare word's tokens: "Thread" for <Thread> and </Thread>. The tables grow to a
@@ -24,8 +25,6 @@ def add_tags(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None =
     Returns:
         The tags that were added to the tokenizer.
     """
-    from transformers import AddedToken
-
     missing = missing_tags(tokenizer)
     tokens: list[str | AddedToken] = [
         AddedToken(tag, special=True, normalized=False) for tag in missing
@@ -36,22 +35,9 @@ def add_tags(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None =
     return missing
 
 
-def missing_tags(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The tags that are not one token wherever they stand in a text."""
-    vocab = tokenizer.get_vocab()
-    return [
-        tag
-        for tag in TAGS
-        if tag not in vocab
-        or vocab[tag] not in tokenizer.encode(f"1{tag}1", add_special_tokens=False)
-    ]
-
-
 def _extend_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, added: list[str]
 ) -> None:
-    import torch
-
     vocab = tokenizer.get_vocab()
     old_rows = _tables(model)[0].shape[0]
     rows = -(-max(old_rows, max(vocab.values()) + 1) // _ROWS_MULTIPLE) * _ROWS_MULTIPLE

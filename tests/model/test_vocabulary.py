@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from byte_tokenizer import byte_tokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from threadweaver.trajectory import TAGS, Codec, add_tags
+from tests.trajectory.byte_tokenizer import byte_tokenizer
+from threadweaver.model import add_tags
+from threadweaver.trajectory import TAGS, Codec
 
 TINY = {
     "hidden_size": 16,

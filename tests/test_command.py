@@ -1,0 +1,44 @@
+"""Without the extra `train`: the library's own parts import, and every command names the extra."""
+
+import subprocess
+import sys
+
+import pytest
+
+from threadweaver.command import TRAIN_MODULES
+
+COMMANDS = ["add_tags", "eval", "evaluate", "generate", "tasks", "train"]
+
+
+def run_without(modules: set[str], code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a process in which these modules cannot be imported."""
+    block = f"import sys; sys.modules.update(dict.fromkeys({sorted(modules)!r}))\n"
+    return subprocess.run(
+        [sys.executable, "-c", block + code, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_trajectories_and_the_weaver_need_no_package_of_the_extra():
+    code = "import threadweaver.trajectory\nfrom threadweaver.generate import Weaver"
+    done = run_without(TRAIN_MODULES, code)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "missing", "arguments"),
+    [
+        *((command, sorted(TRAIN_MODULES), ["--help"]) for command in COMMANDS),
+        # A package that is imported only after the arguments have been read.
+        ("add_tags", ["transformers"], ["--model", "m", "--out", "no/such/folder"]),
+    ],
+)
+def test_a_command_without_the_extra_names_it_in_one_line(command, missing, arguments):
+    code = f"import runpy; runpy.run_module('threadweaver.{command}', run_name='__main__')"
+    done = run_without(set(missing), code, *arguments)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: this command needs the package '")
+    assert done.stderr.endswith("': pip install 'threadweaver[train]'\n")

@@ -1,0 +1,47 @@
+"""Hugging Face decoders on our kernels: load and save, attention over tries and pages, losses."""
+
+from threadweaver.model.attention import (
+    ATTENTION,
+    PagedStep,
+    output_layer,
+    paged_hidden_states,
+    trie_hidden_states,
+)
+from threadweaver.model.load import (
+    check_supported,
+    load_model,
+    load_tokenizer,
+    new_model,
+    save_model,
+)
+from threadweaver.model.loss import (
+    TokenLogprobs,
+    cross_entropy_sum,
+    supervised_tokens,
+    token_logprobs,
+    trie_logprobs,
+    trie_loss,
+)
+from threadweaver.model.tokenizer import build_tokenizer
+from threadweaver.model.vocabulary import add_tags
+
+__all__ = [
+    "ATTENTION",
+    "PagedStep",
+    "TokenLogprobs",
+    "add_tags",
+    "build_tokenizer",
+    "check_supported",
+    "cross_entropy_sum",
+    "load_model",
+    "load_tokenizer",
+    "new_model",
+    "output_layer",
+    "paged_hidden_states",
+    "save_model",
+    "supervised_tokens",
+    "token_logprobs",
+    "trie_hidden_states",
+    "trie_logprobs",
+    "trie_loss",
+]

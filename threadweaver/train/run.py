@@ -1,0 +1,285 @@
+"""One run in its folder: prepared, taken step by step, saved, stopped and resumed.
+
+`Run` is what all kinds have in common, `Trainer` what those that take optimizer steps have. On the
+CPU the result is a function of the settings, the data and the number of threads, bit for bit,
+however often the run was killed and resumed.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Generic, Self, TypeVar
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from threadweaver.model import save_model
+from threadweaver.train.checkpoint import (
+    all_checkpoints,
+    check_shapes,
+    load_state,
+    save_checkpoint,
+)
+from threadweaver.train.config import ConfigError, RunConfig
+from threadweaver.train.interrupt import Interrupts
+from threadweaver.train.log import MetricsLog, ProgressLog
+from threadweaver.train.not_finite import save_batch
+from threadweaver.train.run_dir import (
+    check_run_dir,
+    check_same_config,
+    check_same_settings,
+    holds_run,
+    settings_of,
+    settle_precision,
+    write_config,
+)
+from threadweaver.train.setup import build_model, build_optimizer, prepare_torch
+from threadweaver.train.stages import RLConfig, SFTConfig
+from threadweaver.trajectory import Codec
+from tw_kernels import Trie
+
+C = TypeVar("C", bound=RunConfig)
+T = TypeVar("T", bound=SFTConfig | RLConfig)
+Record = dict[str, Any]
+
+
+class Run(ABC, Generic[C]):
+    """A run that `prepare` makes ready.
+
+    Attributes:
+        device: where it computes.
+        state: of the newest checkpoint, for the kinds that have checkpoints; None: at the start.
+    """
+
+    device: torch.device
+    state: dict[str, Any] | None = None
+
+    def __init__(self, config: C, console: Console):
+        self.config = config
+        self.console = console
+        self.run_dir = Path(config.run_dir)
+        self.started = time.perf_counter()
+
+    @classmethod
+    def prepare(cls, config: C, resume: bool | None, console: Console) -> Self | None:
+        """A run ready to go, at its start or where it was stopped; None if it is finished.
+
+        config.yaml, which makes the folder that of a run, is not written before all that the run
+        needs at its start is known to be good.
+
+        Args:
+            resume: whether to continue what is in run_dir; None: if there is something.
+
+        Raises:
+            ValueError: settings or data that cannot be used.
+        """
+        run = cls(config, console)
+        check_run_dir(run.run_dir, holds_run(run.run_dir) if resume is None else resume)
+        if run.is_finished():
+            summary = run.run_dir / "summary.json"
+            console.print(f"{run.run_dir}: this run is finished, see {summary}", soft_wrap=True)
+            return None
+        precision_note = settle_precision(config, console)
+        run.find_state()
+        run.device = prepare_torch(config, run.state)
+        run.load()
+        write_config(config, precision_note)
+        return run
+
+    def is_finished(self) -> bool:
+        return (self.run_dir / "summary.json").exists()
+
+    def find_state(self) -> None:
+        """Raises ConfigError if what is in run_dir was made with other settings."""
+        check_same_config(self.config)
+
+    @abstractmethod
+    def load(self) -> None:
+        """Loads what the run needs at its start, or where it was stopped."""
+
+    @abstractmethod
+    def run(self) -> int:
+        """To the end. Returns the exit code: 0, or 128 + the signal that stopped it."""
+
+
+class Trainer(Run[T]):
+    """A model, its optimizer, and how far it has come.
+
+    A kind of training is a subclass that says what it trains on and what one step does.
+
+    Attributes:
+        num_steps: steps of the whole run; set by `load_data`.
+        trains_on: the setting that names the data, and its value; set by `load_data`.
+        fingerprint: of the data; set by `load_data`.
+        totals: sums over the steps done, by name; they live in checkpoints.
+    """
+
+    num_steps: int
+    trains_on: str
+    fingerprint: str
+
+    @abstractmethod
+    def load_data(self) -> None:
+        """Loads what the run trains on, with the model there and the optimizer not yet."""
+
+    @abstractmethod
+    def train_step(self) -> Record:
+        """Takes step number self.steps_done, counted from 0; what it reports. `loss` and
+        `tokens_per_second` are shown."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Writes summary.json, which makes the run finished, and shows what came out."""
+
+    def find_state(self) -> None:
+        if checkpoints := all_checkpoints(self.run_dir / "checkpoints"):
+            checkpoint = checkpoints[-1]
+            self.state = load_state(checkpoint)
+            check_same_settings(self.config, self.state["settings"], checkpoint)
+            self.console.print(f"resuming from {checkpoint}", soft_wrap=True)
+
+    def load(self) -> None:
+        compute = self.config.compute
+        checkpoint = self.last_checkpoint if self.state else None
+        self.model, self.tokenizer = build_model(self.config, checkpoint)
+        torch.nn.Module.to(self.model, self.device).train()
+        self.codec = Codec.from_tokenizer(self.tokenizer)
+        self.totals: dict[str, float] = {"seconds": 0.0}
+        self.steps_done = 0
+        self.load_data()
+        if compute.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if compute.compile:
+            self.model.base_model.compile(dynamic=True)
+        self.optimizer = build_optimizer(self.model, self.config.optimization)
+        if self.state:
+            self._restore(self.last_checkpoint, self.state)
+            self.state = None  # the moments take twice the memory of the weights
+        # So that now - origin is the wall-clock of the whole run, less the time between stop and
+        # resume.
+        self.origin = self.started - self.totals["seconds"]
+
+    def run(self) -> int:
+        """See `Run`.
+
+        Raises:
+            NotFiniteError: a step's loss or gradient norm.
+        """
+        stopped_by = self._take_steps()
+        if stopped_by is not None:
+            path = self.run_dir / "config.yaml"
+            command = f"python -m threadweaver.train {self.config.command} --config {path} --resume"
+            self.console.print(f"stopped and saved; continue with: {command}", soft_wrap=True)
+            return 128 + stopped_by
+        self.finish()
+        return 0
+
+    def _take_steps(self) -> int | None:
+        """Takes the steps that are left. Returns the signal that stopped it early, if one did."""
+        report = self.config.report
+        with ExitStack() as stack:
+            interrupts = stack.enter_context(Interrupts())
+            self.metrics = MetricsLog(self.run_dir, self.steps_done)
+            stack.callback(self.metrics.close)
+            progress = stack.enter_context(
+                ProgressLog(self.console, self.steps_done, self.num_steps, report.log_every)
+            )
+            while self.steps_done < self.num_steps:
+                record = {"step": self.steps_done + 1, **self.train_step()}
+                record["seconds"] = time.perf_counter() - self.origin
+                self.steps_done += 1
+                self.metrics.write(record)
+                progress.update(record)
+                stop = interrupts.received
+                last = self.steps_done == self.num_steps
+                if last or stop is not None or self.steps_done % report.checkpoint_every == 0:
+                    self._save()
+                if stop is not None:
+                    return stop
+        return None
+
+    @property
+    def last_checkpoint(self) -> Path:
+        return all_checkpoints(self.run_dir / "checkpoints")[-1]
+
+    def autocast(self) -> torch.autocast:
+        """In which the model computes, if compute.precision is bf16."""
+        enabled = self.config.compute.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def update(
+        self,
+        learning_rate: float,
+        losses: Sequence[Tensor],
+        packs: Sequence[Trie],
+        sources: Sequence[Sequence[str]],
+    ) -> float:
+        """Clips the gradient, moves the weights along it and clears it.
+
+        Args:
+            losses, packs, sources: of each micro-batch that the gradient is of: scalars on the
+                device, its trie, and where its examples come from.
+
+        Returns:
+            The norm of the gradient before it was clipped.
+
+        Raises:
+            NotFiniteError: a loss or the norm; the weights and the micro-batches are saved.
+        """
+        largest = self.config.optimization.gradient_clip
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest)
+        if not torch.isfinite(torch.stack([*losses, norm])).all():
+            folder = self.run_dir / f"nan-step-{self.steps_done + 1}"
+            save_model(self.model, self.tokenizer, folder / "model")
+            raise save_batch(folder, packs, sources, [float(x) for x in losses], float(norm))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(norm)
+
+    def add_to_totals(self, **amounts: float) -> None:
+        for name, amount in amounts.items():
+            self.totals[name] = self.totals.get(name, 0) + amount
+
+    def _save(self) -> None:
+        # The checkpoint promises that the records of its steps are there.
+        self.metrics.sync()
+        self.totals["seconds"] = time.perf_counter() - self.origin
+        state = {
+            "step": self.steps_done,
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "totals": self.totals,
+            "settings": settings_of(self.config),
+            "data": self.fingerprint,
+            "threads": torch.get_num_threads(),
+        }
+        save_checkpoint(
+            self.run_dir / "checkpoints",
+            self.steps_done,
+            self.model,
+            self.tokenizer,
+            state,
+            self.config.report.keep_checkpoints,
+        )
+
+    def _restore(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        check_shapes(checkpoint, state, self.model)
+        if state["data"] != self.fingerprint:
+            raise ConfigError(
+                f"{self.trains_on} is not what {checkpoint} was trained on; resume with the "
+                "same data or start another run"
+            )
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda" and state["cuda_rng"]:
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        self.steps_done = state["step"]
+        self.totals = state["totals"]
