@@ -143,7 +143,7 @@ def _tensors(result: Any) -> Iterator[Tensor]:
         for part in result:
             yield from _tensors(part)
     elif isinstance(result, Trie):
-        yield from vars(result).values()
+        yield from (t for t in vars(result).values() if isinstance(t, Tensor))
     elif isinstance(result, BlockMask):
         yield from (t for t in result.as_tuple() if isinstance(t, Tensor))
 

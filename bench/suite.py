@@ -15,9 +15,8 @@ from typing import Any, Generic, Literal, TypeVar
 
 from jsonargparse import ArgumentParser
 
+from bench.record import Row
 from bench.roofline import Work
-
-Row = dict[str, Any]
 
 # Suite -> its module, which is imported only when the suite is asked for.
 SUITES = {
