@@ -1,13 +1,11 @@
 """`python -m bench COMMAND ...`; `python -m bench COMMAND --help` for its arguments.
 
-    list    the suites, and which of their peers are here
-    run     suites, each into a result file
-    compare two results: what became slower
-    report  results as a document with pictures
-    profile our rows of a suite, kernel by kernel
-    gpu     everything worth knowing on a GPU, in a fixed time
-
-Knows nothing about benchmarks: each command is a module with a `main(arguments) -> int`.
+    list    the suites, and which of their peers can run here
+    run     run suites, each into a result file
+    compare compare two results: what became slower
+    report  write results as a document with pictures
+    profile the time of our peers of a suite by kernel
+    gpu     all tests, benchmarks and profiles on a GPU, in a fixed time
 
 Exit codes: 0; 1 for a wrong result, a failure of ours or a regression; 2 for arguments or files
 that cannot be used, with one line on stderr.
@@ -20,6 +18,7 @@ import sys
 
 from threadweaver.command import fail
 
+# Command -> a module with main(arguments) -> exit code, which is imported only when it is called.
 COMMANDS = {
     "list": "bench.listing",
     "run": "bench.running",
@@ -36,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] in (["--help"], ["-h"]):
         print(__doc__)
         return 0
-    if arguments[:1] == [] or arguments[0] not in COMMANDS:
+    if not arguments or arguments[0] not in COMMANDS:
         got = f"no command {arguments[0]!r}" if arguments else "no command"
         return fail(f"{got}: one of {', '.join(COMMANDS)}; see python -m bench --help", 2)
     return importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:])

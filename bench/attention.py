@@ -1,17 +1,17 @@
-"""Trie attention against PyTorch's attentions: `python -m bench.attention --help`.
+"""Trie attention against PyTorch's attention functions: `python -m bench.attention --help`.
 
-Each row times one implementation on one trie, forward or forward and backward. What the peers are:
-bench/peers.py.
+Each row times one implementation on one trie, forward or forward and backward. The peers are
+described in bench/attention_peers.py.
 
     TFLOP/s     floating-point operations of the *visible* pairs over the time: 4 D Hq a pair
-                forward, 10 D Hq backward. Work on hidden pairs earns nothing, nor does computing a
-                token once for each path it is on. The causal peers are credited with their own
-                pairs, half the square
-    GB/s        q, k, v and out, and backward all four gradients, each once, over the time
-    x dense, x flex, x unrolled
-                how many times faster than SDPA with a dense mask, than FlexAttention with its block
-                mask at hand, than the paths one by one
-    of causal   TFLOP/s as a share of causal SDPA's on as many tokens
+                forward, 10 D Hq backward. Operations on hidden pairs and on further copies of a
+                token do not count. The causal peers are credited with N (N + 1) / 2 pairs
+    GB/s        bytes of q, k, v and out, and of their gradients with a backward pass, each once,
+                over the time
+    x dense, x flex, x unrolled, x varlen
+                how many times faster than SDPA with a dense mask, FlexAttention with a prebuilt
+                block mask, the paths one at a time, the paths in one varlen_attn
+    of causal   TFLOP/s as a share of causal SDPA's on the same number of tokens
 """
 
 from __future__ import annotations
@@ -26,16 +26,11 @@ import torch
 from torch import Tensor
 
 from bench import shapes
+from bench.attention_peers import CAUSAL, DENSE, FLEX, PEERS, UNROLLED_SDPA, UNROLLED_VARLEN
 from bench.attention_setup import OURS, AttentionSetup, Problem
-from bench.frame import Options, Peer, Row, Skip, Suite, UsageError, main
-from bench.peers import (
-    CAUSAL,
-    DENSE,
-    FLEX,
-    PEERS,
-    UNROLLED_SDPA,
-    UNROLLED_VARLEN,
-)
+from bench.availability import interpreted
+from bench.running import suite_main
+from bench.suite import Options, Peer, Row, Skip, Suite, UsageError
 from tw_kernels import trie_attention
 from tw_kernels.attention.op import TRIE_ATTENTION
 
@@ -44,7 +39,7 @@ DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 
 @dataclass
 class AttentionOptions(Options):
-    """Options of bench.attention, beside those of every benchmark.
+    """Options of bench.attention, in addition to those of every benchmark.
 
     Args:
         heads: query heads. Default: 9, on CUDA 32, with --quick 4.
@@ -57,7 +52,7 @@ class AttentionOptions(Options):
     head_dims: list[int] | None = None
 
 
-def _ours(setup: AttentionSetup, backend: str | None) -> Callable[[int], Any]:
+def _prepare(setup: AttentionSetup, backend: str | None) -> Callable[[int], Any]:
     inputs = [setup.inputs(i) for i in range(setup.input_sets)]
     if backend:
         if backend == setup.automatic:
@@ -77,11 +72,15 @@ def _ours(setup: AttentionSetup, backend: str | None) -> Callable[[int], Any]:
     return lambda i: setup.run(attend, *inputs[i])
 
 
-def _why_no_backend(name: str, device: str) -> str | None:
-    if name == "triton" and device == "cpu":
-        return "runs in Triton's interpreter on a CPU, which is for tests"
-    q = torch.empty(1, 1, 64, dtype=torch.bfloat16, device=device)
-    return TRIE_ATTENTION[name].why_not(q, q, q)
+def _ours(backend: str | None = None) -> Peer[AttentionSetup]:
+    def why_absent(device: str) -> str | None:
+        if backend is None:
+            return None
+        q = torch.empty(1, 1, 64, dtype=torch.bfloat16, device=device)
+        return interpreted(backend, device) or TRIE_ATTENTION[backend].why_not(q, q, q)
+
+    name = f"{OURS}: {backend}" if backend else OURS
+    return Peer(name, functools.partial(_prepare, backend=backend), True, why_absent)
 
 
 def cases(options: Options) -> list[shapes.Case]:
@@ -135,16 +134,8 @@ SUITE = Suite(
     options=AttentionOptions,
     setups=setups,
     peers=[
-        Peer(OURS, functools.partial(_ours, backend=None), ours=True),
-        *(
-            Peer(
-                f"{OURS}: {name}",
-                functools.partial(_ours, backend=name),
-                ours=True,
-                why_absent=functools.partial(_why_no_backend, name),
-            )
-            for name in TRIE_ATTENTION
-        ),
+        _ours(),
+        *map(_ours, TRIE_ATTENTION),
         *PEERS,
     ],
     columns={"backend": "backend", "of_causal": "of causal"},
@@ -158,4 +149,4 @@ SUITE = Suite(
 )
 
 if __name__ == "__main__":
-    raise SystemExit(main(SUITE))
+    raise SystemExit(suite_main(SUITE))

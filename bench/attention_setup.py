@@ -1,8 +1,8 @@
-"""Inputs of trie attention on one trie, what is timed on them, and how a result is judged: what
-bench.attention and its peers (bench/peers.py) share.
+"""The setup of bench.attention: inputs on one trie, the call that is timed, and the check.
 
-Inputs are normal and exact in bfloat16, so that one float64 reference (bench/oracle.py) judges
-every dtype. Where the reference would be dear, it takes some of the heads: `checked_heads`.
+Inputs are normally distributed and exact in bfloat16, so that one float64 reference
+(bench/oracle.py) serves every dtype. Where the reference would take too long, it covers some of the
+heads: `checked_heads`.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import torch
 from torch import Tensor
 
 from bench import shapes
-from bench.frame import Row, Setup, Skip
 from bench.oracle import TOLERANCE, Reference, reference, worst_row
 from bench.roofline import Work
+from bench.suite import Row, Setup, Skip
 from tw_kernels import TrieLayout
 from tw_kernels.attention.op import choose_backend
 
 OURS = "ours"
-FORWARD, BACKWARD = 4, 10  # operations for each visible pair, head and head dim
-# A call of more operations is skipped (but never our automatic choice): ten seconds, about.
+FORWARD, BACKWARD = 4, 10  # operations for each visible pair, query head and element of a head
+# A call of more operations is skipped (about ten seconds), except our automatic choice.
 MOST_OPERATIONS = {"cpu": 1e12, "cuda": float("inf")}
-# Operations that the float64 reference of a case may take before it leaves heads out.
+# Operations that the float64 reference of a case may take before it leaves out heads.
 MOST_REFERENCE_OPERATIONS = {"cpu": 5e10, "cuda": 2e13}
 
 
 def is_causal(peer: str) -> bool:
-    """Whether a peer, by its name, answers plain causal attention of as many tokens."""
+    """Whether a peer, by its name, computes plain causal attention of the same number of tokens."""
     return peer.endswith("causal")
 
 
@@ -41,7 +41,11 @@ def is_unrolled(peer: str) -> bool:
 
 
 class Problem:
-    """One case at one set of head counts: what its dtypes and passes share."""
+    """One case at one set of head counts: the data that its dtypes and passes share.
+
+    Attributes:
+        memo: what peers and `expected` compute once and share, by a key of their own.
+    """
 
     def __init__(self, case: shapes.Case, device: str, heads: int, kv_heads: int, head_dim: int):
         self.case, self.device = case, device
@@ -55,7 +59,7 @@ class Problem:
 
     @cached_property
     def values(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """q [N, Hq, D], k, v [N, Hkv, D] and dout [N, Hq, D], bfloat16, for each set of inputs."""
+        """q [N, Hq, D], k, v [N, Hkv, D] and dout [N, Hq, D], bfloat16, per set of inputs."""
         n, d = self.layout.num_tokens, self.head_dim
         rng = torch.Generator(self.device).manual_seed(n)
 
@@ -67,26 +71,28 @@ class Problem:
 
     @cached_property
     def path_nodes(self) -> list[Tensor]:
-        """The trie's tokens on each path, int64."""
+        """The indices of the trie tokens on each path, int64 [length]."""
         return [self.case.trie.path_nodes(i).to(self.device) for i in range(len(self.case.paths))]
 
     @cached_property
     def unrolled_nodes(self) -> Tensor:
-        """Of every token of every path, path by path, which token of the trie it is, int64 [T]."""
+        """The trie token of every token of every path, path by path, int64 [T]."""
         return torch.cat(self.path_nodes)
 
     @cached_property
     def first_copies(self) -> Tensor:
-        """Which of them are their token's first copy, bool [T, 1, 1]."""
+        """Which of `unrolled_nodes` are the first copy of their token, bool [T, 1, 1]."""
         first = torch.zeros(len(self.unrolled_nodes), dtype=torch.bool)
         first[np.unique(self.unrolled_nodes.cpu(), return_index=True)[1]] = True
         return first.to(self.device)[:, None, None]
 
     @property
     def unrolled_pairs(self) -> int:
+        """Visible pairs of all paths, each by itself."""
         return sum(len(nodes) * (len(nodes) + 1) // 2 for nodes in self.path_nodes)
 
     def expected(self, inputs: int, causal: bool) -> Reference:
+        """The float64 results on a set of inputs, of trie attention or of causal attention."""
         key = "expected", inputs, causal
         if key not in self.memo:
             ends, pairs = self.layout.subtree_ends, self.layout.visible_pairs
@@ -97,13 +103,15 @@ class Problem:
             fit = int(MOST_REFERENCE_OPERATIONS[self.device] / one)
             count = min(max(1, fit), self.kv_heads)
             step = self.kv_heads // count
-            # The last head is always there: a mistake in head indexing shows on it.
+            # Always includes the last head, where wrong head indexing shows.
             chosen = list(range(self.kv_heads - 1, -1, -step))[:count][::-1]
             self.memo[key] = reference(*self.values[inputs], ends, chosen)
         return self.memo[key]
 
 
 class Inputs(NamedTuple):
+    """q and dout [n, Hq, D], k and v [n, Hkv, D]; or batched, [1, H, n, D]."""
+
     q: Tensor
     k: Tensor
     v: Tensor
@@ -138,32 +146,37 @@ class AttentionSetup(Setup):
 
     @property
     def causal_pairs(self) -> int:
+        """Visible pairs of causal attention of the same number of tokens."""
         return self.layout.num_tokens * (self.layout.num_tokens + 1) // 2
 
     def operations(self, pairs: int) -> int:
+        """Floating-point operations of one call on so many visible pairs."""
         each = FORWARD + BACKWARD if self.backward else FORWARD
         return each * pairs * self.problem.heads * self.problem.head_dim
 
     def limit(self, pairs: int, also: str = "") -> None:
-        """Raises Skip if computing so many pairs takes too long."""
+        """Raises Skip if a call on so many pairs takes too long; `also` is added to the reason."""
         operations, most = self.operations(pairs), MOST_OPERATIONS[self.device]
         if operations > most:
             why = f"{operations / 1e12:.1f} TFLOP a call, over the limit of {most / 1e12:.0f}"
             raise Skip(f"{why}; {also}" if also else why)
 
     def inputs(self, i: int) -> Inputs:
-        """q, k, v and dout, [N, H, D]."""
+        """A set of inputs in the setup's dtype, [N, H, D]."""
         return self.leaves(x.to(self.dtype) for x in self.problem.values[i])
 
     def unrolled_inputs(self, i: int) -> Inputs:
-        """The same of every token of every path, [T, H, D]. Only a token's first copy has a dout:
-        the gradients of its copies add up to those of the trie."""
+        """The same of every token of every path, [T, H, D].
+
+        dout is 0 except at the first copy of each token, so that the gradients of the copies add up
+        to those of the trie.
+        """
         nodes, first = self.problem.unrolled_nodes, self.problem.first_copies
         q, k, v, dout = (x.to(self.dtype)[nodes] for x in self.problem.values[i])
         return self.leaves((q, k, v, dout * first))
 
     def leaves(self, values: Iterable[Tensor], batched: bool = False) -> Inputs:
-        """q, k, v and dout of n tokens, [n, H, D], as contiguous leaves; batched: [1, H, n, D]."""
+        """q, k, v and dout [n, H, D] as contiguous leaves; if `batched`, as [1, H, n, D]."""
         if batched:
             values = (x.transpose(0, 1).unsqueeze(0) for x in values)
         q, k, v, dout = (x.detach().clone(memory_format=torch.contiguous_format) for x in values)
@@ -179,7 +192,7 @@ class AttentionSetup(Setup):
         v: Tensor,
         dout: Tensor,
     ) -> tuple[Tensor, ...]:
-        """out, and with a backward dq, dk, dv: what is timed."""
+        """The timed call: returns (out,), or (out, dq, dk, dv) with a backward pass."""
         if not self.backward:
             with torch.no_grad():
                 return (attend(q, k, v),)
@@ -189,7 +202,7 @@ class AttentionSetup(Setup):
     def check(
         self, peer: str, result: tuple[Tensor, ...] | list[tuple[Tensor, ...]], inputs: int
     ) -> str | None:
-        """Of what `run` returned, or a list of that, path by path."""
+        """Checks a result of `run`, or a list of them, one a path."""
         expected = self.problem.expected(inputs, causal=is_causal(peer))
         tolerance = TOLERANCE[self.dtype]
         if isinstance(result, list):
@@ -222,6 +235,7 @@ class AttentionSetup(Setup):
 
     @cached_property
     def automatic(self) -> str:
+        """The backend that runs where none is named."""
         q, k, v, _ = self.inputs(0)
         return choose_backend(q, k, v, self.layout)
 

@@ -3,22 +3,23 @@
 BEFORE and AFTER are result files, or folders whose files are matched by name. Rows are matched by
 suite, setup and peer.
 
-    B/A       the fastest sample after over the fastest before: a busy machine makes samples slower
-              and never faster, so the fastest moves least (medians, where a file has no samples)
-    drift     the same of the peers that are not ours, the median over the setup: their code did not
-              change, the machine did
+    B/A       time after over time before, by the fastest sample of each: other load only slows
+              samples down, so the fastest varies least (medians, where a file has no samples)
+    drift     the median B/A of the setup's peers that are not ours: their code is unchanged, so it
+              is the machine's
     change    B/A over drift
-    noise     what `change` can be off by and mean nothing: three standard errors
+    noise     three standard errors of `change`
 
-The error of a row adds up, as independent ones do: the times' own, of both runs (how far their
-fastest quarter of samples reaches); the disagreement of the setup's peers about the drift; the
-scatter between runs that both samples miss, robustly estimated from all setups (of our rows about
-their peer's median change, or of the other peers, whichever is smaller: a regression of some rows
-must not hide itself); and 0.4 of the drift, for no drift hits all calls alike.
+The variance of the logarithm of `change` is a sum of independent parts: the error of both times
+(from the spread of their fastest quarter of samples); the disagreement of the setup's peers about
+the drift; the scatter between runs, robustly estimated from all setups (of our rows about their
+peer's median change, or of the other peers, whichever is smaller, so that a regression of some rows
+does not raise its own threshold); and 0.4 of the drift, which does not affect all calls equally.
 
-A row is slower if its change is above the tolerance and its noise. So is a peer of ours, in all
-setups together, by its median change over three setups or more: what is true of every row shows
-there first. A row of ours that was right and is now wrong or failed counts as well.
+A row is slower if its change is above the tolerance and above its noise. A peer of ours is also
+compared over all setups together, by its median change, if there are three setups or more: a change
+too small for a single row shows there. A row of ours that was right and is now wrong or failed is a
+regression as well.
 
 Exit codes: 0; 1 for a regression of ours; 2 for arguments or files that cannot be used.
 """
@@ -36,20 +37,19 @@ from typing import NamedTuple
 from jsonargparse import ArgumentParser
 from rich.table import Table
 
-from bench.frame import console
 from bench.record import Record, RecordError, Row, Setup, read_record, read_records
+from bench.table import console
 from threadweaver.command import explain, fail
 
-ERRORS = 3  # standard errors that noise is
-# Of the logarithm of a ratio: what two runs of one call differ by at least.
-LEAST_SCATTER = 0.05
-FEWEST_FOR_SCATTER = 5
-FEWEST_FOR_PEER = 3
-DRIFT_DOUBT = 0.4
-# Standard error of the fastest sample over how far above it the fastest quarter reaches.
+ERRORS = 3  # noise, in standard errors
+LEAST_SCATTER = 0.05  # standard deviation of log(ratio) between two runs of one call, at least
+FEWEST_FOR_SCATTER = 5  # rows from which the scatter is estimated, at least
+FEWEST_FOR_PEER = 3  # setups over which a peer is compared, at least
+DRIFT_DOUBT = 0.4  # standard error of log(drift) over log(drift)
+# Standard error of the fastest sample over the distance of the first quartile from it.
 ERROR_OF_QUARTER = 0.5
-SIGMA_OF_IQR, SIGMA_OF_MAD = 1 / 1.349, 1.4826  # of normal samples
-MEDIAN_OVER_MEAN = 1.2533  # standard errors
+SIGMA_OF_IQR, SIGMA_OF_MAD = 1 / 1.349, 1.4826  # of normally distributed samples
+MEDIAN_OVER_MEAN = 1.2533  # ratio of the standard errors of median and mean
 
 
 class Change(NamedTuple):
@@ -58,7 +58,7 @@ class Change(NamedTuple):
     Attributes:
         before, after: milliseconds of the fastest sample; None for a peer over all setups.
         ratio: time after over before.
-        drift: the machine's part of it.
+        drift: the part of it that is the machine's.
         error: standard error of log(ratio / drift).
     """
 
@@ -78,7 +78,7 @@ class Change(NamedTuple):
 
     @property
     def noise(self) -> float:
-        """As a factor: a change within it, up or down, means nothing."""
+        """As a factor: a change by less, up or down, is not significant."""
         return math.exp(ERRORS * self.error)
 
     def slower(self, tolerance: float) -> bool:
@@ -89,7 +89,7 @@ class Change(NamedTuple):
 
 
 class Time(NamedTuple):
-    """Milliseconds of a call, and the relative standard error of it."""
+    """Milliseconds of a call, and their relative standard error."""
 
     ms: float
     error: float
@@ -108,12 +108,12 @@ class Pair(NamedTuple):
 
     @property
     def error(self) -> float:
-        """Of the logarithm."""
+        """Standard error of log_ratio."""
         return math.hypot(self.before.error, self.after.error)
 
 
 class Drift(NamedTuple):
-    """Logarithm of a factor that is the machine's, and its standard error."""
+    """Logarithm of the machine's factor, and its standard error."""
 
     log: float
     error: float
@@ -123,9 +123,9 @@ class Comparison(NamedTuple):
     """Two runs of one suite.
 
     Attributes:
-        changes: of the rows that both timed, then of our peers over all setups.
-        broken: rows of ours that were right and are not, with the reason.
-        missing: rows that only one of the two timed.
+        changes: of the rows that both runs timed, then of our peers over all setups.
+        broken: rows of ours that were right before and are not after, with the reason.
+        missing: rows that only one of the two runs timed.
         warnings: why the two may not be comparable.
     """
 
@@ -136,7 +136,7 @@ class Comparison(NamedTuple):
 
 
 def compare(before: Record, after: Record) -> Comparison:
-    """Rows of the two records, matched by setup and peer."""
+    """Compares two records, row by row."""
     suite, names = after.suite, _varying(before, after)
     olds, news = before.by_setup(), after.by_setup()
     broken, missing = [], []
@@ -197,7 +197,7 @@ def _changes(
 
 
 def _drift(others: Sequence[Pair], overall: float) -> Drift:
-    """What the machine did to one setup, from the peers in it that are not ours."""
+    """The drift of one setup, from its peers that are not ours; without any, the overall drift."""
     if not others:
         return Drift(overall, DRIFT_DOUBT * abs(overall))
     logs = [pair.log_ratio for pair in others]
@@ -207,7 +207,7 @@ def _drift(others: Sequence[Pair], overall: float) -> Drift:
 
 
 def _times(a: Row, b: Row) -> tuple[Time, Time]:
-    """Of one row in both runs, of one kind."""
+    """The times of one row before and after: both of the fastest sample, or both medians."""
     if a.get("samples_ms") and b.get("samples_ms"):
         return _fastest(a["samples_ms"]), _fastest(b["samples_ms"])
     return _median(a), _median(b)
@@ -225,7 +225,7 @@ def _median(row: Row) -> Time:
 
 
 def _scatter(ours: Sequence[float], others: Sequence[float]) -> float:
-    """Standard deviation of the logarithm of a time between runs, without their own errors."""
+    """Standard deviation of log(ratio) between runs, beyond the errors of the samples."""
     known = [
         SIGMA_OF_MAD * statistics.median(abs(x - statistics.median(xs)) for x in xs)
         for xs in (ours, others)
@@ -288,7 +288,7 @@ def matched(before: Path, after: Path) -> tuple[list[tuple[Record, Record]], lis
 
 
 def table(changes: Iterable[Change], tolerance: float) -> Table:
-    """Worst first."""
+    """The changes as a table, the worst first."""
     out = Table()
     out.add_column("suite")
     out.add_column("setup", overflow="fold")
@@ -307,7 +307,7 @@ def table(changes: Iterable[Change], tolerance: float) -> Table:
 
 
 def verdict(comparison: Comparison, tolerance: float) -> str:
-    """In words; it begins with "Regression" if there is one."""
+    """One sentence; it begins with "Regression" if there is one."""
     ours = [c for c in comparison.changes if c.ours]
     slower = [c for c in ours if c.slower(tolerance)]
     faults = []

@@ -1,4 +1,4 @@
-"""Where a result was measured: enough to judge it by, and to repeat it."""
+"""The machine, software and commit of a result, and the folder that results are kept in."""
 
 import os
 import platform
@@ -19,9 +19,9 @@ PACKAGES = (
     *("flash-attn", "flash-attn-3", "fa3-fwd", "flash-attn-4", "flashinfer-python"),
 )
 HOUSE = Path(__file__).parent.parent
-# What a result depends on: not what was written about results, nor results themselves.
+# The files that a result depends on: all but the documentation and the results.
 SOURCES = ("--", ":/", ":(top,exclude)bench/results", ":(top,exclude)docs")
-# Variables that hold a CPU to fewer instructions than it has.
+# Variables that limit a CPU to some of its instruction sets.
 HOLDS = ("TW_CPU", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 CPU_FAMILIES = ("epyc", "xeon", "ryzen", "neoverse", "graviton")
 
@@ -51,16 +51,16 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def results_folder(env: dict[str, Any]) -> Path:
-    """Where the results of a run are kept: bench/results/<device>/<date>-<commit>, and -dirty where
-    the sources were not the commit's."""
+    """The folder of a run's results: bench/results/<device>/<date>-<commit>, with -dirty appended
+    if the sources differed from the commit."""
     commit = (env["commit"] or "unknown")[:9]
     run = f"{env['date'][:10]}-{commit}{'-dirty' if env['dirty'] else ''}"
     return HOUSE / "bench" / "results" / device_slug(env) / run
 
 
 def device_slug(env: dict[str, Any]) -> str:
-    """epyc-2-cores, nvidia-h100: a CPU by its family and cores, and the instruction set that it is
-    held to if it is; a GPU without its memory."""
+    """The device as part of a path, e.g. epyc-2-cores or nvidia-h100: a CPU's family, cores and, if
+    limited, instruction set; a GPU's name without its memory."""
     name = re.sub(r"[^a-z0-9]+", "-", env["device"].lower()).strip("-")
     if env["device_type"] == "cuda":
         return re.sub(r"-\d+gb\b.*", "", name)
@@ -82,7 +82,7 @@ def _version(package: str) -> str | None:
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints; None if it fails or is not there."""
+    """The output of a command; None if it fails or does not exist."""
     try:
         done = subprocess.run(command, cwd=HOUSE, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):

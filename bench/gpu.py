@@ -1,64 +1,52 @@
-"""Everything worth knowing on a GPU, in a fixed time: `python -m bench gpu --out DIR --budget 480`.
+"""All tests, benchmarks and profiles on a GPU, in a fixed time:
+`python -m bench gpu --out DIR --budget 480`.
 
-Steps run one after another, each a process with a share of the time that is left, the most
-important first, so that whenever time ends, what is there is what mattered most:
+Steps run one after another (bench/steps.py), the most important first:
 
-    environment, nvidia-smi   without them no figure means anything
-    build                     the extension and the CUDA kernels, if they are not there; without
-                              the extension nothing else runs
-    smoke                     a minute of GPU tests: whether the kernels are right at all. A kernel
-                              that is wrong does not end the harvest: no row of it is ever timed
-    attention, decode         the claims, in their most telling cases, beside every peer
-    tests                     all GPU tests: what the smoke test left out
-    train_step, rollout       what the kernels come to in a training step and in decoding
-    profile-*, ncu-*          why: each kernel's time, registers, spills, shared memory; with Nsight
-                              Compute, where it is installed, what each is limited by
-    sweep-*                   the curves: every other case
-    report                    DIR/report.md from all of that
+    environment, nvidia-smi   versions and hardware
+    build                     the extension and the CUDA kernels, if they are missing; without the
+                              extension no other step runs
+    smoke                     a minute of GPU tests. Failures do not end the run: rows of wrong
+                              kernels are never timed
+    attention, decode         the most important cases, with all peers
+    tests                     all GPU tests
+    train_step, rollout       a training step and decoding of a whole model
+    profile-*, ncu-*          time, registers, spills and shared memory of each kernel; with Nsight
+                              Compute, where it is installed, what limits each
+    sweep-*                   all other cases
+    report                    DIR/report.md from all of these
 
-A step writes DIR/NAME.log, and its results to DIR/NAME.json the moment they exist; DIR/summary.json
-is rewritten after every step: status (ok, failed, timed out, interrupted, left out), reason,
-seconds, exit code, command. A second call with the same DIR goes on: steps that are ok are skipped,
-the others run again into files of another number; `--again NAME` runs one again all the same. While
-a step runs, stderr says which and for how long.
+DIR/summary.json has the outcome of each step. A second call with the same DIR continues: steps that
+are ok are skipped, except those named by `--again`. While a step runs, stderr shows its name and
+time.
 
-It needs no network, and nothing but this tree, PyTorch, Triton, transformers, pytest, jsonargparse
-and rich; SmolLM2 for the rollouts where its package is there. `--dry_run` goes through the same
-steps on a CPU, on tiny shapes, Triton in its interpreter.
+Needs no network, and only this tree, PyTorch, Triton, transformers, pytest, jsonargparse and rich;
+for the rollouts SmolLM2, if its package is installed. `--dry_run` runs the same steps on a CPU, on
+tiny shapes, Triton in its interpreter.
 
 Exit codes: 0, also when time ran out; 1 if a step failed; 2 without a GPU or for arguments that
-cannot be used; 130 when it was stopped.
+cannot be used; 130 when it was interrupted.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from jsonargparse import ArgumentParser
-from rich.console import Console
 
-from bench.environment import HOUSE
+from bench.steps import Step, StepRunner, SummaryError
 from threadweaver.command import explain, fail
-from threadweaver.progress import Status
 from tw_kernels import cuda_build
 
-REPORT_SECONDS = 15  # kept back for the report
-LEAST_SECONDS = 3  # a step with less is left out
-GRACE_SECONDS = 5  # between SIGTERM and SIGKILL
-LOOK_SECONDS = 1  # between two looks at a step that runs
-GPU_BUDGET = ["--budget", "0.3"]  # of a row: fifty repeats of what takes a few milliseconds
+GPU_BUDGET = ["--budget", "0.3"]  # seconds a row: fifty repeats of a call of a few milliseconds
 PYTHON = [sys.executable, "-m"]
 NCU = [
     *("ncu", "--profile-from-start", "off", "--clock-control", "none", "--csv"),
@@ -66,24 +54,8 @@ NCU = [
     *("--section", "MemoryWorkloadAnalysis", "--section", "WarpStateStats"),
 ]
 ATTENTION_CASES = ["case=star-8192", "case=trajectory-8192", "case=pack-64x512"]
-INTERPRETED = "tests/kernels/test_triton_attention.py"  # where there is no GPU
 DECODE_CASES = ["case=fork-4x8-8192+128", "case=fork-1x16-8192+128", "case=docmergeToT-4"]
-
-
-class Step(NamedTuple):
-    """A process to run.
-
-    Attributes:
-        share: of the time that is left, what it may take at most.
-        writes: it takes --json FILE for its results.
-        absent: why it cannot run here; it is then left out.
-    """
-
-    name: str
-    command: list[str]
-    share: float
-    writes: bool = False
-    absent: str | None = None
+INTERPRETED = "tests/kernels/test_triton_attention.py"  # the smoke test of a dry run
 
 
 def gpu_steps(out: Path) -> list[Step]:
@@ -171,7 +143,13 @@ def _first() -> list[Step]:
     return [
         Step("environment", [*PYTHON, "torch.utils.collect_env"], 0.3),
         Step("nvidia-smi", ["nvidia-smi", "-q"], 0.1, absent=no_smi),
-        Step("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 0.6, absent=_built()),
+        Step(
+            "build",
+            [sys.executable, "setup.py", "build_ext", "--inplace"],
+            share=0.6,
+            absent=_built(),
+            is_blocking=lambda: not _extension_is_there(),
+        ),
     ]
 
 
@@ -181,7 +159,8 @@ def _extension_is_there() -> bool:
 
 
 def _built() -> str | None:
-    """That nothing is left to build, if so: the extension, and where they can be, CUDA kernels."""
+    """Why there is nothing to build, or None: the extension is there, and the CUDA kernels if they
+    can be built."""
     if not _extension_is_there():
         return None
     if cuda_build.is_wanted() and not cuda_build.why_not():
@@ -191,144 +170,15 @@ def _built() -> str | None:
 
 
 def _tests(*paths: str) -> list[str]:
-    """The GPU tests; several at a time, for most of their time the compiler takes."""
+    """The command of the GPU tests, in several processes: most of their time is compilation."""
     processes = min(8, (os.cpu_count() or 2) // 2)
     parallel = ["-n", str(processes)] if importlib.util.find_spec("xdist") and processes > 1 else []
     return [*PYTHON, "pytest", "-m", "gpu", *parallel, *paths]
 
 
 def _report(out: Path) -> Step:
-    return Step(
-        "report", [*PYTHON, "bench", "report", str(out), "--out", str(out / "report.md")], 1
-    )
-
-
-class SummaryError(ValueError):
-    """A summary.json that no call of this command wrote; the message names it."""
-
-
-class Harvest:
-    """The steps of one folder, and what became of them.
-
-    Args:
-        out: the folder; a summary in it, of an earlier call, is gone on with.
-        budget: seconds for this call.
-
-    Raises:
-        SummaryError: there is a summary that cannot be read.
-    """
-
-    def __init__(self, out: Path, budget: float):
-        self.out = out
-        self._end = time.monotonic() + budget
-        self._summary = out / "summary.json"
-        self._status = Status(Console(stderr=True))
-        self.entries: dict[str, dict[str, Any]] = {}
-        if self._summary.exists():
-            try:
-                steps = json.loads(self._summary.read_text(encoding="utf-8"))["steps"]
-                self.entries = {entry["step"]: entry for entry in steps}
-            except (ValueError, LookupError, TypeError) as error:
-                message = (
-                    f"{self._summary}: not a summary of bench gpu: take it away, or its folder"
-                )
-                raise SummaryError(message) from error
-
-    def run(self, steps: Sequence[Step], again: Sequence[str] = ()) -> bool:
-        """Runs what is not ok yet, and the steps named in `again`. Whether none failed.
-
-        Raises:
-            KeyboardInterrupt: it was stopped; the step that ran is ended and entered.
-        """
-        for step in steps:
-            earlier = self.entries.get(step.name, {})
-            if earlier.get("status") == "ok" and step.name not in again:
-                continue
-            if step.absent and step.name not in again:
-                self._enter(step.name, {"status": "left out", "reason": step.absent})
-                continue
-            left = self._end - time.monotonic() - (REPORT_SECONDS if step.name != "report" else 0)
-            if left * step.share < LEAST_SECONDS and step.name != "report":
-                if not earlier:
-                    self._enter(step.name, {"status": "left out", "reason": "no time was left"})
-                continue
-            entry = self._run(step, max(left * step.share, LEAST_SECONDS), earlier.get("tries", 0))
-            if step.name == "build" and entry["status"] != "ok" and not _extension_is_there():
-                break
-        return all(
-            self.entries[s.name]["status"] != "failed" for s in steps if s.name in self.entries
-        )
-
-    def _run(self, step: Step, seconds: float, tries: int) -> dict[str, Any]:
-        name = step.name if tries == 0 else f"{step.name}-{tries + 1}"
-        results = ["--json", str(self.out / f"{name}.json")] if step.writes else []
-        entry: dict[str, Any] = {
-            "status": "interrupted",
-            "reason": None,
-            "exit_code": None,
-            "command": [*step.command, *results],
-            "log": f"{name}.log",
-            "tries": tries + 1,
-        }
-        env = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-        start = time.monotonic()
-        with (self.out / entry["log"]).open("wb") as log:
-            process = subprocess.Popen(
-                entry["command"],
-                cwd=HOUSE,
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            try:
-                code = entry["exit_code"] = self._wait(process, step.name, seconds)
-                entry["status"] = "ok" if code == 0 else "failed"
-                if code:
-                    entry["reason"] = f"exit code {code}: see {entry['log']}"
-            except subprocess.TimeoutExpired:
-                entry |= {"status": "timed out", "reason": f"after {seconds:.0f} s"}
-            finally:
-                _end(process)
-                entry["seconds"] = round(time.monotonic() - start, 1)
-                self._enter(step.name, entry)
-        return entry
-
-    def _wait(self, process: subprocess.Popen, name: str, seconds: float) -> int:
-        """Its exit code. Raises TimeoutExpired when it has not ended in so many seconds."""
-        start = time.monotonic()
-        with self._status:
-            while True:
-                passed = time.monotonic() - start
-                self._status.show(f"{name}: {passed:.0f} s, at most {seconds:.0f} s")
-                try:
-                    return process.wait(min(LOOK_SECONDS, max(seconds - passed, 0)))
-                except subprocess.TimeoutExpired:
-                    if time.monotonic() - start >= seconds:
-                        raise
-
-    def _enter(self, name: str, entry: dict[str, Any]) -> None:
-        """Says what became of a step, and rewrites the summary, whole at any moment."""
-        self.entries[name] = {"step": name, **entry}
-        partial = self._summary.with_name("summary.json.partial")
-        partial.write_text(json.dumps({"steps": list(self.entries.values())}, indent=1) + "\n")
-        partial.replace(self._summary)
-        seconds = f"{entry['seconds']:.0f} s" if "seconds" in entry else ""
-        print(f"{name:<18} {entry['status']:<12} {seconds:>6}  {entry['reason'] or ''}", flush=True)
-
-
-def _end(process: subprocess.Popen) -> None:
-    """Ends a process and all that it started."""
-    for number, wait in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, None)):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            return
-        try:
-            process.wait(wait)
-        except subprocess.TimeoutExpired:
-            continue
+    command = [*PYTHON, "bench", "report", str(out), "--out", str(out / "report.md")]
+    return Step("report", command, share=1, always=True)
 
 
 def main(arguments: list[str]) -> int:
@@ -350,7 +200,7 @@ def main(arguments: list[str]) -> int:
         if unknown := [name for name in given.again if name not in names]:
             return fail(f"--again: no step {unknown[0]!r}; one of {', '.join(names)}", 2)
         out.mkdir(parents=True, exist_ok=True)
-        harvest = Harvest(out, given.budget)
+        runner = StepRunner(out, given.budget)
     except ArgumentError as error:
         return fail(explain(str(error), parser.get_defaults()), 2)
     except (OSError, SummaryError) as error:
@@ -361,7 +211,7 @@ def main(arguments: list[str]) -> int:
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        return 0 if harvest.run(steps, given.again) else 1
+        return 0 if runner.run(steps, given.again) else 1
     except KeyboardInterrupt:
         return 130
     finally:

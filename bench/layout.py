@@ -1,14 +1,16 @@
 """Building a trie and its block schedule against Python dicts and FlexAttention's block mask:
 `python -m bench.layout --help`. Host work, so a CPU only.
 
-Every peer starts from the same Python lists, except the block mask, which starts from
-`subtree_ends` at hand (what comes before costs it nothing).
+Every peer starts from the same Python lists, except the block mask, which starts from a given
+`subtree_ends` (its computation is not timed).
 
     peak MB       high-water mark of the resident set over one call (bench/meter.py)
-    bytes/token   bytes of what the peer returns, for each trie token. A trie is O(N), so constant;
-                  a schedule adds four bytes for each pair of blocks that attend
+    bytes/token   bytes of what the peer returns, per trie token. A trie is O(N), so constant; a
+                  schedule adds four bytes for each pair of blocks with a visible pair
+    ns/unrolled token
+                  time per token of all paths
     x dict, x block mask
-                  how many times faster than the plain dict trie, than FlexAttention's block mask
+                  how many times faster than the dict trie, than FlexAttention's block mask
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from bench import shapes
-from bench.frame import Options, Peer, Row, Setup, Skip, Suite, UsageError, main
-from bench.peers import FLEX_BLOCK, ancestor_mask_mod, block_mask, visible
+from bench.masks import FLEX_BLOCK, ancestor_mask_mod, block_mask, visible
+from bench.running import suite_main
+from bench.suite import Options, Peer, Row, Setup, Skip, Suite, UsageError
 from tw_kernels import BlockSchedule, Trie
 
 OURS, SCHEDULED = "ours: trie", "ours: trie + block schedule"
@@ -41,7 +44,7 @@ class Flat(NamedTuple):
 
 
 def dict_trie(paths: list[list[int]]) -> Flat:
-    """A trie of nested dicts, one a token, flattened in preorder: good plain Python."""
+    """A trie of nested dicts, one a token, flattened in preorder."""
     roots: dict[int, dict] = {}
     for path in paths:
         node = roots
@@ -51,8 +54,8 @@ def dict_trie(paths: list[list[int]]) -> Flat:
                 child = node[token] = {}
             node = child
     tokens, positions, subtree_ends = [], [], []
-    # A child on the stack still has its subtree before it; a closed one (depth -1, its index in
-    # place of its token) has it behind it.
+    # The stack holds (token, depth, children) of a node to visit, and (index, -1, children) of a
+    # node whose subtree ends when it is popped.
     stack = [(token, 0, child) for token, child in reversed(roots.items())]
     while stack:
         token, depth, children = stack.pop()
@@ -75,16 +78,17 @@ def dict_trie(paths: list[list[int]]) -> Flat:
 
 
 def additive_mask(subtree_ends: Tensor) -> Tensor:
-    """float32 [N, N], 0 where visible and -inf elsewhere."""
+    """An additive attention mask, float32 [N, N]: 0 where visible, -inf elsewhere."""
     n = subtree_ends.numel()
     return torch.zeros(n, n).masked_fill_(~visible(subtree_ends), -torch.inf)
 
 
 class LayoutSetup(Setup):
-    """One case; what the results must equal is worked out here once, by other means."""
+    """One case, and the independently computed results that peers must equal."""
 
     def __init__(self, case: shapes.Case):
         self.case = case
+        self._bytes: dict[str, int] = {}  # of what each peer returns
 
     @property
     def key(self) -> Row:
@@ -93,7 +97,7 @@ class LayoutSetup(Setup):
 
     @cached_property
     def expected(self) -> Flat:
-        """From paths alone: a token is its path's prefix, ordered as first seen, depth first."""
+        """Computed from the paths alone."""
         return dict_trie(self.case.paths)
 
     def figures(self, peer: str, seconds: float) -> Row:
@@ -101,10 +105,6 @@ class LayoutSetup(Setup):
             "ns_per_unrolled_token": seconds * 1e9 / self.case.unrolled,
             "bytes_per_token": self._bytes[peer] / len(self.case.trie),
         }
-
-    @cached_property
-    def _bytes(self) -> dict[str, int]:
-        return {}
 
     def check(self, peer: str, result: Any, inputs: int) -> str | None:
         self._bytes[peer] = sum(t.numel() * t.element_size() for t in _tensors(result))
@@ -136,7 +136,7 @@ class LayoutSetup(Setup):
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:
-    """The tensors that a result keeps."""
+    """All tensors in a peer's result."""
     if isinstance(result, Tensor):
         yield result
     elif isinstance(result, tuple):
@@ -151,8 +151,10 @@ def _tensors(result: Any) -> Iterator[Tensor]:
 def _blocks(
     ends: Tensor, block_q: int, block_kv: int, rows_past_end_see_all: bool
 ) -> tuple[Tensor, Tensor]:
-    """Which blocks hold a visible pair and which hold nothing else, bool [nq, nkv] each: from the
-    dense mask, a block of rows at a time. A column past the end is never visible."""
+    """Which blocks hold a visible pair, and which hold only visible pairs: bool [nq, nkv] each.
+
+    From the dense mask, one block of rows at a time. A column past the end is never visible.
+    """
     n = len(ends)
     nq, nkv = -(-n // block_q), -(-n // block_kv)
     touched, full = torch.zeros(2, nq, nkv, dtype=torch.bool)
@@ -261,4 +263,4 @@ SUITE = Suite(
 )
 
 if __name__ == "__main__":
-    raise SystemExit(main(SUITE))
+    raise SystemExit(suite_main(SUITE))

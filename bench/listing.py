@@ -1,28 +1,30 @@
-"""`python -m bench list`: the suites, and each peer with why it is absent, if it is."""
+"""`python -m bench list`: the suites, and each peer with the reason if it cannot run here."""
 
 from __future__ import annotations
 
 from argparse import ArgumentError
 from typing import Any
 
-import torch
 from jsonargparse import ArgumentParser
 from rich.table import Table
 
-from bench.frame import Suite, UsageError, console
-from bench.suites import SUITES, load_suite
+from bench.selection import check_device
+from bench.suite import SUITES, Suite, UsageError, load_suite
+from bench.table import console
 from threadweaver.command import explain, fail
 
 
 def main(arguments: list[str]) -> int:
+    """Returns the exit code."""
     parser = ArgumentParser(prog="python -m bench list", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     try:
         device = parser.parse_args(arguments).device
+        check_device(device)
     except ArgumentError as error:
         return fail(explain(str(error), parser.get_defaults()), 2)
-    if device == "cuda" and not torch.cuda.is_available():
-        return fail("--device cuda: torch sees no CUDA device here; use --device cpu", 2)
+    except UsageError as error:
+        return fail(error, 2)
     table = Table()
     for heading in ("suite", "cases", "setups", "peer", f"on {device}"):
         table.add_column(heading, overflow="fold")
@@ -40,9 +42,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _counts(suite: Suite[Any, Any], device: str) -> tuple[str, str]:
-    """How many cases, and how many setups they come in (dtypes, passes, head dims)."""
+    """The number of cases, and of setups they give (dtypes, passes, head dims)."""
     try:
         keys = [setup.key for setup in suite.setups(suite.options(device=device))]
-    except UsageError:  # not on this device
+    except UsageError:  # the suite does not run on this device
         return "0", "0"
     return str(len({key["case"] for key in keys})), str(len(keys))

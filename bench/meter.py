@@ -9,21 +9,21 @@ from typing import Any
 
 import torch
 
-SHORTEST_SAMPLE = 2e-3  # seconds; a shorter call is repeated inside one sample, on a CPU
+SHORTEST_SAMPLE = 2e-3  # seconds; on a CPU a shorter call is repeated within one sample
 FLUSH_BYTES = 256 * 2**20  # several times the L2 of any GPU
 
 
 class CpuMeter:
-    """perf_counter, and the process's resident set.
+    """Time by perf_counter, memory by the process's resident set.
 
-    Peak memory is the high-water mark of the resident set over the call, less what was resident
-    before it: it counts Python objects, C++ and torch alike, in steps of a page.
+    Peak memory is the high-water mark of the resident set during the call, less what was resident
+    before it: it includes Python objects, C++ and torch, in steps of a page.
     """
 
     device = "cpu"
 
     def seconds(self, call: Callable[[], Any], calls: int) -> float:
-        """Mean over `calls` calls."""
+        """Mean time of a call, over `calls` calls."""
         result = None
         start = perf_counter()
         for _ in range(calls):
@@ -33,15 +33,16 @@ class CpuMeter:
         return elapsed / calls
 
     def calls_in_sample(self, seconds: float) -> int:
+        """The number of calls of so many seconds in one sample."""
         return max(1, round(SHORTEST_SAMPLE / max(seconds, 1e-7)))
 
     def peak_bytes(self, call: Callable[[], Any]) -> int | None:
-        """None where the system does not tell (it takes Linux's /proc)."""
+        """Peak memory of one call; None where Linux's /proc is missing."""
         try:
-            # Free heap pages would take new objects in unseen, so they go back first.
+            # New objects in free heap pages would not be counted, so these are returned first.
             if sys.platform == "linux":
                 ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is
+            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
             before = _resident("VmRSS")
         except (OSError, AttributeError):
             return None
@@ -59,7 +60,8 @@ def _resident(field: str) -> int:
 
 
 class CudaMeter:
-    """CUDA events around one call, after the L2 cache was overwritten; the caching allocator."""
+    """Time by CUDA events around one call, after overwriting the L2 cache; memory by the caching
+    allocator's statistics."""
 
     device = "cuda"
 
@@ -93,4 +95,5 @@ class CudaMeter:
 
 
 def meter_for(device: str) -> CpuMeter | CudaMeter:
+    """The meter of a device, "cpu" or "cuda"."""
     return CudaMeter() if device == "cuda" else CpuMeter()

@@ -1,17 +1,18 @@
-"""Our rows of a suite, kernel by kernel: `python -m bench profile SUITE [--json FILE]`.
+"""Time of our peers by kernel: `python -m bench profile SUITE [--json FILE]`.
 
-Each of our peers is called a few times on each setup, warm, under PyTorch's profiler; options are
-those of the suite. A line of the table is one kernel of one call:
+Each of our peers is called a few times on each setup, after a warm-up, under PyTorch's profiler;
+options are those of the suite. A line of the table is one kernel of one call:
 
-    us          median time on the device; on a CPU, of an operator with all that it calls
-    share       of the time of all lines together
+    us          median microseconds on the device; on a CPU, of an operator with all that it calls
+    share       fraction of the time of all lines together
     registers, shared, grid, block, occupancy
-                of a launch on CUDA: a thread's registers, a block's bytes of shared memory, and how
-                much of a multiprocessor's warps fit, in %
-    spills      bytes of registers that Triton's compiler put in memory, largest of the kernels of
-                that name in this process
+                of a launch on CUDA: registers per thread, bytes of shared memory per block, sizes
+                of grid and block, estimated occupancy of a multiprocessor in %
+    spills      bytes of registers that Triton's compiler spilled to memory; the maximum over the
+                kernels of that name in this process
 
-Without --json no profiler is attached; a call runs between cudaProfilerStart and -Stop, for
+Without --json no profiler is attached; one call runs between cudaProfilerStart and
+cudaProfilerStop, for Nsight Compute:
 
     ncu --profile-from-start off --clock-control none python -m bench profile decode --device cuda
 """
@@ -29,35 +30,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity
 
 from bench.environment import environment
-from bench.frame import (
-    ONLY_HELP,
-    QUICK_HELP,
-    Options,
-    Peer,
-    Row,
-    Selection,
-    Setup,
-    Skip,
-    Suite,
-    UsageError,
-    console,
-    select,
-    show_on,
-)
-from bench.suites import SUITES, load_suite
+from bench.record import write_json
+from bench.running import show_on
+from bench.selection import Selection, select
+from bench.suite import SUITES, Options, Peer, Row, Setup, Skip, Suite, UsageError, load_suite
+from bench.table import console
 from threadweaver.command import explain, fail
 from threadweaver.progress import Status
 
 CALLS = 5
-LEAST_SHARE = 0.01  # that the table shows
-KERNEL_NAME = 60  # characters of it there
-# Ours -> the profiler's names of what it knows of a launch.
+LEAST_SHARE = 0.01  # of a kernel that the table shows
+KERNEL_NAME = 60  # characters of a kernel's name in the table
+# Entry of a row -> the profiler's name for that property of a launch.
 LAUNCH = {
     "registers": "registers per thread",
     "shared": "shared memory",
@@ -69,7 +58,7 @@ FIGURES = ("launches", "us", "share", *LAUNCH, "spills")
 
 
 def kernels(call: Callable[[int], Any], input_sets: int, device: str) -> list[Row]:
-    """What the profiler saw of a warm call, by kernel, the longest first."""
+    """A row for each kernel that the profiler saw in a call, by decreasing share of the time."""
     cuda = device == "cuda"
     activities = [ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profiler:
@@ -101,7 +90,8 @@ def kernels(call: Callable[[int], Any], input_sets: int, device: str) -> list[Ro
 
 
 def triton_spills() -> dict[str, int]:
-    """By kernel, of those that our Triton modules have launched in this process."""
+    """Kernel -> bytes of spilled registers, of the kernels that our Triton modules have launched in
+    this process."""
     jit = sys.modules.get("triton.runtime.jit")
     spills: dict[str, int] = {}
     ours = [m for n, m in list(sys.modules.items()) if n.startswith("tw_kernels") and "triton" in n]
@@ -115,10 +105,10 @@ def triton_spills() -> dict[str, int]:
 
 
 def profile(suite: Suite, selection: Selection, options: Options) -> Iterator[Row]:
-    """Rows of each of our peers on each setup; without a result file, calls alone."""
+    """Rows of each of our peers on each setup. Without a result file it makes the calls and yields
+    nothing."""
     status = Status(Console(stderr=True))
     while selection.setups:
-        # With the setup go its inputs.
         with contextlib.closing(selection.setups.pop(0)) as setup, status:
             show = show_on(status, suite, setup)
             for peer in selection.peers:
@@ -152,7 +142,7 @@ def _synchronize(device: str) -> None:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """The kernels with at least a hundredth of their call's time."""
+    """The kernels with at least LEAST_SHARE of the time of their call."""
     names = [name for name in ("case", "dtype", "pass", "peer", "kernel") if name in rows[0]]
     figures = [name for name in FIGURES if any(row[name] is not None for row in rows)]
     out = Table()
@@ -182,22 +172,15 @@ def main(arguments: list[str]) -> int:
     if name not in SUITES:
         return fail(f"python -m bench profile SUITE: one of {', '.join(SUITES)}", 2)
     suite = load_suite(name)
-    parser = ArgumentParser(
-        prog=f"python -m bench profile {name}", exit_on_error=False, allow_abbrev=False
-    )
-    parser.add_argument("--quick", action="store_true", help=QUICK_HELP)
-    parser.add_argument("--only", nargs="+", default=[], metavar="KEY=GLOB", help=ONLY_HELP)
-    parser.add_class_arguments(suite.options, skip={"quick", "only"})
+    parser = suite.parser(f"python -m bench profile {name}")
     try:
         options = suite.options(**vars(parser.parse_args(arguments[1:])))
-        if options.device == "cuda" and not torch.cuda.is_available():
-            raise UsageError("--device cuda: torch sees no CUDA device here; use --device cpu")
         rows = []
         for row in profile(suite, select(suite, options), options):
             rows.append(row)
             if options.json:
                 content = {"env": environment(options.device), "suite": name, "kernels": rows}
-                options.json.write_text(json.dumps(content, indent=1) + "\n")
+                write_json(options.json, content)
     except ArgumentError as error:
         return fail(explain(str(error), parser.get_defaults()), 2)
     except (UsageError, OSError) as error:

@@ -1,16 +1,15 @@
-"""Result files as `bench.frame` writes them, read back: the reports stand on these alone.
+"""Result files: writing them, and reading them for reports and comparisons.
 
     {"env": {"benchmark": "decode", "device": ..., "key": [...]}, "rows": [{...}, ...]}
 
-`key` names the entries that identify a setup; files from before it lack it, and there a row's key
-is what stands before its `peer`.
+`env.key` names the entries of a row that identify its setup. Older files have no `env.key`; their
+rows' keys are the entries before `peer`.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ Setup = tuple[tuple[str, Any], ...]
 
 
 class RecordError(ValueError):
-    """A file or folder that holds no results; the message names it."""
+    """A file or folder without results; the message names it."""
 
 
 class Record(NamedTuple):
@@ -35,7 +34,8 @@ class Record(NamedTuple):
 
     @property
     def machine(self) -> str:
-        """The device, and on a CPU how many threads of it and what it is held to."""
+        """The device; of a CPU also the number of threads and the instruction set it is limited
+        to, if any."""
         if self.env.get("device_type") == "cuda":
             return self.env["device"]
         held = self.env.get("held_to", {}).get("TW_CPU")
@@ -43,7 +43,7 @@ class Record(NamedTuple):
         return f"{threads}, held to {held.upper()}" if held else threads
 
     def setup(self, row: Row) -> Setup:
-        """What the rows of one setup have in common, as pairs (name, value)."""
+        """The key of a row's setup, as pairs (name, value)."""
         names = self.env.get("key") or list(itertools.takewhile(lambda name: name != "peer", row))
         return tuple((name, row.get(name)) for name in names)
 
@@ -53,6 +53,13 @@ class Record(NamedTuple):
         for row in self.rows:
             setups.setdefault(self.setup(row), {})[row["peer"]] = row
         return setups
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replaces a JSON file in one step: a reader never sees a part of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
 
 
 def read_record(path: Path) -> Record:
@@ -73,8 +80,8 @@ def read_record(path: Path) -> Record:
 
 
 def read_records(folder: Path) -> list[Record]:
-    """The result files of a folder and of all below it, in the order of their paths; other JSON
-    files are passed over.
+    """The result files of a folder and all folders below it, in the order of their paths; other
+    JSON files are ignored.
 
     Raises:
         RecordError: there is none.
@@ -86,14 +93,15 @@ def read_records(folder: Path) -> list[Record]:
 
 
 def is_record(content: Any) -> bool:
+    """Whether parsed JSON has the form of a result file."""
     if not (isinstance(content, dict) and isinstance(content.get("env"), dict)):
         return False
     rows = content.get("rows")
-    return {"benchmark", "device"} <= set(content["env"]) and isinstance(rows, list) and _rows(rows)
-
-
-def _rows(rows: Iterable[Any]) -> bool:
-    return all(isinstance(row, dict) and {"peer", "ours", "status"} <= set(row) for row in rows)
+    return (
+        {"benchmark", "device"} <= set(content["env"])
+        and isinstance(rows, list)
+        and all(isinstance(row, dict) and {"peer", "ours", "status"} <= set(row) for row in rows)
+    )
 
 
 def _record_or_none(path: Path) -> Record | None:

@@ -1,13 +1,12 @@
-"""What the machine could do at best, measured in the run that it judges: one large matrix product a
-dtype, one large copy.
+"""The roofline of the machine, measured in each run: a large matrix product a dtype, a large copy.
 
 A roofline (Williams, Waterman and Patterson, 2009) bounds the time of a call from below: its
-operations at the rate of the product, its bytes at the rate of the copy. A row's share is that time
-over the time it took. A share above 1 is no mistake: the copy moves everything through memory, and
-a small call finds its inputs in a cache.
+operations at the rate of the product, its bytes at the rate of the copy. A row's share is that
+bound over its time. A share above 1 is possible: the copy moves everything through memory, while
+the inputs of a small call lie in a cache.
 
-What can be widened can be multiplied in float32, so a product that is slower than float32's, as one
-of emulated bfloat16 is, is no roof: then float32's holds.
+Any dtype can be converted to float32 and multiplied there, so the rate of the product is at least
+float32's, also where bfloat16 is emulated and slower.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ REPEATS = 10
 # Edge of the square matrices, and bytes that are copied: several times the last-level cache.
 SIZES = {"cpu": (1536, 256 * 2**20), "cuda": (8192, 2**30)}
 QUICK_SIZES = {"cpu": (512, 64 * 2**20), "cuda": (2048, 256 * 2**20)}
-EMULATED_SIZE = 256  # of bfloat16 where the CPU emulates it, at 1 to 15 GFLOP/s
+EMULATED_SIZE = 256  # edge for bfloat16 where the CPU emulates it, at 1 to 15 GFLOP/s
 
 
 class Work(NamedTuple):
-    """What one call has to do, whoever does it: None where nobody counted.
+    """The work that one call needs, independent of the implementation; None if not counted.
 
     Attributes:
-        flops: floating-point operations, a multiply-add being two.
-        bytes: of its inputs and outputs, each once.
+        flops: floating-point operations; a multiply-add is two.
+        bytes: size of inputs and outputs, each once.
         dtype: of the operations, as in `dtype` columns.
     """
 
@@ -43,8 +42,8 @@ class Work(NamedTuple):
 
 
 def measure_roofline(meter: CpuMeter | CudaMeter, quick: bool) -> dict[str, Any]:
-    """{"copy_gb_per_s": bytes read and written, "matmul_tflops": {dtype: TFLOP/s}}, on the device
-    and with the threads in use."""
+    """{"copy_gb_per_s": GB/s, read and written, "matmul_tflops": {dtype: TFLOP/s}} on the meter's
+    device, with the current number of threads."""
     n, size = (QUICK_SIZES if quick else SIZES)[meter.device]
     rates = {}
     for dtype in DTYPES:
@@ -60,14 +59,14 @@ def measure_roofline(meter: CpuMeter | CudaMeter, quick: bool) -> dict[str, Any]
 
 
 def _fastest(meter: CpuMeter | CudaMeter, call: Callable[[], Any]) -> float:
-    """Seconds, after a warm-up: a slow spell of the machine is no bound."""
+    """Fewest seconds of REPEATS calls after a warm-up."""
     call()
     return min(meter.seconds(call, 1) for _ in range(REPEATS))
 
 
 def rates(work: Work, seconds: float, roofline: dict[str, Any]) -> dict[str, Any]:
-    """A row's entries that follow from its work: flops, bytes, tflops, gb_per_s, and its share,
-    `roofline`; none for what was not counted."""
+    """A row's entries that follow from its work and time: flops, tflops, bytes, gb_per_s, and its
+    share, `roofline`. Entries of what was not counted are missing."""
     row: dict[str, Any] = {}
     bounds = []
     if work.flops is not None:

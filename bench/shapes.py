@@ -1,7 +1,7 @@
-"""The tries that benchmarks run on. A case is a set of paths; everything else follows from it.
+"""The tries that benchmarks run on. A case is a named set of paths.
 
-Stars and trajectories scale smoothly and have known arithmetic; the trees of thoughts were recorded
-from published programs (DeFT, ICLR 2025), so their shapes are nobody's choice here.
+Stars, packs, forks and trajectories are synthetic and exist in every size; the trees of thoughts
+were recorded from published programs (DeFT, ICLR 2025).
 """
 
 import json
@@ -16,14 +16,13 @@ from tw_kernels import Trie
 
 TREES = Path(__file__).parent.parent / "tests" / "data" / "tree_of_thoughts.json"
 VOCABULARY = 50_000
-STAR_THREADS = 12
 NEWLINE, THREAD, COLON = VOCABULARY, VOCABULARY + 1, VOCABULARY + 2
 NUMBERS = VOCABULARY + 3  # the token of thread number 1
 
 
 @dataclass(frozen=True)
 class Case:
-    """One trie, named; built when first asked for."""
+    """A named set of paths and its trie, built at first use."""
 
     name: str
     build: Callable[[], list[list[int]]]
@@ -38,7 +37,7 @@ class Case:
 
     @property
     def unrolled(self) -> int:
-        """Tokens of all paths together: what training path by path would compute."""
+        """The number of tokens of all paths: what training path by path computes."""
         return sum(map(len, self.paths))
 
 
@@ -47,12 +46,12 @@ def _text(rng: random.Random, n: int) -> list[int]:
 
 
 def _threads(lengths: list[int], rng: random.Random) -> list[list[int]]:
-    """Texts that differ in their first token, so that they branch where they should."""
+    """Random texts of these lengths that differ in their first token, so that they branch there."""
     starts = rng.sample(range(VOCABULARY), len(lengths))
     return [[s, *_text(rng, n - 1)] for s, n in zip(starts, lengths, strict=True)]
 
 
-def star(n: int, threads: int = STAR_THREADS) -> Case:
+def star(n: int, threads: int = 12) -> Case:
     """A prefix of n / 4 tokens and equal threads after it.
 
     Density 7/32 + 9/(32 threads): 0.242 for 12 threads.
@@ -68,7 +67,7 @@ def star(n: int, threads: int = STAR_THREADS) -> Case:
 
 
 def pack(tries: int, n: int) -> Case:
-    """A forest of small stars (four threads), as a batch of short rollouts gives."""
+    """A forest of stars of n tokens and four threads, like a batch of short rollouts."""
 
     def build() -> list[list[int]]:
         roots = random.Random(tries).sample(range(VOCABULARY), tries)
@@ -79,7 +78,7 @@ def pack(tries: int, n: int) -> Case:
 
 
 def fork(rollouts: int, threads: int, prefix: int, suffix: int) -> Case:
-    """Threads of several rollouts of one prompt: a prefix that all share, and each its suffix."""
+    """Threads of several rollouts of one prompt: a shared prefix, and a suffix for each thread."""
 
     def build() -> list[list[int]]:
         rng = random.Random(prefix)
@@ -90,7 +89,7 @@ def fork(rollouts: int, threads: int, prefix: int, suffix: int) -> Case:
 
 
 def trajectory(n: int, blocks: int, threads: int = 4) -> Case:
-    """A finished fork-join trajectory of `n` trie tokens, unrolled as SPEC says ("State machine").
+    """A finished fork-join trajectory of `n` trie tokens (docs/semantics.md, "State machine").
 
     Each block forks `threads` threads of uneven lengths after some sequential text; its join is the
     context of the next. The paths are the maximal ones: threads 2 and later of every block, and the
@@ -99,8 +98,8 @@ def trajectory(n: int, blocks: int, threads: int = 4) -> Case:
 
     def build() -> list[list[int]]:
         rng = random.Random(n)
-        # In units of one mean thread: the prompt, then of every block the text before it and its
-        # threads. A thread after the first counts twice, for it is in the trie twice.
+        # Lengths in units of a mean thread: the prompt, the text before each block, its threads. A
+        # thread after the first is in the trie twice, so it counts twice.
         prompt, before = 0.2, [rng.uniform(0.2, 0.8) for _ in range(blocks)]
         parts = [[rng.uniform(0.5, 1.5) for _ in range(threads)] for _ in range(blocks)]
         total = prompt + sum(before) + sum(2 * sum(p) - p[0] for p in parts)
@@ -121,7 +120,7 @@ def trajectory(n: int, blocks: int, threads: int = 4) -> Case:
                     paths.append([*context, NEWLINE, *thread])
                 joined += thread
                 tokens += len(thread) * (2 if number else 1)
-                # "\n<Thread>\n" is one piece that all threads share.
+                # The trie has "\n<Thread>\n", common to the block's threads, only once.
                 tokens -= 2 if number else 0
             context = joined
         return [*paths, context + _text(rng, n - tokens)]
@@ -130,7 +129,7 @@ def trajectory(n: int, blocks: int, threads: int = 4) -> Case:
 
 
 class Call(NamedTuple):
-    """A request of the state machine, and what came back."""
+    """The token ids of a request of the state machine and of its completion."""
 
     context: list[int]
     completion: list[int]
@@ -139,10 +138,10 @@ class Call(NamedTuple):
 def rollouts(
     count: int, blocks: int, threads: int, prompt: int, text: int, thread: tuple[int, int]
 ) -> list[list[Call]]:
-    """The calls of each of `count` rollouts of one prompt, as SPEC says ("State machine").
+    """The calls of each of `count` rollouts of one prompt (docs/semantics.md, "State machine").
 
-    Each samples `text` tokens, then forks `threads` threads of lengths in the range `thread`, joins
-    them, and so on, `blocks` times; `text` more tokens end it.
+    A rollout has `blocks` blocks: `text` tokens, then `threads` threads of lengths in the range
+    `thread`. `text` more tokens end it.
     """
     rng = random.Random(count)
     question = _text(rng, prompt)
@@ -170,11 +169,11 @@ def _trees() -> dict[str, list[dict[str, list[int]]]]:
 
 
 def tree_of_thoughts(task: str, index: int) -> Case:
-    """A recorded tree, every token its own id. `task`: sorting128ToT or docmergeToT."""
+    """A recorded tree in which all token ids differ. `task`: sorting128ToT or docmergeToT."""
 
     def build() -> list[list[int]]:
         tree = _trees()[task][index]
-        # Nodes come in creation order: a node's parent is before it, its subtree anywhere after.
+        # Nodes are in creation order: a node's parent comes before it.
         paths: list[list[int]] = []
         first = 0
         for size, parent in zip(tree["sizes"], tree["parents"], strict=True):

@@ -1,23 +1,23 @@
-"""One update through tries, and the ways there are to do without: `python -m bench.train_step`.
+"""One training step on a trie, and without sharing prefixes: `python -m bench.train_step --help`.
 
-Every peer makes the same update of the same model: supervised fine-tuning on one trajectory, or
-P-GRPO on a group of rollouts of one prompt. It runs passes, forward and backward, and gradients
-accumulate.
+Every peer computes the same gradient of the same model: supervised fine-tuning on one trajectory,
+or P-GRPO on a group of rollouts of one prompt. It runs one or more passes, forward and backward,
+and accumulates the gradients.
 
-    ours: trie                all calls of the trajectory or group, one trie
-    ours: trie per rollout    a pass for each rollout of the group
+    ours: trie                all calls of the trajectory or group as one trie, one pass
+    ours: trie per rollout    a trie and a pass for each rollout of the group
     unrolled calls            each call a sequence of its own and a pass of its own
     unrolled calls, packed    each call a sequence of its own, up to 10,240 tokens a pass, without
-                              padding, as the published RL does it; their attention is ours too
-    shared prompt only        likewise, but the prefix that all have in common is once in each pass
-    trie, dense mask          the trie, under scaled dot-product attention with a mask of N x N
+                              padding, as in the published RL; with our attention
+    shared prompt only        likewise, but each pass holds the prefix common to all calls once
+    trie, dense mask          the trie, by scaled dot-product attention with a mask of N x N
 
     tokens        computed in all passes
-    token ratio   unrolled tokens / trie tokens: what sharing prefixes could save at best, were the
-                  cost of a token always the same
-    TFLOP/s       of what the trie needs, for every peer alike, over the time: 6 a weight of the
-                  layers and token of the trie, and 14 D Hq a visible pair and layer, as
-                  bench.attention counts them; the embedding and the output layer are left out
+    token ratio   unrolled tokens / trie tokens: the upper bound of what sharing prefixes saves, if
+                  all tokens cost the same
+    TFLOP/s       the operations that the trie needs over the time, for every peer alike: 6 for each
+                  weight of the layers and token of the trie, and 14 D Hq for each visible pair and
+                  layer; without the embedding and the output layer
     x unrolled, x packed   how many times faster than unrolled calls, than packed ones
     of ratio      x unrolled / token ratio
     mem / packed  peak memory over that of the packed calls
@@ -40,8 +40,9 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from bench import shapes
 from bench.attention_setup import BACKWARD, FORWARD
-from bench.frame import Options, Peer, Row, Setup, Skip, Suite, main
 from bench.roofline import Work
+from bench.running import suite_main
+from bench.suite import Options, Peer, Row, Setup, Skip, Suite
 from threadweaver.generate.rollout import Completion, Rollout
 from threadweaver.generate.weaver import LimitCounts
 from threadweaver.model import (
@@ -61,19 +62,25 @@ from tw_kernels import Trie
 OURS, PER_ROLLOUT = "ours: trie", "ours: trie per rollout"
 UNROLLED, PACKED = "unrolled calls", "unrolled calls, packed"
 SHARED_PROMPT, DENSE = "shared prompt only", "trie, dense mask"
-# The output layer then has 8 % of the weights, as in Qwen3-8B: its cost is the same for all peers.
+# So small that the output layer, whose cost is the same for all peers, has 8 % of the weights, as
+# in Qwen3-8B.
 VOCABULARY = 2048
 TOLERANCE = 1e-5  # relative, of the gradient of all parameters in float32
 PACK_TOKENS = 10_240  # actor.ppo_max_token_len_per_gpu of the published run
 MOST_DENSE_TOKENS = 16_384
-# Of 8 rollouts: right or wrong, and how much the threads of the right ones saved (SPEC, "Reward").
+# Rewards of 8 rollouts: 0 if wrong, else 1 plus a bonus for acceleration (docs/semantics.md,
+# "Reward").
 REWARDS = [1.1, 0.0, 1.1, 1.05, 0.0, 1.1, 1.08, 0.0]
 
 
 class Call(NamedTuple):
-    """Its path, where the tokens that carry loss begin, and what each of them weighs.
+    """One call of a rollout.
 
-    Ids are to be taken modulo VOCABULARY; beyond it they only keep paths apart.
+    Attributes:
+        path: context and completion. A token's id is the entry modulo VOCABULARY; multiples of
+            VOCABULARY only keep equal tokens of different calls apart in a trie.
+        start: where the tokens that carry loss begin.
+        weight: of each of them in the loss.
     """
 
     path: list[int]
@@ -85,9 +92,9 @@ class Pass(NamedTuple):
     """One forward and backward pass.
 
     Attributes:
-        tokens: how many it computes.
+        tokens: the number of tokens it computes.
         attention: the model's attn_implementation.
-        loss: its share of the loss.
+        loss: computes its share of the loss.
     """
 
     tokens: int
@@ -99,8 +106,8 @@ class StepSetup(Setup):
     """A model, and one update of it.
 
     Attributes:
-        rollouts: the calls, rollout by rollout.
-        tokens: how many each peer computes.
+        rollouts: the calls of each rollout.
+        tokens: peer -> the number of tokens it computes.
     """
 
     def __init__(self, update: str, case: str, rollouts: list[list[Call]], device: str):
@@ -110,12 +117,17 @@ class StepSetup(Setup):
 
     @abstractmethod
     def trie_pass(self, rollouts: list[list[Call]]) -> Pass:
-        """All of these calls as one trie."""
+        """One pass over all of these calls as one trie."""
 
     @abstractmethod
     def loss(self, hidden: Tensor, targets: Tensor, weight: float) -> Tensor:
-        """Of n tokens of one call: the states that predict them [n, hidden size], they themselves
-        [n], and what each weighs."""
+        """The loss of n tokens of one call.
+
+        Args:
+            hidden: the states that predict them, [n, hidden size].
+            targets: the tokens, int64 [n].
+            weight: of each.
+        """
 
     @property
     def calls(self) -> list[Call]:
@@ -146,6 +158,7 @@ class StepSetup(Setup):
         return model.train()
 
     def call_pass(self, call: Call) -> Pass:
+        """One pass over one call as a plain sequence."""
         ids = torch.tensor(call.path, device=self.device) % VOCABULARY
 
         def loss() -> Tensor:
@@ -155,17 +168,19 @@ class StepSetup(Setup):
         return Pass(len(call.path), "sdpa", loss)
 
     def run(self, passes: list[Pass]) -> None:
+        """Computes the gradient of the sum of the passes' losses."""
         self.model.zero_grad()
         for step in passes:
             self.model.set_attn_implementation(step.attention)
             step.loss().backward()
 
     def gradient(self) -> Tensor:
-        """All gradients as one vector."""
+        """The gradients of all parameters as one vector."""
         return torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
 
     @cached_property
     def expected(self) -> Tensor:
+        """The gradient that every peer must have, computed call by call."""
         self.run(unrolled_passes(self))
         return self.gradient()
 
@@ -187,7 +202,7 @@ class StepSetup(Setup):
 
 
 class FineTuning(StepSetup):
-    """One trajectory; a token carries loss in the first call that has it."""
+    """SFT on one trajectory; a token that several calls share carries loss in the first of them."""
 
     def __init__(self, case: shapes.Case, device: str):
         owner = torch.full((len(case.trie),), case.trie.num_paths)
@@ -210,7 +225,7 @@ class FineTuning(StepSetup):
 
 
 class PolicyUpdate(StepSetup):
-    """P-GRPO's one step on a group: each completion token weighs its rollout's advantage."""
+    """One P-GRPO step on a group; the weight of a completion token is its rollout's advantage."""
 
     def __init__(self, group: list[list[shapes.Call]], case: str, device: str):
         self.num_completion_tokens = sum(len(call.completion) for calls in group for call in calls)
@@ -247,12 +262,12 @@ def _completion(call: Call) -> Completion:
 
 
 def in_vocabulary(trie: Trie) -> Trie:
-    """The same geometry; it may hold children of one token that are now alike."""
+    """The trie with its tokens modulo VOCABULARY and the same shape; siblings may be equal."""
     return replace(trie, tokens=trie.tokens % VOCABULARY)
 
 
 def apart(calls: list[Call], common: int) -> list[Call]:
-    """The same calls, which share no more than their first `common` tokens in a trie."""
+    """The calls, changed so that a trie shares only their first `common` tokens."""
     return [
         call._replace(
             path=call.path[:common]
@@ -277,7 +292,7 @@ def unrolled_passes(setup: StepSetup) -> list[Pass]:
 
 
 def packed_passes(setup: StepSetup, common: int = 0) -> list[Pass]:
-    """Calls that share their first `common` tokens and nothing else, PACK_TOKENS at a time."""
+    """Passes of at most PACK_TOKENS tokens, whose calls share only their first `common` tokens."""
     calls = apart(setup.calls, common)
     sizes = [len(call.path) - common for call in calls]
     packs = pack(sizes, range(len(calls)), PACK_TOKENS - common)
@@ -350,4 +365,4 @@ SUITE = Suite(
 )
 
 if __name__ == "__main__":
-    raise SystemExit(main(SUITE))
+    raise SystemExit(suite_main(SUITE))

@@ -1,14 +1,12 @@
-"""`python -m bench list` and `run`, and where results go."""
+"""`python -m bench list`, `run` and `profile`."""
 
 import json
-import subprocess
 
 import pytest
-import torch
 
-from bench import decode, environment, frame, rollout
 from bench.__main__ import main
-from bench.suites import SUITES, load_suite
+from bench.suite import SUITES, load_suite
+from tests.bench.schema import ONCE
 from tw_kernels.attention import dense
 
 
@@ -70,7 +68,7 @@ def test_run_writes_a_file_for_each_suite_even_when_a_planted_error_makes_a_row_
 
     monkeypatch.setattr(dense, "forward", planted)
     only = ["--only", "case=pack*", "peer=ours*", "peer=*trie"]
-    arguments = ["run", "layout", "attention", "--quick", *only, "--json", str(tmp_path / "new")]
+    arguments = ["run", "layout", "attention", *ONCE, *only, "--json", str(tmp_path / "new")]
     assert main(arguments) == 1
     assert "ours: dense wrong out is off by" in capsys.readouterr().err
     rows = json.loads((tmp_path / "new" / "attention.json").read_text())["rows"]
@@ -102,72 +100,6 @@ def test_a_file_where_run_wants_a_folder_is_refused(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_results_without_a_folder_go_by_device_date_and_commit(tmp_path, monkeypatch):
-    env = environment.environment("cpu")
-    assert env["threads"] == torch.get_num_threads() and env["commit"]
-    fixed = {
-        "device": "AMD EPYC 9B14 96-Core Processor",
-        "device_type": "cpu",
-        "cpu_count": 2,
-        "date": "2026-11-25T18:00:00+00:00",
-        "commit": "0123456789abcdef",
-        "dirty": False,
-    }
-    monkeypatch.setattr(environment, "HOUSE", tmp_path)
-    monkeypatch.setattr("bench.running.environment", lambda device: fixed)
-    assert main(["run", "layout", "--quick", "--only", "case=pack*", "--json"]) == 0
-    folder = tmp_path / "bench" / "results" / "epyc-2-cores" / "2026-11-25-012345678"
-    assert [path.name for path in folder.iterdir()] == ["layout.json"]
-    assert environment.results_folder({**fixed, "dirty": True}).name == "2026-11-25-012345678-dirty"
-
-
-@pytest.mark.parametrize(
-    ("device", "type_", "slug"),
-    [
-        ("NVIDIA H100 80GB HBM3", "cuda", "nvidia-h100"),
-        ("NVIDIA A100-SXM4-80GB", "cuda", "nvidia-a100-sxm4"),
-        ("NVIDIA GeForce RTX 4090", "cuda", "nvidia-geforce-rtx-4090"),
-        ("Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", "cpu", "xeon-2-cores"),
-        ("Apple M3", "cpu", "apple-m3-2-cores"),
-    ],
-)
-def test_a_device_is_known_by_its_name_without_its_memory(device, type_, slug):
-    env = {"device": device, "device_type": type_, "cpu_count": 2}
-    assert environment.device_slug(env) == slug
-
-
-def test_a_tree_is_dirty_where_the_sources_differ_from_the_commit(tmp_path, monkeypatch):
-    def git(*arguments):
-        name = ["-c", "user.name=a", "-c", "user.email=a@example.com"]
-        subprocess.run(["git", *name, *arguments], cwd=tmp_path, check=True, capture_output=True)
-
-    files = ("kernel.py", "docs/benchmarks.md", "bench/frame.py", "bench/results/a/b.json")
-    for file in files:
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).write_text("one\n")
-    git("init")
-    git("add", ".")
-    git("commit", "-m", "one")
-    monkeypatch.setattr(environment, "HOUSE", tmp_path)
-    for file, dirty in zip((*files, "new.py"), (True, False, True, False, False), strict=True):
-        (tmp_path / file).write_text("two\n")
-        assert environment.environment("cpu")["dirty"] is dirty, file
-        git("reset", "--hard")
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_decode_sweeps_the_threads_of_one_rollout(device):
-    names = [case.name for case in decode.cases(frame.Options(device=device))]
-    assert [f"fork-1x{threads}-8192+128" for threads in (1, 2, 4, 8, 16)] == names[:5]
-    assert len(set(names)) == len(names)
-
-
-def test_naming_the_setups_of_rollout_loads_no_model(monkeypatch):
-    monkeypatch.setattr(rollout, "load_model", None)
-    keys = [setup.key for setup in rollout.setups(rollout.RolloutOptions())]
-    assert {key["model"] for key in keys} == {"smollm2", "tiny"}
-
-
 @pytest.mark.parametrize(
     ("suite", "variable"), [("attention", "TW_BACKEND"), ("decode", "TW_DECODE_BACKEND")]
 )
@@ -177,11 +109,3 @@ def test_a_suite_does_not_run_under_a_name_that_is_not_its_backends(
     monkeypatch.setenv(variable, "reference")
     assert main(["run", suite, "--quick"]) == 2
     assert f"unset {variable}" in capsys.readouterr().err
-
-
-def test_a_table_shows_only_columns_that_a_row_has():
-    columns, versus = {"extra": "extra"}, {"slow": "x slow"}
-    suite = frame.Suite("t", frame.Options, lambda o: [], [], columns, versus)
-    row = {"peer": "fast", "ours": True, "status": "ok", "peak_bytes": None, "ms": 1.0}
-    table = frame._table(suite, {"case": "a"}, [{**row, "iqr_ms": 0.0, "ratios": {"slow": 2.0}}])
-    assert [column.header for column in table.columns] == ["peer", "ms", "± IQR", "x slow", "note"]

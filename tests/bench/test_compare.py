@@ -11,22 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from bench import attention, attention_setup, frame, shapes
+from bench import attention, attention_setup, shapes
 from bench.__main__ import main
+from bench.attention_peers import CAUSAL, DENSE
 from bench.compare import compare, verdict
+from bench.measure import measure
 from bench.meter import CpuMeter
-from bench.peers import CAUSAL, DENSE
 from bench.record import Record, RecordError, read_record
 
 TOLERANCE = 0.1
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def timed(samples):
@@ -251,7 +244,7 @@ def test_a_slow_down_planted_in_real_attention_is_caught_and_five_repeats_are_no
     setups = [attention_setup.AttentionSetup(p, torch.float32, backward=False) for p in problems]
     peers = [*map(copy, factors), *others]
     machine = {"matmul_tflops": {"float32": 1.0}, "copy_gb_per_s": 1.0}
-    rows = [r for s in setups for r in frame.measure(s, peers, CpuMeter(), 0.1, machine)]
+    rows = [r for s in setups for r in measure(s, peers, CpuMeter(), 0.1, machine, lambda *_: None)]
     assert {row["status"] for row in rows} == {"ok"}
 
     def record(name):

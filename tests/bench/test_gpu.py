@@ -1,4 +1,4 @@
-"""bench gpu: what it found is kept whatever happens, and it cannot break before there is a GPU."""
+"""bench gpu: an interruption loses no results, and its commands are valid without a GPU."""
 
 import fnmatch
 import json
@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import attention, decode, frame, gpu
+from bench import attention, decode, gpu, running, steps
 from bench.__main__ import main
 from bench.environment import HOUSE
-from bench.gpu import Harvest, Step, dry_steps, gpu_steps
-from bench.suites import load_suite
+from bench.gpu import dry_steps, gpu_steps
+from bench.steps import Step, StepRunner
+from bench.suite import Options, load_suite
 from tw_kernels import cuda_build
 
 WAIT = "import time; print('waiting', flush=True); time.sleep(60)"
@@ -44,7 +45,7 @@ def test_each_step_is_entered_with_its_log_results_status_and_command(tmp_path):
         Step("absent", ["no-such-program"], 1, absent="it is not installed"),
         Step("after", python("print('still here')"), 1),
     ]
-    assert Harvest(tmp_path, 100).run(steps) is False
+    assert StepRunner(tmp_path, 100).run(steps) is False
     entries = summary(tmp_path)
     assert [e["status"] for e in entries.values()] == ["ok", "failed", "left out", "ok"]
     assert (tmp_path / "good.json").read_text() == "[1]"
@@ -57,33 +58,33 @@ def test_each_step_is_entered_with_its_log_results_status_and_command(tmp_path):
 
 def test_a_second_call_goes_on_and_overwrites_nothing(tmp_path):
     good, bad = Step("good", writes("1"), 1, writes=True), Step("bad", python("raise OSError"), 1)
-    Harvest(tmp_path, 100).run([good, bad])
+    StepRunner(tmp_path, 100).run([good, bad])
     # What was ok is not run again; what failed is, into files of its own.
     changed = [good._replace(command=writes("2")), bad._replace(command=python("print('now')"))]
-    assert Harvest(tmp_path, 100).run(changed) is True
+    assert StepRunner(tmp_path, 100).run(changed) is True
     assert (tmp_path / "good.json").read_text() == "1"
     assert "OSError" in (tmp_path / "bad.log").read_text()
     assert (tmp_path / "bad-2.log").read_text() == "now\n"
     assert [e["tries"] for e in summary(tmp_path).values()] == [1, 2]
-    Harvest(tmp_path, 100).run(changed, again=["good"])
+    StepRunner(tmp_path, 100).run(changed, again=["good"])
     assert (tmp_path / "good.json").read_text() == "1"
     assert (tmp_path / "good-2.json").read_text() == "2"
 
 
 def test_a_step_that_takes_too_long_is_ended_with_all_it_started(tmp_path):
     child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {WAIT!r}])"
-    harvest = Harvest(tmp_path, budget=40)
+    runner = StepRunner(tmp_path, budget=30)
     start = time.monotonic()
-    assert harvest.run([Step("slow", python(child), 0.2), Step("next", python("0"), 1)]) is True
-    assert time.monotonic() - start < 30
+    assert runner.run([Step("slow", python(child), 0.2), Step("next", python("0"), 1)]) is True
+    assert time.monotonic() - start < 25
     assert [e["status"] for e in summary(tmp_path).values()] == ["timed out", "ok"]
     assert WAIT not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
 
 
 def test_a_step_that_runs_is_named_on_stderr(tmp_path, capsys, monkeypatch, ticking_clock):
-    monkeypatch.setattr(gpu, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(steps, "LOOK_SECONDS", 0.02)
     wait = python("import time; time.sleep(0.5)")
-    assert Harvest(tmp_path, 100).run([Step("one", wait, 1), Step("two", wait, 0.5)]) is True
+    assert StepRunner(tmp_path, 100).run([Step("one", wait, 1), Step("two", wait, 0.5)]) is True
     out, err = capsys.readouterr()
     for name, seconds in (("one", 85), ("two", 42)):
         assert re.search(rf"^{name}: [0-9]+ s, at most {seconds} s$", err, re.M)
@@ -91,8 +92,8 @@ def test_a_step_that_runs_is_named_on_stderr(tmp_path, capsys, monkeypatch, tick
 
 
 def test_without_time_steps_are_left_out_but_the_report_is_written(tmp_path):
-    steps = [Step("one", python("0"), 1), Step("report", python("0"), 1)]
-    Harvest(tmp_path, budget=1).run(steps)
+    steps = [Step("one", python("0"), 1), Step("report", python("0"), 1, always=True)]
+    StepRunner(tmp_path, budget=1).run(steps)
     assert {n: e["status"] for n, e in summary(tmp_path).items()} == {
         "one": "left out",
         "report": "ok",
@@ -101,10 +102,11 @@ def test_without_time_steps_are_left_out_but_the_report_is_written(tmp_path):
 
 @pytest.mark.parametrize(("there", "tried"), [(False, ["build"]), (True, ["build", "next"])])
 def test_without_the_extension_nothing_else_is_tried(tmp_path, monkeypatch, there, tried):
-    """A build that fails at the CUDA kernels alone costs no more than those."""
+    """But after a build that fails only at the CUDA kernels, the rest is."""
     monkeypatch.setattr(gpu, "_extension_is_there", lambda: there)
-    steps = [Step("build", python("raise SystemExit(1)"), 1), Step("next", python("0"), 1)]
-    assert Harvest(tmp_path, 100).run(steps) is False
+    build = next(step for step in gpu._first() if step.name == "build")
+    failing = build._replace(command=python("raise SystemExit(1)"), absent=None)
+    assert StepRunner(tmp_path, 100).run([failing, Step("next", python("0"), 1)]) is False
     assert list(summary(tmp_path)) == tried
 
 
@@ -175,8 +177,8 @@ def test_the_steps_of_a_dry_run_are_those_on_a_gpu():
 def test_every_case_that_a_step_on_a_gpu_names_is_there():
     """Nothing else would say so before there is a GPU."""
     names = {
-        "attention": [case.name for case in attention.cases(attention.Options(device="cuda"))],
-        "decode": [case.name for case in decode.cases(decode.Options(device="cuda"))],
+        "attention": [case.name for case in attention.cases(Options(device="cuda"))],
+        "decode": [case.name for case in decode.cases(Options(device="cuda"))],
     }
     found = 0
     for step in gpu_steps(Path("out")):
@@ -195,12 +197,12 @@ def run_here(command: list[str]) -> int:
     module, *arguments = command[2:]
     if module == "bench":
         return main(arguments)
-    return frame.main(load_suite(module.removeprefix("bench.")), arguments)
+    return running.suite_main(load_suite(module.removeprefix("bench.")), arguments)
 
 
 def test_every_suite_has_what_a_step_of_a_dry_run_asks_of_it(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(frame, "run", lambda suite, *_: asked.append(suite.name) or [])
+    monkeypatch.setattr(running, "run", lambda suite, *_: asked.append(suite.name) or [])
     for step in dry_steps(tmp_path):
         if step.command[1] == "-m" and step.command[2].startswith("bench."):
             assert step.writes

@@ -1,27 +1,25 @@
-"""What trie attention is compared with, all of it public: PyTorch's attentions and flash kernels.
+"""The peers of trie attention: PyTorch's attention functions and published flash kernels.
 
     SDPA dense mask       scaled dot-product attention with a mask of N x N: torch's own choice of
-                          kernel, and on CUDA each kernel that takes a mask by itself
-    SDPA causal           the dense roofline: plain causal attention of N tokens, on CUDA with
-                          torch's FlashAttention-2. It answers another question; `of causal` and
-                          plots use it
+                          kernel, and on CUDA each kernel that takes a mask
+    SDPA causal           plain causal attention of N tokens, on CUDA with torch's FlashAttention-2.
+                          Not the same problem: the reference of `of causal` and of plots
     FlashAttention 2, 3, 4, causal
                           the same by the packages of these kernels, where they are installed
-    FlexAttention         compiled, with its block mask at hand, and with building the block mask
-    unrolled varlen_attn  every path a sequence of its own, all in one call, as trainers do that
-                          know nothing of shared prefixes; on CUDA
-    unrolled SDPA         the same path by path
+    FlexAttention         compiled, with a prebuilt block mask, and including building it
+    unrolled varlen_attn  every path a sequence of its own, all in one call, as in trainers that do
+                          not share prefixes; on CUDA
+    unrolled SDPA         the same, one path at a time
 
-Peers get their inputs in the layout they like best, and whatever does not depend on q, k and v (the
+Peers get their inputs in the memory layout that suits them. What does not depend on q, k and v (the
 dense mask, FlexAttention's block mask, gathering the tokens of the paths) is done outside the timed
-region, except in the row that says otherwise.
+region, except for "FlexAttention + mask build".
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,17 +27,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 
 from bench.attention_setup import AttentionSetup
-from bench.frame import Peer, Skip
+from bench.availability import cuda_only, lacks, why_not_importable
+from bench.masks import ancestor_mask_mod, block_mask, visible
+from bench.suite import Peer, Skip
 
 DENSE, CAUSAL = "SDPA dense mask", "SDPA causal"
 FLEX, FLEX_BUILD = "FlexAttention", "FlexAttention + mask build"
 UNROLLED_VARLEN, UNROLLED_SDPA = "unrolled varlen_attn", "unrolled SDPA"
-FLEX_BLOCK = 128
-FLEX_FEWEST_TOKENS = 1024  # on a CPU
-MOST_SCORE_BYTES = 8 * 2**30
+FLEX_FEWEST_TOKENS = 1024  # least number of tokens of FlexAttention on a CPU
+MOST_SCORE_BYTES = 8 * 2**30  # of the scores that SDPA's math kernel writes to memory
 DENSE_KERNELS = {
     "math": SDPBackend.MATH,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -54,10 +53,10 @@ class FlashPackage(NamedTuple):
     """A package with a `flash_attn_func(q, k, v, causal=...)` of [1, N, H, D], half precision.
 
     Attributes:
-        module: where the function is.
-        distribution: what to install.
-        capability: the first major compute capability that it runs on, and the last.
-        backward: whether it has one.
+        module: the module that has the function.
+        distribution: the name of the package to install.
+        capability: the first and the last major compute capability it runs on.
+        backward: whether the function is differentiable.
     """
 
     module: str
@@ -76,62 +75,14 @@ FLASH_PACKAGES = {
 }
 
 
-def visible(subtree_ends: Tensor) -> Tensor:
-    """The dense mask, bool [N, N]."""
-    at = torch.arange(subtree_ends.numel(), device=subtree_ends.device)
-    return (at <= at[:, None]) & (at[:, None] < subtree_ends)
-
-
-def ancestor_mask_mod(subtree_ends: Tensor) -> Callable[..., Tensor]:
-    """The same inequality, as FlexAttention takes it."""
-
-    def mask_mod(_batch: Tensor, _head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        return (column <= row) & (row < subtree_ends[column])
-
-    return mask_mod
-
-
-def block_mask(mask_mod: Callable[..., Tensor], n: int, device: str) -> BlockMask:
-    """As FlexAttention's documentation has it: compiled on CUDA, eager on a CPU."""
-    return create_block_mask(
-        *(mask_mod, None, None, n, n),
-        device=device,
-        BLOCK_SIZE=FLEX_BLOCK,
-        _compile=device == "cuda",
-    )
-
-
-def cuda_only(device: str) -> str | None:
-    """A `why_absent` of peers that a CPU cannot run."""
-    return None if device == "cuda" else "runs on CUDA only"
-
-
-def why_not_importable(module: str, name: str, distribution: str) -> str | None:
-    """Why `from module import name` does not work, if it does not."""
-    try:
-        found = hasattr(importlib.import_module(module), name)
-    except ModuleNotFoundError:
-        found = False
-    except Exception as error:  # what a package that was built for another torch may raise
-        return f"{distribution} cannot be imported: {(str(error).splitlines() or [''])[0]}"
-    return None if found else f"{distribution} is not installed"
-
-
-def lacks(function: Callable[..., Any], *parameters: str) -> str | None:
-    """Why a function of torch cannot be used, if it takes not all of these parameters."""
-    missing = [p for p in parameters if p not in inspect.signature(function).parameters]
-    name = function.__name__
-    return f"{name} of torch {torch.__version__} takes no {missing[0]}" if missing else None
-
-
 def _batched(setup: AttentionSetup, attend: Attend) -> Call:
-    """Times `attend` on [1, H, N, D] inputs."""
+    """A call of `attend` on [1, H, N, D] inputs."""
     inputs = [setup.leaves(setup.inputs(i), batched=True) for i in range(setup.input_sets)]
     return lambda i: setup.run(attend, *inputs[i])
 
 
 def _by_kernel(attend: Attend, kernel: SDPBackend) -> Attend:
-    """Fails where the kernel cannot run the call."""
+    """`attend` on one kernel of SDPA only; raises RuntimeError if that cannot run the call."""
 
     def by_kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(kernel):
@@ -157,11 +108,14 @@ def _dense(setup: AttentionSetup, kernel: SDPBackend | None) -> Call:
     return _batched(setup, _by_kernel(attend, kernel) if kernel is not None else attend)
 
 
+def _causal_sdpa(setup: AttentionSetup) -> Attend:
+    grouped = setup.group > 1
+    return functools.partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=grouped)
+
+
 def _causal(setup: AttentionSetup) -> Call:
     setup.limit(setup.causal_pairs)
-    attend = functools.partial(
-        F.scaled_dot_product_attention, is_causal=True, enable_gqa=setup.group > 1
-    )
+    attend = _causal_sdpa(setup)
     on_cuda = setup.device == "cuda"
     return _batched(setup, _by_kernel(attend, SDPBackend.FLASH_ATTENTION) if on_cuda else attend)
 
@@ -186,7 +140,7 @@ def _package_causal(setup: AttentionSetup, package: FlashPackage) -> Call:
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = flash(q, k, v, causal=True)
-        return out[0] if isinstance(out, tuple) else out  # with the log-sum-exp, in some versions
+        return out[0] if isinstance(out, tuple) else out  # some versions add the log-sum-exp
 
     def call(i: int) -> tuple[Tensor, ...]:
         return tuple(x.squeeze(0) for x in setup.run(attend, *sets[i]))
@@ -195,10 +149,10 @@ def _package_causal(setup: AttentionSetup, package: FlashPackage) -> Call:
 
 
 def _compiled(setup: AttentionSetup) -> Callable[..., Tensor]:
-    """One compilation for each case and dtype, shared by the rows that need it."""
+    """FlexAttention, compiled once for each case and dtype and shared by its rows."""
     key = "flex", setup.dtype
     if key not in setup.problem.memo:
-        torch._dynamo.reset()  # every shape compiles anew: old ones would only slow the guards
+        torch._dynamo.reset()  # guards of earlier shapes would slow the call
         setup.problem.memo[key] = torch.compile(flex_attention, dynamic=False)
     return setup.problem.memo[key]
 
@@ -247,9 +201,7 @@ def _unrolled_varlen(setup: AttentionSetup) -> Call:
 
 def _unrolled_sdpa(setup: AttentionSetup) -> Call:
     setup.limit(setup.problem.unrolled_pairs)
-    attend = functools.partial(
-        F.scaled_dot_product_attention, is_causal=True, enable_gqa=setup.group > 1
-    )
+    attend = _causal_sdpa(setup)
     lengths = [len(nodes) for nodes in setup.problem.path_nodes]
 
     def paths(i: int) -> list[tuple[Tensor, ...]]:
