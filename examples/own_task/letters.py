@@ -2,7 +2,7 @@
 
     pip install ./examples/own_task
     threadweaver tasks write --task letters --options.length 8 --out data/letters
-    threadweaver train pipeline --config configs/demo.yaml --task.name letters --task.options null
+    threadweaver train pipeline --config configs/demo.yaml --task.name letters --task.options '{length: 12}'
 
 pyproject.toml beside this file registers it: an entry point of the group `threadweaver.tasks` names
 what is called with the task's options. See `threadweaver.tasks.Task` for what a task has.
