@@ -39,7 +39,7 @@ def _is_installed() -> bool:
 def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """None if this call can run, else the reason in one line."""
     if not _is_installed():
-        return "triton is not installed; pip install threadweaver[triton]"
+        return "triton is not installed: pip install 'threadweaver[triton]'"
     if q.shape[-1] not in HEAD_DIMS:
         return f"head dim {q.shape[-1]} is not one of {', '.join(map(str, HEAD_DIMS))}"
     if q.dtype not in DTYPES:
