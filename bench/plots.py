@@ -1,12 +1,13 @@
 """Pictures of benchmark results: what is slow, how it grows, where the time goes.
 
 Each function draws what the setups hold and returns whether there was enough for a picture. A
-line's name stands at its end, in its colour; ours is blue and thick.
+line's name stands right of the axes in the line's colour; ours is blue and thick.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,7 +25,10 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from bench.record import Row
 
 MOST_PANELS = 2
+LABEL_GAP = 0.048  # between the middles of two names, as a share of the axes' height
 OURS_COLOR, OURS_OTHERS = "#1f5fbf", ("#7fa8dd", "#5fb3b3", "#9d8fd6", "#8fb8a0")
+# From the left of a name to the end of its line.
+LEADER = {"arrowstyle": "-", "linewidth": 0.5, "relpos": (0, 0.5), "shrinkA": 2, "shrinkB": 4}
 PEER_COLORS = ("#c8452d", "#e08a1e", "#8a5a44", "#b0508f", "#6b6b6b", "#4d7f2a", "#a68a00")
 # In the order they are stacked; what the model itself takes is no cost of ours.
 PARTS = {
@@ -53,12 +57,22 @@ class Line(NamedTuple):
     ms: list[float]
 
 
+class End(NamedTuple):
+    """Where a line ends, and how its name is written there."""
+
+    name: str
+    x: float
+    ms: float
+    color: str
+    weight: str
+
+
 def plot_attention(setups: Sequence[Setup], path: Path) -> bool:
     """Forward and backward against the number of tokens, for the kind of trie with most sizes."""
     chosen = [s for s in setups if s.key.get("pass") == "fwd+bwd"]
     kind, chosen = _largest_family(chosen, lambda s: s.key["case"].rpartition("-")[0], "n")
     panels = []
-    for title, of_panel in _panels(chosen, ("dtype", "head_dim")):
+    for title, of_panel in _panels(chosen, "n"):
         lines = _lines(of_panel, "n")
         floor = _roofline(of_panel, "n")
         panels.append((f"{kind}, {title}", lines, floor))
@@ -71,7 +85,7 @@ def plot_decode(setups: Sequence[Setup], path: Path) -> bool:
     sizes, chosen = _largest_family(forks, lambda s: FORK.sub(r"\1", s.key["case"]), "sequences")
     prefix, _, suffix = sizes.partition("+")
     panels = []
-    for title, of_panel in _panels(chosen, ("dtype", "heads", "kv_heads", "head_dim")):
+    for title, of_panel in _panels(chosen, "sequences"):
         floor = _roofline(of_panel, "sequences")
         panels.append((title, _lines(of_panel, "sequences"), floor))
     label = f"live threads, {int(prefix or 0):,} shared tokens + {suffix} of their own"
@@ -126,19 +140,16 @@ def _largest_family(setups: Sequence[Setup], family: Any, x: str) -> tuple[str, 
     return max(families.items(), key=lambda item: len({s.key[x] for s in item[1]}))
 
 
-def _panels(setups: Sequence[Setup], names: tuple[str, ...]) -> list[tuple[str, list[Setup]]]:
-    """The setups that differ in x alone, with a title; the last MOST_PANELS (the largest)."""
-    groups: dict[tuple, list[Setup]] = {}
+def _panels(setups: Sequence[Setup], x: str) -> list[tuple[str, list[Setup]]]:
+    """The setups that differ in x alone, with a title; of those that hold several values of it, the
+    last MOST_PANELS (the largest)."""
+    groups: dict[str, list[Setup]] = {}
     for setup in setups:
-        groups.setdefault(tuple(setup.key[name] for name in names), []).append(setup)
-    titles = [
-        ", ".join(
-            str(v) if n == "dtype" else f"{n.replace('_', ' ')} {v}"
-            for n, v in zip(names, values, strict=True)
-        )
-        for values in groups
-    ]
-    return list(zip(titles, groups.values(), strict=True))[-MOST_PANELS:]
+        names = [n for n in ("heads", "kv_heads", "head_dim") if n in setup.key]
+        sizes = [f"{n.replace('_', ' ')} {setup.key[n]}" for n in names]
+        groups.setdefault(", ".join([setup.key["dtype"], *sizes]), []).append(setup)
+    lines = [item for item in groups.items() if len({s.key[x] for s in item[1]}) > 1]
+    return lines[-MOST_PANELS:]
 
 
 def _lines(setups: Sequence[Setup], x: str) -> list[Line]:
@@ -180,18 +191,24 @@ def _draw(
         squeeze=False,
         layout="constrained",
     )
+    ends = []
     for axis, (title, lines, floor) in zip(axes[0], panels, strict=True):
-        _panel(axis, title, lines, floor)
+        ends.append(_plot_lines(axis, lines, floor))
+        axis.set_title(title, fontsize="medium")
         axis.set_xlabel(x_label)
     axes[0][0].set_ylabel(y_label)
+    # The panels share the limits of y, which are known only now.
+    for axis, of_panel in zip(axes[0], ends, strict=True):
+        _name_lines(axis, of_panel)
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return True
 
 
-def _panel(axis: Axes, title: str, lines: list[Line], floor: Line | None) -> None:
+def _plot_lines(axis: Axes, lines: list[Line], floor: Line | None) -> list[End]:
+    """Draws the lines; returns where each ends, in the order of drawing."""
     ours_colors, peer_colors = itertools.cycle(OURS_OTHERS), itertools.cycle(PEER_COLORS)
-    ends: list[tuple[float, float, str, str, str]] = []
+    ends = []
     for i, line in enumerate(sorted(lines, key=lambda line: not line.ours)):
         first = i == 0 and line.ours
         color = OURS_COLOR if first else next(ours_colors if line.ours else peer_colors)
@@ -203,43 +220,50 @@ def _panel(axis: Axes, title: str, lines: list[Line], floor: Line | None) -> Non
             linewidth=2.8 if first else 1.3,
             zorder=3 if first else 2,
         )
-        ends.append((line.xs[-1], line.ms[-1], line.name, color, "bold" if first else "normal"))
+        ends.append(End(line.name, line.xs[-1], line.ms[-1], color, "bold" if first else "normal"))
     if floor:
         axis.plot(floor.xs, floor.ms, color="black", linestyle="--", linewidth=1.2)
-        ends.append((floor.xs[-1], floor.ms[-1], floor.name, "black", "normal"))
+        ends.append(End(floor.name, floor.xs[-1], floor.ms[-1], "black", "normal"))
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    xs = sorted({x for line in lines for x in line.xs})
-    axis.set_xticks(xs)
+    axis.set_xticks(sorted({x for line in lines for x in line.xs}))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.set_title(title, fontsize="medium")
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-    low, high = (
-        min(m for line in lines for m in line.ms),
-        max(m for line in lines for m in line.ms),
-    )
-    heights = _apart([end[1] for end in ends], gap=(high / low) ** (1 / 18))
-    for (_, _, name, color, weight), y in zip(ends, heights, strict=True):
+    return ends
+
+
+def _name_lines(axis: Axes, ends: list[End]) -> None:
+    """Writes the names right of the axes, each as high as its line ends, or as near as the others
+    leave room, with a thin line to that end."""
+    low, high = np.log(axis.get_ylim())
+    heights = apart([(math.log(end.ms) - low) / (high - low) for end in ends])
+    for end, height in zip(ends, heights, strict=True):
         axis.annotate(
-            name,
-            (1.02, y),
-            xycoords=("axes fraction", "data"),
-            color=color,
-            fontweight=weight,
+            end.name,
+            xy=(end.x, end.ms),
+            xytext=(1.05, height),
+            textcoords="axes fraction",
+            color=end.color,
+            fontweight=end.weight,
             fontsize="small",
             va="center",
             annotation_clip=False,
+            arrowprops=LEADER | {"color": end.color},
         )
 
 
-def _apart(heights: Sequence[float], gap: float) -> list[float]:
-    """The heights, moved up where need be so that each is `gap` times the next lower one."""
-    order = np.argsort(heights)
-    moved = np.array(heights, dtype=float)
-    for lower, upper in itertools.pairwise(order):
-        moved[upper] = max(moved[upper], moved[lower] * gap)
-    return moved.tolist()
+def apart(heights: Sequence[float], gap: float = LABEL_GAP) -> list[float]:
+    """The heights, in [0, 1], moved so that no two are nearer than `gap`; their order stays."""
+    order = np.argsort(heights, kind="stable")
+    moved = np.asarray(heights, dtype=float)[order]
+    for i in range(1, len(moved)):
+        moved[i] = max(moved[i], moved[i - 1] + gap)
+    ceiling = 1.0
+    for i in reversed(range(len(moved))):
+        moved[i] = min(moved[i], ceiling)
+        ceiling = moved[i] - gap
+    return moved[np.argsort(order)].tolist()

@@ -1,12 +1,13 @@
 """Results as a document: `python -m bench report RESULTS_DIR [--out docs/benchmarks.md]`.
 
-From the result files alone, those of RESULTS_DIR and of all folders below it: a section for each
-machine, in it one for each suite, of the newest folder that holds it. Several files of a suite in
-one folder count as one run, the newest row of each peer first; a ratio is between two rows of one
-file. Pictures go to images/benchmarks/ beside the document.
+From the result files alone, those of RESULTS_DIR and of all folders below it: a summary with one
+line for each suite and machine, the pictures, then a section for each machine, in it one for each
+suite, of the newest folder that holds it. Several files of a suite in one folder count as one run,
+the newest row of each peer first; a ratio is between two rows of one file. No table is wider than
+MAX_COLUMNS. Pictures go to images/benchmarks/ beside the document.
 
-What a person has to say stands in the notes, `benchmarks-notes.md` beside `benchmarks.md`, and is
-copied in: text before the first heading to the top, text under `## MACHINE` or, below it,
+Comments by hand stand in the notes, `benchmarks-notes.md` beside `benchmarks.md`, and are copied
+in: text before the first heading below the pictures, text under `## MACHINE` or, below it,
 `### SUITE` to the section of that name.
 
 Exit codes: 0; 2 for arguments or files that cannot be used.
@@ -14,8 +15,10 @@ Exit codes: 0; 2 for arguments or files that cannot be used.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
+import statistics
 import sys
 from argparse import ArgumentError
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,6 +31,7 @@ from bench.plots import Setup, plot_attention, plot_decode, plot_rollout
 from bench.record import Record, RecordError, Row, read_records
 from threadweaver.command import explain, fail
 
+MAX_COLUMNS = 8
 # Suites in the order of the document, and the rows of ours that have lines of their own.
 SUITES = {
     "attention": ("ours",),
@@ -36,6 +40,16 @@ SUITES = {
     "rollout": ("ours, parallel", "ours, sequential"),
     "layout": ("ours: trie", "ours: trie + block schedule"),
 }
+# What ours is compared with in the summary: the first of these that was timed in most setups, or,
+# where none was, any other peer that was.
+SUMMARY_PEERS = {
+    "attention": ("FlexAttention", "SDPA dense mask"),
+    "decode": ("padded SDPA",),
+    "train_step": ("unrolled calls",),
+    "rollout": ("transformers continuous batching", "transformers generate"),
+    "layout": ("FlexAttention block mask", "dict trie"),
+}
+TELLING = ("dtype", "pass", "update", "model")  # keys whose values need no name beside them
 PLOTS = {"attention": plot_attention, "decode": plot_decode, "rollout": plot_rollout}
 # Columns after the time, where a row has them: heading, and what a value is multiplied by.
 FIGURES = {
@@ -73,6 +87,12 @@ class Run(NamedTuple):
             if peer in rows and ours in rows:
                 return rows[peer]["ms"] / rows[ours]["ms"]
         return None
+
+    def ours(self) -> list[str]:
+        """The rows of ours that have lines of their own, the first of them the main one."""
+        timed = {peer: row for setup in self.setups() for peer, row in setup.rows.items()}
+        listed = [peer for peer in SUITES.get(self.suite, ()) if peer in timed]
+        return listed or [peer for peer, row in timed.items() if row["ours"]][:1]
 
     def untimed(self) -> Iterator[Row]:
         """The newest row of each setup and peer that no file timed."""
@@ -116,39 +136,70 @@ def newest_runs(records: Iterable[Record]) -> list[Run]:
     def date(record: Record) -> str:
         return record.env.get("date", "")
 
-    order = list(SUITES)
     runs = [
         Run(machine, suite, sorted(newest, key=date, reverse=True))
         for (machine, suite), by_folder in folders.items()
         for newest in [max(by_folder.values(), key=lambda files: max(map(date, files)))]
     ]
-    return sorted(
-        runs,
-        key=lambda r: (
-            r.machine,
-            order.index(r.suite) if r.suite in order else len(order),
-            r.suite,
-        ),
-    )
+    return sorted(runs, key=lambda run: (run.machine, *_place(run.suite)))
 
 
 def document(runs: Sequence[Run], notes: Notes, images: Path, link: str, command: str) -> str:
     """The Markdown text; draws the pictures into `images`, to which `link` leads from the text."""
-    lines = ["# Benchmarks", ""]
-    lines += [f"Written by `{command}` from the result files; what a person says, by their notes."]
-    lines += ["Medians; peers in the same run, on the same inputs, checked before they are timed."]
-    lines += ["`x` columns: how many times faster ours is than that peer.", ""]
+    lines = ["# Benchmarks", "", *_summary(runs), ""]
+    for run in runs:
+        name = f"{re.sub(r'[^a-z0-9]+', '-', run.machine.lower()).strip('-')}-{run.suite}.png"
+        draw = PLOTS.get(run.suite)
+        if draw and draw(run.setups(), images / name):
+            lines += [f"![{run.suite} on {run.machine}]({link}/{name})", ""]
+            lines += [f"*{run.suite} on {run.machine}*", ""]
+    lines += ["## How it is measured", ""]
+    lines += [f"Written by `{command}` from the result files; comments by hand from their notes."]
+    lines += ["Medians, ± half the interquartile range; peers in the same run, on the same inputs,"]
+    lines += ["checked before they are timed.", ""]
     lines += notes.take()
     for machine in dict.fromkeys(run.machine for run in runs):
         here = [run for run in runs if run.machine == machine]
         lines += [f"## {machine}", "", *_where(here), "", *notes.take(machine)]
         for run in here:
             lines += [f"### {run.suite}", "", *notes.take(machine, run.suite), *_section(run)]
-            name = f"{re.sub(r'[^a-z0-9]+', '-', machine.lower()).strip('-')}-{run.suite}.png"
-            draw = PLOTS.get(run.suite)
-            if draw and draw(run.setups(), images / name):
-                lines += [f"![{run.suite} on {machine}]({link}/{name})", ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _summary(runs: Sequence[Run]) -> Iterator[str]:
+    """One line for each suite and machine: how many times faster ours is than one peer."""
+    rows = []
+    for run in sorted(runs, key=lambda run: _place(run.suite)):
+        if compared := _summary_ratios(run):
+            ours, peer, ratios = compared
+            faster = [_number(f(ratios)) for f in (statistics.median, min, max)]
+            rows.append([run.suite, run.machine, ours, peer, str(len(ratios)), *faster])
+    headings = ["suite", "machine", "ours", "peer", "setups"]
+    yield "How many times faster ours is than a peer, over all setups in which both were timed:"
+    yield ""
+    yield from _table([*headings, "median", "least", "most"], rows)
+
+
+def _summary_ratios(run: Run) -> tuple[str, str, list[float]] | None:
+    """Our main row, the peer of the summary, and a ratio for each setup that has both."""
+    setups = run.setups()
+    for ours in run.ours()[:1]:
+        by_peer = {
+            peer: [r for setup in setups if (r := run.ratio(setup, peer, ours)) is not None]
+            for peer in dict.fromkeys(p for s in setups for p, row in s.rows.items())
+            if not any(s.rows[peer]["ours"] for s in setups if peer in s.rows)
+        }
+        listed = [peer for peer in SUMMARY_PEERS.get(run.suite, ()) if by_peer.get(peer)]
+        if candidates := listed or [peer for peer, ratios in by_peer.items() if ratios]:
+            peer = max(candidates, key=lambda peer: len(by_peer[peer]))
+            return ours, peer, by_peer[peer]
+    return None
+
+
+def _place(suite: str) -> tuple[int, str]:
+    """Where a suite stands in the document; unknown ones come last, by name."""
+    order = list(SUITES)
+    return (order.index(suite) if suite in order else len(order)), suite
 
 
 def _where(runs: Sequence[Run]) -> Iterator[str]:
@@ -185,12 +236,8 @@ def _where(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _section(run: Run) -> Iterator[str]:
+    yield from (*_results(run), "")
     setups = run.setups()
-    if not setups:
-        yield "Nothing was timed."
-    else:
-        yield from _results(run, setups)
-    yield ""
     everywhere = {peer: why for r in run.records for peer, why in r.env.get("absent", {}).items()}
     skipped, bad = _untimed(run, setups, skipped=True), _untimed(run, setups, skipped=False)
     absent = [*(f"- {peer}: {why}" for peer, why in everywhere.items()), *skipped]
@@ -215,47 +262,85 @@ def _untimed(run: Run, setups: Sequence[Setup], skipped: bool) -> list[str]:
     return [f"- {p}: {why} ({n} setup{'s' * (n > 1)})" for (p, _), (why, n) in counts.items()]
 
 
-def _results(run: Run, setups: Sequence[Setup]) -> Iterator[str]:
-    """What all setups have in common, then a table with a line for each setup and row of ours."""
-    names = list(dict.fromkeys(name for s in setups for name in s.key))
-    fixed = [n for n in names if len({str(s.key.get(n)) for s in setups}) == 1]
-    if fixed and len(setups) > 1:
-        yield "; ".join(f"{n.replace('_', ' ')} {_show(setups[0].key[n])}" for n in fixed) + "."
-        yield ""
-    else:
-        fixed = []
-    keys = [n for n in names if n not in fixed]
-    shown = [
-        (setup, peer) for setup in setups for peer in _ours(run.suite, setup) if peer in setup.rows
-    ]
-    named = len({peer for _, peer in shown}) > 1
-    others = list(
-        dict.fromkeys(p for s in setups for p in s.rows if p != SUITES.get(run.suite, (None,))[0])
-    )
-    rows = [
-        [
-            *(_show(setup.key.get(n)) for n in keys),
-            *([peer] if named else []),
-            _time(setup.rows[peer]),
-            *(_figure(setup.rows[peer], name, factor) for name, (_, factor) in FIGURES.items()),
-            *(_times(run.ratio(setup, other, peer)) if other != peer else "" for other in others),
+Columns = dict[str, list[str]]  # by heading; all of one length
+
+
+def _results(run: Run) -> Iterator[str]:
+    """What all lines have in common, then tables with a line for each setup and row of ours: one
+    with all columns if they are few, else one of the cases, some of times, some of ratios."""
+    setups, ours = run.setups(), run.ours()
+    shown = [(setup, peer) for setup in setups for peer in ours if peer in setup.rows]
+    if not shown:
+        yield "Nothing of ours was timed."
+        return
+    names = dict.fromkeys(name for setup, _ in shown for name in setup.key)
+    keys = {n.replace("_", " "): [_show(setup.key.get(n)) for setup, _ in shown] for n in names}
+    times = {"ms": [_time(setup.rows[peer]) for setup, peer in shown]}
+    for name, (heading, factor) in FIGURES.items():
+        times[heading] = [_figure(setup.rows[peer], name, factor) for setup, peer in shown]
+    others = dict.fromkeys(p for s in setups for p in s.rows if p != ours[0])
+    ratios = {
+        f"x {other}": [
+            _times(run.ratio(setup, other, peer)) if other != peer else "" for setup, peer in shown
         ]
-        for setup, peer in shown
+        for other in others
+    }
+    common = [
+        f"{heading} {cells[0]}"
+        for heading, cells in (keys | {"backend": times["backend"]}).items()
+        if heading != "case" and len(set(cells)) == 1 and cells[0]
     ]
-    headings = [
-        *(n.replace("_", " ") for n in keys),
-        *(["row"] if named else []),
-        "ms",
-        *(heading for heading, _ in FIGURES.values()),
-        *(f"x {other}" for other in others),
+    if common:
+        yield "; ".join(common) + "."
+        yield ""
+    keys = {h: cells for h, cells in keys.items() if h == "case" or len(set(cells)) > 1}
+    rows = {"row": [peer for _, peer in shown]} if len(ours) > 1 else {}
+    if len(set(times["backend"])) == 1:
+        del times["backend"]
+    times, ratios = ({h: c for h, c in part.items() if any(c)} for part in (times, ratios))
+    if len(keys | rows | times | ratios) <= MAX_COLUMNS:
+        yield from _columns(keys | rows | times | ratios)
+        return
+    # What follows from the case has a table of its own; all else that names a line is one column.
+    cases = {
+        heading: cells
+        for heading, cells in keys.items()
+        if len(set(zip(keys["case"], cells, strict=True))) == len(set(keys["case"]))
+    }
+    rest = [
+        cells if heading in TELLING else [f"{heading} {cell}" for cell in cells]
+        for heading, cells in keys.items()
+        if heading not in cases
     ]
-    kept = [i for i in range(len(headings)) if any(row[i] for row in rows)]
-    yield from _table([headings[i] for i in kept], ([row[i] for i in kept] for row in rows))
+    setup = {"setup": [", ".join(parts) for parts in zip(*rest, strict=True)]} if rest else {}
+    if len(cases) > 1:
+        yield from _columns(cases)
+        yield ""
+    labels = {"case": keys["case"]} | setup | rows
+    yield from _split(labels, times)
+    if ratios:
+        yield from ("", "`x`: how many times faster ours is than that peer.", "")
+        yield from _split(labels, ratios)
 
 
-def _ours(suite: str, setup: Setup) -> Sequence[str]:
-    ours = [peer for peer, row in setup.rows.items() if row["ours"]]
-    return SUITES.get(suite) or ours[:1]
+def _split(labels: Columns, values: Columns) -> Iterator[str]:
+    """Tables of `values`, each with the labels in front, as few and as equally wide as can be;
+    without the lines that hold no value."""
+    tables = -(-len(values) // (MAX_COLUMNS - len(labels)))
+    width = -(-len(values) // tables)
+    for start in range(0, len(values), width):
+        if start:
+            yield ""
+        part = dict(list(values.items())[start : start + width])
+        full = [any(cells) for cells in zip(*part.values(), strict=True)]
+        yield from _columns(
+            {h: list(itertools.compress(cells, full)) for h, cells in (labels | part).items()}
+        )
+
+
+def _columns(columns: Columns) -> Iterator[str]:
+    """A table; lines that are equal in all columns once."""
+    return _table(list(columns), dict.fromkeys(zip(*columns.values(), strict=True)))
 
 
 def _timed(record: Record, rows: dict[str, Row]) -> dict[str, Row]:

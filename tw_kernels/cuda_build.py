@@ -21,7 +21,7 @@ def why_not() -> str | None:
     if nvcc() is None:
         return "no nvcc in CUDA_HOME, on the PATH or in /usr/local: install CUDA 12.4 or later"
     if cutlass() is None:
-        return "no CUTLASS headers: pip install --no-deps 'nvidia-cutlass>=4.2'"
+        return "no CUTLASS headers: pip install 'threadweaver[cuda]', or --no-deps nvidia-cutlass"
     return None
 
 

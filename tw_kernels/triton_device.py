@@ -26,7 +26,7 @@ def _is_installed() -> bool:
 def why_not(q: Tensor) -> str | None:
     """None if the Triton kernels take q's device, dtype and head dim, else the reason."""
     if not _is_installed():
-        return "triton is not installed; pip install threadweaver[triton]"
+        return "triton is not installed: pip install 'threadweaver[triton]'"
     if q.shape[-1] not in HEAD_DIMS:
         return f"head dim {q.shape[-1]} is not one of {', '.join(map(str, HEAD_DIMS))}"
     if q.dtype not in DTYPES:
