@@ -6,8 +6,7 @@
 #include <vector>
 
 #include "cpu/bindings_cpu.h"
-#include "cuda/bindings_attention.h"
-#include "cuda/bindings_cuda.h"
+#include "cuda/bindings.h"
 #include "trie/bindings_decode.h"
 #include "trie/radix.h"
 #include "trie/schedule.h"
@@ -146,5 +145,4 @@ PYBIND11_MODULE(_C, m) {
   tw::bind_decode_plan(m);
   tw::bind_cpu(m);
   tw::cuda::bind_cuda(m);
-  tw::cuda::bind_attention(m);
 }
