@@ -2,8 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/bindings_cpu.h"
-#include "cuda/bindings_attention.h"
-#include "cuda/bindings_cuda.h"
+#include "cuda/bindings.h"
 #include "trie/bindings.h"
 
 PYBIND11_MODULE(_C, m) {
@@ -12,5 +11,4 @@ PYBIND11_MODULE(_C, m) {
   tw::bind_decode_plan(m);
   tw::bind_cpu(m);
   tw::cuda::bind_cuda(m);
-  tw::cuda::bind_attention(m);
 }

@@ -102,7 +102,7 @@ def cpu_instruction_sets() -> list[str]: ...
 def cuda_driver_missing() -> str: ...
 
 # rows, items, partial slots, tile rows, heads, KV heads, head dim, pages, page size
-# (csrc/cuda/trie_decode.h)
+# (csrc/cuda/decode/trie_decode.h)
 _CudaDecodeSizes = tuple[int, int, int, int, int, int, int, int, int]
 # addresses of K and V, strides of pages, slots, heads
 _CudaPages = tuple[int, int, int, int, int]
@@ -123,7 +123,7 @@ def cuda_trie_decode(
     /,
 ) -> None: ...
 
-# tokens, heads, KV heads, head dim, multiprocessors (csrc/cuda/trie_attention.h)
+# tokens, heads, KV heads, head dim, multiprocessors (csrc/cuda/attention/trie_attention.h)
 _CudaAttentionSizes = tuple[int, int, int, int, int]
 _CudaRows = tuple[int, int, int, int]  # addresses: row_ptr, full_end, kv_blocks, q_order
 

@@ -1,6 +1,6 @@
-"""Compiles the CUDA kernels (csrc/cuda/*.cu) for Hopper, one cubin a source file. Needs no GPU.
+"""Compiles the CUDA kernels (csrc/cuda/*/*.cu) for Hopper, one cubin a source file. Needs no GPU.
 
-setup.py and the tests compile with this very command. Only the standard library is used: setup.py
+setup.py and the tests compile with the same command. Only the standard library is used: setup.py
 loads this file before anything else is installed.
 """
 
@@ -51,7 +51,7 @@ def cutlass() -> Path | None:
 
 def sources() -> list[Path]:
     """The files of CUDA kernels."""
-    return sorted((SOURCES / "cuda").glob("*.cu"))
+    return sorted((SOURCES / "cuda").glob("*/*.cu"))
 
 
 def command(source: Path, cubin: Path) -> list[str]:

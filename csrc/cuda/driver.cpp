@@ -1,4 +1,4 @@
-#include "driver.h"
+#include "cuda/driver.h"
 
 #include <dlfcn.h>
 
@@ -6,6 +6,8 @@
 #include <map>
 #include <mutex>
 #include <stdexcept>
+
+#include "cuda/hopper/index.h"
 
 namespace tw::cuda {
 
@@ -72,15 +74,15 @@ struct Driver {
     else if (count == 0) why_not = "the CUDA driver sees no device";
   }
 
-  std::string text(Result error, const char *call) const {
+  std::string text(Result error, const std::string &call) const {
     const char *name = nullptr, *description = nullptr;
     cuGetErrorName(error, &name);
     cuGetErrorString(error, &description);
-    return std::string(call) + ": " + (name ? name : std::to_string(error)) +
+    return call + ": " + (name ? name : std::to_string(error)) +
            (description ? std::string(" (") + description + ")" : "");
   }
 
-  void check(Result error, const char *call) const {
+  void check(Result error, const std::string &call) const {
     if (error) throw std::runtime_error(text(error, call));
   }
 };
@@ -99,17 +101,18 @@ const Driver &driver() {
 // Kernels of the files loaded so far, ready for `shared_bytes` on each device they ran on.
 class Kernels {
 public:
-  Handle get(const std::string &cubin, const char *name, int device, unsigned shared_bytes) {
+  Handle get(const std::string &cubin, const std::string &name, int device,
+             unsigned shared_bytes) {
     const std::lock_guard lock(mutex_);
     Handle &library = libraries_[cubin];
     if (!library)
       driver().check(driver().cuLibraryLoadFromFile(&library, cubin.c_str(), nullptr, nullptr, 0,
                                                     nullptr, nullptr, 0),
-                     ("cuLibraryLoadFromFile of " + cubin).c_str());
+                     "cuLibraryLoadFromFile of " + cubin);
     Handle &kernel = kernels_[{library, name}];
     if (!kernel)
-      driver().check(driver().cuLibraryGetKernel(&kernel, library, name),
-                     ("cuLibraryGetKernel of " + std::string(name)).c_str());
+      driver().check(driver().cuLibraryGetKernel(&kernel, library, name.c_str()),
+                     "cuLibraryGetKernel of " + name);
     unsigned &allowed = allowed_[{kernel, device}];
     if (allowed < shared_bytes) {
       driver().check(driver().cuKernelSetAttribute(kMaxDynamicSharedBytes,
@@ -131,74 +134,74 @@ private:
 
 const std::string &why_no_driver() { return any_driver().why_not; }
 
-OnDevice::OnDevice(int ordinal) {
-  driver().check(driver().cuDeviceGet(&handle_, ordinal), "cuDeviceGet");
-  // Retained once and for all: PyTorch keeps the context alive just as long.
+Launcher::Launcher(int ordinal, void *stream, std::string cubin)
+    : stream_(stream), cubin_(std::move(cubin)) {
+  driver().check(driver().cuDeviceGet(&device_, ordinal), "cuDeviceGet");
+  // Retained for the life of the process: PyTorch keeps the context alive just as long.
   static std::mutex mutex;
   static std::map<int, Handle> &contexts = *new std::map<int, Handle>;
   const std::lock_guard lock(mutex);
-  Handle &context = contexts[handle_];
+  Handle &context = contexts[device_];
   if (!context)
-    driver().check(driver().cuDevicePrimaryCtxRetain(&context, handle_),
+    driver().check(driver().cuDevicePrimaryCtxRetain(&context, device_),
                    "cuDevicePrimaryCtxRetain");
   driver().check(driver().cuCtxPushCurrent_v2(context), "cuCtxPushCurrent");
 }
 
-OnDevice::~OnDevice() {
+Launcher::~Launcher() {
   Handle context;
   driver().cuCtxPopCurrent_v2(&context);
 }
 
-void launch(const OnDevice &device, void *stream, const std::string &cubin, const char *kernel,
-            const Grid &grid, const void *arguments) {
+void Launcher::start(const std::string &kernel, const Grid &grid, const void *arguments) const {
   static Kernels &kernels = *new Kernels;
-  const Handle function = kernels.get(cubin, kernel, device.handle(), grid.shared_bytes);
+  const auto blocks = static_cast<unsigned>(grid.blocks);
+  const auto threads = static_cast<unsigned>(grid.threads);
+  const auto shared_bytes = static_cast<unsigned>(grid.shared_bytes);
+  const Handle function = kernels.get(cubin_, kernel, device_, shared_bytes);
   void *parameters[] = {const_cast<void *>(arguments)};
-  driver().check(driver().cuLaunchKernel(function, grid.blocks, 1, 1, grid.threads, 1, 1,
-                                         grid.shared_bytes, stream, parameters, nullptr),
-                 (std::string("cuLaunchKernel of ") + kernel).c_str());
+  driver().check(driver().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, shared_bytes,
+                                         stream_, parameters, nullptr),
+                 "cuLaunchKernel of " + kernel);
 }
 
 std::string why_not(const Tiles &tiles) {
-  const uint64_t element = tiles.element == Element::float32 ? 4 : 2;
-  if (tiles.rank < 1 || tiles.rank > Tiles::kMaxRank)
-    return "a tensor of " + std::to_string(tiles.rank) + " dimensions, not 1 to 5";
-  if (tiles.address % 16) return "an address that is not a multiple of 16 bytes";
-  for (int i = 0; i < tiles.rank; ++i) {
+  if (reinterpret_cast<uint64_t>(tiles.data) % 16)
+    return "an address that is not a multiple of 16 bytes";
+  for (size_t i = 0; i < tiles.dimensions.size(); ++i) {
+    const auto &[size, stride, box] = tiles.dimensions[i];
     const std::string dimension = " in dimension " + std::to_string(i);
-    if (tiles.sizes[i] == 0 || tiles.sizes[i] > uint64_t{1} << 32)
-      return "a size of " + std::to_string(tiles.sizes[i]) + dimension + ", not 1 to 2^32";
-    if (i > 0 && (tiles.strides[i] % 16 || tiles.strides[i] >= uint64_t{1} << 40))
-      return "a stride of " + std::to_string(tiles.strides[i]) + " bytes" + dimension +
+    const int64_t bytes = stride * kElementBytes;
+    if (size < 1 || size > int64_t{1} << 32)
+      return "a size of " + std::to_string(size) + dimension + ", not 1 to 2^32";
+    if (i > 0 && (bytes % 16 || bytes < 0 || bytes >= int64_t{1} << 40))
+      return "a stride of " + std::to_string(bytes) + " bytes" + dimension +
              ", not a multiple of 16 below 2^40";
-    if (tiles.box[i] == 0 || tiles.box[i] > 256)
-      return "a box of " + std::to_string(tiles.box[i]) + " elements" + dimension +
-             ", not 1 to 256";
   }
-  const uint64_t row = tiles.box[0] * element;
-  if (row % 16) return "a box of " + std::to_string(row) + " bytes a row, not a multiple of 16";
-  const uint64_t span = uint64_t{16} << static_cast<int>(tiles.swizzle);
-  if (tiles.swizzle != Swizzle::none && row > span)
-    return "a box of " + std::to_string(row) + " bytes a row, above the swizzle's " +
-           std::to_string(span);
   return "";
 }
 
-TensorMap tensor_map(const OnDevice &, const Tiles &tiles) {
+TensorMap Launcher::tensor_map(const Tiles &tiles) const {
   const std::string reason = why_not(tiles);
   if (!reason.empty()) throw std::invalid_argument("the copy engine does not take " + reason);
-  constexpr int kNoInterleave = 0, kPromoteTo256Bytes = 3, kFillWithZero = 0;
-  const uint32_t every_element[Tiles::kMaxRank] = {1, 1, 1, 1, 1};
+  constexpr int kNoInterleave = 0, kSwizzle128Bytes = 3, kPromoteTo256Bytes = 3, kFillWithZero = 0;
+  constexpr int kMaxRank = 5;
+  uint64_t sizes[kMaxRank], strides[kMaxRank]; // bytes
+  uint32_t box[kMaxRank], every_element[kMaxRank] = {1, 1, 1, 1, 1};
+  const size_t rank = tiles.dimensions.size();
+  for (size_t i = 0; i < rank; ++i) {
+    sizes[i] = static_cast<uint64_t>(tiles.dimensions[i].size);
+    strides[i] = static_cast<uint64_t>(tiles.dimensions[i].stride) * kElementBytes;
+    box[i] = static_cast<uint32_t>(tiles.dimensions[i].box);
+  }
   // The driver writes to 64-byte boundaries only, and GCC does not lay every temporary that a result
   // of this function goes to on one.
   alignas(TensorMap) uint64_t encoded[16];
-  driver().check(
-      driver().cuTensorMapEncodeTiled(
-          encoded, static_cast<int>(tiles.element), static_cast<uint32_t>(tiles.rank),
-          reinterpret_cast<void *>(tiles.address), tiles.sizes, tiles.strides + 1, tiles.box,
-          every_element, kNoInterleave, static_cast<int>(tiles.swizzle), kPromoteTo256Bytes,
-          kFillWithZero),
-      "cuTensorMapEncodeTiled");
+  driver().check(driver().cuTensorMapEncodeTiled(
+                     encoded, static_cast<int>(tiles.element), static_cast<uint32_t>(rank),
+                     const_cast<void *>(tiles.data), sizes, strides + 1, box, every_element,
+                     kNoInterleave, kSwizzle128Bytes, kPromoteTo256Bytes, kFillWithZero),
+                 "cuTensorMapEncodeTiled");
   TensorMap map;
   std::copy_n(encoded, 16, map.opaque);
   return map;

@@ -29,13 +29,13 @@ def digest(source: Path, *others: str) -> str:
 
 
 def compiled(name: str) -> tuple[Path, str]:
-    """The cubin of csrc/cuda/NAME.cu and what the compiler said; compiled anew if sources changed.
+    """The cubin of NAME.cu and what the compiler said; compiled anew if sources changed.
 
     Skips the test where the compiler or the headers are missing.
     """
     if reason := cuda_build.why_not():
         pytest.skip(reason)
-    source = cuda_build.SOURCES / "cuda" / f"{name}.cu"
+    (source,) = (source for source in cuda_build.sources() if source.stem == name)
     folder = CACHE / f"{name}-{digest(source, *cuda_build.command(source, Path('to')))}"
     cubin, log = folder / f"{name}.cubin", folder / "log"
     folder.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ needs_nvcc = pytest.mark.skipif(cuda_build.why_not() is not None, reason=str(cud
 def one_kernel(tmp_path, monkeypatch) -> Path:
     """csrc with one file of kernels that compiles in a second."""
     monkeypatch.setattr(cuda_build, "SOURCES", tmp_path / "csrc")
-    source = tmp_path / "csrc" / "cuda" / "one.cu"
+    source = tmp_path / "csrc" / "cuda" / "op" / "one.cu"
     source.parent.mkdir(parents=True)
     source.write_text(KERNEL)
     return source

@@ -1,136 +1,128 @@
-"""What a decode call asks of the CUDA driver: against one that only prints what it is asked."""
+"""What the CUDA driver is asked for, and what is said when it refuses (cuda_emulation.py)."""
 
+import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 from ctypes.util import find_library
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
-from tests.kernels import cuda_decode_host
-from tests.kernels.cuda_decode_host import Pages, Rows, TrieDecodeArgs
+from tests.kernels.cuda_emulation import DRIVER, STREAM, EmulatedGpu, decode, driver_folder
+from tests.kernels.decode_batches import Batch, Inputs, fork_join_batch, random_inputs
+from tw_kernels import DecodePlan
+from tw_kernels.decode import cuda as cuda_decode
 
-# Two calls in a process that has not loaded a real driver.
-CALLS = """
-import ctypes, sys
-host = ctypes.CDLL(sys.argv[1])
-host.run_trie_decode.restype = ctypes.c_char_p
-args = bytes.fromhex(sys.argv[2])
-for _ in range(2):
-    failure = host.run_trie_decode(args, 0, ctypes.c_void_p(77), b"trie_decode.cubin")
-    if failure:
-        sys.exit(failure.decode())
-"""
+PARTIAL = "trie_decode_partial_bfloat16_64_1"
+SHARED = 13 * 8192 + 2 * 8 * 12  # of PARTIAL: a tile of q, 12 of keys or values, their barriers
 
 
 @pytest.fixture(scope="module")
-def driver_folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("driver")
-    source = Path(__file__).with_name("fake_cuda_driver.cpp")
-    shutil.copy(cuda_decode_host.compiled_library(source), folder / "libcuda.so.1")
-    return folder
+def gpu():
+    return EmulatedGpu()
 
 
-def call(**change) -> TrieDecodeArgs:
-    """Of a plan with room for 40 rows, 9 items and 90 partial results; 8 heads on 2 KV heads."""
-    args = TrieDecodeArgs(
-        *(40, 9, 90, 64, 8, 2, 128, 1000, 16), 9, 0.1,
-        *range(1, 8), Rows(4096, 1024, 128), Rows(4096, 256, 128), Rows(4096, 256, 128),
-        Pages(1 << 20, 1 << 21, 4096, 256, 128),
-    )  # fmt: skip
-    for name, value in change.items():
-        setattr(args, name, value)
-    return args
+def call(batch: Batch, heads: int = 8) -> tuple[Inputs, DecodePlan]:
+    return random_inputs(batch, (heads, 2, 64), torch.bfloat16), batch.plan()
 
 
-def asked(folder: Path, args: TrieDecodeArgs, fails: str = "") -> tuple[list[str], str]:
-    """Lines of the driver, and why the call failed."""
-    done = subprocess.run(
-        [sys.executable, "-c", CALLS, str(cuda_decode_host.library_file()), bytes(args).hex()],
-        env=os.environ | {"LD_LIBRARY_PATH": str(folder), "FAKE_CUDA_FAILS": fails},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.splitlines(), done.stderr.strip()
+SMALL = fork_join_batch(prefix=32, suffix=5, prompts=1, threads=2, page_size=16)
 
 
-def test_a_call_launches_write_partial_and_merge_on_the_callers_stream(driver_folder):
-    lines, failure = asked(driver_folder, call())
-    assert failure == ""
-    # 40 rows x 4 heads of a group are 160 matrix rows: two blocks of two warpgroups.
-    shared = 14 * 16384 + 2 * 8 * 12
-    sizes = "128/0/64/1 2/256/1/1 16/512/16/1 1000/8192/1/1"
-    maps = [f"map type 9 swizzle 3 at {at}: {sizes}" for at in (1 << 20, 1 << 21)]
-    partial = "trie_decode_partial_bfloat16_128_2"
+def decode_of(cubin: str, inputs: Inputs, plan: DecodePlan) -> Tensor:
+    """As `decode`, with the kernels of a file that no call before has loaded."""
+    cuda_decode.CUBIN = Path(cubin)
+    return decode(inputs, plan)
+
+
+def test_a_call_launches_write_partial_and_merge_on_the_callers_stream():
+    gpu = EmulatedGpu()
     launches = [
-        "launch trie_decode_write: 40 blocks of 128 threads, 0 bytes, stream 77",
-        f"launch {partial}: {9 * 2 * 2} blocks of 288 threads, {shared} bytes, stream 77",
-        f"launch trie_decode_merge_bfloat16_128: {40 * 8 // 4} blocks of 128 threads, 0 bytes, "
-        "stream 77",
+        f"launch {kernel} on stream {STREAM}"
+        for kernel in ("trie_decode_write", PARTIAL, "trie_decode_merge_bfloat16_64")
     ]
-    first = ["retain 0", "push context", "load trie_decode.cubin", launches[0], *maps]
-    first += [f"attribute 8 of {partial} on 0: {shared}", *launches[1:], "pop"]
+    assert gpu.run(decode, *call(SMALL)).events == [
+        *("retain 0", "push context", "load trie_decode.cubin", launches[0]),
+        *(f"attribute 8 of {PARTIAL} on 0: {SHARED}", *launches[1:], "pop"),
+    ]
     # The second call finds the context, the kernels and their shared memory ready.
-    second = ["push context", launches[0], *maps, *launches[1:], "pop"]
-    assert lines == first + second
+    assert gpu.run(decode, *call(SMALL)).events == ["push context", *launches, "pop"]
 
 
-@pytest.mark.parametrize(("rows", "warpgroups", "blocks"), [(16, 1, 1), (17, 2, 1), (33, 2, 2)])
-def test_two_warpgroups_share_the_keys_of_more_than_64_matrix_rows(
-    driver_folder, rows, warpgroups, blocks
-):
-    lines, _ = asked(driver_folder, call(rows=rows, element=6, head_dim=64))
-    name = f"trie_decode_partial_float16_64_{warpgroups}"
-    launch = next(line for line in lines if line.startswith(f"launch {name}:"))
-    assert f": {9 * 2 * blocks} blocks of {warpgroups * 128 + 32} threads" in launch
+@pytest.mark.parametrize(("threads", "warpgroups"), [(16, 1), (17, 2)])
+def test_two_warpgroups_share_the_keys_of_more_than_64_matrix_rows(gpu, threads, warpgroups):
+    batch = fork_join_batch(prefix=32, suffix=5, prompts=1, threads=threads, page_size=16)
+    (partial,) = (e for e in gpu.run(decode, *call(batch)).events if "launch trie_decode_p" in e)
+    assert f"partial_bfloat16_64_{warpgroups} " in partial
 
 
-def test_rows_of_an_item_bound_the_blocks(driver_folder):
-    lines, _ = asked(driver_folder, call(rows=1000, tile_rows=16))
-    launch = next(line for line in lines if "partial" in line and line.startswith("launch"))
-    assert "partial_bfloat16_128_1: 18 blocks of 160 threads" in launch
+def test_nothing_is_written_if_the_pages_hold_the_new_tokens(gpu):
+    inputs, plan = call(SMALL)
+    events = gpu.run(cuda_decode.forward, inputs.q, inputs.kv, plan, 0.1, None, None).events
+    assert not any("write" in event for event in events)
 
 
-def test_nothing_is_written_if_the_pages_hold_the_new_tokens(driver_folder):
-    lines, _ = asked(driver_folder, call(new_k=Rows(), new_v=Rows()))
-    assert not any("write" in line for line in lines)
-
-
-def test_an_empty_step_launches_nothing(driver_folder):
-    lines, _ = asked(driver_folder, call(rows=0))
-    assert not any(line.startswith(("launch", "load", "map")) for line in lines)
+def test_an_empty_step_launches_nothing(gpu):
+    inputs = call(SMALL)[0]
+    empty = inputs.q[:0], inputs.kv, Batch([], [], [], 16, 1).plan(), 0.1, None, None
+    assert gpu.run(cuda_decode.forward, *empty).events == ["push context", "pop"]
 
 
 @pytest.mark.parametrize(
     ("fails", "message"),
     [
-        ("cuInit", "cuInit: CUDA_ERROR_INVALID_VALUE (invalid argument)"),
-        ("no device", "the CUDA driver sees no device"),
-        ("cuDeviceGet", "cuDeviceGet: CUDA_ERROR_INVALID_VALUE"),
-        ("cuLibraryLoadFromFile", "cuLibraryLoadFromFile of trie_decode.cubin: CUDA_ERROR"),
+        ("cuDeviceGet", "cuDeviceGet: CUDA_ERROR_INVALID_VALUE (invalid argument)"),
+        ("cuLibraryLoadFromFile", "cuLibraryLoadFromFile of fails-to-load: CUDA_ERROR"),
         ("cuLibraryGetKernel", "cuLibraryGetKernel of trie_decode_write: CUDA_ERROR"),
         ("cuTensorMapEncodeTiled", "cuTensorMapEncodeTiled: CUDA_ERROR"),
         ("cuLaunchKernel", "cuLaunchKernel of trie_decode_write: CUDA_ERROR_INVALID_VALUE"),
     ],
 )
-def test_what_the_driver_refuses_is_told_with_its_own_words(driver_folder, fails, message):
-    lines, failure = asked(driver_folder, call(), fails)
-    assert failure.startswith(message)
-    assert lines.count("push context") == lines.count("pop")
+def test_what_the_driver_refuses_is_told_with_its_own_words(gpu, fails, message):
+    cubin = "fails-to-load" if fails == "cuLibraryLoadFromFile" else f"{fails}.cubin"
+    ran = gpu.run(decode_of, cubin, *call(SMALL), fails=fails)
+    assert ran.failure.startswith(message)
+    assert ran.events.count("push context") == ran.events.count("pop")
 
 
-def test_a_driver_too_old_is_told_from_one_that_is_missing(driver_folder, tmp_path):
-    empty = tmp_path / "empty.cpp"
-    empty.touch()
-    shutil.copy(cuda_decode_host.compiled_library(empty), tmp_path / "libcuda.so.1")
-    _, failure = asked(tmp_path, call())
-    assert failure == "the CUDA driver has no cuInit: CUDA 12 or later is needed"
+def driver_missing(folder: Path, fails: str = "") -> str:
+    """What _C says in a process of its own, without torch, with a libcuda.so.1 of this folder."""
+    extension = importlib.util.find_spec("tw_kernels._C")
+    assert extension and extension.origin
+    code = (
+        "import importlib.util as u, sys; s = u.spec_from_file_location('_C', sys.argv[1]);"
+        "m = u.module_from_spec(s); s.loader.exec_module(m); print(m.cuda_driver_missing())"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, extension.origin],
+        env=os.environ | {"LD_LIBRARY_PATH": str(folder), "FAKE_CUDA_FAILS": fails},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("fails", "message"),
+    [
+        ("", ""),
+        ("cuInit", "cuInit: CUDA_ERROR_INVALID_VALUE (invalid argument)"),
+        ("no device", "the CUDA driver sees no device"),
+    ],
+)
+def test_a_driver_says_whether_it_has_a_device(fails, message):
+    assert driver_missing(driver_folder(*DRIVER), fails) == message
+
+
+def test_a_driver_too_old_is_told_from_one_that_is_missing(tmp_path):
+    (tmp_path / "empty.cpp").touch()
+    folder = driver_folder(str(tmp_path / "empty.cpp"))
+    assert driver_missing(folder) == "the CUDA driver has no cuInit: CUDA 12 or later is needed"
 
 
 @pytest.mark.skipif(find_library("cuda") is not None, reason="this machine has a CUDA driver")
 def test_a_machine_without_a_driver_is_told_so(tmp_path):
-    _, failure = asked(tmp_path, call())
-    assert failure.startswith("no CUDA driver: libcuda.so.1")
+    assert driver_missing(tmp_path).startswith("no CUDA driver: libcuda.so.1")

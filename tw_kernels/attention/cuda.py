@@ -1,7 +1,6 @@
-"""trie_attention in CUDA C++ on Hopper GPUs (csrc/cuda/trie_attention.h): compiled, never run.
+"""trie_attention in CUDA C++ on Hopper GPUs (csrc/cuda/attention/trie_attention.h).
 
-Experimental, so it is only ever asked for by name (backend="cuda" or TW_BACKEND=cuda), until the
-GPU tests (docs/kernels.md) have passed on hardware. bfloat16, head dims 64 and 128. Nothing here
+Only taken by name (backend="cuda" or TW_BACKEND=cuda). bfloat16, head dims 64 and 128. Nothing here
 waits for the device. Each gradient is summed in a fixed order: two runs agree to the last bit.
 
 What a block of rows and columns shares is multiplied by a zero probability where the trie hides it:
@@ -19,7 +18,7 @@ from torch import Tensor
 from tw_kernels import _C, cuda_build, cuda_device
 from tw_kernels.trie import BlockSchedule, TrieLayout
 
-# Of csrc/cuda/trie_attention_index.h: rows or columns that a thread block owns, to a multiple of
+# Of csrc/cuda/attention/index.h: rows or columns that a thread block owns, to a multiple of
 # which subtree_ends is padded too; and by head dim the rows of the tiles that stream past them in
 # forward, dQ, and dK with dV.
 OWN_ROWS = 128

@@ -1,8 +1,7 @@
-"""trie_decode in CUDA C++ on Hopper GPUs (csrc/cuda/trie_decode.cu): compiled, never run.
+"""trie_decode in CUDA C++ on Hopper GPUs (csrc/cuda/decode/trie_decode.h).
 
-Experimental, so it is only ever asked for by name (backend="cuda" or TW_DECODE_BACKEND=cuda), until
-tests/kernels/test_cuda_decode_gpu.py has passed on a GPU. Nothing here waits for the device, and
-grids and buffers follow from the plan's capacity, so a call can be captured in a CUDA graph and
+Only taken by name (backend="cuda" or TW_DECODE_BACKEND=cuda). Nothing here waits for the device,
+and grids and buffers follow from the plan's capacity, so a call can be captured in a CUDA graph and
 replayed on a plan that another was copied into. A NaN in a key or value that one row of an item
 sees can reach rows beside it that do not, as in any flash attention; what no row sees does not
 matter.

@@ -5,7 +5,7 @@
 // What bounds it: at head dim 128, 4 * D operations a pair of row and column in the tensor cores
 // (2 * D each for Q K^T and P V) against one exponential, of which an SM does 16 a cycle; bytes do
 // not matter, a K or V tile serving 128 rows.
-#include "cuda/trie_attention_device.h"
+#include "cuda/attention/device.h"
 
 namespace tw::cuda {
 
@@ -61,59 +61,14 @@ __device__ void produce(const ForwardArguments &a, ForwardShared<D> &shared) {
   }
 }
 
-// Of the two rows whose elements a thread holds.
-struct Softmax {
-  // Sums and products are relative to 2^max. A row that has seen no column keeps the finite start
-  // value, so that 2^(-inf - max) is 0 and never NaN.
-  float max[2] = {-1e30f, -1e30f};
-  float sum[2] = {0, 0}; // of this thread's columns alone
-
-  // Turns scores into probabilities; returns by what earlier sums and products shrink.
-  template <class Scores> __device__ float2 update(Scores &s, float scale_log2) {
-    float shrink[2];
-    CUTE_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      float highest = s(2 * h);
-      CUTE_UNROLL
-      for (int e = 0; e < size(s); e += 4)
-        highest = fmaxf(highest, fmaxf(s(e + 2 * h), s(e + 2 * h + 1)));
-      highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
-      highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
-      const float next = fmaxf(max[h], highest * scale_log2);
-      shrink[h] = exp2_approximate(max[h] - next);
-      max[h] = next;
-      sum[h] *= shrink[h];
-      CUTE_UNROLL
-      for (int e = 0; e < size(s); e += 4)
-        CUTE_UNROLL
-        for (int column = 0; column < 2; ++column) {
-          float &value = s(e + 2 * h + column);
-          value = exp2_approximate(fmaf(value, scale_log2, -next));
-          sum[h] += value;
-        }
-    }
-    return {shrink[0], shrink[1]};
-  }
-
-  __device__ float total(int h) const {
-    float total = sum[h] + __shfl_xor_sync(~0u, sum[h], 1);
-    return total + __shfl_xor_sync(~0u, total, 2);
-  }
-};
-
-template <class Values> __device__ void scale_rows(Values &values, float first, float second) {
-  CUTE_UNROLL
-  for (int e = 0; e < size(values); ++e) values(e) *= e / 2 % 2 ? second : first;
-}
-
 template <int D>
 __device__ void consume(const ForwardArguments &a, ForwardShared<D> &shared, unsigned warpgroup) {
   constexpr Stream kStream = ForwardShared<D>::kStream;
-  using Scores = SharedProduct<kStream.rows, D>;
-  using Output = RegisterProduct<D, kStream.rows>;
-  using TileRows = TileLayout<kStream.rows, D, kStream.stages>;
-  using TileColumns = TransposedLayout<kStream.rows, D, kStream.stages>;
-  const auto q = left_operand<Scores, D>(shared.q[0]);
+  using Scores = SharedProduct<Bfloat, kStream.rows, D>;
+  using Output = RegisterProduct<Bfloat, D, kStream.rows>;
+  using TileRows = TileLayout<Bfloat, kStream.rows, D, kStream.stages>;
+  using TileColumns = TransposedLayout<Bfloat, kStream.rows, D, kStream.stages>;
+  const auto q = left_operand<Scores, OwnTiles<D>>(shared.q[0]);
   const auto k = right_operand<Scores, TileRows>(shared.k[0]);
   const auto v = right_operand<Output, TileColumns>(shared.v[0]);
 
@@ -124,7 +79,7 @@ __device__ void consume(const ForwardArguments &a, ForwardShared<D> &shared, uns
     const int row = first_row + product_row(threadIdx.x % 128, 0);
     Softmax softmax;
     Fragment<kStream.rows> s;
-    Operand<kStream.rows> p;
+    Operand<Bfloat, kStream.rows> p;
     Fragment<D> out;
 
     const auto wait_for_k = [&] { wait(shared.k_full[k_ring.stage], k_ring.parity); };
@@ -161,7 +116,7 @@ __device__ void consume(const ForwardArguments &a, ForwardShared<D> &shared, uns
       finish<0>(out);
       release(shared.v_empty[v_ring.stage]);
       v_ring.advance();
-      scale_rows(out, shrink.x, shrink.y);
+      scale_rows(out, shrink);
       narrow(s, p);
     }
     release(shared.q_empty[warpgroup]);
@@ -171,7 +126,7 @@ __device__ void consume(const ForwardArguments &a, ForwardShared<D> &shared, uns
     v_ring.advance();
 
     const float sums[2] = {softmax.total(0), softmax.total(1)};
-    scale_rows(out, 1 / sums[0], 1 / sums[1]); // rows beyond N: NaN, not stored
+    scale_rows(out, {1 / sums[0], 1 / sums[1]}); // rows beyond N: NaN, not stored
     store_tile<D>(a.out, shared.out[warpgroup], out, t.head, first_row);
     for (int h = 0; h < 2; ++h)
       if (threadIdx.x % 4 == 0 && row + 8 * h < a.tokens)

@@ -6,13 +6,13 @@
 // What bounds it: 14 * D operations a pair of row and column in the tensor cores (three products of
 // 2 * D for dQ, four for dK and dV: the scores and dO V^T are computed twice, which is the price of
 // having no atomics), against two exponentials.
-#include "cuda/trie_attention_device.h"
+#include "cuda/attention/device.h"
 
 namespace tw::cuda {
 
 // A row is read by D / 8 neighbouring threads, 16 bytes each.
 template <int D> __device__ void delta(const DeltaArguments &a) {
-  constexpr int kLanes = D / 8, kRows = kDeltaThreads / kLanes;
+  constexpr int kLanes = D / kChunkColumns, kRows = delta_rows(D);
   static_assert(kPadding % kRows == 0);
   const int blocks_per_head = a.padded / kRows;
   const int head = blockIdx.x / blocks_per_head;
@@ -79,13 +79,13 @@ template <int D> __device__ void produce(const DqArguments &a, DqShared<D> &shar
 template <int D>
 __device__ void consume(const DqArguments &a, DqShared<D> &shared, unsigned warpgroup) {
   constexpr Stream kStream = DqShared<D>::kStream;
-  using Scores = SharedProduct<kStream.rows, D>;
-  using Gradient = RegisterProduct<D, kStream.rows>;
+  using Scores = SharedProduct<Bfloat, kStream.rows, D>;
+  using Gradient = RegisterProduct<Bfloat, D, kStream.rows>;
   const int thread = threadIdx.x % 128;
-  using TileRows = TileLayout<kStream.rows, D, kStream.stages>;
-  using TileColumns = TransposedLayout<kStream.rows, D, kStream.stages>;
-  const auto q = left_operand<Scores, D>(shared.q[0]);
-  const auto dout = left_operand<Scores, D>(shared.dout[0]);
+  using TileRows = TileLayout<Bfloat, kStream.rows, D, kStream.stages>;
+  using TileColumns = TransposedLayout<Bfloat, kStream.rows, D, kStream.stages>;
+  const auto q = left_operand<Scores, OwnTiles<D>>(shared.q[0]);
+  const auto dout = left_operand<Scores, OwnTiles<D>>(shared.dout[0]);
   const auto k = right_operand<Scores, TileRows>(shared.k[0]);
   const auto v = right_operand<Scores, TileRows>(shared.v[0]);
   const auto k_columns = right_operand<Gradient, TileColumns>(shared.k[0]);
@@ -99,7 +99,7 @@ __device__ void consume(const DqArguments &a, DqShared<D> &shared, unsigned warp
     const float lse2[2] = {a.lse2[at], a.lse2[at + 8]};
     const float delta[2] = {a.delta[at], a.delta[at + 8]};
     Fragment<kStream.rows> s, dp;
-    Operand<kStream.rows> ds;
+    Operand<Bfloat, kStream.rows> ds;
     Fragment<D> dq;
 
     wait(shared.own_full[warpgroup], round % 2);
@@ -187,13 +187,13 @@ template <int D> __device__ void produce(const DkvArguments &a, DkvShared<D> &sh
 template <int D>
 __device__ void consume(const DkvArguments &a, DkvShared<D> &shared, unsigned warpgroup) {
   constexpr Stream kStream = DkvShared<D>::kStream;
-  using Scores = SharedProduct<kStream.rows, D>;
-  using Gradient = RegisterProduct<D, kStream.rows>;
+  using Scores = SharedProduct<Bfloat, kStream.rows, D>;
+  using Gradient = RegisterProduct<Bfloat, D, kStream.rows>;
   const int thread = threadIdx.x % 128;
-  using TileRows = TileLayout<kStream.rows, D, kStream.stages>;
-  using TileColumns = TransposedLayout<kStream.rows, D, kStream.stages>;
-  const auto k = left_operand<Scores, D>(shared.k[0]);
-  const auto v = left_operand<Scores, D>(shared.v[0]);
+  using TileRows = TileLayout<Bfloat, kStream.rows, D, kStream.stages>;
+  using TileColumns = TransposedLayout<Bfloat, kStream.rows, D, kStream.stages>;
+  const auto k = left_operand<Scores, OwnTiles<D>>(shared.k[0]);
+  const auto v = left_operand<Scores, OwnTiles<D>>(shared.v[0]);
   const auto q = right_operand<Scores, TileRows>(shared.q[0]);
   const auto dout = right_operand<Scores, TileRows>(shared.dout[0]);
   const auto q_columns = right_operand<Gradient, TileColumns>(shared.q[0]);
@@ -206,7 +206,7 @@ __device__ void consume(const DkvArguments &a, DkvShared<D> &shared, unsigned wa
     const int column = first_column + product_row(thread, 0);
     const int ends[2] = {a.ends[column], a.ends[column + 8]};
     Fragment<kStream.rows> s, dp;
-    Operand<kStream.rows> p, ds;
+    Operand<Bfloat, kStream.rows> p, ds;
     Fragment<D> dk, dv;
 
     wait(shared.own_full[warpgroup], round % 2);

@@ -1,18 +1,18 @@
-// Where everything is in the trie attention kernels: their sizes and index arithmetic. The kernels
-// and the host compile it, and so does the emulation that tests it (tests/kernels).
+// Sizes and index arithmetic of the trie attention kernels. Compiled by the kernels, the host and the
+// emulation in tests/kernels.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/hopper_index.h"
+#include "cuda/hopper/index.h"
 
 namespace tw::cuda {
 
-constexpr int kWarpgroupRows = 64; // of one product (wgmma)
 constexpr int kConsumers = 2;      // warpgroups that compute; one more warp only copies
-constexpr int kThreads = 128 * (1 + kConsumers);
+constexpr int kThreads = kWarpgroupThreads * (1 + kConsumers);
 constexpr int kOwnRows = kConsumers * kWarpgroupRows; // rows that a thread block owns at a time
 constexpr int kPadding = 128; // per-token arrays of int32 and float32 are padded to a multiple
+constexpr int kDeltaThreads = 256;
 
 // Tiles of `rows` rows stream past the rows that a thread block owns, up to `stages` in flight.
 struct Stream {
@@ -26,13 +26,17 @@ TW_INDEX Stream dkv_stream(int head_dim) { return {64, head_dim == 64 ? 4 : 2}; 
 
 TW_INDEX int64_t padded(int64_t tokens) { return (tokens + kPadding - 1) / kPadding * kPadding; }
 
-// The trie mask (ARCHITECTURE, fact 1).
+// Rows that a thread block of the delta kernel takes, each by head_dim / 8 neighbouring threads.
+TW_INDEX int delta_rows(int head_dim) { return kDeltaThreads / (head_dim / kChunkColumns); }
+
+// The trie mask (docs/architecture.md, fact 1).
 TW_INDEX bool visible(int row, int column, int column_end) {
   return column <= row && row < column_end;
 }
 
-// The tile that a thread block takes in one round of a persistent grid: forth in even rounds, back
-// in odd ones, so that a block which got a longer tile, longest coming first, gets a shorter next.
+// The tile that a thread block takes in one round of a persistent grid. Tiles come longest first and
+// are dealt forth in even rounds, back in odd ones: a block that got a longer tile gets a shorter
+// one next.
 TW_INDEX int tile_of(int round, int blocks, int block) {
   return round * blocks + (round % 2 ? blocks - 1 - block : block);
 }

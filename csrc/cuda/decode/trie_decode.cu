@@ -9,82 +9,22 @@
 // A block is one item, KV head and block of matrix rows (query rows x query heads of the group).
 // One warp fetches tiles of K and V in turn, K0 V0 K1 V1 ..., to a ring of slots in shared memory;
 // every warpgroup multiplies its 64 rows with each of them and runs the softmax in registers.
-#include <cuda_runtime.h>
-
-#include <cute/tensor.hpp>
 #include <cutlass/arch/barrier.h>
-#include <cutlass/cutlass.h>
-#include <cutlass/numeric_conversion.h>
-#include <cutlass/numeric_types.h>
 
-#include "cuda/trie_decode.h"
-#include "cuda/trie_decode_index.h"
+#include "cuda/decode/index.h"
+#include "cuda/decode/trie_decode.h"
+#include "cuda/hopper/barrier.h"
+#include "cuda/hopper/copy.h"
+#include "cuda/hopper/product.h"
+#include "cuda/hopper/softmax.h"
 
 namespace tw::cuda {
 
 namespace {
 
-using namespace cute;
-using Barrier = cutlass::arch::ClusterTransactionBarrier;
-
-constexpr float kNoKeyYet = -1.0e30f; // finite: 2^(-inf - kNoKeyYet) is 0, never NaN
-constexpr unsigned kWarp = 0xffffffff;
-
-__device__ float exp2_of(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// Until the barrier has completed the phase of this parity. No access moves above it.
-__device__ void wait(uint64_t *barrier, int parity) {
-  Barrier::wait(barrier, parity);
-  asm volatile("" ::: "memory");
-}
-
-// Ordinary writes to shared memory before it are there for wgmma after the next barrier.
-__device__ void publish_to_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+constexpr unsigned kWarp = 0xffffffff; // all its lanes
 
 __device__ void sync_threads(int count) { cutlass::arch::NamedBarrier::sync(count, 0); }
-
-// Of a tile [kTile, head_dim], and of a ring of tiles read as V^T: [head_dim, kTile, slots].
-template <class Element, int kHeadDim>
-using TileLayout = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{},
-                                          Shape<Int<kTile>, Int<kHeadDim>>{}));
-template <class Element, int kHeadDim, int kSlots>
-using RingLayout = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{},
-                                          Shape<Int<kTile>, Int<kHeadDim>, Int<kSlots>>{}));
-template <class Element, int kHeadDim, int kSlots>
-using TransposedRingLayout = decltype(composition(
-    RingLayout<Element, kHeadDim, kSlots>{},
-    make_layout(Shape<Int<kHeadDim>, Int<kTile>, Int<kSlots>>{},
-                Stride<Int<kTile>, _1, Int<kTile * kHeadDim>>{})));
-
-// Whether products read 16-byte chunks where chunk_offset has them; `element(row, column)` is where
-// they read an element.
-template <int kHeadDim, class Place> constexpr bool chunks_are_there(Place element) {
-  for (int row = 0; row < kTile; ++row)
-    for (int chunk = 0; chunk < kHeadDim / kChunkColumns; ++chunk)
-      for (const int column : {0, kChunkColumns - 1})
-        if (element(row, kChunkColumns * chunk + column) * kElementBytes !=
-            chunk_offset(row, chunk) + column * kElementBytes)
-          return false;
-  return true;
-}
-
-template <class Element, int kHeadDim> constexpr bool tile_is_where_products_read_it() {
-  decltype(as_position_independent_swizzle_layout(TileLayout<Element, kHeadDim>{})) layout{};
-  return chunks_are_there<kHeadDim>(
-      [=](int row, int column) { return static_cast<int>(layout(row, column)); });
-}
-
-template <class Element, int kHeadDim, int kSlots> constexpr bool ring_is_where_products_read_it() {
-  decltype(as_position_independent_swizzle_layout(
-      TransposedRingLayout<Element, kHeadDim, kSlots>{})) layout{};
-  return chunks_are_there<kHeadDim>([=](int row, int column) {
-    return static_cast<int>(layout(column, row, kSlots - 1)) - (kSlots - 1) * kTile * kHeadDim;
-  });
-}
 
 // Rows of the block see at least and at most so many keys of the item. By whole warps.
 struct KeyRange {
@@ -101,16 +41,17 @@ __device__ KeyRange keys_of_rows(const PartialArguments &a, const DecodeItem &it
   return {__reduce_min_sync(kWarp, least), __reduce_max_sync(kWarp, most)};
 }
 
-struct Ring {
-  char *slots;
-  uint64_t *full, *empty; // a slot is filled by bulk copies; each multiplying warp has released it
+// The ring of tiles of K and V in shared memory.
+struct Slots {
+  char *tiles;
+  uint64_t *full, *empty; // barriers
 };
 
 // The fetching warp: tile by tile the item's keys [0, num_keys), K in one turn of the ring and V in
 // the next. A lane copies one box.
 template <int kHeadDim, int kSlots>
 __device__ void fetch(const PartialArguments &a, const DecodeItem &item, int head, int num_keys,
-                      const Ring &ring) {
+                      const Slots &slots) {
   const int lane = threadIdx.x % 32;
   const Box box = box_of_lane(lane, a.page_size);
   const int32_t *pages = a.pages + item.first_page;
@@ -123,65 +64,26 @@ __device__ void fetch(const PartialArguments &a, const DecodeItem &item, int hea
   for (int first_key = 0, turn = 0; first_key < num_keys; first_key += kTile) {
     const int next_page = page_of_tile(first_key + kTile);
     for (const TensorMap *map : {&a.k, &a.v}) {
-      const int slot = ring_slot(turn, kSlots);
-      wait(ring.empty + slot, released_parity(turn, kSlots));
+      const auto [slot, parity] = Ring<kSlots>::at(turn);
+      wait_hidden(slots.empty[slot], parity ^ 1);
       if (lane == 0)
-        Barrier::arrive_and_expect_tx(
-            ring.full + slot, arriving_bytes(num_keys - first_key, a.page_size, kHeadDim));
+        arrive_expecting(slots.full[slot],
+                         arriving_bytes(num_keys - first_key, a.page_size, kHeadDim));
       __syncwarp();
       if (page >= 0)
-        SM90_TMA_LOAD_4D::copy(map, ring.full + slot,
-                               static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL),
-                               ring.slots + slot * tile_bytes(kHeadDim) + box.offset(),
-                               box.strip * kBoxColumns, head,
-                               (first_key + box.key) % a.page_size, page);
+        load_box(*map, slots.full[slot], slots.tiles + slot * tile_bytes(kHeadDim) + box.offset(),
+                 box.strip * kBoxColumns, head, (first_key + box.key) % a.page_size, page);
       ++turn;
     }
     page = next_page;
   }
 }
 
-// The softmax of a thread's two rows so far. Sums are of this thread's columns only.
-struct Softmax {
-  float top[2] = {kNoKeyYet, kNoKeyYet}, sum[2] = {0, 0};
-
-  // Takes a tile of scores and leaves 2^(score - top) in their place. `factor` brings what was
-  // accumulated under the old top to the new one.
-  template <class Scores>
-  __device__ void step(Scores &scores, float scale_log2, float (&factor)[2]) {
-    CUTE_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      float high = -INFINITY;
-      CUTE_UNROLL
-      for (int i = 2 * r; i < size(scores); i += 4)
-        high = fmaxf(high, fmaxf(scores(i), scores(i + 1)));
-      high = fmaxf(high, __shfl_xor_sync(kWarp, high, 1));
-      high = fmaxf(high, __shfl_xor_sync(kWarp, high, 2));
-      const float new_top = fmaxf(top[r], high * scale_log2);
-      factor[r] = exp2_of(top[r] - new_top);
-      top[r] = new_top;
-      sum[r] *= factor[r];
-      CUTE_UNROLL
-      for (int i = 2 * r; i < size(scores); i += 4)
-        CUTE_UNROLL
-        for (int c = i; c < i + 2; ++c) {
-          scores(c) = exp2_of(scores(c) * scale_log2 - new_top);
-          sum[r] += scores(c);
-        }
-    }
-  }
-
-  __device__ float whole_sum(int r) const {
-    const float pair = sum[r] + __shfl_xor_sync(kWarp, sum[r], 1);
-    return pair + __shfl_xor_sync(kWarp, pair, 2);
-  }
-};
-
 // A multiplying warpgroup: its tile of matrix rows [first_m, first_m + kTile) of the item, of which
 // those below end_m exist. `threads`: of all warpgroups that multiply.
 template <class Element, int kHeadDim, int kSlots>
 __device__ void attend(const PartialArguments &a, const DecodeItem &item, int head, int first_m,
-                       int end_m, KeyRange keys, int threads, char *q_tile, const Ring &ring) {
+                       int end_m, KeyRange keys, int threads, char *q_tile, const Slots &slots) {
   const int thread = threadIdx.x % kWarpgroupThreads;
   const int query_heads = a.kv_heads * a.group;
 
@@ -196,7 +98,7 @@ __device__ void attend(const PartialArguments &a, const DecodeItem &item, int he
     }
     *reinterpret_cast<uint4 *>(q_tile + chunk_offset(row, chunk)) = value;
   }
-  publish_to_wgmma();
+  publish();
   sync_threads(threads);
 
   int visible[2]; // keys of the thread's two rows
@@ -206,54 +108,25 @@ __device__ void attend(const PartialArguments &a, const DecodeItem &item, int he
     visible[r] = m < end_m ? visible_keys(item, a.positions[row]) : 0;
   }
 
-  using KeyProduct = decltype(make_tiled_mma(
-      GMMA::ss_op_selector<Element, Element, float,
-                           Shape<Int<kTile>, Int<kTile>, Int<kHeadDim>>>()));
-  using ValueProduct = decltype(make_tiled_mma(
-      GMMA::rs_op_selector<Element, Element, float, Shape<Int<kTile>, Int<kHeadDim>, Int<kTile>>,
-                           GMMA::Major::K, GMMA::Major::MN>()));
-  const auto ring_start = make_smem_ptr(reinterpret_cast<Element *>(ring.slots));
-  const auto q = make_tensor(make_smem_ptr(reinterpret_cast<Element *>(q_tile)),
-                             TileLayout<Element, kHeadDim>{});
-  KeyProduct key_product;
-  ValueProduct value_product;
-  const auto key_thread = key_product.get_thread_slice(thread);
-  const auto value_thread = value_product.get_thread_slice(thread);
-  const auto q_part = key_thread.partition_fragment_A(q);
-  const auto k_part = key_thread.partition_fragment_B(
-      make_tensor(ring_start, RingLayout<Element, kHeadDim, kSlots>{}));
-  const auto v_part = value_thread.partition_fragment_B(
-      make_tensor(ring_start, TransposedRingLayout<Element, kHeadDim, kSlots>{}));
-  auto scores = partition_fragment_C(key_product, Shape<Int<kTile>, Int<kTile>>{});
-  auto sums = partition_fragment_C(value_product, Shape<Int<kTile>, Int<kHeadDim>>{});
+  using KeyProduct = SharedProduct<Element, kTile, kHeadDim>;
+  using ValueProduct = RegisterProduct<Element, kHeadDim, kTile>;
+  const auto q =
+      left_operand<KeyProduct, TileLayout<Element, kTile, kHeadDim, 1>>(q_tile)(_, _, _, 0);
+  const auto k = right_operand<KeyProduct, TileLayout<Element, kTile, kHeadDim, kSlots>>(slots.tiles);
+  const auto v =
+      right_operand<ValueProduct, TransposedLayout<Element, kTile, kHeadDim, kSlots>>(slots.tiles);
+  Fragment<kTile> scores;
+  Operand<Element, kTile> weights;
+  Fragment<kHeadDim> sums;
   clear(sums);
-  // The scores' fragment in pairs is the first operand of the second product, element by element.
-  auto weights = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<kTile / 16>>>{});
-  static_assert(size(weights) == size(scores));
-
-  const auto multiply = [](auto &product, const auto &left, const auto &right, auto &to) {
-    warpgroup_fence_operand(to);
-    warpgroup_arrive();
-    CUTE_UNROLL
-    for (int k = 0; k < size<2>(left); ++k) {
-      gemm(product, left(_, _, k), right(_, _, k), to);
-      product.accumulate_ = GMMA::ScaleOut::One;
-    }
-    warpgroup_commit_batch();
-    warpgroup_wait<0>();
-    warpgroup_fence_operand(to);
-  };
-  const auto release = [&](int slot) {
-    if (threadIdx.x % 32 == 0) Barrier::arrive(ring.empty + slot);
-  };
 
   Softmax softmax;
   for (int first_key = 0, turn = 0; first_key < keys.most; first_key += kTile, turn += 2) {
-    const int k_slot = ring_slot(turn, kSlots), v_slot = ring_slot(turn + 1, kSlots);
-    wait(ring.full + k_slot, filled_parity(turn, kSlots));
-    key_product.accumulate_ = GMMA::ScaleOut::Zero;
-    multiply(key_product, q_part, k_part(_, _, _, k_slot), scores);
-    release(k_slot);
+    const auto k_at = Ring<kSlots>::at(turn), v_at = Ring<kSlots>::at(turn + 1);
+    wait_hidden(slots.full[k_at.stage], k_at.parity);
+    start(KeyProduct{}, q, k(_, _, _, k_at.stage), scores, Into::zero);
+    finish<0>(scores);
+    arrive_of_warp(slots.empty[k_at.stage]);
 
     if (first_key + kTile > keys.least) {
       CUTE_UNROLL
@@ -262,35 +135,27 @@ __device__ void attend(const PartialArguments &a, const DecodeItem &item, int he
         if (key >= visible[i / 2 % 2]) scores(i) = -INFINITY;
       }
     }
-    float factor[2];
-    softmax.step(scores, a.scale_log2, factor);
-    CUTE_UNROLL
-    for (int i = 0; i < size(sums); ++i) sums(i) *= factor[i / 2 % 2];
-    CUTE_UNROLL
-    for (int i = 0; i < size(scores); i += 2) {
-      const cutlass::Array<float, 2> pair{scores(i), scores(i + 1)};
-      const auto rounded = cutlass::NumericArrayConverter<Element, float, 2>::convert(pair);
-      weights(i) = rounded[0], weights(i + 1) = rounded[1];
-    }
+    scale_rows(sums, softmax.update(scores, a.scale_log2));
+    narrow(scores, weights);
 
-    wait(ring.full + v_slot, filled_parity(turn + 1, kSlots));
+    wait_hidden(slots.full[v_at.stage], v_at.parity);
     if (first_key + kTile > keys.most) {
       // Beyond the last key the tile has whatever the page or the ring had, and 0 x NaN is NaN.
       const int first = keys.most - first_key, count = (kTile - first) * kChunks;
       for (int i = threadIdx.x; i < count; i += threads)
-        *reinterpret_cast<uint4 *>(ring.slots + v_slot * tile_bytes(kHeadDim) +
+        *reinterpret_cast<uint4 *>(slots.tiles + v_at.stage * tile_bytes(kHeadDim) +
                                    chunk_offset(first + i / kChunks, i % kChunks)) = {0, 0, 0, 0};
-      publish_to_wgmma();
+      publish();
       sync_threads(threads);
     }
-    value_product.accumulate_ = GMMA::ScaleOut::One;
-    multiply(value_product, weights, v_part(_, _, _, v_slot), sums);
-    release(v_slot);
+    start(ValueProduct{}, weights, v(_, _, _, v_at.stage), sums, Into::sum);
+    finish<0>(sums);
+    arrive_of_warp(slots.empty[v_at.stage]);
   }
 
   CUTE_UNROLL
   for (int r = 0; r < 2; ++r) {
-    const float sum = softmax.whole_sum(r);
+    const float sum = softmax.total(r);
     const int m = first_m + product_row(thread, 2 * r);
     if (m >= end_m) continue;
     const int64_t result = (int64_t{item.first_slot} + row_of(m, a.group)) * query_heads +
@@ -303,20 +168,23 @@ __device__ void attend(const PartialArguments &a, const DecodeItem &item, int he
       *reinterpret_cast<float2 *>(a.out + result * kHeadDim + product_column(thread, i)) =
           sum == 0 ? float2{0, 0} : pair;
     }
-    if (thread % 4 == 0) a.lse[result] = sum == 0 ? -INFINITY : softmax.top[r] + log2f(sum);
+    if (thread % 4 == 0) a.lse[result] = sum == 0 ? -INFINITY : softmax.max[r] + log2f(sum);
   }
 }
 
 template <class Element, int kHeadDim, int kWarpgroups>
 __device__ void partial(const PartialArguments &a) {
   constexpr int kSlots = ring_slots(kHeadDim, kWarpgroups);
-  static_assert(tile_is_where_products_read_it<Element, kHeadDim>());
-  static_assert(ring_is_where_products_read_it<Element, kHeadDim, kSlots>());
+  static_assert(layouts_are_the_copy_engines<Element, kTile, kHeadDim>());
+  // The hardware takes 1 KiB of each block's share of the 228.
+  static_assert(blocks_per_multiprocessor(kHeadDim, kWarpgroups) *
+                    (partial_shared_bytes(kHeadDim, kWarpgroups) + 1024) <=
+                228 * 1024);
   extern __shared__ __align__(1024) char shared[]; // swizzled tiles start at multiples of 1024
-  Ring ring;
-  ring.slots = shared + kWarpgroups * tile_bytes(kHeadDim);
-  ring.full = reinterpret_cast<uint64_t *>(ring.slots + kSlots * tile_bytes(kHeadDim));
-  ring.empty = ring.full + kSlots;
+  Slots slots;
+  slots.tiles = shared + kWarpgroups * tile_bytes(kHeadDim);
+  slots.full = reinterpret_cast<uint64_t *>(slots.tiles + kSlots * tile_bytes(kHeadDim));
+  slots.empty = slots.full + kSlots;
 
   const Part part = part_of_block(blockIdx.x, a.row_blocks, a.kv_heads, kWarpgroups);
   const DecodeItem item = a.items[part.item];
@@ -329,19 +197,19 @@ __device__ void partial(const PartialArguments &a) {
   const int warpgroups = (end_m - first_m + kTile - 1) / kTile; // that have rows
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < kSlots; ++slot) {
-      Barrier::init(ring.full + slot, 1);
-      Barrier::init(ring.empty + slot, releases(warpgroups));
+      init(slots.full[slot], 1);
+      init(slots.empty[slot], releases(warpgroups));
     }
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
   const int warpgroup = cutlass::canonical_warp_group_idx();
   if (warpgroup == kWarpgroups) {
-    fetch<kHeadDim, kSlots>(a, item, part.head, keys.most, ring);
+    fetch<kHeadDim, kSlots>(a, item, part.head, keys.most, slots);
   } else if (warpgroup < warpgroups) {
     attend<Element, kHeadDim, kSlots>(a, item, part.head, first_m + warpgroup * kTile, end_m, keys,
                                       warpgroups * kWarpgroupThreads,
-                                      shared + warpgroup * tile_bytes(kHeadDim), ring);
+                                      shared + warpgroup * tile_bytes(kHeadDim), slots);
   }
 }
 
@@ -354,7 +222,7 @@ template <class Element, int kHeadDim> __device__ void merge(const MergeArgument
   if (row >= a.num_rows) return;
   const int first = a.merge_ptr[row], end = a.merge_ptr[row + 1];
 
-  float top = kNoKeyYet;
+  float top = -1e30f; // finite, as in Softmax
   for (int i = first + lane; i < end; i += 32)
     top = fmaxf(top, a.partial_lse[int64_t{a.merge_slots[i]} * a.heads + head]);
   for (int step = 16; step; step /= 2) top = fmaxf(top, __shfl_xor_sync(kWarp, top, step));
@@ -366,7 +234,7 @@ template <class Element, int kHeadDim> __device__ void merge(const MergeArgument
 #pragma unroll 4
   for (int i = first; i < end; ++i) {
     const int64_t result = int64_t{a.merge_slots[i]} * a.heads + head;
-    const float weight = exp2_of(a.partial_lse[result] - top);
+    const float weight = exp2_approximate(a.partial_lse[result] - top);
     const Columns part =
         reinterpret_cast<const Columns *>(a.partial_out + result * kHeadDim)[lane];
     total += weight;
@@ -398,7 +266,7 @@ extern "C" __global__ void __launch_bounds__(kWriteThreads)
   for (int i = threadIdx.x; i < 2 * a.kv_heads * chunks; i += kWriteThreads) {
     const int chunk = i % chunks, head = i / chunks % a.kv_heads;
     const bool value = i >= a.kv_heads * chunks;
-    const Rows &from = value ? a.new_v : a.new_k;
+    const Heads &from = value ? a.new_v : a.new_k;
     const int64_t first = row * from.row_stride + head * from.head_stride;
     auto *pages = static_cast<uint16_t *>(value ? a.kv.v : a.kv.k) + to + head * a.kv.head_stride;
     reinterpret_cast<uint4 *>(pages)[chunk] =

@@ -1,11 +1,10 @@
-// Where everything is in the decode kernels: their sizes and index arithmetic. The kernels and the
-// host compile it, and so does the emulation that tests it (tests/kernels).
+// Sizes and index arithmetic of the decode kernels. Compiled by the kernels, the host and the
+// emulation in tests/kernels.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
-#include "cuda/hopper_index.h"
+#include "cuda/hopper/index.h"
 #include "trie/decode_plan.h"
 
 namespace tw::cuda {
@@ -14,9 +13,7 @@ namespace tw::cuda {
 // pages of 16, 32 or n x 64 keys fill it or are cut into it. In shared memory a tile
 // [kTile, head_dim] is strips of kBoxColumns columns, swizzled (box_offset).
 constexpr int kTile = 64;
-constexpr int kElementBytes = 2;
 constexpr int kStripBytes = kBoxColumns * kElementBytes; // of a row
-constexpr int kChunkColumns = 16 / kElementBytes;
 
 TW_INDEX int tile_bytes(int head_dim) { return kTile * head_dim * kElementBytes; }
 
@@ -26,7 +23,6 @@ TW_INDEX int chunk_offset(int row, int chunk) {
 }
 
 constexpr int kMaxWarpgroups = 2; // that multiply, each a tile of matrix rows
-constexpr int kWarpgroupThreads = 128;
 
 // Two blocks to a multiprocessor, where their registers fit it: one multiplies while the other
 // begins or ends. Together they keep 192 KiB of K and V in flight, of the 227 that there are.
@@ -36,12 +32,6 @@ TW_INDEX int blocks_per_multiprocessor(int head_dim, int warpgroups) {
 TW_INDEX int ring_slots(int head_dim, int warpgroups) {
   return 192 * 1024 / blocks_per_multiprocessor(head_dim, warpgroups) / tile_bytes(head_dim);
 }
-// The tile of a turn goes to this slot. To fill it one waits until its last tile was released, to
-// read it until it is filled: for the phase of that parity of its barrier (PTX ISA, mbarrier). The
-// phase before a barrier's first counts as complete.
-TW_INDEX int ring_slot(int turn, int slots) { return turn % slots; }
-TW_INDEX int filled_parity(int turn, int slots) { return turn / slots % 2; }
-TW_INDEX int released_parity(int turn, int slots) { return filled_parity(turn, slots) ^ 1; }
 // Of the barrier that a slot is released through: one from each warp that multiplies.
 TW_INDEX int releases(int warpgroups) { return warpgroups * (kWarpgroupThreads / 32); }
 // The warpgroups, and a warp that fetches.

@@ -1,10 +1,11 @@
-// Trie attention on a Hopper GPU: what the host (trie_attention.cpp) and the kernels tell each
-// other. Plain C++: both compile it.
+// Trie attention on a Hopper GPU: what the host and the kernels tell each other. Plain C++: both
+// compile it.
 //
-//   trie_attention_fwd.cu     out and lse
-//   trie_attention_bwd.cu     delta; dQ; dK with dV
-//   trie_attention_device.h   what these share: barriers, bulk copies, products, the mask
-//   trie_attention_index.h    sizes and index arithmetic
+//   trie_attention_fwd.cu   out and lse
+//   trie_attention_bwd.cu   delta; dQ; dK with dV
+//   device.h                what these share: tiles of a head, the mask, a thread block
+//   index.h                 sizes and index arithmetic
+//   launch.cpp              the host's half
 //
 // A thread block owns 128 rows (or columns) of one head, 64 a warpgroup, and tiles of the other
 // side stream past them through a ring in shared memory: one warp copies, two warpgroups compute.
@@ -12,19 +13,13 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 
+#include "cuda/attention/index.h"
 #include "cuda/driver.h"
-#include "cuda/trie_attention_index.h"
 
 namespace tw::cuda {
 
-// bfloat16 [tokens, heads, head_dim], last dimension contiguous; strides in elements.
-struct Heads {
-  void *data;
-  int64_t row_stride, head_stride;
-};
-
+// Tensors are bfloat16.
 struct TrieAttentionArgs {
   int64_t tokens, heads, kv_heads, head_dim; // heads is a multiple of kv_heads; head_dim 64 or 128
   int64_t multiprocessors;
@@ -40,13 +35,12 @@ struct TrieAttentionArgs {
 };
 
 // Rows, heads and strides of every tensor lie on 16 bytes. Both throw what the driver refuses.
-void trie_attention_forward(const TrieAttentionArgs &args, const OnDevice &device, void *stream,
-                            const std::string &cubin);
+void trie_attention_forward(const TrieAttentionArgs &args, const Launcher &launcher);
 // Three launches: delta, dQ, dK with dV.
-void trie_attention_backward(const TrieAttentionArgs &args, const OnDevice &device, void *stream,
-                             const std::string &cubin);
+void trie_attention_backward(const TrieAttentionArgs &args, const Launcher &launcher);
 
-// What the launches of a call are: the host's half of the kernels.
+// ---- The parameter of each kernel. Tensor maps: of (head_dim, heads, tokens) in boxes of 64
+// elements of one head of a tile's tokens.
 
 struct ForwardArguments {
   TensorMap q, k, v, out;
@@ -85,21 +79,7 @@ struct DkvArguments {
   float scale, scale_log2;
 };
 
-// Of a tensor for the copy engine: (head_dim, heads, tokens) in boxes of 64 elements of one head of
-// `rows` tokens. Tokens beyond the last arrive as zeros and are not stored.
-Tiles tiles_of(const TrieAttentionArgs &args, const Heads &tensor, int64_t heads, int rows);
-// But for the tensor maps.
-ForwardArguments forward_arguments(const TrieAttentionArgs &args);
-DeltaArguments delta_arguments(const TrieAttentionArgs &args);
-DqArguments dq_arguments(const TrieAttentionArgs &args);
-DkvArguments dkv_arguments(const TrieAttentionArgs &args);
-Grid forward_grid(const TrieAttentionArgs &args);
-Grid delta_grid(const TrieAttentionArgs &args);
-Grid dq_grid(const TrieAttentionArgs &args);
-Grid dkv_grid(const TrieAttentionArgs &args);
-
-// ---- Shared memory of a thread block. Tiles stand at multiples of 1024 bytes, as the swizzle
-// wants.
+// ---- Shared memory of a thread block. Tiles start at multiples of 1024 bytes (box_offset).
 
 using Bits = uint16_t; // of a bfloat16
 
@@ -140,7 +120,5 @@ template <int D> struct alignas(1024) DkvShared {
   uint64_t own_full[kConsumers], own_empty[kConsumers]; // k and v
   uint64_t full[kStream.stages], empty[kStream.stages]; // q, dout, lse2 and delta
 };
-
-constexpr int kDeltaThreads = 256;
 
 } // namespace tw::cuda

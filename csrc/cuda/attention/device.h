@@ -1,0 +1,101 @@
+// What the trie attention kernels share: tiles of a head, the mask, a thread block. Device code.
+#pragma once
+
+#include <cutlass/arch/reg_reconfig.h>
+
+#include "cuda/attention/trie_attention.h"
+#include "cuda/hopper/barrier.h"
+#include "cuda/hopper/copy.h"
+#include "cuda/hopper/product.h"
+#include "cuda/hopper/softmax.h"
+
+namespace tw::cuda {
+
+using Bfloat = cutlass::bfloat16_t;
+
+static_assert(layouts_are_the_copy_engines<Bfloat, 64, 64>() &&
+              layouts_are_the_copy_engines<Bfloat, 64, 128>() &&
+              layouts_are_the_copy_engines<Bfloat, 128, 64>() &&
+              layouts_are_the_copy_engines<Bfloat, 128, 128>());
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+// Of 65536 registers: setmaxnreg takes them from the copying warpgroup for the computing ones.
+constexpr int kProducerRegisters = 24;
+constexpr int kConsumerRegisters = 240;
+static_assert(128 * (kProducerRegisters + kConsumers * kConsumerRegisters) <= 65536);
+
+constexpr int kWarpArrivals = 4 * kConsumers; // that release a stage of a ring
+
+// The own tiles, one for each warpgroup.
+template <int D> using OwnTiles = TileLayout<Bfloat, kWarpgroupRows, D, kConsumers>;
+
+// Copies rows [row, row + kRows) of one head, kRows * D * 2 bytes in all, towards the barrier.
+template <int kRows, int D>
+__device__ void load_tile(const TensorMap &map, uint64_t &barrier, Bits *tile, int head, int row) {
+  for (int box = 0; box < D / kBoxColumns; ++box)
+    load_box(map, barrier, tile + box * kRows * kBoxColumns, box * kBoxColumns, head, row);
+}
+
+// The scores of rows `row` and row + 8 that the trie hides become -inf.
+template <class Scores>
+__device__ void hide(Scores &s, int row, int first_column, const int32_t *ends) {
+  CUTE_UNROLL
+  for (int e = 0; e < size(s); ++e) {
+    const int column = product_column(threadIdx.x, e);
+    if (!visible(row + e / 2 % 2 * 8, first_column + column, ends[column])) s(e) = -INFINITY;
+  }
+}
+
+// Stores a warpgroup's 64 x D tile through its own buffer in shared memory. The tile's rows beyond
+// the tensor's end are cut off by the copy engine.
+template <int D, class Values>
+__device__ void store_tile(const TensorMap &map, Bits *buffer, const Values &values, int head,
+                           int row) {
+  const int barrier = threadIdx.x / 128;
+  int thread = threadIdx.x % 128;
+  asm volatile("" : "+r"(thread)); // or its addresses are kept, and spilled, throughout the tile
+  Operand<Bfloat, D> narrowed; // any fragment of that many bfloat16
+  narrow(values, narrowed);
+  const auto copy =
+      make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Bfloat>{}, SharedProduct<Bfloat, D, 64>{});
+  const auto slice = copy.get_thread_slice(thread);
+  auto from = make_tensor(narrowed.data(), Fragment<D>{}.layout());
+  auto tile = make_tensor(make_smem_ptr(reinterpret_cast<Bfloat *>(buffer)),
+                          TileLayout<Bfloat, kWarpgroupRows, D, 1>{});
+
+  if (thread == 0) tma_store_wait<0>(); // the buffer's last store has read it
+  cutlass::arch::NamedBarrier::sync(128, barrier);
+  cute::copy(copy, slice.retile_S(from), slice.partition_D(tile(_, _, 0)));
+  publish();
+  cutlass::arch::NamedBarrier::sync(128, barrier);
+  if (thread != 0) return;
+  for (int box = 0; box < D / kBoxColumns; ++box)
+    SM90_TMA_STORE_3D::copy(&map, buffer + box * kWarpgroupRows * kBoxColumns, box * kBoxColumns,
+                            head, row);
+  tma_store_arrive();
+}
+
+// A thread block: one thread copies, two warpgroups compute. `init_barriers`, `produce` and
+// `consume` are those of the kernel's Shared.
+template <class Shared, class Arguments> __device__ void run(const Arguments &a) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  auto &shared = *reinterpret_cast<Shared *>(memory);
+  if (threadIdx.x == 0) {
+    init_barriers(shared);
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+  const int warpgroup = cutlass::canonical_warp_group_idx();
+  if (warpgroup == 0) {
+    cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
+    if (threadIdx.x == 0) produce(a, shared);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
+    consume(a, shared, warpgroup - 1);
+    tma_store_wait<0>(); // shared memory must outlive the last store
+  }
+}
+
+} // namespace tw::cuda
