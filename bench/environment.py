@@ -18,7 +18,7 @@ PACKAGES = (
     *("torch", "triton", "numpy", "transformers"),
     *("flash-attn", "flash-attn-3", "fa3-fwd", "flash-attn-4", "flashinfer-python"),
 )
-HOUSE = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parent.parent
 # The files that a result depends on: all but the documentation and the results.
 SOURCES = ("--", ":/", ":(top,exclude)bench/results", ":(top,exclude)docs")
 # Variables that limit a CPU to some of its instruction sets.
@@ -55,7 +55,7 @@ def results_folder(env: dict[str, Any]) -> Path:
     if the sources differed from the commit."""
     commit = (env["commit"] or "unknown")[:9]
     run = f"{env['date'][:10]}-{commit}{'-dirty' if env['dirty'] else ''}"
-    return HOUSE / "bench" / "results" / device_slug(env) / run
+    return REPOSITORY / "bench" / "results" / device_slug(env) / run
 
 
 def device_slug(env: dict[str, Any]) -> str:
@@ -84,7 +84,7 @@ def _version(package: str) -> str | None:
 def _output(*command: str) -> str | None:
     """The output of a command; None if it fails or does not exist."""
     try:
-        done = subprocess.run(command, cwd=HOUSE, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None

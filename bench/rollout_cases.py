@@ -13,7 +13,7 @@ import torch
 import yaml
 from transformers import PreTrainedModel
 
-from bench.environment import HOUSE
+from bench.environment import REPOSITORY
 from bench.suite import UsageError
 from threadweaver.data import DataError, load_examples
 from threadweaver.device import DTYPES
@@ -53,7 +53,7 @@ class Language:
     @cached_property
     def _loaded(self) -> tuple[PreTrainedModel, Codec]:
         if self.name == "tiny":
-            settings = yaml.safe_load((HOUSE / "configs" / "sft-demo.yaml").read_text())
+            settings = yaml.safe_load((REPOSITORY / "configs" / "sft-demo.yaml").read_text())
             tokenizer = build_tokenizer()
             model = new_model(tokenizer, settings["model"]["arch"])
         else:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from bench.environment import HOUSE
+from bench.environment import REPOSITORY
 from bench.record import write_json
 from threadweaver.progress import Status
 
@@ -125,7 +125,7 @@ class StepRunner:
         with (self.out / entry["log"]).open("wb") as log:
             process = subprocess.Popen(
                 entry["command"],
-                cwd=HOUSE,
+                cwd=REPOSITORY,
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -21,7 +21,7 @@ def test_results_without_a_folder_go_by_device_date_and_commit(tmp_path, monkeyp
         "dirty": False,
         "threads": 1,
     }
-    monkeypatch.setattr(environment, "HOUSE", tmp_path)
+    monkeypatch.setattr(environment, "REPOSITORY", tmp_path)
     monkeypatch.setattr("bench.running.environment", lambda device: fixed)
     assert main(["run", "layout", "--quick", "--only", "case=pack*", "--json"]) == 0
     folder = tmp_path / "bench" / "results" / "epyc-2-cores" / "2026-11-25-012345678"
@@ -56,7 +56,7 @@ def test_a_tree_is_dirty_where_the_sources_differ_from_the_commit(tmp_path, monk
     git("init")
     git("add", ".")
     git("commit", "-m", "one")
-    monkeypatch.setattr(environment, "HOUSE", tmp_path)
+    monkeypatch.setattr(environment, "REPOSITORY", tmp_path)
     for file, dirty in zip((*files, "new.py"), (True, False, True, False, False), strict=True):
         (tmp_path / file).write_text("two\n")
         assert environment.environment("cpu")["dirty"] is dirty, file

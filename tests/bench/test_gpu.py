@@ -15,7 +15,7 @@ import torch
 
 from bench import attention, decode, gpu, running, steps
 from bench.__main__ import main
-from bench.environment import HOUSE
+from bench.environment import REPOSITORY
 from bench.gpu import dry_steps, gpu_steps
 from bench.steps import Step, StepRunner
 from bench.suite import Options, load_suite
@@ -137,7 +137,9 @@ def test_a_signal_loses_nothing_and_exits_130(tmp_path, number):
         "; gpu.dry_steps = lambda out: steps; sys.exit(gpu.main(sys.argv[1:]))"
     )
     arguments = ["--out", str(tmp_path), "--budget", "200", "--dry_run"]
-    process = subprocess.Popen([*python(code), *arguments], cwd=HOUSE, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*python(code), *arguments], cwd=REPOSITORY, stdout=subprocess.DEVNULL
+    )
     log = tmp_path / "slow.log"
     while not (log.exists() and "waiting" in log.read_text()):
         assert process.poll() is None
@@ -208,7 +210,7 @@ def test_every_suite_has_what_a_step_of_a_dry_run_asks_of_it(tmp_path, monkeypat
             assert step.writes
             assert run_here([*step.command, "--json", str(tmp_path / "new.json")]) == 0
     assert asked == ["attention", "decode", "train_step", "rollout", "attention", "decode"]
-    assert "def test_rows_beyond" in (HOUSE / gpu.INTERPRETED).read_text()  # of the smoke test
+    assert "def test_rows_beyond" in (REPOSITORY / gpu.INTERPRETED).read_text()  # of the smoke test
 
 
 def test_a_dry_run_leaves_what_its_report_is_made_of(tmp_path):
@@ -235,7 +237,7 @@ def test_a_dry_run_goes_through_every_step(tmp_path):
     command = [sys.executable, "-m", "bench", "gpu", "--dry_run", "--budget", "900"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "--out", str(tmp_path)], cwd=HOUSE, env=env, capture_output=True, text=True
+        [*command, "--out", str(tmp_path)], cwd=REPOSITORY, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     for name, entry in summary(tmp_path).items():
@@ -258,5 +260,5 @@ def test_spilled_registers_are_read_off_compiled_kernels():
         "compiled[-1].module, compiled[-1].n_spills = object(), 8; print(triton_spills())\n"
     )
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(python(code), cwd=HOUSE, env=env, capture_output=True, text=True)
+    done = subprocess.run(python(code), cwd=REPOSITORY, env=env, capture_output=True, text=True)
     assert done.stdout.strip() == "{'row_stats_kernel': 8}", done.stderr
