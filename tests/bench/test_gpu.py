@@ -73,10 +73,10 @@ def test_a_second_call_goes_on_and_overwrites_nothing(tmp_path):
 
 def test_a_step_that_takes_too_long_is_ended_with_all_it_started(tmp_path):
     child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {WAIT!r}])"
-    runner = StepRunner(tmp_path, budget=30)
+    runner = StepRunner(tmp_path, budget=40)
     start = time.monotonic()
     assert runner.run([Step("slow", python(child), 0.2), Step("next", python("0"), 1)]) is True
-    assert time.monotonic() - start < 25
+    assert time.monotonic() - start < 30
     assert [e["status"] for e in summary(tmp_path).values()] == ["timed out", "ok"]
     assert WAIT not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
 
