@@ -54,7 +54,7 @@ class FlashPackage(NamedTuple):
 
     Attributes:
         module: the module that has the function.
-        distribution: the name of the package to install.
+        distribution: what to install.
         capability: the first and the last major compute capability it runs on.
         backward: whether the function is differentiable.
     """
@@ -67,11 +67,15 @@ class FlashPackage(NamedTuple):
 
 FLASH_PACKAGES = {
     "FlashAttention 2, causal": FlashPackage("flash_attn", "flash-attn", (8, 99)),
-    "FlashAttention 3, causal": FlashPackage("flash_attn_interface", "flash-attn-3", (9, 9)),
+    "FlashAttention 3, causal": FlashPackage(
+        "flash_attn_interface", "FlashAttention 3, built from source,", (9, 9)
+    ),
     "FlashAttention 3 forward, causal": FlashPackage(
         "fa3_fwd_interface", "fa3-fwd", (9, 9), backward=False
     ),
-    "FlashAttention 4, causal": FlashPackage("flash_attn.cute", "flash-attn-4", (9, 10)),
+    "FlashAttention 4, causal": FlashPackage(
+        "flash_attn.cute", "flash-attn-4 (threadweaver[flash])", (9, 10)
+    ),
 }
 
 

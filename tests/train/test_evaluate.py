@@ -28,7 +28,7 @@ def evaluated_run(new_run, tmp_path):
 def test_both_modes_are_evaluated_and_compared(evaluated_run, capsys):
     assert evaluated_run() == 0
     summary = evaluated_run.summary()
-    for name in ("accuracy", "format_correct"):
+    for name in ("accuracy", "format"):
         assert summary[name] == summary[f"parallel_{name}"] == 1
     assert summary["parallel_activation"] == 1
     assert 1.2 < summary["speedup"] < 2
@@ -51,7 +51,7 @@ def test_wrong_and_malformed_answers_count(evaluated_run, tmp_path):
     assert evaluated_run() == 0
     summary = evaluated_run.summary()
     assert summary["accuracy"] == summary["parallel_accuracy"] == 0
-    assert summary["format_correct"] == 0
+    assert summary["format"] == 0
 
 
 def test_prompts_without_responses_can_be_evaluated_on(evaluated_run, tmp_path):

@@ -76,7 +76,7 @@ def test_a_run_learns_and_leaves_everything_behind(new_run, data_files, capsys):
     assert summary["unrolled_tokens"] == sum(m["unrolled_tokens"] for m in metrics)
     assert summary["tokens_per_second"] > 0 and summary["seconds"] > 0
     assert summary["dropped_calls"] == 0
-    assert 0 <= summary["accuracy"] <= 1 and 0 <= summary["format_correct"] <= 1
+    assert 0 <= summary["accuracy"] <= 1 and 0 <= summary["format"] <= 1
 
     folder = run.folder
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-18", "step-20"]
@@ -90,7 +90,7 @@ def test_a_run_learns_and_leaves_everything_behind(new_run, data_files, capsys):
         "train loss",
         "validation loss",
         "accuracy",
-        "format correct",
+        "format",
         "tokens per second",
     ):
         assert part in shown

@@ -31,7 +31,7 @@ with train_extra():
     from rich.table import Table
 
     from threadweaver.generate.options import add_options, engine_settings, generation_settings
-    from threadweaver.progress import ResponsesProgress, print_line
+    from threadweaver.progress import print_line
 
 if TYPE_CHECKING:
     from threadweaver.evaluate.intervals import Estimate
@@ -50,7 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     try:
         options = parser.parse_args(arguments)
-        settings = {mode: generation_settings(options, mode) for mode in MODES[options.mode]}
+        modes = MODES[options.mode]
+        generation = generation_settings(options, modes[0])
         _check(options)
     except ArgumentError as error:
         return fail(explain(str(error), parser.get_defaults()), 2)
@@ -58,43 +59,37 @@ def main(arguments: list[str] | None = None) -> int:
         return fail(error, 2)
     # After the arguments are known to be good: these take seconds to import.
     from threadweaver.data.chat import chat_prompt
-    from threadweaver.evaluate.metrics import compare, evaluate
+    from threadweaver.evaluate.metrics import compare
+    from threadweaver.evaluate.modes import evaluate_modes
     from threadweaver.evaluate.rollouts import queue
     from threadweaver.generate.engine import NonFiniteLogits
     from threadweaver.generate.load import load_engine, settle_precision
 
     quiet()
     console = Console()
-    evaluations = {}
     try:
         task = load_task(options.task, **options.task_options or {})
         problems = task.problems("validation", options.n, options.seed)
         engine_options, precision_note = settle_precision(engine_settings(options))
         if precision_note:
             print_line(console, precision_note)
-        engine, tokenizer = load_engine(
-            options.model, engine_options, parallel="parallel" in settings
-        )
+        engine, tokenizer = load_engine(options.model, engine_options, parallel="parallel" in modes)
         if options.chat:
             problems = [replace(p, prompt=chat_prompt(tokenizer, p.prompt)) for p in problems]
         # A warm-up that is not timed: the first step takes the memory of the KV pages.
-        queue(engine, problems[:1], replace(next(iter(settings.values())), max_tokens=8))
+        queue(engine, problems[:1], replace(generation, max_tokens=8))
         engine.run()
-        for mode in settings:
-            total = len(problems) * options.samples
-            title = f"evaluating, {mode} mode"
-            with ResponsesProgress(Console(stderr=True), title, total, engine) as progress:
-                evaluations[mode] = evaluate(
-                    engine,
-                    task,
-                    problems,
-                    settings[mode],
-                    samples=options.samples,
-                    at_once=options.at_once,
-                    seed=options.seed,
-                    on_progress=progress.decoded,
-                    on_graded=progress.graded,
-                )
+        evaluations = evaluate_modes(
+            modes,
+            engine,
+            task,
+            problems,
+            generation,
+            Console(stderr=True),
+            samples=options.samples,
+            seed=options.seed,
+            at_once=options.at_once,
+        )
     except ValueError as error:
         return fail(error, 2)
     except NonFiniteLogits as error:
@@ -183,7 +178,7 @@ def _rows(mode: str, evaluation: Evaluation) -> list[dict[str, Any]]:
 def print_table(
     console: Console,
     title: str,
-    evaluations: dict[str, Evaluation],
+    evaluations: dict[Mode, Evaluation],
     comparison: Comparison | None,
 ) -> None:
     """Prints a row for each metric and a column for each mode; below them the comparison."""

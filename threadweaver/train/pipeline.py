@@ -18,11 +18,11 @@ from typing import Any, Literal
 
 from threadweaver.data import save_rows, trajectory_row
 from threadweaver.evaluate.grade import graded_row, summary
+from threadweaver.evaluate.modes import evaluate_modes
 from threadweaver.generate.load import load_engine
 from threadweaver.generate.options import EngineSettings
 from threadweaver.tasks import load_task
 from threadweaver.train.config import ConfigError, DataConfig, ModelConfig, TaskConfig
-from threadweaver.train.evaluation import evaluate_modes
 from threadweaver.train.plots import plot_rl, plot_stages
 from threadweaver.train.report import print_pipeline_table
 from threadweaver.train.rl import RLTrainer
@@ -138,8 +138,8 @@ class Pipeline(Run[PipelineConfig]):
             self.task,
             self.held_out,
             config.evaluate.generation,
-            config.seed,
             self.console,
+            seed=config.seed,
         )
         path = self._evaluation_file(stage)
         for mode, evaluation in evaluations.items():

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from threadweaver.data import read_examples
 from threadweaver.evaluate.metrics import compare
+from threadweaver.evaluate.modes import evaluate_modes
 from threadweaver.evaluate.rollouts import queue
 from threadweaver.generate.engine import Engine
 from threadweaver.model import load_model, supervised_tokens, trie_loss
@@ -27,7 +28,6 @@ from threadweaver.train.batches import (
     unrolled_tokens,
 )
 from threadweaver.train.config import ConfigError
-from threadweaver.train.evaluation import evaluate_modes
 from threadweaver.train.report import print_sft_table
 from threadweaver.train.run import Record, Trainer
 from threadweaver.train.run_dir import write_json
@@ -201,16 +201,16 @@ class SFTTrainer(Trainer[SFTConfig]):
             self.task,
             self.problems,
             self.config.evaluate.generation,
-            self.config.seed,
             self.console,
+            seed=self.config.seed,
         )
         gain = compare(**evaluations)
         alone, threads = (e.metrics() for e in evaluations.values())
         return {
             "accuracy": alone["accuracy"].value,
-            "format_correct": alone["format"].value,
+            "format": alone["format"].value,
             "parallel_accuracy": threads["accuracy"].value,
-            "parallel_format_correct": threads["format"].value,
+            "parallel_format": threads["format"].value,
             "parallel_activation": threads["activation"].value,
             "speedup": gain.speedup.value,
             "wall_clock_speedup": gain.wall_clock_speedup,

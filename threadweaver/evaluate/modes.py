@@ -1,4 +1,4 @@
-"""The evaluation of a model within a run: the same problems in one mode after another."""
+"""Evaluation in several modes: the same problems, solved in one mode after another."""
 
 from __future__ import annotations
 
@@ -21,20 +21,28 @@ def evaluate_modes(
     task: Task,
     problems: Sequence[Problem],
     generation: GenerationSettings,
-    seed: int,
     console: Console,
+    *,
+    samples: int = 1,
+    seed: int = 0,
+    at_once: int | None = None,
 ) -> dict[Mode, Evaluation]:
-    """Solves the problems once in each mode, in the order of `modes`, and shows how far it is."""
+    """Evaluates in each mode, in the order of `modes`, and shows the progress on `console`.
+
+    The other arguments and the errors are those of `evaluate`; the mode of `generation` is ignored.
+    """
     evaluations: dict[Mode, Evaluation] = {}
     for mode in modes:
         title = f"evaluating, {mode} mode"
-        with ResponsesProgress(console, title, len(problems), engine) as progress:
+        with ResponsesProgress(console, title, len(problems) * samples, engine) as progress:
             evaluations[mode] = evaluate(
                 engine,
                 task,
                 problems,
                 replace(generation, mode=mode),
+                samples=samples,
                 seed=seed,
+                at_once=at_once,
                 on_progress=progress.decoded,
                 on_graded=progress.graded,
             )
