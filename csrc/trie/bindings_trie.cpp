@@ -55,11 +55,14 @@ public:
 private:
   void read_objects(py::handle path, size_t index) {
     const size_t n = checked_length(PySequence_Fast_GET_SIZE(path.ptr()), index);
-    PyObject **items = PySequence_Fast_ITEMS(path.ptr());
+    // A copy, since a list may be changed before the next path is compared with it.
+    py::tuple copy = py::reinterpret_steal<py::tuple>(PySequence_Tuple(path.ptr()));
+    if (!copy) throw py::error_already_set();
+    PyObject **items = PySequence_Fast_ITEMS(copy.ptr());
     const size_t limit = std::min(n, objects_.size());
     size_t i = std::mismatch(items, items + limit, objects_.begin()).first - items;
-    objects_.assign(items, items + n);
-    held_ = py::reinterpret_borrow<py::object>(path); // keeps the compared objects alive
+    objects_.resize(i);
+    held_ = std::move(copy);
     ids_.resize(n);
     for (; i < n; ++i) {
       int overflow = 0;
@@ -68,6 +71,7 @@ private:
                              ": ids must be integers, got " + Py_TYPE(items[i])->tp_name);
       const long long id = PyLong_AsLongLongAndOverflow(items[i], &overflow);
       ids_[i] = checked_id(overflow ? overflow * INT64_MAX : id, index, i);
+      objects_.push_back(items[i]);
     }
   }
 
@@ -83,8 +87,8 @@ private:
     for (size_t i = 0; i < n; ++i) ids_[i] = checked_id(values.data()[i], index, i);
   }
 
-  std::vector<PyObject *> objects_;
-  py::object held_;
+  std::vector<PyObject *> objects_; // whose ids are the first of ids_
+  py::object held_;                 // keeps them alive
   std::vector<int32_t> ids_;
 };
 

@@ -175,6 +175,24 @@ def test_the_builder_refuses_what_does_not_fit_and_says_where():
         TrieBuilder().build()
 
 
+def test_a_path_that_was_refused_is_refused_again():
+    builder = TrieBuilder()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="path 0, token 1: id -1 is negative"):
+            builder.add([5, -1, 7])
+    builder.add([5, 7])
+    assert builder.build().tokens.tolist() == [5, 7]
+
+
+def test_a_list_may_be_changed_after_it_was_added():
+    builder, path = TrieBuilder(), [0]
+    for token in range(70000, 70100):
+        path[0] = 0
+        path[0] = int(str(token))  # often lies where the one before it lay
+        builder.add(path)
+    assert builder.build().tokens.tolist() == [*range(70000, 70100)]
+
+
 def test_pack_of_nothing_or_of_different_columns_is_refused():
     with pytest.raises(ValueError, match="no tries"):
         Trie.pack([])
