@@ -44,6 +44,13 @@ size_t checked_length(py::ssize_t n, size_t path) {
 // hold the very same int objects for their shared prefix, so equal pointers save the conversion.
 class PathReader {
 public:
+  // Stands in every function that Python calls and that reads paths: when it returns or throws, the
+  // caller may change the list that was read last, so the reader keeps a copy.
+  struct Scope {
+    PathReader &reader;
+    ~Scope() { reader.copy_held(); }
+  };
+
   const std::vector<int32_t> &read(py::handle path, size_t index) {
     if (PyList_Check(path.ptr()) || PyTuple_Check(path.ptr()))
       read_objects(path, index);
@@ -55,14 +62,11 @@ public:
 private:
   void read_objects(py::handle path, size_t index) {
     const size_t n = checked_length(PySequence_Fast_GET_SIZE(path.ptr()), index);
-    // A copy, since a list may be changed before the next path is compared with it.
-    py::tuple copy = py::reinterpret_steal<py::tuple>(PySequence_Tuple(path.ptr()));
-    if (!copy) throw py::error_already_set();
-    PyObject **items = PySequence_Fast_ITEMS(copy.ptr());
+    PyObject **items = PySequence_Fast_ITEMS(path.ptr());
     const size_t limit = std::min(n, objects_.size());
     size_t i = std::mismatch(items, items + limit, objects_.begin()).first - items;
     objects_.resize(i);
-    held_ = std::move(copy);
+    held_ = py::reinterpret_borrow<py::object>(path);
     ids_.resize(n);
     for (; i < n; ++i) {
       int overflow = 0;
@@ -73,6 +77,14 @@ private:
       ids_[i] = checked_id(overflow ? overflow * INT64_MAX : id, index, i);
       objects_.push_back(items[i]);
     }
+  }
+
+  void copy_held() {
+    if (!held_ || !PyList_Check(held_.ptr())) return;
+    held_ = py::reinterpret_steal<py::object>(PySequence_Tuple(held_.ptr()));
+    if (held_) return;
+    PyErr_Clear();
+    objects_.clear();
   }
 
   void read_array(py::handle path, size_t index) {
@@ -102,6 +114,7 @@ public:
   // columns: in the order of their names, each with a row for every path, of as many numbers as the
   // path has tokens.
   void add(const py::sequence &paths, const std::vector<py::sequence> &columns) {
+    const PathReader::Scope scope{reader_};
     const size_t count = paths.size();
     std::vector<Values> rows(columns.size());
     std::vector<const float *> values(columns.size());
@@ -120,6 +133,7 @@ public:
   }
 
   size_t shared_prefix(py::handle path) {
+    const PathReader::Scope scope{reader_};
     const std::vector<int32_t> &ids = reader_.read(path, num_paths());
     return trie_.shared_prefix(ids.data(), ids.size());
   }
