@@ -18,8 +18,17 @@ from tw_kernels.decode.plan import DecodePlan, PagedKV
 from tw_kernels.native import DTYPES, dense_rows, pages, plan_arrays, strided
 
 
-def why_not(q: Tensor, kv: PagedKV) -> str | None:
+def why_not(
+    q: Tensor,
+    kv: PagedKV,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> str | None:
     """None if this call can run, else the reason in one line."""
+    given = {"window": window, "softcap": softcap, "sinks": sinks}
+    if lacking := [name for name, value in given.items() if value is not None]:
+        return f"the native kernels have no {' and no '.join(lacking)}"
     return native.why_not(q)
 
 
@@ -30,6 +39,9 @@ def forward(
     scale: float,
     new_k: Tensor | None,
     new_v: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """out [Q, Hq, D] in q's dtype; writes new_k and new_v to their slots first."""
     q = dense_rows(q)
