@@ -32,13 +32,13 @@ def launches(dtype: torch.dtype, head_dim: int, page_size: int) -> Iterator[obje
         q = torch.zeros(new, 8, head_dim, dtype=dtype)
         new_kv = torch.zeros(new, 2, head_dim, dtype=dtype)
         config = kernels.config_for(q, kv, plan)
-        out, lse = kernels.partial(q, kv, plan, 0.1, config)
+        out, lse = kernels.partial(q, kv, plan, 0.1, None, None, config)
         yield config
         if new > 1:
             continue
         kernels.write(kv, plan, new_kv, new_kv)
         yield None
-        kernels.merge(plan, out, lse, q)
+        kernels.merge(plan, out, lse, None, None, q)
         yield None
 
 

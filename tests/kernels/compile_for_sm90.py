@@ -60,12 +60,12 @@ def launches(dtype: torch.dtype, head_dim: int) -> Iterator[object]:
     candidates = candidates_for(dtype, head_dim)
     for config in candidates.forward:
         schedule = layout.block_schedule(config.block_q, config.block_kv)
-        fwd.forward(q, k, k, ends, schedule, 0.1, config)
+        fwd.forward(q, k, k, ends, None, schedule, 0.1, None, config)
         yield config
     for gradient, configs in ((bwd.grad_q, candidates.dq), (bwd.grad_kv, candidates.dkv)):
         for config in configs:
             schedule = layout.block_schedule(config.block_q, config.block_kv)
-            gradient(q, q, k, k, lse2, delta, ends, schedule, 0.1, config)
+            gradient(q, q, k, k, lse2, delta, ends, None, schedule, 0.1, None, config)
             yield config
 
 

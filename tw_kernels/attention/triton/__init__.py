@@ -23,31 +23,38 @@ from tw_kernels.trie import BlockSchedule, TrieLayout
 
 
 class Plan(NamedTuple):
-    """The trie, and the schedule of each kernel for the block sizes that it runs with."""
+    """The trie, its window, and the schedule of each kernel for the block sizes it runs with."""
 
     subtree_ends: Tensor
+    window_starts: Tensor | None
     forward: BlockSchedule
     dq: BlockSchedule
     dkv: BlockSchedule
 
 
-def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def why_not(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, softcap: float | None = None
+) -> str | None:
     """None if this call can run, else the reason in one line."""
     return triton_device.why_not(q)
 
 
-def plan(layout: TrieLayout, q: Tensor) -> Plan:
+def plan(layout: TrieLayout, q: Tensor, window: int | None = None) -> Plan:
     """The plan for q's device, head dim and dtype.
 
     The layout keeps the schedules; kernels of equal block sizes share one.
     """
     from tw_kernels.attention.triton import tuning
 
-    schedules = (layout.block_schedule(c.block_q, c.block_kv) for c in tuning.configs_for(q))
-    return Plan(layout.subtree_ends, *schedules)
+    starts = None if window is None else layout.window_starts(window)
+    configs = tuning.configs_for(q)
+    schedules = (layout.block_schedule(c.block_q, c.block_kv, window) for c in configs)
+    return Plan(layout.subtree_ends, starts, *schedules)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """out [N, Hq, D] in q's dtype and lse [Hq, N], float32.
 
     scale is above 0, since the row maximum is taken before it is applied.
@@ -56,7 +63,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[
 
     q, k, v = map(dense_rows, (q, k, v))
     config = tuning.configs_for(q).forward
-    return forward_kernel.forward(q, k, v, plan.subtree_ends, plan.forward, scale, config)
+    trie = plan.subtree_ends, plan.window_starts
+    return forward_kernel.forward(q, k, v, *trie, plan.forward, scale, softcap, config)
 
 
 def backward(
@@ -68,6 +76,7 @@ def backward(
     lse: Tensor,
     plan: Plan,
     scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq [N, Hq, D], dk and dv [N, Hkv, D] in the dtypes of q, k and v."""
     from tw_kernels.attention.triton import backward_kernels as kernels
@@ -76,7 +85,7 @@ def backward(
     configs = tuning.configs_for(q)
     dout, q, k, v, out = map(dense_rows, (dout, q, k, v, out))
     lse2, delta = kernels.row_stats(dout, out, lse.contiguous())
-    shared = dout, q, k, v, lse2, delta, plan.subtree_ends
-    dq = kernels.grad_q(*shared, plan.dq, scale, configs.dq)
-    dk, dv = kernels.grad_kv(*shared, plan.dkv, scale, configs.dkv)
+    shared = dout, q, k, v, lse2, delta, plan.subtree_ends, plan.window_starts
+    dq = kernels.grad_q(*shared, plan.dq, scale, softcap, configs.dq)
+    dk, dv = kernels.grad_kv(*shared, plan.dkv, scale, softcap, configs.dkv)
     return dq, dk, dv

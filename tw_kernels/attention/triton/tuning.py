@@ -99,12 +99,13 @@ def _fastest(device_name: str, dtype: torch.dtype, head_dim: int) -> Configs:
 
     def forward(config: Config) -> object:
         schedule = layout.block_schedule(config.block_q, config.block_kv)
-        return fwd.forward(q, k, v, layout.subtree_ends, schedule, scale, config)
+        return fwd.forward(q, k, v, layout.subtree_ends, None, schedule, scale, None, config)
 
     def gradient(of: Callable[..., object]) -> Callable[[Config], object]:
         def run(config: Config) -> object:
             schedule = layout.block_schedule(config.block_q, config.block_kv)
-            return of(dout, q, k, v, lse2, delta, layout.subtree_ends, schedule, scale, config)
+            tensors = dout, q, k, v, lse2, delta, layout.subtree_ends, None
+            return of(*tensors, schedule, scale, None, config)
 
         return run
 
