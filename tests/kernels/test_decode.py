@@ -26,8 +26,10 @@ RUNNABLE = [name for name, why in backends("trie_decode").items() if why is None
 FAST = [name for name in RUNNABLE if name != "triton"]
 
 
-def run(batch: Batch, inputs: Inputs, backend: str, **options) -> torch.Tensor:
-    """On fresh copies of the pages, from and to the CPU."""
+def run(
+    batch: Batch, inputs: Inputs, backend: str, variant: dict | None = None, **options
+) -> torch.Tensor:
+    """On fresh copies of the pages, from and to the CPU. variant: window, softcap, sinks."""
     on_device = Inputs(
         inputs.q.to(DEVICE),
         PagedKV(inputs.kv.k_pages.clone().to(DEVICE), inputs.kv.v_pages.clone().to(DEVICE)),
@@ -35,12 +37,16 @@ def run(batch: Batch, inputs: Inputs, backend: str, **options) -> torch.Tensor:
         inputs.new_v.to(DEVICE),
     )
     plan = batch.plan(device=DEVICE, **options)
-    return trie_decode(**on_device.call(), plan=plan, backend=backend).cpu()
+    variant = {
+        name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x
+        for name, x in (variant or {}).items()
+    }
+    return trie_decode(**on_device.call(), plan=plan, backend=backend, **variant).cpu()
 
 
-def supported(inputs: Inputs, backend: str) -> bool:
+def supported(inputs: Inputs, backend: str, variant: dict | None = None) -> bool:
     on_device = PagedKV(inputs.kv.k_pages.to(DEVICE), inputs.kv.v_pages.to(DEVICE))
-    return TRIE_DECODE[backend].why_not(inputs.q.to(DEVICE), on_device) is None
+    return TRIE_DECODE[backend].why_not(inputs.q.to(DEVICE), on_device, **variant or {}) is None
 
 
 def unshared_sdpa(batch: Batch, inputs: Inputs, scale: float) -> torch.Tensor:
@@ -109,11 +115,24 @@ def test_random_small_forests_agree_with_the_oracle_in_triton(
     assert relative_error(got, oracle(batch, inputs, 32**-0.5)) <= 1e-5
 
 
-def test_the_reference_is_exact_in_float64():
+VARIANTS = {
+    "nothing": {},
+    "window": {"window": 20},
+    "softcap": {"softcap": 0.7},
+    "sinks": {"sinks": torch.tensor([0.5, -torch.inf, 3.0, -2.0, 0.0, 1.0])},
+    "window and softcap": {"window": 16, "softcap": 2.0},
+    "window and sinks": {"window": 5, "sinks": torch.linspace(-3, 4, 6).bfloat16()},
+    "softcap and sinks": {"softcap": 30.0, "sinks": torch.linspace(-3, 4, 6).double()},
+    "all": {"window": 1, "softcap": 0.7, "sinks": torch.linspace(-3, 4, 6).half()},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_the_reference_is_exact_in_float64(variant):
     batch = random_batch(5, sequences=8, page_size=16, longest=100, most_new=30)
     inputs = random_inputs(batch, (6, 2, 32), torch.float64)
-    got = run(batch, inputs, "reference")
-    assert relative_error(got, oracle(batch, inputs, 32**-0.5)) <= 1e-14
+    got = run(batch, inputs, "reference", variant)
+    assert relative_error(got, oracle(batch, inputs, 32**-0.5, **variant)) <= 1e-14
 
 
 SMALL = {
@@ -302,7 +321,7 @@ def pages_of(*shape, dtype=torch.float32):
         ({"kv": pages_of(4, 16, 2, 32, dtype=torch.float16)}, "must share a dtype"),
         ({"new_v": None}, "new_k and new_v come together"),
         ({"new_k": torch.zeros(1, 4, 32)}, r"new_k and new_v must be \(1, 2, 32\), got"),
-        ({"scale": 0.0}, "scale must be above 0, got 0"),
+        ({"scale": 0.0}, r"scale must be a number in \[1e-18, 1e\+18\], got 0"),
         ({"backend": "metal"}, "no backend 'metal' for trie_decode: triton"),
     ],
 )
