@@ -194,7 +194,10 @@ def partial_kernel(
     inside = m < num_m
     row = first_row + m // GROUP
     q_head = head * GROUP + m % GROUP
-    slot = (first_slot + m // GROUP).to(tl.int64) * (HKV * GROUP) + q_head
+    dims = tl.arange(0, D)[None, :]
+    q_row = tl.load(rows + row, mask=inside, other=0).to(tl.int64)
+    q_tile = q + (q_row * stride_qn + q_head * stride_qh)[:, None] + dims
+    q_rows = tl.load(q_tile, mask=inside[:, None], other=0.0)
 
     # Row i sees keys [first_keys[i], visible_keys[i]), from 0 on without a window; every row sees
     # all keys in [first_full, num_full), and none before first_key or from num_keys on.
@@ -208,6 +211,7 @@ def partial_kernel(
         first_key = tl.maximum(tl.min(tl.where(sees, first_keys, num_keys), 0), 0)
         if first_key >= num_keys:
             # Nothing reads the outputs of a slot whose log-sum-exp is -inf.
+            slot = (first_slot + m // GROUP).to(tl.int64) * (HKV * GROUP) + q_head
             tl.store(partial_lse + slot, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=inside)
             return
         latest = tl.maximum(tl.max(tl.where(sees, first_keys, first_key), 0), first_key)
@@ -217,11 +221,6 @@ def partial_kernel(
     num_keys = tl.max(visible_keys, 0)
     least = tl.min(tl.where(inside, visible_keys, num_keys), 0)
     num_full = tl.maximum(least, 0) // BLOCK_KV * BLOCK_KV
-
-    dims = tl.arange(0, D)[None, :]
-    q_row = tl.load(rows + row, mask=inside, other=0).to(tl.int64)
-    q_tile = q + (q_row * stride_qn + q_head * stride_qh)[:, None] + dims
-    q_rows = tl.load(q_tile, mask=inside[:, None], other=0.0)
 
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     row_max = tl.full([BLOCK_M], -1.0e30, tl.float32)
@@ -263,6 +262,7 @@ def partial_kernel(
             page = next_page
 
     seen = row_sum > 0
+    slot = (first_slot + m // GROUP).to(tl.int64) * (HKV * GROUP) + q_head
     out_rows = acc / tl.where(seen, row_sum, 1.0)[:, None]
     tl.store(partial_out + slot[:, None] * D + dims, out_rows, mask=inside[:, None])
     log_sums = tl.where(seen, row_max + tl.log2(tl.where(seen, row_sum, 1.0)), float("-inf"))

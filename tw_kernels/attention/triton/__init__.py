@@ -7,8 +7,9 @@
 Triton is imported by the first call that needs it: importing this module works without it.
 
 Every value that a block of rows and columns shares is multiplied by a zero probability where the
-trie hides it, so a NaN or infinity in k, v or dout can reach rows that do not see it, as in any
-flash attention. Finite values never do, not by one bit.
+trie or the window hides it, so a NaN or infinity in k, v or dout can reach rows that do not see it,
+those of another trie of the pack too, as in any flash attention. It gets no further than the blocks
+of rows that read its block, and finite values never do, not by one bit.
 """
 
 from __future__ import annotations
