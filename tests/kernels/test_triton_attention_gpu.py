@@ -37,7 +37,7 @@ def test_every_candidate_gives_the_right_answer(dtype, head_dim, window, softcap
 
     layout = TrieLayout(ends.cuda())
     trie = layout.subtree_ends, None if window is None else layout.window_starts(window)
-    candidates = candidates_for(dtype, head_dim)
+    candidates = candidates_for(dtype, head_dim, window is not None)
     out = lse = torch.empty(0)
     for config in candidates.forward:
         schedule = layout.block_schedule(config.block_q, config.block_kv, window)
@@ -61,11 +61,15 @@ def test_tuning_picks_candidates_once_and_can_be_switched_off(monkeypatch):
     from tw_kernels.attention.triton import tuning
 
     q = torch.empty(1, 1, 64, dtype=torch.bfloat16, device="cuda")
-    candidates = tuning.candidates_for(q.dtype, 64)
+    variants = [(None, None), (4096, None), (4096, 30.0)]
+    candidates = [tuning.candidates_for(q.dtype, 64, any(variant)) for variant in variants]
     monkeypatch.delenv("TW_AUTOTUNE", raising=False)
-    chosen = tuning.configs_for(q)
-    assert all(c in options for c, options in zip(chosen, candidates, strict=True))
+    chosen = [tuning.configs_for(q, *variant) for variant in variants]
+    for configs, all_options in zip(chosen, candidates, strict=True):
+        assert all(c in options for c, options in zip(configs, all_options, strict=True))
     monkeypatch.setattr(triton.testing, "do_bench", lambda run: pytest.fail("timed again"))
-    assert tuning.configs_for(q) == chosen
+    assert [tuning.configs_for(q, *variant) for variant in variants] == chosen
+    assert tuning.configs_for(q, 512, 5.0) == chosen[2]
     monkeypatch.setenv("TW_AUTOTUNE", "0")
-    assert tuning.configs_for(q) == tuple(options[0] for options in candidates)
+    for variant, all_options in zip(variants, candidates, strict=True):
+        assert tuning.configs_for(q, *variant) == tuple(options[0] for options in all_options)

@@ -95,7 +95,7 @@ def test_the_batches_hold_items_that_no_row_sees_and_rows_that_see_nothing_of_an
             whole += not sees.any()
             none += bool(sees.any() and not sees.all())
     assert whole > 5
-    assert none > 5
+    assert none > 2
 
 
 def test_a_sink_that_weighs_nothing_changes_no_bit():

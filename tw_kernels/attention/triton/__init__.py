@@ -14,7 +14,7 @@ of rows that read its block, and finite values never do, not by one bit.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
@@ -22,15 +22,26 @@ from tw_kernels import triton_device
 from tw_kernels.native import dense_rows
 from tw_kernels.trie import BlockSchedule, TrieLayout
 
+if TYPE_CHECKING:
+    from tw_kernels.attention.triton.forward_kernel import Config
+
 
 class Plan(NamedTuple):
-    """The trie, its window, and the schedule of each kernel for the block sizes it runs with."""
+    """A trie and its window. Block sizes, and so schedules, depend on the call; the layout keeps
+    them, and kernels of equal block sizes share one."""
 
-    subtree_ends: Tensor
-    window_starts: Tensor | None
-    forward: BlockSchedule
-    dq: BlockSchedule
-    dkv: BlockSchedule
+    layout: TrieLayout
+    window: int | None
+
+    @property
+    def mask(self) -> tuple[Tensor, Tensor | None]:
+        """subtree_ends and, under a window, window_starts."""
+        starts = None if self.window is None else self.layout.window_starts(self.window)
+        return self.layout.subtree_ends, starts
+
+    def schedule(self, config: Config) -> BlockSchedule:
+        """For a kernel that runs with `config`."""
+        return self.layout.block_schedule(config.block_q, config.block_kv, self.window)
 
 
 def why_not(
@@ -41,16 +52,8 @@ def why_not(
 
 
 def plan(layout: TrieLayout, q: Tensor, window: int | None = None) -> Plan:
-    """The plan for q's device, head dim and dtype.
-
-    The layout keeps the schedules; kernels of equal block sizes share one.
-    """
-    from tw_kernels.attention.triton import tuning
-
-    starts = None if window is None else layout.window_starts(window)
-    configs = tuning.configs_for(q)
-    schedules = (layout.block_schedule(c.block_q, c.block_kv, window) for c in configs)
-    return Plan(layout.subtree_ends, starts, *schedules)
+    """The plan of a trie under a window."""
+    return Plan(layout, window)
 
 
 def forward(
@@ -63,9 +66,9 @@ def forward(
     from tw_kernels.attention.triton import forward_kernel, tuning
 
     q, k, v = map(dense_rows, (q, k, v))
-    config = tuning.configs_for(q).forward
-    trie = plan.subtree_ends, plan.window_starts
-    return forward_kernel.forward(q, k, v, *trie, plan.forward, scale, softcap, config)
+    config = tuning.configs_for(q, plan.window, softcap).forward
+    schedule = plan.schedule(config)
+    return forward_kernel.forward(q, k, v, *plan.mask, schedule, scale, softcap, config)
 
 
 def backward(
@@ -83,10 +86,10 @@ def backward(
     from tw_kernels.attention.triton import backward_kernels as kernels
     from tw_kernels.attention.triton import tuning
 
-    configs = tuning.configs_for(q)
+    configs = tuning.configs_for(q, plan.window, softcap)
     dout, q, k, v, out = map(dense_rows, (dout, q, k, v, out))
     lse2, delta = kernels.row_stats(dout, out, lse.contiguous())
-    shared = dout, q, k, v, lse2, delta, plan.subtree_ends, plan.window_starts
-    dq = kernels.grad_q(*shared, plan.dq, scale, softcap, configs.dq)
-    dk, dv = kernels.grad_kv(*shared, plan.dkv, scale, softcap, configs.dkv)
+    shared = dout, q, k, v, lse2, delta, *plan.mask
+    dq = kernels.grad_q(*shared, plan.schedule(configs.dq), scale, softcap, configs.dq)
+    dk, dv = kernels.grad_kv(*shared, plan.schedule(configs.dkv), scale, softcap, configs.dkv)
     return dq, dk, dv
