@@ -17,7 +17,6 @@ from tests.kernels.compile_for_sm90 import compile_instead_of_launching, figures
 from tw_kernels import DecodePlan, PagedKV
 from tw_kernels.decode import triton_kernels as kernels
 
-
 # Window, soft cap and sinks: with none of them, and with all.
 VARIANTS = {
     "plain": (None, None, None),
@@ -26,9 +25,7 @@ VARIANTS = {
 CALLS = [(16, "plain"), (64, "plain"), (16, "window, softcap, sinks")]  # page size, variant
 
 
-def launches(
-    dtype: torch.dtype, head_dim: int, page_size: int, variant: str
-) -> Iterator[object]:
+def launches(dtype: torch.dtype, head_dim: int, page_size: int, variant: str) -> Iterator[object]:
     """Launches each kernel, partial once narrow and once wide; yields what tells the calls apart.
 
     All for 8 query heads on 2 KV heads, one sequence of one new token (narrow) or 32 (wide).

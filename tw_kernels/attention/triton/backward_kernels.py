@@ -1,9 +1,10 @@
 """Triton backward kernels of trie attention: delta, dQ, and dK with dV.
 
 With P = exp(scale * Q K^T - lse) and delta = rowsum(dO * O), dS = P * (dO V^T - delta), and then
-dV = P^T dO, dQ = scale * dS K, dK = scale * dS^T Q. Under a soft cap with scores cap * t,
-t = tanh(scale * Q K^T / cap), P has those scores and dS one more factor, 1 - t^2. Every gradient element is written by one
-program that adds its terms in a fixed order: no atomics, so two runs agree to the last bit.
+dV = P^T dO, dQ = scale * dS K, dK = scale * dS^T Q. A soft cap makes the scores cap * t with
+t = tanh(scale * Q K^T / cap), and gives dS one more factor, 1 - t^2. Every gradient element is
+written by one program that adds its terms in a fixed order: no atomics, so two runs agree to the
+last bit.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from tw_kernels.attention.triton.forward_kernel import (
     tile_offsets,
     visible,
 )
-from tw_kernels.triton_softcap import tanh
 from tw_kernels.trie import BlockSchedule
+from tw_kernels.triton_softcap import tanh
 
 STATS_ROWS = 128  # a multiple of every BLOCK_Q
 

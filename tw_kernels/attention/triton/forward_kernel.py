@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tw_kernels.triton_softcap import tanh
 from tw_kernels.trie import BlockSchedule
+from tw_kernels.triton_softcap import tanh
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
