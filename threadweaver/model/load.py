@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from threadweaver.model.attention import ATTENTION
 from threadweaver.model.files import (
-    SMALL,
-    check_json,
-    count_tensors,
+    LOCAL,
+    ModelSource,
+    check_small_files,
     damaged_tokenizer_file,
     model_source,
+    read_object,
     reading,
-    weight_files,
 )
-
-# Code that comes with a model is never run, and nothing is fetched.
-LOCAL = {"trust_remote_code": False, "local_files_only": True}
+from threadweaver.model.sizes import check_heads, check_sizes
+from threadweaver.model.weights import load_weights
 
 
 def check_supported(config: PretrainedConfig) -> None:
@@ -54,18 +52,16 @@ def check_supported(config: PretrainedConfig) -> None:
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model; same paths and errors as `load_model`."""
-    folder, options = model_source(path)
-    if not options:
-        check_json(folder, *SMALL)
+    source = model_source(path)
+    config = _load_config(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL, **options)
-        if options:
-            # transformers sets eos_token to the first special token of a .gguf file.
-            end = AutoConfig.from_pretrained(folder, **LOCAL, **options).eos_token_id
-            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, **LOCAL, **source.gguf)
     except Exception as error:
-        with reading(path if options else damaged_tokenizer_file(folder)):
+        with reading(source.config if source.gguf else damaged_tokenizer_file(source.folder)):
             raise error
+    if source.gguf:
+        # transformers sets eos_token to the first special token of a .gguf file.
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
     return tokenizer
 
 
@@ -82,76 +78,45 @@ def load_model(
         ValueError: no model there, a damaged one, weights that are not those of its config.json,
             or layers a trie cannot use; names the file and what is wrong.
     """
-    folder, options = model_source(path)
+    source = model_source(path)
     tokenizer = load_tokenizer(path)
-    described_in = path if options else folder / "config.json"
-    with reading(described_in):
-        config = AutoConfig.from_pretrained(folder, **LOCAL, **options)
-    check_supported(config)
-    if not options:
-        _check_weights(folder, config)
-    with reading(path):
-        model, found = _from_pretrained(folder, dtype=dtype, **options)
-    _check_found(path, model, found)
+    config = _load_config(source)
+    with reading(source.config):
+        check_supported(config)
+    model = load_weights(source, config, dtype)
+    _untie(model)
     # A GGUF file is dequantised as it is loaded: the model is saved as an ordinary one.
     model.__dict__["hf_quantizer"] = None
     model.config.__dict__.pop("quantization_config", None)
     return model, tokenizer
 
 
-def _from_pretrained(folder: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, set[Any]]]:
-    """The model, and which of its weights were `missing_keys` and so on in the files."""
-    return AutoModelForCausalLM.from_pretrained(
-        folder,
-        attn_implementation=ATTENTION,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,  # they are reported and refused
-        output_loading_info=True,
-        **LOCAL,
-        **options,
-    )
+def _load_config(source: ModelSource) -> PretrainedConfig:
+    """Raises ValueError, naming the file, if it or another small file of its folder is damaged."""
+    if not source.gguf:
+        check_small_files(source.folder)
+    with reading(source.config):
+        if not source.gguf:
+            fields = read_object(source.folder / "config.json")
+            if not isinstance(fields.get("model_type"), str):
+                raise ValueError("model_type is missing or no string: it names the architecture")
+            if fields["model_type"] in CONFIG_MAPPING:
+                check_sizes(fields)
+        config = AutoConfig.from_pretrained(source.folder, **LOCAL, **source.gguf)
+        check_heads(config)
+    return config
 
 
-def _check_weights(folder: Path, config: PretrainedConfig) -> None:
-    """Raises ValueError unless the stored weights are all those of the config, and no others.
+def _untie(model: PreTrainedModel) -> None:
+    """Makes the config say so if the output table is not the embedding.
 
-    No memory is taken: a config of absurd sizes is refused and not allocated.
+    transformers leaves two stored tables that differ as they are, whatever tie_word_embeddings
+    says; the next resize would overwrite one of them.
     """
-    file = folder / "config.json"
-    tensors = count_tensors(weight_files(folder, getattr(config, "transformers_weights", None)))
-    layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
-    if layers > tensors:
-        raise ValueError(f"{file}: num_hidden_layers is {layers}, and {tensors} tensors are stored")
-    if getattr(config, "quantization_config", None) is None:
-        with reading(file):
-            model, found = _from_pretrained(folder, device_map="meta")
-        _check_found(folder, model, found)
-
-
-def _check_found(path: str | Path, model: PreTrainedModel, found: dict[str, set[Any]]) -> None:
-    """Raises ValueError if weights would be random, or stored ones left out; names them."""
-    for name, stored, expected in sorted(found["mismatched_keys"])[:1]:
-        raise ValueError(
-            f"{path}: {name} has shape {list(stored)} in the weights and "
-            f"{list(expected)} by config.json; use the config.json that the weights were saved with"
-        )
-    missing, unknown = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
-    faults = []
-    if missing:
-        faults.append(f"{len(missing)} of {len(model.state_dict())} are missing ({_some(missing)})")
-    if unknown:
-        faults.append(f"{len(unknown)} have no place in the model ({_some(unknown)})")
-    faults += sorted(found["error_msgs"])[:1]
-    if faults:
-        raise ValueError(
-            f"{path}: its weights are not those of its config.json: "
-            f"{'; '.join(faults)}; use the config.json that they were saved with, and names that "
-            "AutoModelForCausalLM gives them"
-        )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    output = model.get_output_embeddings()
+    if output is not None and output.weight is not model.get_input_embeddings().weight:
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
 
 
 def save_model(

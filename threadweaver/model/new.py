@@ -18,6 +18,7 @@ from transformers import (
 from threadweaver.model.attention import ATTENTION
 from threadweaver.model.files import reading
 from threadweaver.model.load import check_supported
+from threadweaver.model.sizes import check_heads, check_sizes
 
 # Where a config class has one of these, its default is that of a model of billions of parameters.
 _SIZES = (
@@ -81,7 +82,10 @@ def _config(tokenizer: PreTrainedTokenizerBase, arch: dict[str, Any]) -> Pretrai
         "pad_token_id": tokenizer.pad_token_id,
     }
     _check_fields(CONFIG_MAPPING[kind], kind, given, set(of_tokenizer))
-    return CONFIG_MAPPING[kind](**of_tokenizer, **given)
+    check_sizes(arch)
+    config = CONFIG_MAPPING[kind](**of_tokenizer, **given)
+    check_heads(config)
+    return config
 
 
 def _check_fields(
@@ -108,7 +112,3 @@ def _check_fields(
         raise ValueError(
             f"{', '.join(missing)} must be set: the defaults of {name} are those of a large model"
         )
-    for size in sizes:
-        value = set_to.get(size)
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{size} is {value!r}: it must be a whole number of at least 1")
