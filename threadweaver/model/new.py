@@ -31,8 +31,18 @@ _SIZES = (
     "num_local_experts",
     "n_routed_experts",
 )
-# Older names of what is in rope_parameters, which every config class still takes.
-_ROTARY = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
+# Fields that transformers reads where a config has them, though few of its classes declare them.
+_UNDECLARED = {
+    "full_attention_interval",
+    "head_dim",
+    "partial_rotary_factor",
+    "rope_local_base_freq",
+    "rope_scaling",
+    "rope_theta",
+    "rotary_emb_base",
+    "rotary_pct",
+    "sliding_window_pattern",
+}
 
 
 def new_model(
@@ -71,7 +81,7 @@ def _config(tokenizer: PreTrainedTokenizerBase, arch: dict[str, Any]) -> Pretrai
     kind = given.pop("model_type", None)
     if kind is None:
         raise ValueError("model_type is missing: name the architecture, such as qwen3 or llama")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=1)
         hint = f": did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"model_type {kind!r} is unknown to transformers{hint}")
@@ -97,7 +107,7 @@ def _check_fields(
     for field in given:
         if aliases.get(field, field) in of_tokenizer:
             raise ValueError(f"{field} is that of the tokenizer: leave it out")
-        if field not in known.keys() | aliases.keys() | _ROTARY:
+        if field not in known.keys() | aliases.keys() | _UNDECLARED:
             near = difflib.get_close_matches(str(field), [*known, *aliases], n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"{name} has no such field"
             raise ValueError(f"unknown field {field!r}: {hint}")
