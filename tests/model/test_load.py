@@ -378,7 +378,7 @@ def test_every_command_refuses_a_damaged_model_in_one_line(
         ({}, "model_type is missing"),
         ({"model_type": "qwen3"}, "hidden_size, num_hidden_layers, num_attention_heads"),
         ({"model_type": "gpt2"}, "n_embd, n_layer, n_head"),
-        ({"model_type": "qwen33", **ARCH, "model_type": "qwen33"}, "did you mean 'qwen3'?"),
+        ({**ARCH, "model_type": "qwen33"}, "did you mean 'qwen3'?"),
         ({"model_type": ["qwen3"]}, "model_type"),
         ({**ARCH, "hiden_size": 64}, "unknown field 'hiden_size': did you mean 'hidden_size'?"),
         ({**ARCH, "temperature": 1}, "unknown field 'temperature'"),

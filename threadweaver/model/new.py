@@ -104,6 +104,10 @@ def _check_fields(
     """Raises ValueError if a field is unknown or belongs to the tokenizer, or a size is missing."""
     known = {field.name: field.default for field in fields(kind)}
     aliases = kind.attribute_map
+
+    def declared(field: str) -> str:
+        return aliases[field] if aliases.get(field) in known else field
+
     for field in given:
         if aliases.get(field, field) in of_tokenizer:
             raise ValueError(f"{field} is that of the tokenizer: leave it out")
@@ -111,13 +115,13 @@ def _check_fields(
             near = difflib.get_close_matches(str(field), [*known, *aliases], n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"{name} has no such field"
             raise ValueError(f"unknown field {field!r}: {hint}")
-    if not {aliases.get(s, s) for s in _SIZES[:2]} <= known.keys():
+    if not {declared(size) for size in _SIZES[:2]} <= known.keys():
         text = kind.sub_configs.get("text_config")
         hint = f", such as {text.model_type}" if text is not None and text.model_type else ""
         raise ValueError(f"{name} is not one decoder alone: name the type of a text model{hint}")
-    sizes = dict.fromkeys(aliases.get(size, size) for size in _SIZES)
-    set_to = {aliases.get(field, field): value for field, value in given.items()}
-    missing = [s for s in sizes if isinstance(known.get(s), int) and s not in set_to]
+    sizes = dict.fromkeys(map(declared, _SIZES))
+    set_here = set(map(declared, given))
+    missing = [s for s in sizes if isinstance(known.get(s), int) and s not in set_here]
     if missing:
         raise ValueError(
             f"{', '.join(missing)} must be set: the defaults of {name} are those of a large model"
