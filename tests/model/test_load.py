@@ -127,6 +127,18 @@ def test_weights_under_the_prefix_of_the_base_model_alone_are_those_weights(fold
     assert all(torch.equal(ours[name], stored_model[name]) for name in stored_model)
 
 
+def test_experts_that_lie_together_in_the_model_and_apart_in_the_file_are_found(tmp_path):
+    arch = {**ARCH, "model_type": "mixtral", "num_local_experts": 4, "num_hidden_layers": 1}
+    model = new_model(TOKENIZER, arch, seed=2)
+    save_model(model, TOKENIZER, tmp_path)
+    for again in (load_model(tmp_path)[0], AutoModelForCausalLM.from_pretrained(tmp_path)):
+        weights = again.state_dict()
+        assert all(torch.equal(weights[name], w) for name, w in model.state_dict().items())
+    name = "model.layers.0.block_sparse_moe.experts.3.w2.weight"
+    change_weights(tmp_path, without(name))
+    assert "experts" in refusal(tmp_path)
+
+
 def test_two_tables_that_differ_stay_two_when_tags_are_added(tmp_path):
     """tie_word_embeddings says one: a resize must not overwrite the stored output table."""
     config = LlamaConfig(**{k: v for k, v in TINY.items() if k != "model_type"})
