@@ -12,7 +12,6 @@ from threadweaver.model.load import (
     load_model,
     load_tokenizer,
     new_model,
-    save_model,
 )
 from threadweaver.model.loss import (
     TokenLogprobs,
@@ -22,6 +21,7 @@ from threadweaver.model.loss import (
     trie_logprobs,
     trie_loss,
 )
+from threadweaver.model.save import save_model
 from threadweaver.model.tokenizer import build_tokenizer
 from threadweaver.model.vocabulary import add_tags
 

@@ -160,11 +160,3 @@ def new_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
-
-
-def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path
-) -> None:
-    """Writes a plain Hugging Face folder: safetensors, config and tokenizer."""
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)

@@ -38,7 +38,12 @@ from threadweaver.train.run_dir import (
     settle_precision,
     write_config,
 )
-from threadweaver.train.setup import build_model, build_optimizer, prepare_torch
+from threadweaver.train.setup import (
+    build_model,
+    build_optimizer,
+    prepare_torch,
+    recompute_activations,
+)
 from threadweaver.train.stages import RLConfig, SFTConfig
 from threadweaver.trajectory import Codec
 from tw_kernels import Trie
@@ -153,7 +158,7 @@ class Trainer(Run[T]):
         self.steps_done = 0
         self.load_data()
         if compute.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(self.model)
         if compute.compile:
             self.model.base_model.compile(dynamic=True)
         self.optimizer = build_optimizer(self.model, self.config.optimization)
