@@ -7,6 +7,8 @@ from threadweaver.model.attention import (
     paged_hidden_states,
     trie_hidden_states,
 )
+from threadweaver.model.context import context_length
+from threadweaver.model.end_tokens import end_ids
 from threadweaver.model.load import (
     check_supported,
     load_model,
@@ -32,7 +34,9 @@ __all__ = [
     "add_tags",
     "build_tokenizer",
     "check_supported",
+    "context_length",
     "cross_entropy_sum",
+    "end_ids",
     "load_model",
     "load_tokenizer",
     "new_model",

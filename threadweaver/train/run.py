@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from threadweaver.model import save_model
+from threadweaver.model import end_ids, save_model
 from threadweaver.train.checkpoint import (
     all_checkpoints,
     check_shapes,
@@ -153,7 +153,7 @@ class Trainer(Run[T]):
         checkpoint = self.last_checkpoint if self.state else None
         self.model, self.tokenizer = build_model(self.config, checkpoint)
         torch.nn.Module.to(self.model, self.device).train()
-        self.codec = Codec.from_tokenizer(self.tokenizer)
+        self.codec = Codec.from_tokenizer(self.tokenizer, end_ids(self.model))
         self.totals: dict[str, float] = {"seconds": 0.0}
         self.steps_done = 0
         self.load_data()

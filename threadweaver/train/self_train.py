@@ -26,6 +26,7 @@ from threadweaver.data import save_rows, trajectory_row
 from threadweaver.evaluate.grade import Graded, graded_row, summary
 from threadweaver.evaluate.rollouts import fingerprint, roll_out
 from threadweaver.generate.engine import Engine
+from threadweaver.model import end_ids
 from threadweaver.progress import ResponsesProgress
 from threadweaver.tasks import Problem, load_task
 from threadweaver.train.config import ConfigError, DataConfig
@@ -132,7 +133,7 @@ class SelfTraining(Run[SelfTrainConfig]):
         torch.nn.Module.to(model, self.device)
         return Engine(
             model.eval(),
-            Codec.from_tokenizer(tokenizer),
+            Codec.from_tokenizer(tokenizer, end_ids(model)),
             **asdict(config.rollouts.engine),
             autocast=config.compute.precision == "bf16",
         )

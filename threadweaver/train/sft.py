@@ -16,7 +16,7 @@ from threadweaver.evaluate.metrics import compare
 from threadweaver.evaluate.modes import evaluate_modes
 from threadweaver.evaluate.rollouts import queue
 from threadweaver.generate.engine import Engine
-from threadweaver.model import load_model, supervised_tokens, trie_loss
+from threadweaver.model import context_length, load_model, supervised_tokens, trie_loss
 from threadweaver.progress import Progress
 from threadweaver.tasks import load_task
 from threadweaver.train.batches import (
@@ -154,7 +154,13 @@ class SFTTrainer(Trainer[SFTConfig]):
             examples = list(progress.track(read_examples(path)))
         budget = self.config.optimization.batch_tokens
         with Progress(self.console, f"building tries of {path}", len(examples), "rows") as progress:
-            data = build_tries(progress.track(examples), self.codec, self.config.data, budget)
+            data = build_tries(
+                progress.track(examples),
+                self.codec,
+                self.config.data,
+                budget,
+                context_length(self.model),
+            )
         unrolled = sum(map(unrolled_tokens, data.tries))
         self.console.print(
             f"{path}: {len(data.tries):,} tries, {sum(data.sizes):,} tokens ({unrolled:,} "
