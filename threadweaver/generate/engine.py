@@ -97,6 +97,7 @@ class Engine:
 
     Attributes:
         pool: the KV pages.
+        context_length: most tokens of a prompt and its response.
         decoded_tokens: by all steps so far.
 
     Raises:
@@ -141,7 +142,7 @@ class Engine:
         self._count = 0
         self.decoded_tokens = 0
         self._is_cast = False  # whether the runner took the weights since it last had no work
-        self._context_length = context_length(model) or MOST_IDS
+        self.context_length = context_length(model) or MOST_IDS
         self._rows = model.get_input_embeddings().weight.shape[0]
         self._seconds = {"sampling": 0.0, "orchestration": 0.0}
 
@@ -186,20 +187,13 @@ class Engine:
                 path.
         """
         ids = token_ids(prompt, "prompt", self._rows)
+        self.check(ids, settings)
         if script is not None:
             script = {
                 request: token_ids(tokens, f"script, request {request}", self._rows)
                 for request, tokens in script.items()
             }
-        weaver = settings.weaver(ids, self.codec, self._context_length)
-        longest = len(ids) + self.room(len(ids), settings)
-        pages = -(-longest // self.pool.page_size)
-        if pages > self.pool.num_pages:
-            raise ValueError(
-                f"a prompt of {len(ids)} tokens and a response of up to {longest - len(ids)} need "
-                f"{pages} KV pages of {self.pool.page_size} tokens, and the pool has "
-                f"{self.pool.num_pages}: lower max_tokens, or give more kv_gigabytes"
-            )
+        weaver = settings.weaver(ids, self.codec, self.context_length)
         family = self._families.setdefault(tuple(ids), Family(len(ids)))
         family.unfinished += 1
         generation = Generation(self._count, ids, settings, seed, weaver, family, script)
@@ -208,10 +202,32 @@ class Engine:
         self._open_requests(generation)
         return generation
 
-    def room(self, prompt_length: int, settings: GenerationSettings) -> int:
-        """Most tokens of a response to such a prompt: max_tokens, or what the model's context
-        leaves if that is less."""
-        return min(settings.max_tokens, self._context_length - prompt_length)
+    def check(self, prompt: Iterable[int], settings: GenerationSettings) -> int:
+        """Most tokens that the response may have: max_tokens, or less where the context ends.
+
+        Raises:
+            ValueError: what `add` refuses.
+        """
+        ids = token_ids(prompt, "prompt", self._rows)
+        settings.weaver(ids, self.codec, self.context_length)
+        room = min(settings.max_tokens, self.context_length - len(ids))
+        pages = -(-(len(ids) + room) // self.pool.page_size)
+        if pages > self.pool.num_pages:
+            raise ValueError(
+                f"a prompt of {len(ids)} tokens and a response of up to {room} need "
+                f"{pages} KV pages of {self.pool.page_size} tokens, and the pool has "
+                f"{self.pool.num_pages}: lower max_tokens, or give more kv_gigabytes"
+            )
+        return room
+
+    def context_note(self, settings: GenerationSettings, room: int) -> str | None:
+        """A line to show if the least room of some prompts, by `check`, is not max_tokens."""
+        if room == settings.max_tokens:
+            return None
+        return (
+            f"max_tokens: {room:,} and not {settings.max_tokens:,} after the longest prompt, since "
+            f"the model's context ends at {self.context_length:,}"
+        )
 
     def step(self) -> list[Token]:
         """One forward pass: prefills and decodes what fits. Returns the tokens it decoded.

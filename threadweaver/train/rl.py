@@ -21,10 +21,10 @@ from transformers import PreTrainedModel
 
 from threadweaver.evaluate.grade import METRICS, Graded, summary
 from threadweaver.evaluate.reward import reward
-from threadweaver.evaluate.rollouts import fingerprint, roll_out
+from threadweaver.evaluate.rollouts import check_prompts, fingerprint, roll_out
 from threadweaver.generate.engine import Engine
 from threadweaver.model import trie_logprobs
-from threadweaver.progress import Progress, ResponsesProgress
+from threadweaver.progress import Progress, ResponsesProgress, print_line
 from threadweaver.tasks import Problem, load_task
 from threadweaver.train.advantages import group_advantages
 from threadweaver.train.batches import unrolled_tokens
@@ -57,6 +57,8 @@ class RLTrainer(Trainer[RLConfig]):
             **asdict(config.rollouts.engine),
             autocast=config.compute.precision == "bf16",
         )
+        if note := check_prompts(self.engine, self.problems, config.rollouts.generation):
+            print_line(self.console, note)
         self.reference = self._load_reference() if config.policy.kl else None
 
     def train_step(self) -> Record:
