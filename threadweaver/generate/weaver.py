@@ -99,7 +99,7 @@ class Weaver:
         limits: how often a limit ended something.
 
     Raises:
-        ValueError: the prompt is empty, a setting is out of range, or the codec has no newline to
+        ValueError: the prompt is empty or holds what is no id, a setting is out of range, or the codec has no newline to
             write around threads.
     """
 

@@ -50,8 +50,8 @@ class Codec:
         self.tag_ids = dict(tag_ids)
         self.tags = {id: tag for tag, id in self.tag_ids.items()}
         (self.eos_id,) = token_ids([eos_id], "eos_id")
-        others = set(token_ids(end_ids, "end_ids")) - {eos_id}
-        self.end_ids = (eos_id, *sorted(others))
+        others = set(token_ids(end_ids, "end_ids")) - {self.eos_id}
+        self.end_ids = (self.eos_id, *sorted(others))
         self.newline_ids = tuple(token_ids(newline_ids, "newline_ids"))
         self._vocabulary = vocabulary
         self._texts: dict[int, str] = {}
