@@ -99,8 +99,8 @@ class Weaver:
         limits: how often a limit ended something.
 
     Raises:
-        ValueError: the prompt is empty or holds what is no id, a setting is out of range, or the codec has no newline to
-            write around threads.
+        ValueError: the prompt is empty or holds what is no token id, a setting is out of range, or
+            the codec has no newline to write around threads.
     """
 
     def __init__(
