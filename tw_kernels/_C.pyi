@@ -74,6 +74,9 @@ def trie_decode(
     sizes: tuple[int, int, int, int, int, int, int],
     dtype: int,
     scale: float,
+    window: int,  # 0: none
+    softcap: float,  # 0: none
+    sinks: int,  # address; 0: none
     threads: int,
     # addresses: rows, positions, slots, merge_ptr, merge_slots, items, pages
     plan: tuple[int, int, int, int, int, int, int],

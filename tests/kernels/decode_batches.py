@@ -131,7 +131,14 @@ def random_inputs(
     )
 
 
-def oracle(batch: Batch, inputs: Inputs, scale: float) -> Tensor:
+def oracle(
+    batch: Batch,
+    inputs: Inputs,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """[Q, Hq, D] in float64: each new token over the tokens of its sequence up to itself."""
     pages = [x.double().flatten(0, 1) for x in (inputs.kv.k_pages, inputs.kv.v_pages)]
     fresh = torch.cat([batch.slots(s)[-n:] for s, n in enumerate(batch.new_tokens)])
@@ -143,8 +150,17 @@ def oracle(batch: Batch, inputs: Inputs, scale: float) -> Tensor:
         q = inputs.q[first : first + new].double()
         k, v = (x[batch.slots(s)].repeat_interleave(group, 1) for x in pages)
         scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-        hidden = torch.arange(batch.lengths[s]) > torch.tensor(batch.positions(s))[:, None]
-        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        if softcap is not None:
+            scores = softcap * (scores / softcap).tanh()
+        positions = torch.tensor(batch.positions(s))[:, None]
+        hidden = torch.arange(batch.lengths[s]) > positions
+        if window is not None:
+            hidden |= torch.arange(batch.lengths[s]) <= positions - window
+        weights = scores.masked_fill(hidden, -torch.inf)
+        if sinks is not None:
+            logits = sinks.double()[:, None, None].expand(-1, new, 1)
+            weights = torch.cat([weights, logits], 2)
+        weights = weights.softmax(-1)[:, :, : batch.lengths[s]]
         outs.append(torch.einsum("hqk,khd->qhd", weights, v))
         first += new
     return torch.cat(outs)

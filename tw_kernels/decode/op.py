@@ -8,11 +8,13 @@ prefill in one piece or in chunks, and all of them in one batch.
 
 A backend is a module of two functions:
 
-    why_not(q, kv)                                None if it can run this call, else the reason
-    forward(q, kv, plan, scale, new_k, new_v)     -> out; new_k and new_v, tensors or None, are
-                                                  written to their pages first
+    why_not(q, kv, window, softcap, sinks)        None if it can run this call, else the reason
+    forward(q, kv, plan, scale, new_k, new_v,     -> out; new_k and new_v, tensors or None, are
+            window, softcap, sinks)               written to their pages first
 
-Shapes: q, out [Q, Hq, D]; new_k, new_v [Q, Hkv, D]. scale is above 0.
+Shapes: q, out [Q, Hq, D]; new_k, new_v [Q, Hkv, D]; sinks [Hq], float32 (float64 for a float64 q),
+contiguous. window is in [1, 2^31), scale and softcap are in NUMBERS; window, softcap and sinks are
+None where a call has none.
 
 Which backend runs, unless `backend` or the environment variable TW_DECODE_BACKEND names one: the
 first of TRIE_DECODE that can run the call: triton on CUDA, native on a CPU, reference otherwise.
@@ -23,8 +25,10 @@ run in Triton's interpreter.
 from __future__ import annotations
 
 import os
+from numbers import Integral, Real
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from tw_kernels.decode import cuda, native, reference, triton
@@ -37,6 +41,11 @@ TRIE_DECODE: dict[str, ModuleType] = {
     "cuda": cuda,
 }
 
+# What a scale and a soft cap can be, so that neither they nor their quotient leave float32.
+NUMBERS = 1e-18, 1e18
+# No sequence is longer (DecodePlan.build), so no window can be.
+LONGEST = 2**31
+
 
 def trie_decode(
     q: Tensor,
@@ -47,8 +56,14 @@ def trie_decode(
     *,
     new_k: Tensor | None = None,
     new_v: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale * q k^T) v of every new token over its sequence up to itself. No gradients.
+
+    A key or value that a token does not see has no effect on it, whatever it holds, in the backends
+    native and reference; the others say in their docstrings what they do with a NaN.
 
     Args:
         q: [Q, Hq, D], the new tokens of the sequences in the order given to `DecodePlan.build`,
@@ -59,27 +74,35 @@ def trie_decode(
         backend: a name of TRIE_DECODE; default: see the module's docstring.
         new_k, new_v: [Q, Hkv, D], keys and values of the new tokens, written to their pages before
             anything reads them. Without them the pages must hold them already.
+        window: a token at position p sees the keys at positions in (p - window, p]; default: all up
+            to its own.
+        softcap: scores become softcap * tanh(score / softcap) before the softmax; default: as they
+            are.
+        sinks: [Hq], of any floating dtype; one more logit in the denominator of each softmax of its
+            head, which no value belongs to.
 
     Returns:
         out [Q, Hq, D], in q's order and dtype; 0 in padding rows.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, pages that kv does not have,
-            a scale that is not above 0, or a backend that cannot run the call, with the reason.
+            a scale, window, softcap or sinks out of range, or a backend that cannot run the call,
+            with the reason.
     """
     _check(q, kv, plan, new_k, new_v)
-    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    if scale <= 0:
-        raise ValueError(f"scale must be above 0, got {scale}")
-    run = TRIE_DECODE[choose_backend(q, kv, backend or os.environ.get("TW_DECODE_BACKEND"))]
-    return run.forward(q, kv, plan, scale, new_k, new_v)
+    scale = q.shape[-1] ** -0.5 if scale is None else _number("scale", scale)
+    softcap = None if softcap is None else _number("softcap", softcap)
+    window, sinks = _window(window), _sinks(sinks, q)
+    name = backend or os.environ.get("TW_DECODE_BACKEND")
+    run = TRIE_DECODE[choose_backend(q, kv, name, window, softcap, sinks)]
+    return run.forward(q, kv, plan, scale, new_k, new_v, window, softcap, sinks)
 
 
 def _check(
     q: Tensor, kv: PagedKV, plan: DecodePlan, new_k: Tensor | None, new_v: Tensor | None
 ) -> None:
     _, page_size, num_kv_heads, head_dim = kv.k_pages.shape
-    if q.dim() != 3 or q.shape[2] != head_dim or q.shape[1] % num_kv_heads:
+    if q.dim() != 3 or q.shape[2] != head_dim or not q.shape[1] or q.shape[1] % num_kv_heads:
         raise ValueError(
             "q must be [Q, Hq, D] with the D of the pages and Hq a multiple of their Hkv; "
             f"got {tuple(q.shape)} and pages {tuple(kv.k_pages.shape)}"
@@ -108,7 +131,44 @@ def _check(
         raise ValueError(f"q, the pages, new_k, new_v and plan must share a device; got {devices}")
 
 
-def choose_backend(q: Tensor, kv: PagedKV, name: str | None = None) -> str:
+def _number(name: str, value: float) -> float:
+    least, most = NUMBERS
+    if isinstance(value, bool) or not isinstance(value, Real) or not least <= value <= most:
+        raise ValueError(f"{name} must be a number in [{least:g}, {most:g}], got {value!r}")
+    return float(value)
+
+
+def _window(window: int | None) -> int | None:
+    """None if no sequence can be longer."""
+    if window is None:
+        return None
+    if isinstance(window, bool) or not isinstance(window, Integral) or window < 1:
+        raise ValueError(f"window must be an integer of at least 1, or None; got {window!r}")
+    return int(window) if window < LONGEST else None
+
+
+def _sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:
+    """As backends take them."""
+    if sinks is None:
+        return None
+    if not isinstance(sinks, Tensor):
+        raise ValueError(f"sinks must be a tensor or None, got {type(sinks).__name__}")
+    if sinks.shape != q.shape[1:2] or not sinks.is_floating_point() or sinks.device != q.device:
+        raise ValueError(
+            f"sinks must be floating-point numbers [Hq], here [{q.shape[1]}], on {q.device}; "
+            f"got {sinks.dtype} {list(sinks.shape)} on {sinks.device}"
+        )
+    return sinks.detach().to(torch.promote_types(q.dtype, torch.float32)).contiguous()
+
+
+def choose_backend(
+    q: Tensor,
+    kv: PagedKV,
+    name: str | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> str:
     """The backend that runs this call: `name` if given, else by the module docstring's rule."""
     if name and name not in TRIE_DECODE:
         raise ValueError(f"no backend {name!r} for trie_decode: {', '.join(TRIE_DECODE)}")
@@ -116,7 +176,7 @@ def choose_backend(q: Tensor, kv: PagedKV, name: str | None = None) -> str:
     usual = [n for n in TRIE_DECODE if n not in named]
     reasons = {}
     for candidate in [name] if name else usual:
-        reasons[candidate] = TRIE_DECODE[candidate].why_not(q, kv)
+        reasons[candidate] = TRIE_DECODE[candidate].why_not(q, kv, window, softcap, sinks)
         if reasons[candidate] is None:
             return candidate
     why = "; ".join(f"{n}: {reason}" for n, reason in reasons.items())

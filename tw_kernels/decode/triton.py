@@ -21,8 +21,17 @@ from tw_kernels.native import dense_rows
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
 
 
-def why_not(q: Tensor, kv: PagedKV) -> str | None:
+def why_not(
+    q: Tensor,
+    kv: PagedKV,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> str | None:
     """None if this call can run, else the reason in one line."""
+    given = {"window": window, "softcap": softcap, "sinks": sinks}
+    if lacking := [name for name, value in given.items() if value is not None]:
+        return f"the Triton kernels have no {' and no '.join(lacking)}"
     if kv.page_size not in PAGE_SIZES:
         return f"page size {kv.page_size} is not one of {', '.join(map(str, PAGE_SIZES))}"
     return triton_device.why_not(q)
@@ -35,6 +44,9 @@ def forward(
     scale: float,
     new_k: Tensor | None,
     new_v: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """out [Q, Hq, D] in q's dtype; writes new_k and new_v to their slots first."""
     from tw_kernels.decode import triton_kernels as kernels
