@@ -117,7 +117,8 @@ def test_buffers_and_tied_tables_that_are_stored_too_are_no_fault(folder):
         },
     )
     model, _ = load_model(folder)
-    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    output = model.get_output_embeddings()
+    assert output is not None and output.weight is model.get_input_embeddings().weight
 
 
 def test_weights_under_the_prefix_of_the_base_model_alone_are_those_weights(folder, stored):
