@@ -233,8 +233,8 @@ def test_the_result_is_the_same_wherever_keys_lie(isa, dtype):
         pages = torch.empty(2, *shape, head_dim + 1, dtype=dtype)[..., first : first + head_dim]
         pages[0], pages[1] = inputs.kv.k_pages, inputs.kv.v_pages
         kv = PagedKV(*pages)
-        new = {"new_k": inputs.new_k, "new_v": inputs.new_v}
-        got = trie_decode(inputs.q, kv, batch.plan(), None, "native", **new)
+        new_k, new_v = inputs.new_k, inputs.new_v
+        got = trie_decode(inputs.q, kv, batch.plan(), None, "native", new_k=new_k, new_v=new_v)
         assert torch.equal(got, want)
 
 
@@ -271,9 +271,10 @@ def test_finite_keys_and_values_never_reach_rows_that_do_not_see_them(isa, dtype
     inputs = random_inputs(batch, (3, 1, 32), dtype)
     changed = Inputs(inputs.q, inputs.kv, inputs.new_k.clone(), inputs.new_v.clone())
     changed.new_k[120:] = changed.new_v[120:] = torch.finfo(dtype).max
-    plan = {"tile_rows": 150, "num_workers": 1}
-    assert (batch.plan(**plan).items[:, 3:5] == torch.tensor([0, 150])).all()
-    assert torch.equal(run(batch, changed, **plan)[:120], run(batch, inputs, **plan)[:120])
+    plan = batch.plan(tile_rows=150, num_workers=1)
+    assert (plan.items[:, 3:5] == torch.tensor([0, 150])).all()
+    got, want = (run(batch, x, tile_rows=150, num_workers=1)[:120] for x in (changed, inputs))
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
