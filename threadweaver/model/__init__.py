@@ -7,12 +7,12 @@ from threadweaver.model.attention import (
     paged_hidden_states,
     trie_hidden_states,
 )
+from threadweaver.model.context import context_length
+from threadweaver.model.end_tokens import end_ids
 from threadweaver.model.load import (
     check_supported,
     load_model,
     load_tokenizer,
-    new_model,
-    save_model,
 )
 from threadweaver.model.loss import (
     TokenLogprobs,
@@ -22,6 +22,8 @@ from threadweaver.model.loss import (
     trie_logprobs,
     trie_loss,
 )
+from threadweaver.model.new import new_model, parameter_count
+from threadweaver.model.save import save_model
 from threadweaver.model.tokenizer import build_tokenizer
 from threadweaver.model.vocabulary import add_tags
 
@@ -32,12 +34,15 @@ __all__ = [
     "add_tags",
     "build_tokenizer",
     "check_supported",
+    "context_length",
     "cross_entropy_sum",
+    "end_ids",
     "load_model",
     "load_tokenizer",
     "new_model",
     "output_layer",
     "paged_hidden_states",
+    "parameter_count",
     "save_model",
     "supervised_tokens",
     "token_logprobs",
