@@ -68,7 +68,13 @@ def within(mask: Tensor, window: int | None) -> Tensor:
 
 
 def oracle(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Masked softmax attention in float64: out [N, Hq, D], lse [Hq, N]. Differentiable."""
     group = q.shape[1] // k.shape[1]
@@ -77,7 +83,10 @@ def oracle(
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
     scores = scores.masked_fill(~mask, -torch.inf)
-    out = torch.einsum("hij,jhd->ihd", scores.softmax(-1), v.repeat_interleave(group, 1))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double()[:, None, None].expand(-1, len(q), 1)], -1)
+    p = scores.softmax(-1)[..., : len(q)]
+    out = torch.einsum("hij,jhd->ihd", p, v.repeat_interleave(group, 1))
     return out, scores.logsumexp(-1)
 
 
