@@ -55,6 +55,8 @@ BATCHES: dict[str, tuple[Batch, tuple[int, int, int]]] = {
     "prefill": (random_batch(11, 1, 8, 70, 70), (2, 2, 16)),
     "prefill beside readers": (random_batch(0, 4, 8, 40, 14), (4, 1, 16)),
     "many runs": (fork_join_batch(200, 10, prompts=1, threads=3, page_size=8), (2, 1, 16)),
+    # The reader, far beyond the prompt's window, keeps two keys of the page that the prompt lacks.
+    "prompt and far reader": (Batch([[0], [0, 1, 2]], [6, 20], [6, 1], 8, 3), (2, 1, 16)),
     "large pages": (random_batch(97, 4, 64, 90, 3), (3, 3, 32)),
 }
 VARIANTS = {
