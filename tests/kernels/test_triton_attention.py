@@ -87,9 +87,9 @@ def dense_schedule(mask, block_q, block_kv, window=None):
         assert len(rows) == last - first
         middle = [int(full_rows[0]), int(full_rows[-1]) + 1] if len(full_rows) else [last, last]
         q_range.append([first, *middle, last])
-    fields = (row_ptr, full_end, kv_blocks, q_range, *orders, q_starts)
     int32 = partial(torch.as_tensor, dtype=torch.int32, device=DEVICE)
-    return BlockSchedule(*(None if f is None else int32(f) for f in fields))
+    fields = map(int32, (row_ptr, full_end, kv_blocks, q_range, *orders))
+    return BlockSchedule(*fields, q_starts=None if q_starts is None else int32(q_starts))
 
 
 class DenseLayout(TrieLayout):

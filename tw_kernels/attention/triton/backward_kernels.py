@@ -210,8 +210,8 @@ def _add_blocks(
     head = first_head
     first_partial = tl.where(first < full_first, first, full_last)
     block = first_partial
-    for _ in tl.range(group * num_partial, num_stages=PARTIAL_STAGES):
-        dk, dv = _add_dkv(
+    for _ in tl.range(group * num_partial, num_stages=PARTIAL_STAGES):  # pyright: ignore[reportGeneralTypeIssues]
+        dk, dv = _add_dkv(  # pyright: ignore[reportGeneralTypeIssues]
             dk, dv, k, v, columns, ends, window_starts, q, dout, lse2, delta, stride_qn, stride_qh,
             stride_gn, stride_gh, stride_stats, num_tokens, scale, softcap, head, block,
             BLOCK_Q, D, MASKED=True,
@@ -223,7 +223,7 @@ def _add_blocks(
     head = first_head
     block = full_first
     for _ in range(group * num_full):
-        dk, dv = _add_dkv(
+        dk, dv = _add_dkv(  # pyright: ignore[reportGeneralTypeIssues]
             dk, dv, k, v, columns, ends, window_starts, q, dout, lse2, delta, stride_qn, stride_qh,
             stride_gn, stride_gh, stride_stats, num_tokens, scale, softcap, head, block,
             BLOCK_Q, D, MASKED=False,
