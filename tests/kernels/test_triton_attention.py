@@ -323,7 +323,7 @@ def test_rows_beyond_the_last_token_are_neither_read_nor_written(n, guarded_outp
 
 def test_the_layouts_own_schedules_give_the_same_bits():
     ends = random_forest(90, seed=5, chain=0.9)
-    call = Call.random(90, 2, 1, 16, torch.float32)
+    call = Call.random(90, 1, 1, 16, torch.float32)
     layout = TrieLayout(torch.tensor(ends, dtype=torch.int32, device=DEVICE))
     for variant in ((None, None), (23, 5.0)):
         runs = call.run(layout, *variant), call.run(DenseLayout(ends), *variant)
