@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from tests.kernels.rounding import allowed, gradient_terms
 from tests.kernels.tries import oracle, relative_error, visible, within
-from tw_kernels import triton_device
+from tw_kernels import trie_attention, triton_device
 from tw_kernels.attention import triton as triton_attention
 from tw_kernels.trie import BlockSchedule, TrieLayout
 
@@ -244,6 +244,24 @@ def test_windows_and_soft_caps_agree_with_the_oracle(name, guarded_outputs):
     ends, window, softcap = VARIANTS[name]
     call = Call.random(len(ends), 2, 1, 16, torch.float32)
     assert_exact(call, DenseLayout(ends), window, softcap)
+
+
+def test_the_op_runs_them_with_sinks_too():
+    call = Call.random(60, 2, 1, 16, torch.float32)
+    layout = TrieLayout(torch.tensor(random_forest(60, seed=12, chain=0.9), dtype=torch.int32))
+    inputs = [*(x.cpu() for x in (call.q, call.k, call.v)), torch.tensor([0.5, -1.0])]
+    q, k, v, sinks = (x.double().requires_grad_() for x in inputs)
+    mask = within(visible(layout.subtree_ends), 9)
+    want, want_lse = oracle(q, k, v, mask, 0.25, 2.0, sinks)
+    want_grads = torch.autograd.grad(want, (q, k, v, sinks), call.dout.cpu().double())
+    q, k, v, sinks = (x.to(DEVICE).requires_grad_() for x in inputs)
+    on_device = TrieLayout(layout.subtree_ends.to(DEVICE))
+    got, lse = trie_attention(
+        q, k, v, on_device, 0.25, "triton", return_lse=True, window=9, softcap=2.0, sinks=sinks
+    )
+    grads = torch.autograd.grad(got, (q, k, v, sinks), call.dout)
+    for a, b in zip((got, lse, *grads), (want, want_lse, *want_grads), strict=True):
+        assert relative_error(a.detach().cpu(), b.detach()) <= 1e-5
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a compiled kernel keeps its constants")
