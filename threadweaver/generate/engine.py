@@ -22,11 +22,12 @@ from transformers import PreTrainedModel
 
 from threadweaver.generate.pages import PagePool
 from threadweaver.generate.rollout import Completion, Rollout
-from threadweaver.generate.runner import Runner, kv_shape
+from threadweaver.generate.runner import Runner
 from threadweaver.generate.sampler import sample, stream_key, uniforms
 from threadweaver.generate.scheduler import Branch, Family, Scheduler, Sequence
 from threadweaver.generate.settings import GenerationSettings
 from threadweaver.generate.weaver import Reason, RequestId, Weaver
+from threadweaver.model import kv_shape
 from threadweaver.trajectory import Codec
 
 # Recorded completions by request id, which a generation takes instead of sampling.

@@ -3,7 +3,7 @@
 from threadweaver.model.attention import (
     ATTENTION,
     PagedStep,
-    output_layer,
+    kv_shape,
     paged_hidden_states,
     trie_hidden_states,
 )
@@ -14,6 +14,7 @@ from threadweaver.model.load import (
     new_model,
     save_model,
 )
+from threadweaver.model.logits import OutputLayer, mask_unknown_ids, output_layer
 from threadweaver.model.loss import (
     TokenLogprobs,
     cross_entropy_sum,
@@ -27,14 +28,17 @@ from threadweaver.model.vocabulary import add_tags
 
 __all__ = [
     "ATTENTION",
+    "OutputLayer",
     "PagedStep",
     "TokenLogprobs",
     "add_tags",
     "build_tokenizer",
     "check_supported",
     "cross_entropy_sum",
+    "kv_shape",
     "load_model",
     "load_tokenizer",
+    "mask_unknown_ids",
     "new_model",
     "output_layer",
     "paged_hidden_states",
