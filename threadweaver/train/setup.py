@@ -47,7 +47,11 @@ def build_model(
     try:
         model, tokenizer = load_model(path)
     except ValueError as error:
-        raise ConfigError(f"model.path: {error}") from error
+        if checkpoint is None:
+            raise ConfigError(f"model.path: {error}") from error
+        raise ConfigError(
+            f"{error}; delete the folder {checkpoint.name} to resume from the checkpoint before it"
+        ) from error
     add_tags(tokenizer, model)
     # A matrix product may round by where its operands lie. Loaded weights lie as they do in the
     # file; copies lie as in a model that was never saved.
