@@ -7,12 +7,7 @@ from threadweaver.model.attention import (
     paged_hidden_states,
     trie_hidden_states,
 )
-from threadweaver.model.load import (
-    check_supported,
-    load_model,
-    load_tokenizer,
-    save_model,
-)
+from threadweaver.model.load import load_model, load_tokenizer, save_model
 from threadweaver.model.logits import OutputLayer, mask_unknown_ids, output_layer
 from threadweaver.model.loss import (
     TokenLogprobs,
@@ -23,6 +18,8 @@ from threadweaver.model.loss import (
     trie_loss,
 )
 from threadweaver.model.new import new_model, parameter_count
+from threadweaver.model.probe import probe
+from threadweaver.model.supported import check_supported
 from threadweaver.model.tokenizer import build_tokenizer
 from threadweaver.model.vocabulary import add_tags
 
@@ -43,6 +40,7 @@ __all__ = [
     "output_layer",
     "paged_hidden_states",
     "parameter_count",
+    "probe",
     "save_model",
     "supervised_tokens",
     "token_logprobs",

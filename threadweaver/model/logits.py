@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,12 +75,10 @@ def output_layer(model: PreTrainedModel) -> OutputLayer:
     Raises:
         ValueError: it is no nn.Linear.
     """
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    if not isinstance(head, nn.Linear):
-        raise ValueError(f"{model.config.model_type}: the output layer is {head}, not nn.Linear")
-    scale = (getattr(config, "logit_scale", None) or 1) / _divisor(model)
+    config = model.config.get_text_config()
+    scale = (getattr(config, "logit_scale", None) or 1) / _divisor(config)
     return OutputLayer(
-        head,
+        _linear(model),
         float(scale),
         getattr(config, "final_logit_softcapping", None),
         getattr(model, "known_rows", None),
@@ -88,9 +86,15 @@ def output_layer(model: PreTrainedModel) -> OutputLayer:
     )
 
 
-def _divisor(model: PreTrainedModel) -> float:
+def _linear(model: PreTrainedModel) -> nn.Linear:
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"{model.config.model_type}: the output layer is {head}, not nn.Linear")
+    return head
+
+
+def _divisor(config: PretrainedConfig) -> float:
     """By what a model divides its logits; HyperCLOVA X multiplies by the field of this name."""
-    config = model.config.get_text_config()
     scaling = getattr(config, "logits_scaling", None) or 1
     return 1 / scaling if config.model_type == "hyperclovax" else scaling
 
@@ -101,7 +105,7 @@ def mask_unknown_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
     A model's own matter, not saved with it; to be called again whenever one of the two grows.
     """
-    rows = model.get_output_embeddings().out_features
+    rows = _linear(model).weight.shape[0]
     ids = [id for id in tokenizer.get_vocab().values() if 0 <= id < rows]
     known = torch.zeros(rows, dtype=torch.bool)
     known[ids] = True

@@ -141,10 +141,10 @@ def _on_pages(model: PreTrainedModel, paths: list[list[int]]) -> Tensor:
         return head(hidden).split(counts)
 
     (prefill,) = logits(tables[:1], [length - 1], [(first[:-1], 0)])
-    step, other = logits(tables, [length] * 2, [(first[-1:], length - 1), (second[_TRUNK:], _TRUNK)])
-    whole = torch.stack(
-        [torch.cat([prefill, step]), torch.cat([prefill[:_TRUNK], other])]
+    step, other = logits(
+        tables, [length] * 2, [(first[-1:], length - 1), (second[_TRUNK:], _TRUNK)]
     )
+    whole = torch.stack([torch.cat([prefill, step]), torch.cat([prefill[:_TRUNK], other])])
     return _next(whole, paths)
 
 
