@@ -21,9 +21,11 @@ class TrieBuilder:
         list[NDArray[np.float32]],  # columns
     ]: ...
 
+def longest_path(subtree_ends: NDArray[np.int32]) -> int: ...
+def window_starts(subtree_ends: NDArray[np.int32], window: int) -> NDArray[np.int32]: ...
 def node_segments(subtree_ends: NDArray[np.int32]) -> NDArray[np.int32]: ...
 def block_schedule(
-    subtree_ends: NDArray[np.int32], block_q: int, block_kv: int
+    subtree_ends: NDArray[np.int32], block_q: int, block_kv: int, window: int | None = None
 ) -> tuple[NDArray[np.int32], ...]: ...
 def decode_plan(
     page_tables: Any,
@@ -74,6 +76,9 @@ def trie_decode(
     sizes: tuple[int, int, int, int, int, int, int],
     dtype: int,
     scale: float,
+    window: int,  # 0: none
+    softcap: float,  # 0: none
+    sinks: int,  # address; 0: none
     threads: int,
     # addresses: rows, positions, slots, merge_ptr, merge_slots, items, pages
     plan: tuple[int, int, int, int, int, int, int],

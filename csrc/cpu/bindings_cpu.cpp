@@ -65,14 +65,15 @@ using PlanArrays = std::array<int64_t, 7>;  // addresses: rows, positions, slots
                                             // merge_slots, items, pages
 using Pages = std::array<int64_t, 5>; // addresses of K and V, strides of pages, slots and heads
 
-void decode(const DecodeSizes &sizes, int dtype, float scale, int threads, const PlanArrays &plan,
-            const Strided &q, int64_t out, const Pages &kv, const Strided &new_k,
-            const Strided &new_v) {
+void decode(const DecodeSizes &sizes, int dtype, float scale, int64_t window, float softcap,
+            int64_t sinks, int threads, const PlanArrays &plan, const Strided &q, int64_t out,
+            const Pages &kv, const Strided &new_k, const Strided &new_v) {
   TrieDecodeArgs a{};
   a.rows = sizes[0], a.num_items = sizes[1], a.partial_slots = sizes[2];
   a.heads = sizes[3], a.kv_heads = sizes[4], a.head_dim = sizes[5], a.page_size = sizes[6];
   a.dtype = static_cast<Dtype>(dtype);
-  a.scale = scale;
+  a.scale = scale, a.window = window, a.softcap = softcap;
+  a.sinks = pointer<const float>(sinks);
   a.caller_rows = pointer<const int32_t>(plan[0]);
   a.positions = pointer<const int32_t>(plan[1]);
   a.slots = pointer<const int32_t>(plan[2]);

@@ -15,6 +15,14 @@ typedef uint32_t Pair;
 TW_INLINE Bits load(const Pair *p) { return load_as<Bits>(p); }
 TW_INLINE Bits all(Pair x) { return x - Bits{}; }
 
+// Values that are not finite become 0.
+TW_INLINE Bits finite_or_zero(Bits pairs) {
+  const Bits infinity = Bits{} + 0x7f80u, none = Bits{};
+  const Bits low = (pairs & infinity) == infinity ? none : none + 0xffffu;
+  const Bits high = (pairs >> 16 & infinity) == infinity ? none : none + 0xffff0000u;
+  return pairs & (low | high);
+}
+
 constexpr Pair kPairOfOnes = 0x3f803f80u;
 
 #if defined(__AVX512BF16__)

@@ -1,6 +1,7 @@
 #include "trie_decode.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "isa.h"
 #include "scratch.h"
@@ -29,6 +30,16 @@ const TrieDecodeKernels &kernels() {
   }
 }
 
+// The first key of an item in the window of one of its rows; num_keys if there is none.
+int32_t first_key(const TrieDecodeArgs &args, const DecodeItem &item) {
+  int64_t first = item.num_keys;
+  for (int32_t row = item.first_row; row < item.end_row; ++row) {
+    const int64_t end = args.positions[row] + int64_t{1} - item.first_position;
+    if (end > 0) first = std::min(first, std::max<int64_t>(0, end - args.window));
+  }
+  return static_cast<int32_t>(first);
+}
+
 } // namespace
 
 void trie_decode(const TrieDecodeArgs &args, int threads) {
@@ -37,12 +48,16 @@ void trie_decode(const TrieDecodeArgs &args, int threads) {
   job.args = args;
   const int64_t group = args.heads / args.kv_heads;
   double work = 0;
+  std::vector<int32_t> first_keys(args.window ? args.num_items : 0);
   for (int64_t i = 0; i < args.num_items; ++i) {
     const DecodeItem &item = args.items[i];
     const int64_t rows = (item.end_row - item.first_row) * group;
     job.matrix_rows = std::max(job.matrix_rows, rows);
-    work += 1.0 * item.num_keys * (kFetchRows + rows);
+    if (args.window) first_keys[i] = first_key(args, item);
+    const int32_t unseen = args.window ? first_keys[i] : 0;
+    work += 1.0 * (item.num_keys - unseen) * (kFetchRows + rows);
   }
+  job.first_keys = args.window ? first_keys.data() : nullptr;
   job.threads = work * args.kv_heads * args.head_dim < kOneThread ? 1 : std::max(threads, 1);
   const int64_t element = args.dtype == Dtype::float32 ? 4 : 2;
   const int64_t new_bytes = 2 * element * args.rows * args.kv_heads * args.head_dim;

@@ -24,6 +24,9 @@ struct TrieDecodeArgs {
   int64_t heads, kv_heads, head_dim, page_size; // heads is a multiple of kv_heads
   Dtype dtype;
   float scale;
+  int64_t window;     // a row at position p sees positions in (p - window, p]; 0: all up to p
+  float softcap;      // scores become softcap * tanh(score / softcap); 0: they stay as they are
+  const float *sinks; // [heads], one more logit in the denominator of each softmax; null: none
   // The plan's arrays (DecodePlan in decode_plan.h). Padding rows have slot -1 and merge nothing.
   const int32_t *caller_rows, *positions, *slots, *merge_ptr, *merge_slots, *pages;
   const DecodeItem *items; // [num_items]
@@ -32,8 +35,9 @@ struct TrieDecodeArgs {
   PagedHeads kv;
 };
 
-// On at most `threads` threads. Results do not depend on `threads`, bit for bit. Keys that no row
-// of an item sees may hold anything, NaN too.
+// On at most `threads` threads. Results do not depend on `threads`, bit for bit. Keys and values
+// that a row does not see may hold anything, NaN too, without an effect on it. Keys that lie before
+// the windows of all rows of an item, or are in no item, are not read.
 void trie_decode(const TrieDecodeArgs &args, int threads);
 
 } // namespace tw

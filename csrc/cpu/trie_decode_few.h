@@ -3,7 +3,6 @@
 #pragma once
 
 #include "matmul.h"
-#include "trie_decode_dot.h"
 #include "trie_decode_item.h"
 
 namespace tw::TW_ISA {
@@ -44,8 +43,30 @@ struct FewRows : ItemTask {
           min(kMicroRows, rows - r), width);
   }
 
+  // Soft cap of the scores of `count` keys.
+  void cap(int64_t count) const {
+    const float most = args.softcap * kLog2E, inverse = 1 / most; // scores are exponents of 2
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < count; c += kLanes) {
+        float *at = w.p + r * kBlock + c;
+        store(at, tanh(load(at) * inverse) * most);
+      }
+  }
+
+  // Hides keys before the window of each row from it.
+  void hide_before_window(int64_t c0, int64_t c1) const {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = c0; c < min(w.first[r], c1); c += kLanes) {
+        float *at = w.p + r * kBlock + c - c0;
+        const Ints hidden = lane_numbers() < static_cast<int32_t>(w.first[r] - c);
+        store(at, hidden ? all(-__builtin_inff()) : load(at));
+      }
+  }
+
   // Scores of keys [c0, c1) to probabilities; acc and sum are brought to the new maximum.
   void softmax(int64_t c0, int64_t c1) const {
+    if (args.softcap) cap(c1 - c0);
+    if (c0 < full_begin) hide_before_window(c0, c1);
     for (int64_t r = 0; r < rows; ++r) {
       float *p = w.p + r * kBlock;
       Floats most = all(w.top[r]);
@@ -84,13 +105,17 @@ struct FewRows : ItemTask {
     const bool in_place = args.dtype == Dtype::float32 && head_dim == width &&
                           args.page_size % kLanes == 0;
     const int64_t stride = args.kv.slot_stride;
-    for (int64_t c0 = 0; c0 < item.num_keys; c0 += kBlock) {
+    for (int64_t c0 = in_place ? start / kLanes * kLanes : start; c0 < item.num_keys;
+         c0 += kBlock) {
       const int64_t c1 = min(c0 + kBlock, item.num_keys);
-      if (!in_place) {
+      const bool dirty = hides_nonfinite(c0, c1);
+      if (!in_place || dirty) {
         pack(c0, c1);
         scores(w.k, width, c1 - c0, w.p);
         softmax(c0, c1);
+        if (dirty) keep_finite(w.v, (c1 - c0) * width);
         sums(w.v, width, c1 - c0, w.p);
+        if (dirty) add_nonfinite(0, rows, c0, c1);
         continue;
       }
       for (int64_t c = c0; c < c1;) {

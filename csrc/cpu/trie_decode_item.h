@@ -1,7 +1,8 @@
 // One item of a decode plan for one KV head: its memory, its keys, how it starts and how it ends.
 #pragma once
 
-#include "simd.h"
+#include "pairs.h"
+#include "trie_decode_dot.h"
 #include "trie_decode_job.h"
 
 namespace tw::TW_ISA {
@@ -23,9 +24,10 @@ struct DecodeWorkspace {
   float *k, *v;     // [kBlock][width], keys and values packed
   float *p;         // scores, then probabilities: [keys][kTileRows], or [rows][kBlock] of few
   float *q;         // [tiles][width][kTileRows], or [rows][width] of few
-  float *q_rows;    // [kTileRows][width], before transposition
+  float *q_rows;    // [kTileRows][width], before transposition; later one row of values
   float *top, *sum, *factor; // [matrix rows]
-  int32_t *visible; // [matrix rows]: row r sees the item's keys below visible[r]
+  int32_t *first, *visible; // [matrix rows]: row r sees keys [first[r], visible[r]) of the item;
+                            // first is undefined without a window
 
   // Carves the arrays out of memory that starts at `base`; returns where they end.
   char *place(char *base, int64_t matrix_rows, int64_t width) {
@@ -37,7 +39,8 @@ struct DecodeWorkspace {
     take(k, kBlock * width), take(v, kBlock * width);
     take(p, max(kPairBlock * kTileRows, kBlock * kFewRows));
     take(q, rows * width), take(q_rows, kTileRows * width);
-    take(top, rows), take(sum, rows), take(factor, rows), take(visible, rows);
+    take(top, rows), take(sum, rows), take(factor, rows);
+    take(first, rows), take(visible, rows);
     return base;
   }
 };
@@ -46,6 +49,11 @@ int64_t workspace_bytes(const TrieDecodeJob &job) {
   DecodeWorkspace w;
   char *none = nullptr;
   return w.place(none, job.matrix_rows, padded(job.args.head_dim)) - none;
+}
+
+// What is not finite becomes 0.
+template <class Word> void keep_finite(Word *p, int64_t words) {
+  for (int64_t i = 0; i < words; i += kLanes) store(p + i, finite_or_zero(load(p + i)));
 }
 
 // One item of one KV head. Matrix row r is query row r / group, query head r % group of the KV
@@ -57,6 +65,8 @@ struct ItemTask {
   const int64_t kv_head, group, rows, head_dim, width;
   const int64_t first_result; // of this item and KV head, in units of matrix rows
   float *const acc;           // [rows][width], the partial result itself
+  const int64_t start;        // the first key that some row sees
+  int64_t full_begin = 0, full_end = 0; // every row sees the keys between; known after begin()
   DecodeWorkspace w;
 
   ItemTask(const void *context, int64_t index, int worker)
@@ -65,7 +75,8 @@ struct ItemTask {
         group(args.heads / args.kv_heads), rows((item.end_row - item.first_row) * group),
         head_dim(args.head_dim), width(padded(head_dim)),
         first_result((kv_head * args.partial_slots + item.first_slot) * group),
-        acc(job.partial_out + first_result * width) {
+        acc(job.partial_out + first_result * width),
+        start(job.first_keys ? job.first_keys[index / args.kv_heads] : 0) {
     w.place(job.workspaces + worker * job.workspace_bytes, job.matrix_rows, width);
   }
 
@@ -100,6 +111,8 @@ struct ItemTask {
     }
   }
 
+  void prefetch_first() const { prefetch(start, kPairBlock); }
+
   // Matrix row r of q as floats.
   void load_query(float *to, int64_t r) const {
     const int64_t row = args.caller_rows[item.first_row + r / group];
@@ -109,16 +122,47 @@ struct ItemTask {
     load_row(to, from, args.dtype, head_dim);
   }
 
-  void begin() const {
+  void begin() {
+    full_end = item.num_keys;
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t position = args.positions[item.first_row + r / group];
-      w.visible[r] = static_cast<int32_t>(
-          max(0, min(item.num_keys, position + 1 - item.first_position)));
+      const int64_t end = args.positions[item.first_row + r / group] + 1 - item.first_position;
+      w.visible[r] = static_cast<int32_t>(max(0, min(item.num_keys, end)));
+      full_end = min(full_end, w.visible[r]);
+      if (args.window) {
+        w.first[r] = static_cast<int32_t>(max(0, min(item.num_keys, end - args.window)));
+        full_begin = max(full_begin, w.first[r]);
+      }
       w.top[r] = -1e30f; // below any score, and finite: masked scores are infinitely below it
       w.sum[r] = 0;
     }
     memset(acc, 0, rows * width * 4);
-    prefetch(0, kPairBlock); // the rest as keys are read
+    prefetch_first(); // the rest as keys are read
+  }
+
+  // Whether a value of keys [c0, c1) is NaN or infinite and some row does not see one of them. Such
+  // a row weighs it with 0, and the product would be NaN: the product then gets 0 instead of those
+  // values, and add_nonfinite brings them to the rows that see them.
+  bool hides_nonfinite(int64_t c0, int64_t c1) const {
+    if (c0 >= full_begin && c1 <= full_end) return false;
+    Floats sum = {}; // NaN as soon as one is not finite
+    for (int64_t c = c0; c < c1; ++c) {
+      load_row(w.q_rows, run_at(c, c1).v, args.dtype, head_dim);
+      for (int64_t d = 0; d < width; d += kLanes) sum += load(w.q_rows + d) - load(w.q_rows + d);
+    }
+    return sum_of_lanes(sum) != 0;
+  }
+
+  void add_nonfinite(int64_t first_row, int64_t end_row, int64_t c0, int64_t c1) const {
+    for (int64_t c = c0; c < c1; ++c) {
+      load_row(w.q_rows, run_at(c, c1).v, args.dtype, head_dim);
+      for (int64_t r = first_row; r < end_row; ++r) {
+        if (c >= w.visible[r] || (args.window && c < w.first[r])) continue;
+        for (int64_t d = 0; d < width; d += kLanes) {
+          const Floats x = load(w.q_rows + d);
+          store(acc + r * width + d, load(acc + r * width + d) + (x - finite_or_zero(x)));
+        }
+      }
+    }
   }
 
   void finish() const {

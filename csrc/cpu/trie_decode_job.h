@@ -8,6 +8,7 @@ namespace tw {
 struct TrieDecodeJob {
   TrieDecodeArgs args;
   int64_t matrix_rows; // of any item, at most
+  const int32_t *first_keys; // [items]: the first key that some row sees; null without a window
   // Softmax of an item so far: sum of 2^(score - top) * v, and of 2^(score - top); scores are in
   // base 2. A row that sees no key of the item has sum 0.
   float *partial_out;             // [kv_heads, partial_slots, group, padded head_dim]

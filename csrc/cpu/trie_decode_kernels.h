@@ -13,7 +13,7 @@ void attend_pairs(const ItemTask &task) {
 }
 
 void attend(const void *job, int64_t index, int worker) {
-  const ItemTask task(job, index, worker);
+  ItemTask task(job, index, worker);
   const bool in_pairs = kMultipliesPairs && task.args.dtype == Dtype::bfloat16;
   const int64_t few = in_pairs ? min(kFewRows, kFewPairRows / task.head_dim) : kFewRows;
   task.begin();
@@ -21,8 +21,10 @@ void attend(const void *job, int64_t index, int worker) {
   // cost a short task as much as its arithmetic.
   const int64_t next = index + task.job.threads;
   if (next < task.args.num_items * task.args.kv_heads)
-    ItemTask(job, next, worker).prefetch(0, kPairBlock);
-  if (task.rows <= few)
+    ItemTask(job, next, worker).prefetch_first();
+  if (task.start == task.item.num_keys)
+    ; // no row sees anything of it
+  else if (task.rows <= few)
     FewRows(task).attend();
   else if (in_pairs)
     attend_pairs(task);
@@ -60,13 +62,14 @@ void merge(const void *context, int64_t row, int worker) {
     const auto result = [&](int32_t slot) {
       return (head / group * args.partial_slots + slot) * group + head % group;
     };
-    float top = -1e30f;
+    const float sink = args.sinks ? args.sinks[head] * kLog2E : -1e30f;
+    float top = sink > -1e30f ? sink : -1e30f;
     for (const int32_t *slot = begin; slot < end; ++slot) {
       const float x = job.partial_top[result(*slot)];
       top = x > top ? x : top;
     }
     memset(acc, 0, width * 4);
-    float sum = 0;
+    float sum = args.sinks ? exp2(all(sink - top))[0] : 0;
     for (const int32_t *slot = begin; slot < end; ++slot) {
       const int64_t r = result(*slot);
       const float weight = exp2(all(job.partial_top[r] - top))[0];

@@ -25,11 +25,11 @@ template <class Word> struct ManyRows : ItemTask {
   // [kKeys / kValues][kTileRows]. What fills up a last pair is 0.
   Word *const k, *const v, *const q, *const p;
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  const float scale; // to scores that are exponents of 2
+  const float scale; // to scores that are exponents of 2; a soft cap makes them such itself
 
   explicit ManyRows(const ItemTask &task)
       : ItemTask(task), k(words(w.k)), v(words(w.v)), q(words(w.q)), p(words(w.p)),
-        scale(args.scale * kLog2E) {}
+        scale(args.softcap ? 1 : args.scale * kLog2E) {}
 
   static Word *words(float *x) { return reinterpret_cast<Word *>(x); }
 
@@ -37,7 +37,8 @@ template <class Word> struct ManyRows : ItemTask {
 
   void attend() const {
     for (int64_t first = 0; first < rows; first += kTileRows) load_tile(first);
-    for (int64_t c0 = 0; c0 < item.num_keys; c0 += kKeys) {
+    const int64_t begin = in_place() ? start / kMicroRows * kMicroRows : start;
+    for (int64_t c0 = begin; c0 < item.num_keys; c0 += kKeys) {
       const int64_t c1 = min(c0 + kKeys, item.num_keys);
       const KeyRows keys = fetch(c0, c1);
       for (int64_t first = 0; first < rows; first += kTileRows) attend_tile(first, keys, c0, c1);
@@ -63,6 +64,7 @@ template <class Word> struct ManyRows : ItemTask {
   struct KeyRows {
     const Word *micro_rows[(kKeys + kMicroRows - 1) / kMicroRows];
     int64_t stride;
+    bool dirty; // hides_nonfinite: V has been rid of what is not finite
   };
 
   // Whether the words of K can be read where they lie, kMicroRows keys at a time.
@@ -84,9 +86,12 @@ template <class Word> struct ManyRows : ItemTask {
         k_at[c - c0] = run.k + i * stride, v_at[c - c0] = run.v + i * stride;
     }
     pack_v(v_at, count);
+    const bool dirty = hides_nonfinite(c0, c1);
+    if (dirty) keep_finite(v, count_words(count) * width);
     const bool stays = in_place();
     if (!stays) pack_k(k_at, count);
     KeyRows keys;
+    keys.dirty = dirty;
     keys.stride = (stays ? args.kv.slot_stride : width) / kValues;
     for (int64_t c = 0; c < count; c += kMicroRows)
       keys.micro_rows[c / kMicroRows] =
@@ -128,8 +133,16 @@ template <class Word> struct ManyRows : ItemTask {
       least = min(least, w.visible[r]);
       most = max(most, w.visible[r]);
     }
+    int64_t earliest = 0, latest = 0; // the first key that any row, that every row sees
+    if (args.window) {
+      earliest = item.num_keys;
+      for (int64_t r = first; r < first + n; ++r) {
+        earliest = min(earliest, w.first[r]);
+        latest = max(latest, w.first[r]);
+      }
+    }
     const int64_t count = min(c1, most) - c0;
-    if (count <= 0) return;
+    if (count <= 0 || earliest >= c1) return;
     for (int64_t c = 0; c < count; c += kMicroRows) {
       if (c / kMicroRows % tiles == first / kTileRows) prefetch(c0 + kKeys + c, kMicroRows);
       multiply_rows<Order::row_major, Word>({keys.micro_rows[c / kMicroRows], keys.stride,
@@ -137,6 +150,8 @@ template <class Word> struct ManyRows : ItemTask {
                                              kTileRows, count_words(head_dim), false},
                                             min(kMicroRows, count - c), lanes);
     }
+    if (args.softcap) cap(count, lanes);
+    if (c0 < latest) hide_before_window(first, c0, count, lanes);
     const bool masked = c0 + count > least;
     if (lanes == kTileRows)
       softmax<2>(first, c0, count, masked);
@@ -152,6 +167,28 @@ template <class Word> struct ManyRows : ItemTask {
                                                 acc + (first + r) * width, width,
                                                 count_words(count), true},
                                                min(kMicroRows, n - r), width);
+    if (keys.dirty) add_nonfinite(first, first + n, c0, c0 + count);
+  }
+
+  // Soft cap of the scores of `count` keys, which are exponents of 2 after it.
+  void cap(int64_t count, int64_t lanes) const {
+    const float most = args.softcap * kLog2E, factor = args.scale / args.softcap;
+    for (int64_t c = 0; c < count; ++c)
+      for (int64_t lane = 0; lane < lanes; lane += kLanes) {
+        float *at = w.p + c * kTileRows + lane;
+        store(at, tanh(load(at) * factor) * most);
+      }
+  }
+
+  // Hides keys before the window of each row from it.
+  void hide_before_window(int64_t first, int64_t c0, int64_t count, int64_t lanes) const {
+    for (int64_t lane = 0; lane < lanes; lane += kLanes) {
+      const Ints begin = load_as<Ints>(w.first + first + lane) - static_cast<int32_t>(c0);
+      for (int64_t c = 0; c < count; ++c) {
+        float *at = w.p + c * kTileRows + lane;
+        store(at, begin > static_cast<int32_t>(c) ? all(-__builtin_inff()) : load(at));
+      }
+    }
   }
 
   // Scores of `count` keys from c0 on to probabilities, for V * kLanes rows from `row` on.

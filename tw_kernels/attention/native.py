@@ -15,18 +15,22 @@ from tw_kernels.trie import TrieLayout
 Sizes = tuple[int, int, int, int]  # tokens, heads, KV heads, head dim
 
 
-def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def why_not(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, softcap: float | None = None
+) -> str | None:
     """None if this call can run, else the reason in one line."""
+    if window is not None or softcap is not None:
+        return "the native kernels have no window and no soft cap yet"
     return native.why_not(q)
 
 
-def plan(layout: TrieLayout, q: Tensor) -> Tensor:
+def plan(layout: TrieLayout, q: Tensor, window: None = None) -> Tensor:
     """The subtree ends, int32 [N] on the CPU, contiguous."""
     return layout.subtree_ends.contiguous()
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, subtree_ends: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, subtree_ends: Tensor, scale: float, softcap: None = None
 ) -> tuple[Tensor, Tensor]:
     """out [N, Hq, D] in q's dtype and lse [Hq, N], float32."""
     q, k, v = (dense_rows(x) for x in (q, k, v))
@@ -45,6 +49,7 @@ def backward(
     lse: Tensor,
     subtree_ends: Tensor,
     scale: float,
+    softcap: None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq [N, Hq, D], dk and dv [N, Hkv, D] in the dtypes of q, k and v."""
     dout, q, k, v = (dense_rows(x) for x in (dout, q, k, v))

@@ -3,9 +3,8 @@
 On as many threads as torch.get_num_threads(); the result does not depend on how many. In float32
 whatever the dtype, but on processors with AVX512_BF16 the matrix products of bfloat16 calls take q,
 keys and values as they are (subnormal ones as 0) and probabilities rounded to bfloat16. The
-environment variable TW_CPU (avx512bf16, avx512, avx2 or portable) forces an instruction set. A NaN
-in a key or value that one row of an item sees can reach rows beside it that do not, as in any flash
-attention; finite values never do, and what no row sees does not matter.
+environment variable TW_CPU (avx512bf16, avx512, avx2 or portable) forces an instruction set. What
+a row does not see has no effect on it, NaN and infinity included.
 """
 
 from __future__ import annotations
@@ -26,9 +25,6 @@ def why_not(
     sinks: Tensor | None = None,
 ) -> str | None:
     """None if this call can run, else the reason in one line."""
-    given = {"window": window, "softcap": softcap, "sinks": sinks}
-    if lacking := [name for name, value in given.items() if value is not None]:
-        return f"the native kernels have no {' and no '.join(lacking)}"
     return native.why_not(q)
 
 
@@ -54,6 +50,9 @@ def forward(
         (rows, plan.size.items, slots, heads, kv_heads, head_dim, plan.page_size),
         DTYPES[q.dtype],
         scale,
+        window or 0,
+        softcap or 0.0,
+        0 if sinks is None else sinks.data_ptr(),
         torch.get_num_threads(),
         plan_arrays(plan),
         strided(q),

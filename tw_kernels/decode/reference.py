@@ -80,7 +80,10 @@ def forward(
 
 
 def _mix(weights: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """weights [H, R, K] @ v [H, K, D], but 0 times NaN or infinity is 0 where seen [R, K] is not."""
+    """weights [H, R, K] @ v [H, K, D]; NaN and infinity reach no row that does not see them.
+
+    seen: bool [R, K]. Weights of what is not seen are 0.
+    """
     if v.isfinite().all():
         return weights @ v
     mixed = weights @ v.nan_to_num(0, 0, 0)

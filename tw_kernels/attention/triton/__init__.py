@@ -31,12 +31,16 @@ class Plan(NamedTuple):
     dkv: BlockSchedule
 
 
-def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def why_not(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, softcap: float | None = None
+) -> str | None:
     """None if this call can run, else the reason in one line."""
+    if window is not None or softcap is not None:
+        return "the Triton kernels have no window and no soft cap yet"
     return triton_device.why_not(q)
 
 
-def plan(layout: TrieLayout, q: Tensor) -> Plan:
+def plan(layout: TrieLayout, q: Tensor, window: None = None) -> Plan:
     """The plan for q's device, head dim and dtype.
 
     The layout keeps the schedules; kernels of equal block sizes share one.
@@ -47,7 +51,9 @@ def plan(layout: TrieLayout, q: Tensor) -> Plan:
     return Plan(layout.subtree_ends, *schedules)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, softcap: None = None
+) -> tuple[Tensor, Tensor]:
     """out [N, Hq, D] in q's dtype and lse [Hq, N], float32.
 
     scale is above 0, since the row maximum is taken before it is applied.
@@ -68,6 +74,7 @@ def backward(
     lse: Tensor,
     plan: Plan,
     scale: float,
+    softcap: None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq [N, Hq, D], dk and dv [N, Hkv, D] in the dtypes of q, k and v."""
     from tw_kernels.attention.triton import backward_kernels as kernels
