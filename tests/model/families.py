@@ -51,6 +51,14 @@ SIZES: dict[str, Any] = {
     "moe_num_experts": 4,
     "num_experts_per_tok": 2,
     "sliding_window": WINDOW,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "index_topk": 8,
+    "n_group": 1,
+    "topk_group": 1,
 }
 ZERO = (
     "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout",
@@ -58,28 +66,45 @@ ZERO = (
     "attn_dropout", "embedding_dropout", "classifier_dropout", "layerdrop", "decoder_layerdrop",
 )  # fmt: skip
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
-SPECIAL: dict[str, dict[str, Any]] = {}
+LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
+# Fields that must fit together, or that no common name makes small.
+SPECIAL: dict[str, dict[str, Any]] = {
+    "dots1": {"v_head_dim": None},
+    "fuyu": {"text_config": {"model_type": "persimmon"}},
+    "gemma4_text": {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8},
+    "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
+    "lfm2_moe": {"layer_types": ["full_attention"] * LAYERS},
+    "roc_bert": {
+        "pronunciation_embed_dim": 8,
+        "pronunciation_vocab_size": 8,
+        "shape_embed_dim": 8,
+        "shape_vocab_size": 8,
+    },
+    "zaya": {"num_experts_per_tok": 1},
+}
 
 
 def small_config(family: str, **fields: Any) -> PretrainedConfig:
-    """A config of the family with sizes of a few dozen, and no dropout."""
+    """A config of the family with sizes of a few dozen, and no dropout; with short windows in some
+    layers where it has windows."""
     kind = CONFIG_MAPPING[family]
-    default = kind()
-    text = default.get_text_config()
-    sizes = {name: size for name, size in SIZES.items() if _has(text, name)}
-    if getattr(text, "sliding_window", None) is None:
-        sizes.pop("sliding_window", None)
-    sizes |= {name: 0.0 for name in ZERO if getattr(text, name, None)}
-    sizes |= {name: None for name in TOKENS if _has(text, name)}
-    sizes |= SPECIAL.get(family, {}) | fields
-    if text is default:
-        return kind(**sizes)
-    key = next(k for k in kind.sub_configs if getattr(default, k) is text)
-    return kind(**{key: sizes})
+    return kind(**_small(kind(), SPECIAL.get(family, {}) | fields))
 
 
-def _has(config: PretrainedConfig, name: str) -> bool:
-    return name in config.to_dict() or name in getattr(config, "attribute_map", {})
+def _small(config: PretrainedConfig, fields: dict[str, Any]) -> dict[str, Any]:
+    names = config.to_dict().keys() | config.attribute_map.keys()
+    sizes = {name: size for name, size in SIZES.items() if name in names}
+    if "sliding_window" in names and "layer_types" in names:
+        sizes["layer_types"] = LAYER_TYPES
+    if "use_sliding_window" in names:
+        sizes["use_sliding_window"] = True
+    sizes |= {name: 0.0 for name in ZERO if getattr(config, name, None)}
+    sizes |= {name: 0 for name in TOKENS if name in names}
+    for key in config.sub_configs:
+        if isinstance(part := getattr(config, key, None), PretrainedConfig):
+            special = SPECIAL.get(part.model_type, {})
+            sizes[key] = {"model_type": part.model_type} | _small(part, special)
+    return sizes | fields
 
 
 def large_weights(model: nn.Module, seed: int = 0) -> None:

@@ -47,6 +47,10 @@ class PagedStep:
         return out
 
 
+class NoTrie(ValueError):  # noqa: N818 (named for what is missing)
+    """Attention was called without a trie's layout and without a step."""
+
+
 # What a layer passes to its attention, by the interface's names and by those of our ops.
 _VARIANT = {"sliding_window": "window", "softcap": "softcap", "s_aux": "sinks"}
 
@@ -57,8 +61,8 @@ def attend(module, query, key, value, attention_mask, scaling, dropout=0.0, **kw
     What a layer passes under the names of the interface goes on to our op: `sliding_window`,
     `softcap` and `s_aux` (sinks).
     """
-    if reason := _why_not(module, attention_mask, dropout, kwargs):
-        raise ValueError(f"{type(module).__name__} {reason}, which attention over a trie has not")
+    if reason := _why_not(module, key, value, attention_mask, dropout, kwargs):
+        raise ValueError(f"{type(module).__name__} {reason}: there is no such attention over a trie")
     # Under autocast, norms and rotary embeddings leave queries and keys in float32.
     q, k, v = (x.squeeze(0).transpose(0, 1).to(value.dtype) for x in (query, key, value))
     variant = {
@@ -68,14 +72,16 @@ def attend(module, query, key, value, attention_mask, scaling, dropout=0.0, **kw
         return trie_attention(q, k, v, layout, scaling, **variant).unsqueeze(0), None
     if (step := kwargs.get("paged_step")) is not None:
         return step.attend(module.layer_idx, q, k, v, scaling, **variant).unsqueeze(0), None
-    raise ValueError(
+    raise NoTrie(
         "this model attends over a trie: call it with trie_layout=trie.layout(device), or load the "
         "folder with plain transformers for ordinary sequences"
     )
 
 
-def _why_not(module, attention_mask, dropout: float, kwargs: dict[str, Any]) -> str | None:
-    """What a layer asks of its attention that a trie has not, as a clause; or None."""
+def _why_not(module, key, value, attention_mask, dropout, kwargs: dict[str, Any]) -> str | None:
+    """What a layer asks of its attention that there is not over a trie, as a clause; or None."""
+    if key.shape != value.shape:
+        return "has keys and values of different sizes"
     if dropout:
         return "drops out attention weights"
     if attention_mask is not None:

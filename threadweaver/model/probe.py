@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from threadweaver.model.attention import (
+    NoTrie,
     PagedStep,
     attend,
     kv_shape,
@@ -40,60 +41,57 @@ TOLERANCE = 1e-3
 _PAGE = 4  # tokens a KV page
 _TRUNK, _BRANCH = 2 * _PAGE, 6  # tokens of the trie's trunk, and of each branch
 _WINDOW = 5  # shorter than a path
+_RECORDED = "trie-recorded"
 _BLOCK = 2**20 - 3  # random numbers a parameter is tiled from; odd, so that rows differ
 
 
 def probe(model: PreTrainedModel) -> None:
     """Raises ValueError, with the family's name and the reason, unless the model computes the same
     over tries and pages as over ordinary sequences. Leaves the model as it was."""
-    name = model.config.model_type
-    paths = _paths(model.config)
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(_evaluating(model))
-        stack.enter_context(_short_windows(model))
-        stack.enter_context(_random_parameters(model))
-        calls = stack.enter_context(_counting(model))
+    with (
+        torch.no_grad(),
+        _evaluating(model),
+        _short_windows(model),
+        _random_parameters(model),
+        _recording(model) as keys,
+    ):
         try:
-            got = {"over a trie": _on_trie(model, paths)}
-            _check_calls(name, model, calls)
-            calls.clear()
-            got["while decoding"] = _on_pages(model, paths)
-            # Prefill and one step.
-            _check_calls(name, model, calls, times=2)
-        except _Refused:
-            raise
+            reason = _why_not(model, keys)
+        except NoTrie:
+            reason = "their layers do not hand the arguments of a call down to their attention"
         except Exception as error:
-            reason = " ".join(f"{error}".split())[:200] or type(error).__name__
-            raise ValueError(f"{name} models are not supported: {reason}") from error
-        with _implementation(model, "eager"):
-            want = _alone(model, paths)
-    for where, logprobs in got.items():
-        worst = (logprobs - want).abs().max().item()
-        if not worst <= TOLERANCE:
-            raise ValueError(
-                f"{name} models are not supported: {where} log-probabilities differ from the "
-                f"model's own by {worst:.2g} nats"
-            )
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            if not isinstance(error, ValueError):
+                reason = f"{type(error).__name__}: {reason}"
+    if reason is not None:
+        raise ValueError(f"{model.config.model_type} models are not supported: {reason}")
 
 
-class _Refused(ValueError):
-    """A reason that stands already."""
-
-
-def _check_calls(
-    name: str, model: PreTrainedModel, calls: list[int | None], times: int = 1
-) -> None:
+def _why_not(model: PreTrainedModel, keys: list[tuple[int, torch.Size]]) -> str | None:
+    """`keys`: layer and shape of the keys of each call of attention so far."""
+    paths = _paths(model.config)
+    over_trie = _on_trie(model, paths)
     layers = model.config.get_text_config().num_hidden_layers
-    if not calls:
-        raise _Refused(
-            f"{name} models are not supported: their layers do not take an attention function"
+    if not keys:
+        return "their layers do not take an attention function"
+    if sorted(layer for layer, _ in keys) != list(range(layers)):
+        return (
+            f"attention ran {len(keys)} times, and not once in each of their {layers} layers: "
+            "tokens must mix in no other way"
         )
-    if sorted(calls, key=str) != sorted(list(range(layers)) * times, key=str):
-        raise _Refused(
-            f"{name} models are not supported: their {layers} layers call attention "
-            f"{len(calls) / times:g} times; other layers cannot follow the paths of a trie"
-        )
+    if len({shape for _, shape in keys}) > 1:
+        return "their layers have keys of different sizes"
+    _, heads, _, head_dim = keys[0][1]
+    if (heads, head_dim) != kv_shape(model, 1, 1)[-2:]:
+        return f"their layers have {heads} KV heads of {head_dim}, unlike their config"
+    on_pages = _on_pages(model, paths)
+    with _implementation(model, "eager"):
+        want = _alone(model, paths)
+    for where, got in (("over a trie", over_trie), ("while decoding", on_pages)):
+        worst = (got - want).abs().max().item()
+        if not worst <= TOLERANCE:
+            return f"{where} log-probabilities differ from the model's own by {worst:.2g} nats"
+    return None
 
 
 def _paths(config: PretrainedConfig) -> list[list[int]]:
@@ -212,21 +210,20 @@ def _short_windows(model: PreTrainedModel):
 
 
 @contextmanager
-def _counting(model: PreTrainedModel) -> Iterator[list[int | None]]:
-    """The numbers of the layers whose attention was called."""
-    calls: list[int | None] = []
+def _recording(model: PreTrainedModel) -> Iterator[list[tuple[int, torch.Size]]]:
+    """Layer and shape of the keys [1, Hkv, N, D] of each call of attention."""
+    calls: list[tuple[int, torch.Size]] = []
 
-    def counted(module, *args, **kwargs):
-        calls.append(getattr(module, "layer_idx", None))
-        return attend(module, *args, **kwargs)
+    def recorded(module, query, key, *args, **kwargs):
+        calls.append((module.layer_idx, key.shape))
+        return attend(module, query, key, *args, **kwargs)
 
-    name = "trie-probe"
-    AttentionInterface.register(name, counted)
+    AttentionInterface.register(_RECORDED, recorded)
     try:
-        with _implementation(model, name):
+        with _implementation(model, _RECORDED):
             yield calls
     finally:
-        AttentionInterface._global_mapping.pop(name)
+        AttentionInterface._global_mapping.pop(_RECORDED)
 
 
 @contextmanager
