@@ -16,8 +16,8 @@ from tests.train.groups import Prefix, made_up_logprob, random_group
 from threadweaver.generate.rollout import Completion, Rollout
 from threadweaver.generate.weaver import LimitCounts
 from threadweaver.model import (
-    OutputLayer,
     ATTENTION,
+    OutputLayer,
     TokenLogprobs,
     token_logprobs,
     trie_hidden_states,

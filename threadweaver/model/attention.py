@@ -62,7 +62,9 @@ def attend(module, query, key, value, attention_mask, scaling, dropout=0.0, **kw
     `softcap` and `s_aux` (sinks).
     """
     if reason := _why_not(module, key, value, attention_mask, dropout, kwargs):
-        raise ValueError(f"{type(module).__name__} {reason}: there is no such attention over a trie")
+        raise ValueError(
+            f"{type(module).__name__} {reason}: there is no such attention over a trie"
+        )
     # Under autocast, norms and rotary embeddings leave queries and keys in float32.
     q, k, v = (x.squeeze(0).transpose(0, 1).to(value.dtype) for x in (query, key, value))
     variant = {
@@ -100,6 +102,7 @@ def kv_shape(model: PreTrainedModel, num_pages: int, page_size: int) -> tuple[in
     """[layers, 2 (keys, values), num_pages, page_size, Hkv, D]."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    heads = 1 if getattr(config, "multi_query", False) else heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_hidden_layers, 2, num_pages, page_size, heads, head_dim
 

@@ -29,7 +29,6 @@ from threadweaver.model.attention import (
     attend,
     kv_shape,
     paged_hidden_states,
-    trie_hidden_states,
 )
 from threadweaver.model.logits import output_layer
 from threadweaver.model.loss import trie_logprobs

@@ -6,6 +6,7 @@ What a config does not tell, the probe finds out (probe.py).
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
@@ -35,7 +36,8 @@ def _why_not(config: PretrainedConfig) -> str | None:
         return "they have an encoder"
     if kind is None:
         return "transformers has no causal language model of this type"
-    if not kind._can_set_attn_implementation():
+    own = any(name.endswith("_ATTENTION_CLASSES") for name in vars(sys.modules[kind.__module__]))
+    if own or not kind._can_set_attn_implementation():
         return "their layers do not take an attention function"
     if kind._is_stateful:
         return "they have recurrent layers, whose state is not attention to a path"
