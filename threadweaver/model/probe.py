@@ -109,7 +109,7 @@ def _paths(config: PretrainedConfig) -> list[list[int]]:
 
 
 def _on_trie(model: PreTrainedModel, paths: list[list[int]]) -> Tensor:
-    """Log-probabilities of each path's tokens but the first, [paths, tokens - 1], as in training."""
+    """Log-probabilities of all tokens but the first, [paths, tokens - 1], as in training."""
     trie = Trie.from_paths(paths)
     nodes = torch.stack([torch.as_tensor(trie.path_nodes(i))[1:] for i in range(len(paths))])
     layout = trie.layout(model.device)
