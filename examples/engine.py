@@ -8,7 +8,7 @@ Without --model it makes a small model of random weights, which writes nonsense.
 import argparse
 
 from threadweaver.generate import Engine, GenerationSettings
-from threadweaver.model import build_tokenizer, load_model, new_model
+from threadweaver.model import build_tokenizer, end_ids, load_model, new_model
 from threadweaver.trajectory import Codec
 
 ARCH = {
@@ -33,7 +33,7 @@ else:
     tokenizer = build_tokenizer()
     model = new_model(tokenizer, ARCH)
 
-codec = Codec.from_tokenizer(tokenizer)
+codec = Codec.from_tokenizer(tokenizer, end_ids(model))
 engine = Engine(model, codec, kv_gigabytes=0.1)
 for seed in range(4):
     engine.add(codec.encode(options.prompt), GenerationSettings(max_tokens=200), seed)

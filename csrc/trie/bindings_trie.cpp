@@ -71,7 +71,7 @@ private:
     ids_.resize(n);
     for (; i < n; ++i) {
       int overflow = 0;
-      if (!PyLong_Check(items[i]))
+      if (!PyLong_Check(items[i]) || PyBool_Check(items[i]))
         throw py::type_error(at(index) + ", token " + std::to_string(i) +
                              ": ids must be integers, got " + Py_TYPE(items[i])->tp_name);
       const long long id = PyLong_AsLongLongAndOverflow(items[i], &overflow);

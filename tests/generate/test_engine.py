@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import TRAJECTORIES
@@ -21,9 +23,11 @@ from transformers import (
 
 from threadweaver.generate import Engine, GenerationSettings, Rollout
 from threadweaver.generate.engine import NonFiniteLogits
+from threadweaver.generate.replay import script_of
 from threadweaver.generate.sampler import SamplingParams
+from threadweaver.generate.transcript import transcript
 from threadweaver.model import output_layer, trie_hidden_states
-from threadweaver.trajectory import extract_calls
+from threadweaver.trajectory import Codec, extract_calls
 from tw_kernels import Trie
 
 GREEDY = SamplingParams(temperature=0)
@@ -249,6 +253,81 @@ def test_logits_that_are_not_finite_stop_with_the_request_named(fork_join_model)
         output_layer(model).weight[5, 3] = torch.nan
     with pytest.raises(NonFiniteLogits, match=r"generation 0, request \(0,\).*after 2 tokens"):
         engine.run()
+
+
+def test_every_end_token_of_the_codec_ends_a_response(fork_join_model):
+    codec = Codec.from_vocab(VOCAB, eos_id=EOS, end_ids=ids("x"))
+    engine = Engine(fork_join_model, codec, num_pages=500)
+    settings = GenerationSettings(max_tokens=500, sampling=GREEDY)
+    generation = engine.add(ids("2:"), settings)
+    (rollout,) = engine.run()
+    assert rollout.response == ids(TRAJECTORIES["2:"])  # which ends in x
+    assert rollout.completions[-1].reason == "eos"
+    assert transcript(generation, codec) == rollout.response[:-1]
+    assert script_of(rollout.prompt + rollout.response, 2, codec, settings) == {
+        completion.request: completion.tokens for completion in rollout.completions
+    }
+
+
+def test_an_engine_that_is_stepped_keeps_nothing_of_what_is_done(fork_join_model):
+    engine = Engine(fork_join_model, CODEC, num_pages=500)
+    settings = GenerationSettings(max_tokens=8, sampling=GREEDY)
+
+    def serve(count: int) -> None:
+        for seed in range(count):
+            generation = engine.add(ids(f"{seed % 5}:"), settings, seed=seed)
+            while not generation.weaver.done:
+                engine.step()
+
+    def kept() -> tuple[int, list[int]]:
+        gc.collect()
+        ours = [
+            o for o in gc.get_objects() if str(type(o).__module__).startswith("threadweaver.gen")
+        ]
+        return len(ours), [len(x) for x in vars(engine).values() if isinstance(x, list | dict)]
+
+    at_first = kept()
+    serve(20)
+    assert kept() == at_first
+    assert engine.run() == []
+
+
+def test_run_returns_what_it_decodes_itself_and_each_only_once(fork_join_model):
+    engine = Engine(fork_join_model, CODEC, num_pages=500)
+    settings = GenerationSettings(max_tokens=8, sampling=GREEDY)
+    first = engine.add(ids("1:"), settings)
+    while engine.has_work:
+        engine.step()
+    second = engine.add(ids("2:"), settings)
+    done_at_once = engine.add(ids("2:"), settings, script={})
+    assert engine.run() == [second.rollout(), done_at_once.rollout()]
+    assert engine.run() == []
+    assert first.rollout().response == ids(TRAJECTORIES["1:"])[:8]
+
+
+@pytest.mark.parametrize("bad", [1.5, True, None, "1", np.float64(1.0), -1, 128])
+def test_ids_that_the_model_has_no_row_for_are_refused_and_named(fork_join_model, bad):
+    engine = Engine(fork_join_model, CODEC, num_pages=500)
+    settings = GenerationSettings(max_tokens=8)
+    named = rf"id 1 is {re.escape(repr(bad))}: "
+    with pytest.raises(ValueError, match=f"prompt: {named}"):
+        engine.add([1, bad], settings)
+    with pytest.raises(ValueError, match=rf"script, request \(0,\): {named}"):
+        engine.add([1], settings, script={(0,): [1, bad]})
+    assert not engine.has_work
+
+
+def test_a_response_ends_where_the_context_does_and_a_line_says_so(fork_join_model):
+    engine = Engine(fork_join_model, CODEC, num_pages=500)
+    settings = GenerationSettings(max_tokens=2000)
+    room = engine.check([1] * 1000, settings)
+    assert room == 24
+    note = engine.context_note(settings, room)
+    assert note is not None and "24 and not 2,000" in note and "ends at 1,024" in note
+    assert engine.context_note(settings, 2000) is None
+    generation = engine.add([1] * 1000, settings)
+    assert len(generation.weaver.requests()[0].context) == 1000
+    assert generation.weaver.requests()[0].max_tokens == 24
 
 
 def test_an_engine_without_room_for_anything_is_refused(fork_join_model):

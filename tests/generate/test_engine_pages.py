@@ -4,7 +4,6 @@ The generations go through random scripts, so every shape of fork and join comes
 just large enough for one path to larger than all.
 """
 
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -13,14 +12,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rollouts import CODEC, RandomModel, ids, randoms, unhurried, weaver_settings
 from simulated_pages import SimulatedPages
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from threadweaver.generate import Engine, GenerationSettings, Weaver
 from threadweaver.generate.scheduler import Batch, common_prefix_length
 
-MODEL = SimpleNamespace(
-    config=SimpleNamespace(max_position_embeddings=10_000),
-    dtype=torch.float32,
-    device=torch.device("cpu"),
+MODEL = Qwen3ForCausalLM(
+    Qwen3Config(
+        vocab_size=128,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=10_000,
+    )
 )
 
 
@@ -56,7 +63,7 @@ class LabelRunner:
 def label_engine(num_pages: int, page_size: int, **sizes: int) -> tuple[Engine, LabelRunner]:
     runner = LabelRunner(num_pages, page_size)
     with mock.patch("threadweaver.generate.engine.Runner", return_value=runner):
-        engine = Engine(MODEL, CODEC, page_size=page_size, num_pages=num_pages, **sizes)  # pyright: ignore[reportArgumentType]
+        engine = Engine(MODEL, CODEC, page_size=page_size, num_pages=num_pages, **sizes)
     return engine, runner
 
 

@@ -150,6 +150,7 @@ class Endless(list):
         ([np.broadcast_to(np.int64(1), 2**31)], None, ValueError, "path 0 has 2147483648 tokens"),
         (Endless([[1]]), None, ValueError, "2147483648 paths"),
         ([[1, 2.5]], None, TypeError, "path 0, token 1: ids must be integers, got float"),
+        ([[1], [2, True]], None, TypeError, "path 1, token 1: ids must be integers, got bool"),
         ([np.array([1.0])], None, TypeError, "path 0: a path is a list"),
         ([np.zeros((2, 2), int)], None, TypeError, "path 0: a path is a list"),
         ([[1, 2]], [[1.0]], ValueError, "path 0 has 2 tokens: its weights"),

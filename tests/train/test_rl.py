@@ -6,8 +6,11 @@ import math
 import re
 
 import pytest
+import torch
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from threadweaver.generate.runner import Runner
+from threadweaver.model import trie_logprobs
 from threadweaver.tasks import Problem
 from threadweaver.train.rl import RLTrainer
 
@@ -164,6 +167,39 @@ def test_kl_to_the_model_it_started_from(new_run):
     assert second() == 0
     records = second.metrics()
     assert records[0]["kl"] == pytest.approx(0, abs=1e-7) and records[-1]["kl"] > 0
+
+
+def test_no_module_is_in_training_mode_while_log_probabilities_are_computed(new_run, monkeypatch):
+    """Dropout, layer drop and router noise all ask for it."""
+    run, seen = new_run(), []
+    run.settings["optimization"] |= {"steps": 1, "updates": 2}
+
+    def watch(model, *arguments):
+        seen.extend(module.training for module in model.modules())
+        return trie_logprobs(model, *arguments)
+
+    monkeypatch.setattr("threadweaver.train.rl.trie_logprobs", watch)
+    assert run() == 0
+    assert seen and not any(seen)
+
+
+def test_gradient_checkpointing_changes_memory_and_not_the_run(new_run, monkeypatch):
+    plain, recomputed = new_run(name="plain"), new_run(name="recomputed")
+    calls = []
+    forward = Qwen3DecoderLayer.forward
+
+    def count(self, *arguments, **options):
+        calls.append(torch.is_grad_enabled())
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(Qwen3DecoderLayer, "forward", count)
+    assert plain() == 0
+    once = sum(calls)
+    calls.clear()
+    assert recomputed("--compute.gradient_checkpointing", "true") == 0
+    assert sum(calls) == 2 * once > 0
+    for a, b in zip(plain.metrics(), recomputed.metrics(), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
 
 
 def test_logits_that_are_not_finite_end_the_run_with_the_request_named(

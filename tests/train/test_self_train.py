@@ -35,14 +35,21 @@ def test_only_right_and_well_formed_rollouts_are_kept_once_and_up_to_the_cap():
         row("a?", "v"),
         row("a?", "u"),
         row("b?", "x"),
+        {**row("b?", "y"), "fits": False},
     ]
     kept, report = select(rows, keep_per_problem=2)
     assert [(k["question"], k["response"]) for k in kept] == [("a?", "x"), ("a?", "v"), ("b?", "x")]
     assert kept[0]["qwen_text"] == "a?x" and kept[0]["reward_model"]["ground_truth"] == "7"
-    assert report["rejected"] == {"wrong": 2, "malformed": 1, "duplicate": 1, "over the cap": 1}
-    assert report["kept"] + sum(report["rejected"].values()) == report["rollouts"] == 8
-    assert (report["right"], report["well_formed"]) == (6 / 8, 6 / 8)
-    assert report["acceptance"] == 3 / 8
+    assert report["rejected"] == {
+        "wrong": 2,
+        "malformed": 1,
+        "too long": 1,
+        "duplicate": 1,
+        "over the cap": 1,
+    }
+    assert report["kept"] + sum(report["rejected"].values()) == report["rollouts"] == 9
+    assert (report["right"], report["well_formed"]) == (7 / 9, 7 / 9)
+    assert report["acceptance"] == 3 / 9
     assert report["violations"] == {"<think> is never closed": 2}
 
 

@@ -1,6 +1,9 @@
 import pickle
+import re
 
+import numpy as np
 import pytest
+import torch
 from byte_tokenizer import byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -113,6 +116,41 @@ def test_without_tags_there_is_no_parallel_mode():
         Weaver([1], codec, 10)
     [request] = Weaver([1], codec, 10, mode="sequential").requests()
     assert request.stop_ids == [codec.eos_id]
+
+
+def test_every_end_id_ends_a_response():
+    codec = Codec.from_vocab(VOCAB, eos_id=120, end_ids=[7, 120, 3])
+    assert codec.end_ids == (120, 3, 7)
+    [request] = Weaver([1], codec, 10, mode="sequential").requests()
+    assert request.stop_ids == [120, 3, 7]
+
+
+@pytest.mark.parametrize("bad", [1.5, True, None, "1", np.float64(2.0), [1], -1, 2**31])
+def test_ids_that_are_no_token_ids_are_refused_and_named(bad):
+    good = np.int64(1)
+    for call in (
+        lambda: CODEC.decode([good, bad]),
+        lambda: extract_calls([good, bad], CODEC),
+        lambda: path_lengths([good, bad], CODEC),
+        lambda: Weaver([good, bad], CODEC, 10),
+        lambda: Codec.from_vocab({**VOCAB, "Z": bad}, eos_id=1),
+        lambda: Codec.from_vocab(VOCAB, eos_id=bad),
+        lambda: Codec.from_vocab(VOCAB, eos_id=1, end_ids=[good, bad]),
+    ):
+        with pytest.raises(ValueError, match=rf"id \d+ is {re.escape(repr(bad))}: "):
+            call()
+
+
+@pytest.mark.parametrize("bad", [5, None, torch.tensor(3), torch.tensor([1.0]), np.array([True])])
+def test_what_is_no_list_of_ids_is_refused(bad):
+    with pytest.raises(ValueError, match=r"expected a list of token ids|token ids are integers"):
+        CODEC.decode(bad)
+
+
+def test_arrays_tensors_and_their_scalars_are_lists_of_ids():
+    ids = [VOCAB["a"], VOCAB["b"]]
+    for same in (np.array(ids), torch.tensor(ids), [*np.array(ids)], [*torch.tensor(ids)]):
+        assert CODEC.decode(same) == "ab"
 
 
 def test_a_tokenizer_that_loses_characters_is_refused():

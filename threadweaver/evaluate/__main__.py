@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     from threadweaver.data.chat import chat_prompt
     from threadweaver.evaluate.metrics import compare
     from threadweaver.evaluate.modes import evaluate_modes
-    from threadweaver.evaluate.rollouts import queue
+    from threadweaver.evaluate.rollouts import check_prompts, queue
     from threadweaver.generate.engine import NonFiniteLogits
     from threadweaver.generate.load import load_engine, settle_precision
 
@@ -76,6 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
         engine, tokenizer = load_engine(options.model, engine_options, parallel="parallel" in modes)
         if options.chat:
             problems = [replace(p, prompt=chat_prompt(tokenizer, p.prompt)) for p in problems]
+        if note := check_prompts(engine, problems, generation):
+            print_line(console, note)
         # A warm-up that is not timed: the first step takes the memory of the KV pages.
         queue(engine, problems[:1], replace(generation, max_tokens=8))
         engine.run()

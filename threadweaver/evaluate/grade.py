@@ -36,7 +36,7 @@ def grade(
     problem: Problem, rollout: Rollout, task: Task, codec: Codec, settings: GenerationSettings
 ) -> Graded:
     """Grades a rollout that was decoded with these settings."""
-    response = codec.decode([id for id in rollout.response if id != codec.eos_id])
+    response = codec.decode([id for id in rollout.response if id not in codec.end_ids])
     return Graded(
         problem,
         rollout,

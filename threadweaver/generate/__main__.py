@@ -67,6 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.chat:
             prompt = chat_prompt(tokenizer, prompt)
         ids = engine.codec.encode(prompt)
+        context_note = engine.context_note(settings, engine.check(ids, settings))
         generations = [
             engine.add(ids, settings, stream_key((options.seed, i))) for i in range(options.n)
         ]
@@ -107,8 +108,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps({**asked, "settings": asdict(settings), **asdict(outcome)}, indent=2))
     else:
         outcome.print(console)
-        if precision_note:
-            print_line(console, precision_note)
+        for note in filter(None, (context_note, precision_note)):
+            print_line(console, note)
     return code
 
 

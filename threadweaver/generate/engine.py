@@ -27,8 +27,9 @@ from threadweaver.generate.sampler import sample, stream_key, uniforms
 from threadweaver.generate.scheduler import Branch, Family, Scheduler, Sequence
 from threadweaver.generate.settings import GenerationSettings
 from threadweaver.generate.weaver import Reason, RequestId, Weaver
-from threadweaver.model import kv_shape
+from threadweaver.model import context_length, kv_shape
 from threadweaver.trajectory import Codec
+from threadweaver.trajectory.ids import MOST_IDS, token_ids
 
 # Recorded completions by request id, which a generation takes instead of sampling.
 Script = Mapping[RequestId, list[int]]
@@ -96,6 +97,7 @@ class Engine:
 
     Attributes:
         pool: the KV pages.
+        context_length: most tokens of a prompt and its response.
         decoded_tokens: by all steps so far.
 
     Raises:
@@ -134,11 +136,14 @@ class Engine:
         self._scheduler = Scheduler(self.pool, max_sequences, max_batch_tokens)
         self._families: dict[tuple[int, ...], Family] = {}
         self._live: dict[int, Generation] = {}
-        self._added: list[Generation] = []
+        self._added: dict[int, Generation] = {}  # since the last run, by number
+        self._done: list[int] = []  # of those
+        self._in_run = False  # whether `run` is to return what is done
         self._count = 0
         self.decoded_tokens = 0
         self._is_cast = False  # whether the runner took the weights since it last had no work
-        self._context_length = getattr(model.config, "max_position_embeddings", None) or 2**31
+        self.context_length = context_length(model) or MOST_IDS
+        self._rows = model.get_input_embeddings().weight.shape[0]
         self._seconds = {"sampling": 0.0, "orchestration": 0.0}
 
     @property
@@ -177,30 +182,58 @@ class Engine:
                 end of its completion there, ends by length.
 
         Raises:
-            ValueError: the prompt is empty or fills the model's context, a setting is out of
-                range, or the pool cannot hold the response's longest path.
+            ValueError: the prompt is empty or fills the model's context, an id is none of the
+                model's, a setting is out of range, or the pool cannot hold the response's longest
+                path.
         """
-        ids = [int(id) for id in prompt]
-        weaver = settings.weaver(ids, self.codec, self._context_length)
-        longest = min(len(ids) + settings.max_tokens, self._context_length)
-        pages = -(-longest // self.pool.page_size)
-        if pages > self.pool.num_pages:
-            raise ValueError(
-                f"a prompt of {len(ids)} tokens and a response of up to {longest - len(ids)} need "
-                f"{pages} KV pages of {self.pool.page_size} tokens, and the pool has "
-                f"{self.pool.num_pages}: lower max_tokens, or give more kv_gigabytes"
-            )
+        ids = token_ids(prompt, "prompt", self._rows)
+        self.check(ids, settings)
+        if script is not None:
+            script = {
+                request: token_ids(tokens, f"script, request {request}", self._rows)
+                for request, tokens in script.items()
+            }
+        weaver = settings.weaver(ids, self.codec, self.context_length)
         family = self._families.setdefault(tuple(ids), Family(len(ids)))
         family.unfinished += 1
         generation = Generation(self._count, ids, settings, seed, weaver, family, script)
         self._count += 1
-        self._live[generation.number] = generation
-        self._added.append(generation)
+        self._live[generation.number] = self._added[generation.number] = generation
         self._open_requests(generation)
         return generation
 
+    def check(self, prompt: Iterable[int], settings: GenerationSettings) -> int:
+        """Most tokens that the response may have: max_tokens, or less where the context ends.
+
+        Raises:
+            ValueError: what `add` refuses.
+        """
+        ids = token_ids(prompt, "prompt", self._rows)
+        settings.weaver(ids, self.codec, self.context_length)
+        room = min(settings.max_tokens, self.context_length - len(ids))
+        pages = -(-(len(ids) + room) // self.pool.page_size)
+        if pages > self.pool.num_pages:
+            raise ValueError(
+                f"a prompt of {len(ids)} tokens and a response of up to {room} need "
+                f"{pages} KV pages of {self.pool.page_size} tokens, and the pool has "
+                f"{self.pool.num_pages}: lower max_tokens, or give more kv_gigabytes"
+            )
+        return room
+
+    def context_note(self, settings: GenerationSettings, room: int) -> str | None:
+        """A line to show if the least room of some prompts, by `check`, is not max_tokens."""
+        if room == settings.max_tokens:
+            return None
+        return (
+            f"max_tokens: {room:,} and not {settings.max_tokens:,} after the longest prompt, since "
+            f"the model's context ends at {self.context_length:,}"
+        )
+
     def step(self) -> list[Token]:
         """One forward pass: prefills and decodes what fits. Returns the tokens it decoded.
+
+        Without `run`, generations that it brings to their end are the caller's: the engine keeps
+        nothing of them, and a later `run` does not return them.
 
         Weights must not change while generations are unfinished: copies are made by the first step
         of a run.
@@ -225,17 +258,27 @@ class Engine:
         self.decoded_tokens += len(tokens)
         self._seconds["sampling"] += sampled - computed
         self._seconds["orchestration"] += scheduled - start + time.perf_counter() - sampled
+        if not self._in_run:
+            for number in self._done:
+                del self._added[number]
+            self._done.clear()
         return tokens
 
     def run(self, on_step: Callable[[list[Token]], None] | None = None) -> list[Rollout]:
         """Decodes all generations that were added to their ends. Returns their rollouts in the
-        order of `add`, each only once."""
-        while self.has_work:
-            tokens = self.step()
-            if on_step is not None:
-                on_step(tokens)
-        done, self._added = self._added, []
-        return [generation.rollout() for generation in done]
+        order of `add`, each only once and without those that a `step` came to the end of."""
+        self._in_run = True
+        try:
+            while self.has_work:
+                tokens = self.step()
+                if on_step is not None:
+                    on_step(tokens)
+        finally:
+            self._in_run = False
+        rollouts = [generation.rollout() for generation in self._added.values()]
+        self._added.clear()
+        self._done.clear()
+        return rollouts
 
     def free(self) -> None:
         """Gives the memory of the KV pages back until the next step, for a trainer's update.
@@ -276,7 +319,7 @@ class Engine:
         sequence.sampled_logprobs.append(sampled_logprob)
         request, count = sequence.request, len(sequence.logprobs)
         if token in request.stop_ids:
-            self._close(sequence, "eos" if token == self.codec.eos_id else "stop")
+            self._close(sequence, "eos" if token in self.codec.end_ids else "stop")
         elif count == request.max_tokens or (sequence.script and count == len(sequence.script)):
             self._close(sequence, "length")
         elif sequence.request.kind == "prompt" and count == 1:
@@ -343,6 +386,7 @@ class Engine:
 
     def _finish(self, generation: Generation) -> None:
         del self._live[generation.number]
+        self._done.append(generation.number)
         family = generation.family
         family.unfinished -= 1
         if family.unfinished == 0:

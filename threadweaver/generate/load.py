@@ -11,7 +11,7 @@ from threadweaver.device import DTYPES, choose, find_device, resolve
 from threadweaver.generate.engine import Engine
 from threadweaver.generate.options import EngineSettings
 from threadweaver.generate.settings import EngineSizes
-from threadweaver.model import load_model, load_tokenizer
+from threadweaver.model import end_ids, load_model, load_tokenizer
 from threadweaver.trajectory import Codec
 from threadweaver.trajectory.codec import missing_tags
 
@@ -35,7 +35,7 @@ def load_engine(
         Codec.from_tokenizer(load_tokenizer(model))
     weights, tokenizer = load_model(model, dtype)
     with_tags = parallel or not missing_tags(tokenizer)
-    codec = (Codec.from_tokenizer if with_tags else Codec.without_tags)(tokenizer)
+    codec = (Codec.from_tokenizer if with_tags else Codec.without_tags)(tokenizer, end_ids(weights))
     rows = weights.config.get_text_config().vocab_size
     if len(tokenizer) > rows:
         raise ValueError(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from threadweaver.generate.settings import GenerationSettings
 from threadweaver.generate.weaver import Request, RequestId
 from threadweaver.trajectory import Codec, extract_calls
+from threadweaver.trajectory.ids import token_ids
 
 _ANY_LENGTH = 2**31
 _SHOWN = 8  # tokens that an error shows
@@ -35,7 +36,7 @@ def script_of(
     """
     max_depth = settings.max_depth if settings.mode == "parallel" else 0
     calls = extract_calls(ids, codec, prompt_length, max_depth=max_depth)
-    ids = [int(id) for id in ids]
+    ids = token_ids(ids, "trajectory")
     weaver = settings.weaver(ids[:prompt_length], codec, _ANY_LENGTH)
     script: dict[RequestId, list[int]] = {}
     for call in calls:

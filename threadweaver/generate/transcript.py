@@ -84,7 +84,7 @@ def settled(generation: Generation, codec: Codec) -> list[int]:
 
 
 def _without_end(ids: list[int], codec: Codec) -> list[int]:
-    return ids[:-1] if ids[-1:] == [codec.eos_id] else ids
+    return ids[:-1] if ids and ids[-1] in codec.end_ids else ids
 
 
 def _leads_to(piece: Piece, following: Piece, codec: Codec) -> bool:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from threadweaver.trajectory import Codec
+from threadweaver.trajectory.ids import token_ids
 from threadweaver.trajectory.tags import MAX_OUTLINES
 
 Mode = Literal["parallel", "sequential"]
@@ -98,8 +99,8 @@ class Weaver:
         limits: how often a limit ended something.
 
     Raises:
-        ValueError: the prompt is empty, a setting is out of range, or the codec has no newline to
-            write around threads.
+        ValueError: the prompt is empty or holds what is no token id, a setting is out of range, or
+            the codec has no newline to write around threads.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class Weaver:
         ):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}: it must be at least 1")
-        prompt = [int(id) for id in prompt_ids]
+        prompt = token_ids(prompt_ids, "prompt")
         if not prompt:
             raise ValueError("the prompt is empty: there is nothing to continue from")
         if mode == "parallel" and not codec.newline_ids:
@@ -179,8 +180,8 @@ class Weaver:
 
         Args:
             tokens: ids, the stop token included, [n] with n <= request.max_tokens.
-            reason: "stop" if they end in one of the stop ids, "eos" if in EOS, "length" if the
-                decoding had to end here.
+            reason: "stop" if they end in one of the stop ids, "eos" if in one of the codec's end
+                ids, "length" if the decoding had to end here.
 
         Raises:
             ValueError: the request is not open here, or tokens and reason cannot be its completion.
@@ -190,7 +191,7 @@ class Weaver:
         if opened is not request:
             state = "the response is done" if self.done else "it is closed, or another Weaver's"
             raise ValueError(f"request {request.id} is not open: {state}")
-        tokens = [int(id) for id in tokens]
+        tokens = token_ids(tokens, f"request {request.id}")
         self._check(request, tokens, reason)
         del self._open[request.id]
         # A new list, since the request keeps its context.
@@ -201,7 +202,7 @@ class Weaver:
         elif stop == self._thread_end and line.block is not None:
             line.closed = True
             self._join(line.block)
-        elif stop == self._codec.eos_id:
+        elif stop in self._codec.end_ids:
             if line.block is not None:
                 line.context.pop()
             self._end(line)
@@ -219,7 +220,7 @@ class Weaver:
                 f"{name}: {len(tokens)} tokens came back, max_tokens is {request.max_tokens}"
             )
         if reason != "length":
-            ends = request.stop_ids if reason == "stop" else [self._codec.eos_id]
+            ends = request.stop_ids if reason == "stop" else [*self._codec.end_ids]
             if not tokens or tokens[-1] not in ends:
                 raise ValueError(
                     f"{name}: reason is {reason!r}, but the tokens end in {tokens[-1:]}, "
@@ -234,7 +235,7 @@ class Weaver:
         kind: Literal["prompt", "thread", "continue", "join"],
         parent: RequestId | None,
     ) -> None:
-        stop_ids = [self._codec.eos_id]
+        stop_ids = [*self._codec.end_ids]
         if line.block is not None:
             stop_ids.insert(0, self._thread_end)
         if line.levels > 0:

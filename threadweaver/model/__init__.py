@@ -7,7 +7,9 @@ from threadweaver.model.attention import (
     paged_hidden_states,
     trie_hidden_states,
 )
-from threadweaver.model.load import load_model, load_tokenizer, save_model
+from threadweaver.model.context import context_length
+from threadweaver.model.end_tokens import end_ids
+from threadweaver.model.load import load_model, load_tokenizer
 from threadweaver.model.logits import OutputLayer, mask_unknown_ids, output_layer
 from threadweaver.model.loss import (
     TokenLogprobs,
@@ -19,6 +21,7 @@ from threadweaver.model.loss import (
 )
 from threadweaver.model.new import new_model, parameter_count
 from threadweaver.model.probe import probe
+from threadweaver.model.save import save_model
 from threadweaver.model.supported import check_supported
 from threadweaver.model.tokenizer import build_tokenizer
 from threadweaver.model.vocabulary import add_tags
@@ -31,7 +34,9 @@ __all__ = [
     "add_tags",
     "build_tokenizer",
     "check_supported",
+    "context_length",
     "cross_entropy_sum",
+    "end_ids",
     "kv_shape",
     "load_model",
     "load_tokenizer",

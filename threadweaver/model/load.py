@@ -101,11 +101,3 @@ def _untie(model: PreTrainedModel) -> None:
     if output is not None and output.weight is not model.get_input_embeddings().weight:
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = False
-
-
-def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path
-) -> None:
-    """Writes a plain Hugging Face folder: safetensors, config and tokenizer."""
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)

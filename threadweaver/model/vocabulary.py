@@ -18,9 +18,10 @@ _ROWS_MULTIPLE = 64
 def add_tags(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> list[str]:
     """Makes every tag one special token, in place, and gives the model rows for them.
 
-    The embedding of a new tag, and its output row if the two tables are untied, starts as the mean
-    of the rows of the bare word's tokens: "Thread" for <Thread> and </Thread>. The tables grow to a
-    multiple of 64 rows and never shrink; rows that no token uses get the mean of the old table.
+    The embedding of a new tag, its output row if the two tables are untied, and its output bias if
+    there is one, start as the means of those of the bare word's tokens: "Thread" for <Thread> and
+    </Thread>. The tables grow to a multiple of 64 rows and never shrink; rows that no token uses
+    get the mean of the old table.
     Tags that are there already keep their ids and rows.
 
     Returns:
@@ -59,9 +60,12 @@ def _extend_model(
 
 
 def _tables(model: PreTrainedModel) -> list[Tensor]:
-    """The embedding table and, if it is not the same tensor, the output table; [rows, width]."""
+    """All that has a row for each token: the embedding [rows, width]; the output table, if it is
+    not the same tensor; the output bias [rows], if there is one."""
     tables = [model.get_input_embeddings().weight]
-    output = model.get_output_embeddings()
-    if output is not None and output.weight is not tables[0]:
-        tables.append(output.weight)
+    if (output := model.get_output_embeddings()) is not None:
+        if output.weight is not tables[0]:
+            tables.append(output.weight)
+        if getattr(output, "bias", None) is not None:
+            tables.append(output.bias)
     return cast("list[Tensor]", tables)

@@ -57,13 +57,18 @@ class TrieSet:
 
 
 def build_tries(
-    examples: Iterable[Example], codec: Codec, data: DataConfig, batch_tokens: int
+    examples: Iterable[Example],
+    codec: Codec,
+    data: DataConfig,
+    batch_tokens: int,
+    context_length: int | None = None,
 ) -> TrieSet:
-    """Examples as tries, an end token after each response.
+    """Examples as tries, with an end token after each response that does not end in one.
 
     Raises:
         DataError: naming file and line: a response that breaks the format (unless they are to be
-            dropped), or one whose first call alone is over the budget of `batch_tokens`.
+            dropped), one whose first call alone is over the budget of `batch_tokens`, or one that
+            is longer than the model's context.
     """
     tries, sources = [], []
     dropped_calls = dropped_trajectories = 0
@@ -77,11 +82,19 @@ def build_tries(
             dropped_trajectories += 1
             continue
         prompt = codec.encode(example.prompt)
-        ids = [*prompt, *codec.encode(example.response), codec.eos_id]
+        ids = [*prompt, *codec.encode(example.response)]
+        if ids[-1] not in codec.end_ids:
+            ids.append(codec.eos_id)
         try:
             built = loss_trie(ids, codec, len(prompt), data.loss, max_tokens=batch_tokens)
         except ValueError as error:
             raise DataError(f"{example.source}: {error} (optimization.batch_tokens)") from error
+        longest = int(built.trie.positions.max()) + 1
+        if context_length is not None and longest > context_length:
+            raise DataError(
+                f"{example.source}: {longest} tokens with the end token, and the model's context "
+                f"ends at {context_length} (max_position_embeddings): shorten or remove the row"
+            )
         tries.append(built.trie)
         sources.append(example.source)
         dropped_calls += built.dropped_calls

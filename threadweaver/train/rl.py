@@ -21,10 +21,10 @@ from transformers import PreTrainedModel
 
 from threadweaver.evaluate.grade import METRICS, Graded, summary
 from threadweaver.evaluate.reward import reward
-from threadweaver.evaluate.rollouts import fingerprint, roll_out
+from threadweaver.evaluate.rollouts import check_prompts, fingerprint, roll_out
 from threadweaver.generate.engine import Engine
-from threadweaver.model import load_model, trie_logprobs
-from threadweaver.progress import Progress, ResponsesProgress
+from threadweaver.model import trie_logprobs
+from threadweaver.progress import Progress, ResponsesProgress, print_line
 from threadweaver.tasks import Problem, load_task
 from threadweaver.train.advantages import group_advantages
 from threadweaver.train.batches import unrolled_tokens
@@ -34,6 +34,7 @@ from threadweaver.train.policy_loss import PolicyLoss, policy_loss
 from threadweaver.train.report import print_rl_table
 from threadweaver.train.run import Record, Trainer
 from threadweaver.train.run_dir import write_json
+from threadweaver.train.setup import build_model
 from threadweaver.train.stages import RLConfig
 
 
@@ -42,6 +43,9 @@ class RLTrainer(Trainer[RLConfig]):
 
     def load_data(self) -> None:
         config = self.config
+        # The generator runs the whole network, so the trainer must too: no dropout, no noise of any
+        # kind (docs/semantics.md, "P-GRPO").
+        self.model.eval()
         self.task = load_task(config.task.name, **config.task.options)
         self.problems = self.task.problems("train", config.task.problems, config.seed)
         self.trains_on = f"task: {config.task.name}"
@@ -53,6 +57,8 @@ class RLTrainer(Trainer[RLConfig]):
             **asdict(config.rollouts.engine),
             autocast=config.compute.precision == "bf16",
         )
+        if note := check_prompts(self.engine, self.problems, config.rollouts.generation):
+            print_line(self.console, note)
         self.reference = self._load_reference() if config.policy.kl else None
 
     def train_step(self) -> Record:
@@ -167,7 +173,6 @@ class RLTrainer(Trainer[RLConfig]):
         settings = self.config.optimization
         warmup = math.ceil(settings.warmup * self.num_steps)
         rate = settings.learning_rate * min(1.0, (self.steps_done + 1) / max(warmup, 1))
-        self.model.train()
         parts = [tries[i :: settings.updates] for i in range(settings.updates)]
         batches = [micro_batches(part, settings.batch_tokens) for part in parts if part]
         old: list[list[Tensor | None]] = [[None] * len(micros) for micros in batches]
@@ -230,16 +235,12 @@ class RLTrainer(Trainer[RLConfig]):
             return trie_logprobs(model, micro.trie, layout, micro.sampled).logprobs
 
     def _load_reference(self) -> PreTrainedModel:
+        """What the run started from, tags included, so that the first KL is 0."""
         if self.config.model.path is None:
             raise ConfigError(
                 "policy.kl: the reference is the model at model.path: set it, or policy.kl 0"
             )
-        reference, _ = load_model(self.config.model.path)
-        if reference.config.vocab_size != self.model.config.vocab_size:
-            raise ConfigError(
-                "policy.kl: model.path lacks the tags, so it is no reference; "
-                "python -m threadweaver.add_tags adds them"
-            )
+        reference, _ = build_model(self.config, None)
         torch.nn.Module.to(reference, self.device)
         return reference.eval()
 

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from threadweaver.model import parameter_count, save_model
+from threadweaver.model import end_ids, parameter_count, save_model
 from threadweaver.progress import print_line
 from threadweaver.train.checkpoint import (
     all_checkpoints,
@@ -39,7 +39,12 @@ from threadweaver.train.run_dir import (
     settle_precision,
     write_config,
 )
-from threadweaver.train.setup import build_model, build_optimizer, prepare_torch
+from threadweaver.train.setup import (
+    build_model,
+    build_optimizer,
+    prepare_torch,
+    recompute_activations,
+)
 from threadweaver.train.stages import RLConfig, SFTConfig
 from threadweaver.trajectory import Codec
 from tw_kernels import Trie
@@ -150,12 +155,12 @@ class Trainer(Run[T]):
         self.model, self.tokenizer = build_model(self.config, checkpoint)
         print_line(self.console, f"model: {parameter_count(self.model)}")
         torch.nn.Module.to(self.model, self.device).train()
-        self.codec = Codec.from_tokenizer(self.tokenizer)
+        self.codec = Codec.from_tokenizer(self.tokenizer, end_ids(self.model))
         self.totals: dict[str, float] = {"seconds": 0.0}
         self.steps_done = 0
         self.load_data()
         if compute.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(self.model)
         if compute.compile:
             self.model.base_model.compile(dynamic=True)
         self.optimizer = build_optimizer(self.model, self.config.optimization)

@@ -24,9 +24,10 @@ import torch
 
 from threadweaver.data import save_rows, trajectory_row
 from threadweaver.evaluate.grade import Graded, graded_row, summary
-from threadweaver.evaluate.rollouts import fingerprint, roll_out
+from threadweaver.evaluate.rollouts import check_prompts, fingerprint, roll_out
 from threadweaver.generate.engine import Engine
-from threadweaver.progress import ResponsesProgress
+from threadweaver.model import end_ids
+from threadweaver.progress import ResponsesProgress, print_line
 from threadweaver.tasks import Problem, load_task
 from threadweaver.train.config import ConfigError, DataConfig
 from threadweaver.train.report import print_self_train_table
@@ -89,13 +90,17 @@ class SelfTraining(Run[SelfTrainConfig]):
         numbers = range(len(self.chunks))
         missing = [n for n in numbers if not self._chunk_file(n).exists()]
         engine = self._engine(None) if missing else None
+        if engine is not None:
+            problems = [problem for n in missing for problem in self.chunks[n]]
+            if note := check_prompts(engine, problems, self.config.rollouts.generation):
+                print_line(self.console, note)
         for n in missing:
             assert engine is not None
             graded = self._roll_out(engine, n, f"rolling out {n + 1}/{len(numbers)}")
             record = {
                 "problems": fingerprint(self.chunks[n]),
                 "means": summary(graded),
-                "rollouts": [graded_row(g) for g in graded],
+                "rollouts": [{**graded_row(g), "fits": _fits(g, engine)} for g in graded],
             }
             write_json(self._chunk_file(n), record, indent=None)
         rows = [row for n in numbers for row in self._rows(n)]
@@ -132,7 +137,7 @@ class SelfTraining(Run[SelfTrainConfig]):
         torch.nn.Module.to(model, self.device)
         return Engine(
             model.eval(),
-            Codec.from_tokenizer(tokenizer),
+            Codec.from_tokenizer(tokenizer, end_ids(model)),
             **asdict(config.rollouts.engine),
             autocast=config.compute.precision == "bf16",
         )
@@ -154,14 +159,21 @@ class SelfTraining(Run[SelfTrainConfig]):
             )
 
 
+def _fits(graded: Graded, engine: Engine) -> bool:
+    """Whether SFT, which writes an end token after the response, can train on it."""
+    texts = graded.problem.prompt, graded.response
+    return sum(len(engine.codec.encode(text)) for text in texts) < engine.context_length
+
+
 def select(rows: Iterable[Row], keep_per_problem: int) -> tuple[list[Row], Row]:
     """What is kept of graded rollouts, in the columns of threadweaver.data, and a report.
 
-    A rollout is rejected for the first of these that holds: wrong, malformed, duplicate (the same
-    response to the same problem), over the cap (of its problem).
+    A rollout is rejected for the first of these that holds: wrong, malformed, too long (the model's
+    context ended it, and leaves no room for an end token), duplicate (the same response to the same
+    problem), over the cap (of its problem).
     """
     kept: list[Row] = []
-    rejected = dict.fromkeys(("wrong", "malformed", "duplicate", "over the cap"), 0)
+    rejected = dict.fromkeys(("wrong", "malformed", "too long", "duplicate", "over the cap"), 0)
     breaches: Counter[str] = Counter()
     responses: dict[tuple[str, str], set[str]] = {}
     count = right = well_formed = 0
@@ -176,6 +188,8 @@ def select(rows: Iterable[Row], keep_per_problem: int) -> tuple[list[Row], Row]:
             rejected["wrong"] += 1
         elif row["violations"]:
             rejected["malformed"] += 1
+        elif not row.get("fits", True):  # older chunks do not say
+            rejected["too long"] += 1
         elif response in seen:
             rejected["duplicate"] += 1
         elif len(seen) == keep_per_problem:

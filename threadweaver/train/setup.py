@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from threadweaver.model import add_tags, build_tokenizer, load_model, new_model
 from threadweaver.train.config import AdamWConfig, ConfigError, RunConfig
@@ -58,6 +61,25 @@ def build_model(
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model, tokenizer
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """From now on every layer keeps its input alone, and runs again in the backward pass.
+
+    Unlike the model's own gradient_checkpointing_enable also in evaluation mode, in which P-GRPO
+    runs it.
+
+    Raises:
+        ConfigError: its layers are none that `transformers` knows how to run again.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigError(
+            f"compute.gradient_checkpointing: no layer of {model.config.model_type} can be "
+            "recomputed; leave it out"
+        )
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def build_optimizer(model: PreTrainedModel, settings: AdamWConfig) -> torch.optim.AdamW:

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from threadweaver.data import read_examples
 from threadweaver.evaluate.metrics import compare
 from threadweaver.evaluate.modes import evaluate_modes
-from threadweaver.evaluate.rollouts import queue
+from threadweaver.evaluate.rollouts import check_prompts
 from threadweaver.generate.engine import Engine
-from threadweaver.model import load_model, supervised_tokens, trie_loss
-from threadweaver.progress import Progress
+from threadweaver.model import context_length, load_model, supervised_tokens, trie_loss
+from threadweaver.progress import Progress, print_line
 from threadweaver.tasks import load_task
 from threadweaver.train.batches import (
     Step,
@@ -154,7 +154,13 @@ class SFTTrainer(Trainer[SFTConfig]):
             examples = list(progress.track(read_examples(path)))
         budget = self.config.optimization.batch_tokens
         with Progress(self.console, f"building tries of {path}", len(examples), "rows") as progress:
-            data = build_tries(progress.track(examples), self.codec, self.config.data, budget)
+            data = build_tries(
+                progress.track(examples),
+                self.codec,
+                self.config.data,
+                budget,
+                context_length(self.model),
+            )
         unrolled = sum(map(unrolled_tokens, data.tries))
         self.console.print(
             f"{path}: {len(data.tries):,} tries, {sum(data.sizes):,} tokens ({unrolled:,} "
@@ -185,9 +191,12 @@ class SFTTrainer(Trainer[SFTConfig]):
     def _check_evaluation(self) -> None:
         """Refuses problems that the engine would refuse when all training is done."""
         try:
-            queue(self._engine(self.model), self.problems, self.config.evaluate.generation)
+            engine, generation = self._engine(self.model), self.config.evaluate.generation
+            note = check_prompts(engine, self.problems, generation)
         except ValueError as error:
             raise ConfigError(f"evaluate: {error}") from error
+        if note:
+            print_line(self.console, note)
 
     def _evaluate(self, checkpoint: Path) -> dict[str, float]:
         """Solves the problems with the checkpoint as it can be loaded, in both modes."""

@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Literal
 
 from threadweaver.trajectory.codec import Codec
+from threadweaver.trajectory.ids import token_ids
 from threadweaver.trajectory.parser import Tag, Thread, parse
 
 Span = tuple[int, int]
@@ -80,7 +81,7 @@ def parse_ids(
     ids: Sequence[int], codec: Codec, prompt_length: int, max_depth: int
 ) -> tuple[list[int], Thread]:
     """Ids as a list, and the main line of what follows the prompt."""
-    ids = [int(id) for id in ids]
+    ids = token_ids(ids, "trajectory")
     if not 0 <= prompt_length <= len(ids):
         raise ValueError(f"prompt_length is {prompt_length}, but there are {len(ids)} tokens")
     names = codec.tags

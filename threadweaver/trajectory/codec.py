@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from threadweaver.trajectory.ids import token_ids
 from threadweaver.trajectory.tags import BLOCK_TAGS, TAGS, THREAD_HEADER
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ class Codec:
     Attributes:
         tag_ids: tag -> id; at least the tags of a block.
         tags: id -> tag, the same pairs.
-        eos_id: id that ends a completion.
+        eos_id: id that ends a response; the one that training appends.
+        end_ids: all ids that end one, eos_id first, then ascending.
         newline_ids: ids of the newline that the state machine writes after a join; empty for a
             character vocabulary without a newline, and for a vocabulary without tags.
     """
@@ -40,20 +42,28 @@ class Codec:
         tag_ids: Mapping[str, int],
         eos_id: int,
         newline_ids: Sequence[int],
+        end_ids: Iterable[int] = (),
     ):
         missing = [tag for tag in BLOCK_TAGS if tag not in tag_ids]
         if missing:
             raise ValueError(f"the vocabulary lacks the tags {', '.join(missing)}")
         self.tag_ids = dict(tag_ids)
         self.tags = {id: tag for tag, id in self.tag_ids.items()}
-        self.eos_id = eos_id
-        self.newline_ids = tuple(newline_ids)
+        (self.eos_id,) = token_ids([eos_id], "eos_id")
+        others = set(token_ids(end_ids, "end_ids")) - {self.eos_id}
+        self.end_ids = (self.eos_id, *sorted(others))
+        self.newline_ids = tuple(token_ids(newline_ids, "newline_ids"))
         self._vocabulary = vocabulary
         self._texts: dict[int, str] = {}
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> Codec:
+    def from_tokenizer(
+        cls, tokenizer: PreTrainedTokenizerBase, end_ids: Iterable[int] = ()
+    ) -> Codec:
         """Codec of a Hugging Face tokenizer in which every tag is one token.
+
+        Args:
+            end_ids: that end a response besides its eos_token: `threadweaver.model.end_ids`.
 
         Raises:
             ValueError: a tag is missing or is split up, there is no end-of-sequence token, or
@@ -68,7 +78,7 @@ class Codec:
         vocab = tokenizer.get_vocab()
         text = _TokenizerVocabulary(tokenizer)
         tag_ids = {tag: vocab[tag] for tag in TAGS}
-        codec = cls(text, tag_ids, _eos_id(tokenizer), text.encode("\n"))
+        codec = cls(text, tag_ids, _eos_id(tokenizer), text.encode("\n"), end_ids)
         decoded = codec.decode(codec.encode(_ROUND_TRIP))
         if decoded != _ROUND_TRIP:
             raise ValueError(
@@ -78,7 +88,7 @@ class Codec:
         return codec
 
     @classmethod
-    def without_tags(cls, tokenizer: PreTrainedTokenizerBase) -> Codec:
+    def without_tags(cls, tokenizer: PreTrainedTokenizerBase, end_ids: Iterable[int] = ()) -> Codec:
         """Codec of a Hugging Face tokenizer, for sequential mode alone: tags are mere text.
 
         The ids of tags are negative, so that no token is one, and there is no newline to write
@@ -88,20 +98,23 @@ class Codec:
             ValueError: there is no end-of-sequence token.
         """
         tag_ids = {tag: -1 - i for i, tag in enumerate(TAGS)}
-        return cls(_TokenizerVocabulary(tokenizer), tag_ids, _eos_id(tokenizer), newline_ids=())
+        return cls(_TokenizerVocabulary(tokenizer), tag_ids, _eos_id(tokenizer), (), end_ids)
 
     @classmethod
-    def from_vocab(cls, vocab: Mapping[str, int], *, eos_id: int) -> Codec:
+    def from_vocab(
+        cls, vocab: Mapping[str, int], *, eos_id: int, end_ids: Iterable[int] = ()
+    ) -> Codec:
         """Codec of a vocabulary of single characters, and tags or other special strings, by hand.
 
         Decoding an id that is not in the vocabulary gives U+FFFD.
 
         Raises:
-            ValueError: a tag of a block is missing.
+            ValueError: a tag of a block is missing, or an id is no integer.
         """
+        token_ids(vocab.values(), "vocab")
         tag_ids = {tag: vocab[tag] for tag in TAGS if tag in vocab}
         newline_ids = [vocab["\n"]] if "\n" in vocab else []
-        return cls(_CharacterVocabulary(vocab), tag_ids, eos_id, newline_ids)
+        return cls(_CharacterVocabulary(vocab), tag_ids, eos_id, newline_ids, end_ids)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, with thread headers as the state machine forces them.
@@ -117,7 +130,7 @@ class Codec:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, tags and special tokens included."""
-        return self._vocabulary.decode(ids)
+        return self._vocabulary.decode(token_ids(ids, "ids to decode"))
 
     def header_end(self, ids: Sequence[int], start: int, end: int) -> int:
         """The end of the header that begins at ids[start], right after <Thread>.

@@ -1,0 +1,62 @@
+"""Runs of a second that the cases share."""
+
+import json
+from pathlib import Path
+from unittest.mock import patch
+
+from threadweaver.tasks import Problem
+from threadweaver.train.__main__ import main
+
+ARCH = {
+    "model_type": "qwen3",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+}
+COMPUTE = {"compute.device": "cpu", "compute.precision": "fp32", "compute.threads": 1}
+
+
+class ByLength:
+    """Any task with a signal."""
+
+    ungraded = 0
+
+    def problems(self, split, n, seed=0) -> list[Problem]:
+        return [Problem(f"{i}?\n", "7", f"row {i}") for i in range(4)]
+
+    def is_correct(self, response: str, problem: Problem) -> bool:
+        return sum(map(ord, response)) % 2 == 0
+
+    def demonstration(self, problem: Problem, parallel: bool) -> None:
+        return None
+
+
+def train(kind: str, options: dict) -> int:
+    """The exit code."""
+    options = {**COMPUTE, **options}
+    return main([kind, *(f"--{name}={value}" for name, value in options.items())])
+
+
+def first_record(base: Path, settings: dict) -> dict | None:
+    """What P-GRPO reports of its first step; None if it ends with an error."""
+    options = {
+        "run_dir": base.parent / "run",
+        "model.path": base,
+        "rollouts.problems": 4,
+        "rollouts.samples": 4,
+        "rollouts.generation.max_tokens": 24,
+        "rollouts.engine.kv_gigabytes": 0.01,
+        "reward.accel": "none",
+        "optimization.steps": 1,
+        "optimization.learning_rate": 1e-12,
+        "optimization.batch_tokens": 2048,
+        **settings,
+    }
+    with patch("threadweaver.train.rl.load_task", lambda name, **options: ByLength()):
+        code = train("rl", options)
+    metrics = base.parent / "run" / "metrics.jsonl"
+    return None if code else json.loads(metrics.read_text().splitlines()[0])

@@ -1,0 +1,79 @@
+"""A row that is longer than the model's context is an error that names file and line: in SFT a
+demonstration, in P-GRPO, self-training and evaluation a prompt; rotary and learned positions."""
+
+import io
+import json
+import sys
+import tempfile
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+from tests.cases._runs import ARCH, train
+from threadweaver.data import save_rows
+from threadweaver.evaluate.__main__ import main as evaluate
+from threadweaver.model import build_tokenizer, new_model, save_model
+
+ARCHS = {
+    "rotary": {**ARCH, "max_position_embeddings": 128},
+    "learned": {
+        "model_type": "gpt2",
+        "n_embd": 32,
+        "n_layer": 1,
+        "n_head": 2,
+        "n_positions": 128,
+        "attn_pdrop": 0.0,
+    },
+}
+SHORT = "<think>\na\n</think>\n\\boxed{7}"
+LONG = f"<think>\n{'ab ' * 60}\n</think>\n\\boxed{{7}}"
+
+
+def fault() -> str | None:
+    root = Path(tempfile.mkdtemp())
+    responses, prompts = root / "responses.jsonl", root / "prompts.jsonl"
+    save_rows([_row("1?\n", SHORT), _row("2?\n", LONG)], responses)
+    save_rows([_row("1?\n", SHORT), _row("2" * 128, SHORT)], prompts)
+    task = {
+        "task.name": prompts,
+        "task.options": '{"held_out": 0.0, "whole_numbers": true}',
+        "rollouts.engine.kv_gigabytes": 0.01,
+    }
+    for name, arch in ARCHS.items():
+        base = root / name
+        tokenizer = build_tokenizer()
+        save_model(new_model(tokenizer, arch), tokenizer, base)
+        runs = {
+            "sft": lambda options: train("sft", {"data.train": responses, **options}),
+            "rl": lambda options: train("rl", {**task, **options}),
+            "self-train": lambda options: train("self-train", {**task, **options}),
+            "eval": lambda options: evaluate(_evaluation(options["model.path"], prompts)),
+        }
+        for kind, run in runs.items():
+            errors = io.StringIO()
+            with redirect_stderr(errors), redirect_stdout(io.StringIO()):
+                code = run({"run_dir": root / f"{name}-{kind}", "model.path": base})
+            line = errors.getvalue()
+            file = responses if kind == "sft" else prompts
+            if code != 2 or f"{file}:2: " not in line or "128" not in line or line.count("\n") != 1:
+                return f"{kind}, {name} positions: ended with {code}: {line}"
+    return None
+
+
+def _row(question: str, response: str) -> dict:
+    return {"question": question, "response": response, "reward_model": {"ground_truth": "7"}}
+
+
+def _evaluation(model: Path, prompts: Path) -> list[str]:
+    options = {
+        "model": model,
+        "task": prompts,
+        "task_options": json.dumps({"held_out": 1.0, "whole_numbers": True}),
+        "device": "cpu",
+        "precision": "fp32",
+        "kv_gigabytes": 0.01,
+    }
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+if __name__ == "__main__":
+    sys.exit(fault())
