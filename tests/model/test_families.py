@@ -80,11 +80,15 @@ def _check_training(ours, own):
     assert got.item() == pytest.approx(want.item(), rel=1e-5)
     got.backward()
     want.backward()
-    for (name, mine), theirs in zip(ours.named_parameters(), own.parameters(), strict=True):
-        if theirs.grad is None:
-            assert mine.grad is None or not mine.grad.any(), name
+    gradients = {name: p.grad for name, p in own.named_parameters() if p.grad is not None}
+    # Some are 0 but for rounding: a bias of keys, a router's of all experts.
+    rounding = 1e-6 * max(gradient.norm() for gradient in gradients.values())
+    for name, parameter in ours.named_parameters():
+        if name in gradients:
+            difference = (parameter.grad - gradients[name]).norm()
+            assert difference <= 1e-4 * gradients[name].norm() + rounding, name
         else:
-            assert (mine.grad - theirs.grad).norm() <= 1e-4 * theirs.grad.norm() + 1e-6, name
+            assert parameter.grad is None or not parameter.grad.any(), name
 
 
 def _check_decoding(ours, own):

@@ -40,6 +40,7 @@ TOLERANCE = 1e-3
 _PAGE = 4  # tokens a KV page
 _TRUNK, _BRANCH = 2 * _PAGE, 6  # tokens of the trie's trunk, and of each branch
 _WINDOW = 5  # shorter than a path
+_IDS = 2**15  # the first that are looked at
 _RECORDED = "trie-recorded"
 _BLOCK = 2**20 - 3  # random numbers a parameter is tiled from; odd, so that rows differ
 
@@ -68,7 +69,7 @@ def probe(model: PreTrainedModel) -> None:
 
 def _why_not(model: PreTrainedModel, keys: list[tuple[int, torch.Size]]) -> str | None:
     """`keys`: layer and shape of the keys of each call of attention so far."""
-    paths = _paths(model.config)
+    paths = _paths(model)
     over_trie = _on_trie(model, paths)
     layers = model.config.get_text_config().num_hidden_layers
     if not keys:
@@ -93,19 +94,23 @@ def _why_not(model: PreTrainedModel, keys: list[tuple[int, torch.Size]]) -> str 
     return None
 
 
-def _paths(config: PretrainedConfig) -> list[list[int]]:
-    """Two paths with a common trunk, of ids that mean nothing special to the model."""
-    text = config.get_text_config()
+def _paths(model: PreTrainedModel) -> list[list[int]]:
+    """Two paths with a common trunk, of ids that have a token and mean nothing special."""
+    config, head = model.config, output_layer(model)
     special = set()
-    for source in (config.to_dict(), text.to_dict()):
-        for key, value in source.items():
-            if key.endswith(("_id", "_ids", "_index")):
+    for source in (config.to_dict(), config.get_text_config().to_dict()):
+        for name, value in source.items():
+            if name.endswith(("_id", "_ids", "_index")):
                 special |= set(value if isinstance(value, list) else [value])
-    plain = [id for id in range(min(text.vocab_size, 2**15)) if id not in special]
-    step = max(1, len(plain) // (_TRUNK + 2 * _BRANCH))
-    ids = [plain[i * step % len(plain)] for i in range(_TRUNK + 2 * _BRANCH)]
-    trunk = ids[:_TRUNK]
-    return [trunk + ids[_TRUNK : _TRUNK + _BRANCH], trunk + ids[_TRUNK + _BRANCH :]]
+    known = torch.ones(len(head.weight), dtype=torch.bool)
+    if head.unknown is not None:
+        known &= ~head.unknown.cpu()
+    plain = [id for id in known.nonzero()[:_IDS, 0].tolist() if id not in special]
+    num_ids = _TRUNK + 2 * _BRANCH
+    step = max(1, len(plain) // num_ids)
+    ids = [plain[i * step % len(plain)] for i in range(num_ids)]
+    trunk, end = ids[:_TRUNK], _TRUNK + _BRANCH
+    return [trunk + ids[_TRUNK:end], trunk + ids[end:]]
 
 
 def _on_trie(model: PreTrainedModel, paths: list[list[int]]) -> Tensor:
