@@ -26,8 +26,8 @@ struct DecodeWorkspace {
   float *q;         // [tiles][width][kTileRows], or [rows][width] of few
   float *q_rows;    // [kTileRows][width], before transposition; later one row of values
   float *top, *sum, *factor; // [matrix rows]
-  int32_t *first, *visible; // [matrix rows]: row r sees keys [first[r], visible[r]) of the item;
-                            // first is undefined without a window
+  int32_t *first, *visible; // [matrix rows]: row r sees the item's keys from first[r], 0 without a
+                            // window and then not set, to below visible[r]
 
   // Carves the arrays out of memory that starts at `base`; returns where they end.
   char *place(char *base, int64_t matrix_rows, int64_t width) {
@@ -152,6 +152,8 @@ struct ItemTask {
     return sum_of_lanes(sum) != 0;
   }
 
+  // To the matrix rows [first_row, end_row) what is not finite in the values of keys [c0, c1) that
+  // they see.
   void add_nonfinite(int64_t first_row, int64_t end_row, int64_t c0, int64_t c1) const {
     for (int64_t c = c0; c < c1; ++c) {
       load_row(w.q_rows, run_at(c, c1).v, args.dtype, head_dim);

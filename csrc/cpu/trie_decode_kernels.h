@@ -22,14 +22,14 @@ void attend(const void *job, int64_t index, int worker) {
   const int64_t next = index + task.job.threads;
   if (next < task.args.num_items * task.args.kv_heads)
     ItemTask(job, next, worker).prefetch_first();
-  if (task.start == task.item.num_keys)
-    ; // no row sees anything of it
-  else if (task.rows <= few)
-    FewRows(task).attend();
-  else if (in_pairs)
-    attend_pairs(task);
-  else
-    ManyRows<float>(task).attend();
+  if (task.start < task.item.num_keys) { // else no row sees anything of it
+    if (task.rows <= few)
+      FewRows(task).attend();
+    else if (in_pairs)
+      attend_pairs(task);
+    else
+      ManyRows<float>(task).attend();
+  }
   task.finish();
 }
 

@@ -57,7 +57,7 @@ private:
     pages_.resize(count);
     for (int64_t i = 0; i < count; ++i) {
       PyObject *item = PyList_GET_ITEM(list.ptr(), i);
-      if (!PyLong_Check(item))
+      if (!PyLong_Check(item) || PyBool_Check(item))
         throw py::type_error(sequence(s) + ", table entry " + std::to_string(i) +
                              ": a page is an integer, got " + Py_TYPE(item)->tp_name);
       int overflow = 0;
@@ -127,18 +127,13 @@ py::array_t<int32_t> pack(const DecodePlan &plan, const Sizes &capacity) {
   return packed;
 }
 
+// lengths and new_tokens have one dimension; the three numbers are at least 1, and those of the
+// capacity in [0, 2^31).
 py::tuple decode_plan(const py::sequence &page_tables, const Counts &lengths,
                       const Counts &new_tokens, int32_t page_size, int32_t num_workers,
                       int32_t tile_rows, bool share, const std::optional<Sizes> &capacity) {
-  for (const auto &[name, value] : {std::pair{"page_size", page_size},
-                                    {"num_workers", num_workers},
-                                    {"tile_rows", tile_rows}})
-    if (value < 1)
-      throw py::value_error(std::string(name) + " must be at least 1, got " +
-                            std::to_string(value));
   const size_t count = page_tables.size();
-  if (lengths.ndim() != 1 || new_tokens.ndim() != 1 ||
-      static_cast<size_t>(lengths.size()) != count ||
+  if (static_cast<size_t>(lengths.size()) != count ||
       static_cast<size_t>(new_tokens.size()) != count)
     throw py::value_error(std::to_string(count) + " page tables need as many lengths and "
                           "new_tokens, got " + std::to_string(lengths.size()) + " and " +

@@ -95,6 +95,7 @@ DecodePlan DecodePlanner::plan(int32_t num_workers, int32_t tile_rows) const {
   for (size_t i = runs.size(); i-- > 0;)
     if (runs[i].parent >= 0) num_rows[runs[i].parent] += num_rows[i];
 
+  tile_rows = static_cast<int32_t>(std::clamp<size_t>(num_queries, 1, tile_rows));
   std::vector<DecodeItem> whole; // not cut yet
   std::vector<int32_t> run_position(runs.size());
   int64_t total = 0;

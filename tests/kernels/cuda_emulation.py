@@ -84,7 +84,7 @@ def decode(inputs: Inputs, plan: DecodePlan) -> Tensor:
     """out of a call, which gets pages of its own. Runs in the process of an EmulatedGpu."""
     scale = inputs.q.shape[-1] ** -0.5
     x = inputs.copy()
-    return cuda_decode.forward(x.q, x.kv, plan, scale, x.new_k, x.new_v, None, None, None)
+    return cuda_decode.forward(x.q, x.kv, plan, scale, x.new_k, x.new_v)
 
 
 def _pretend_a_gpu() -> None:

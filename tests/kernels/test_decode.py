@@ -1,5 +1,6 @@
 """trie_decode on every backend that runs here, against a float64 oracle on random forests."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,8 @@ from tests.kernels.decode_batches import (
     random_batch,
     random_inputs,
 )
-from tests.kernels.tries import relative_error
-from tw_kernels import DecodePlan, PagedKV, PlanSizes, backends, trie_decode
+from tests.kernels.tries import random_paths, relative_error, visible
+from tw_kernels import DecodePlan, PagedKV, PlanSizes, Trie, backends, trie_decode
 from tw_kernels.decode.op import TRIE_DECODE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -135,6 +136,67 @@ def test_the_reference_is_exact_in_float64(variant):
     assert relative_error(got, oracle(batch, inputs, 32**-0.5, **variant)) <= 1e-14
 
 
+@pytest.mark.parametrize("backend", FAST)
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    page_size=st.sampled_from([8, 16, 64]),
+    longest=st.sampled_from([3, 50, 300]),
+    most_new=st.sampled_from([1, 5, 200]),
+    group=st.sampled_from([1, 3, 8]),
+    window=st.sampled_from([None, 1, 7, 16, 17, 64, 100, 250]),
+    softcap=st.sampled_from([None, 0.3, 5.0, 1e4]),
+    sinks=st.sampled_from([None, torch.float32, torch.bfloat16]),
+    tile_rows=st.sampled_from([5, 64]),
+    share=st.booleans(),
+)
+def test_random_forests_in_windows_under_soft_caps_and_with_sinks_agree_with_the_oracle(
+    backend, seed, page_size, longest, most_new, group, window, softcap, sinks, tile_rows, share,
+):  # fmt: skip
+    batch = random_batch(seed, 8, page_size, longest, most_new)
+    inputs = random_inputs(batch, (2 * group, 2, 32), torch.float32, seed % 997)
+    logits = 2 * torch.randn(2 * group, generator=torch.Generator().manual_seed(seed % 991))
+    variant = {
+        "window": window,
+        "softcap": softcap,
+        "sinks": None if sinks is None else logits.to(sinks),
+    }
+    if not supported(inputs, backend, variant):
+        return
+    got = run(batch, inputs, backend, variant, num_workers=4, tile_rows=tile_rows, share=share)
+    assert relative_error(got, oracle(batch, inputs, 32**-0.5, **variant)) <= 1e-5
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("backend", FAST)
+def test_a_prefill_of_paths_equals_attention_over_their_trie(backend, variant):
+    """By the definition of trie_attention in float64: ancestors at most window - 1 levels up."""
+    trie = Trie.from_paths(random_paths(np.random.default_rng(3), 2, 4, 25))
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(len(trie), h, 32, generator=generator) for h in (6, 2, 2))
+    paths = [trie.path_nodes(p) for p in range(len(trie.path_ends))]
+    lengths = [len(path) for path in paths]
+    pages = iter(range(10**9))
+    tables = [[next(pages) for _ in range(-(-n // 8))] for n in lengths]
+    batch = Batch(tables, lengths, lengths, page_size=8, num_pages=next(pages))
+    nodes = torch.cat(paths)
+    empty = torch.full((batch.num_pages, 8, 2, 32), torch.nan)
+    inputs = Inputs(q[nodes], PagedKV(empty, empty.clone()), k[nodes], v[nodes])
+    if not supported(inputs, backend, variant):
+        pytest.skip(f"{backend} does not run it")
+
+    scores = torch.einsum("ihd,jhd->hij", q.double(), k.double().repeat_interleave(3, 1)) * 32**-0.5
+    if softcap := variant.get("softcap"):
+        scores = softcap * (scores / softcap).tanh()
+    levels_up = trie.positions[:, None] - trie.positions
+    seen = visible(trie.layout().subtree_ends) & (levels_up < variant.get("window", 10**9))
+    weights = scores.masked_fill(~seen, -torch.inf).exp()
+    sinks = variant.get("sinks", torch.full((6,), -torch.inf)).double()
+    weights /= weights.sum(2, keepdim=True) + sinks.exp()[:, None, None]
+    want = torch.einsum("hij,jhd->ihd", weights, v.double().repeat_interleave(3, 1))
+    assert relative_error(run(batch, inputs, backend, variant), want[nodes]) <= 1e-5
+
+
 SMALL = {
     # seed, sequences, page size, longest, most new; (Hq, Hkv, D)
     "decode": (1, 8, 16, 60, 1, (6, 2, 32)),
@@ -166,6 +228,63 @@ def test_small_forests_agree_with_the_oracle(shape, share, backend):
     inputs = random_inputs(batch, heads, torch.float32)
     got = run(batch, inputs, backend, share=share)
     assert relative_error(got, oracle(batch, inputs, heads[2] ** -0.5)) <= 1e-5
+
+
+@pytest.mark.parametrize("backend", RUNNABLE)
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_every_variant_agrees_with_the_oracle_and_leaves_no_nan(variant, backend):
+    batch = random_batch(9, sequences=5, page_size=16, longest=50, most_new=4)
+    inputs = random_inputs(batch, (6, 2, 32), torch.float32)
+    if not supported(inputs, backend, variant):
+        pytest.skip(f"{backend} does not run it")
+    # Pieces of a run that lie before all windows leave partial results of weight 0.
+    got = run(batch, inputs, backend, variant, num_workers=50)
+    assert relative_error(got, oracle(batch, inputs, 32**-0.5, **variant)) <= 1e-5
+
+
+@pytest.mark.parametrize("backend", RUNNABLE)
+@pytest.mark.parametrize("window", [400, 2**31 - 1, 2**80])
+def test_a_window_larger_than_every_sequence_changes_no_bit(window, backend):
+    batch = random_batch(14, sequences=5, page_size=8, longest=60, most_new=9)
+    assert max(batch.lengths) <= 400
+    inputs = random_inputs(batch, (4, 2, 32), torch.float32)
+    if not supported(inputs, backend, {"window": window}):
+        pytest.skip(f"{backend} does not run it")
+    got = run(batch, inputs, backend, {"window": window})
+    assert torch.equal(got, run(batch, inputs, backend))
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("window", [None, 11])
+def test_what_a_row_does_not_see_cannot_reach_it(window, value, backend):
+    """NaN or infinite keys and values of later tokens, of tokens before its window, of others."""
+    if backend not in RUNNABLE:
+        pytest.skip(f"{backend} cannot run here")
+    batch = random_batch(0, 4, 8, 40, 14)
+    inputs = random_inputs(batch, (4, 1, 32), torch.float32)
+    variant = {} if window is None else {"window": window}
+    want = run(batch, inputs, backend, variant, num_workers=1)
+    held = [(s, p) for s in range(len(batch.lengths)) for p in range(batch.lengths[s])]
+    reached = unreached = 0
+    for s, p in held[::9]:
+        slot = int(batch.slots(s)[p])
+        poisoned = inputs.copy()
+        poisoned.new_k, poisoned.new_v = inputs.new_k.clone(), inputs.new_v.clone()
+        sees = []
+        for reader in range(len(batch.tables)):
+            at = (batch.slots(reader) == slot).nonzero().flatten().tolist()
+            for position in batch.positions(reader):
+                if position in at:
+                    poisoned.new_k[len(sees)] = poisoned.new_v[len(sees)] = value
+                sees.append(any(0 <= position - a < (window or 10**9) for a in at))
+        poisoned.kv.k_pages.flatten(0, 1)[slot] = value
+        poisoned.kv.v_pages.flatten(0, 1)[slot] = value
+        got = run(batch, poisoned, backend, variant, num_workers=1)
+        assert got[torch.tensor(sees)].isnan().all()
+        torch.testing.assert_close(got[~torch.tensor(sees)], want[~torch.tensor(sees)])
+        reached, unreached = reached + sum(sees), unreached + len(sees) - sum(sees)
+    assert reached > 20 and unreached > 20
 
 
 @pytest.mark.parametrize("backend", RUNNABLE)
@@ -322,6 +441,25 @@ def pages_of(*shape, dtype=torch.float32):
         ({"new_v": None}, "new_k and new_v come together"),
         ({"new_k": torch.zeros(1, 4, 32)}, r"new_k and new_v must be \(1, 2, 32\), got"),
         ({"scale": 0.0}, r"scale must be a number in \[1e-18, 1e\+18\], got 0"),
+        ({"scale": -1.0}, r"scale must be a number in \[1e-18, 1e\+18\], got -1.0"),
+        ({"scale": float("nan")}, r"scale must be a number in .*, got nan"),
+        ({"scale": float("inf")}, r"scale must be a number in .*, got inf"),
+        ({"scale": 1e300}, r"scale must be a number in .*, got 1e\+300"),
+        ({"scale": "1"}, "scale must be a number in .*, got '1'"),
+        ({"softcap": 0}, r"softcap must be a number in \[1e-18, 1e\+18\], got 0"),
+        ({"softcap": -50.0}, "softcap must be a number in .*, got -50.0"),
+        ({"softcap": float("nan")}, "softcap must be a number in .*, got nan"),
+        ({"softcap": 1e39}, r"softcap must be a number in .*, got 1e\+39"),
+        ({"softcap": True}, "softcap must be a number in .*, got True"),
+        ({"window": 0}, "window must be an integer of at least 1, or None; got 0"),
+        ({"window": 4.0}, "window must be an integer of at least 1, or None; got 4.0"),
+        ({"window": True}, "window must be an integer of at least 1, or None; got True"),
+        ({"sinks": [0.0] * 4}, "sinks must be a tensor or None, got list"),
+        ({"sinks": torch.zeros(2)}, r"sinks must be .* \[Hq\], here \[4\], on cpu; got .* \[2\]"),
+        ({"sinks": torch.zeros(4, 1)}, r"sinks must be .*; got torch.float32 \[4, 1\] on cpu"),
+        ({"sinks": torch.zeros(4).int()}, r"sinks must be .*; got torch.int32 \[4\] on cpu"),
+        ({"sinks": torch.zeros(4, device="meta")}, r"sinks must be .*; got .* on meta"),
+        ({"q": torch.zeros(1, 0, 32)}, r"q must be \[Q, Hq, D\].*\(1, 0, 32\)"),
         ({"backend": "metal"}, "no backend 'metal' for trie_decode: triton"),
     ],
 )
@@ -336,6 +474,9 @@ def test_tensors_that_do_not_fit_are_refused(change, message):
     [
         (torch.zeros(4, 16, 2, 32), torch.zeros(4, 16, 2, 16), "must both be"),
         (torch.zeros(4, 16, 64), torch.zeros(4, 16, 64), "must both be"),
+        (torch.zeros(4, 16, 0, 32), torch.zeros(4, 16, 0, 32), "Hkv and D must be at least 1"),
+        (torch.zeros(4, 0, 2, 32), torch.zeros(4, 0, 2, 32), "page_size, Hkv and D must be"),
+        (torch.zeros(4, 16, 2, 0), torch.zeros(4, 16, 2, 0), "Hkv and D must be at least 1"),
         (torch.zeros(4, 16, 2, 32), torch.zeros(4, 16, 32, 2).mT, "equal strides"),
         (torch.zeros(4, 16, 2, 32), torch.zeros(4, 16, 2, 32).half(), "share dtype"),
     ],

@@ -211,6 +211,20 @@ def test_a_batch_may_be_empty():
     assert plan.merge_ptr.tolist() == [0]
 
 
+def test_tiles_may_be_as_large_as_they_like():
+    batch = random_batch(2, sequences=6, page_size=16, longest=100, most_new=30)
+    want = batch.plan(tile_rows=batch.num_rows).buffer
+    assert torch.equal(batch.plan(tile_rows=2**31 - 1).buffer, want)
+
+
+@pytest.mark.parametrize("buffer", [torch.zeros(7), torch.zeros(8).int(), torch.zeros(7, 1).int()])
+def test_a_buffer_that_is_not_a_plans_is_refused(buffer):
+    size = PlanSizes(rows=1, pages=1, items=0, slots=1)
+    DecodePlan(torch.zeros(7, dtype=torch.int32), 16, 64, 1, size, size)
+    with pytest.raises(ValueError, match=r"of this capacity is int32 \[7\], got torch"):
+        DecodePlan(buffer, 16, 64, 1, size, size)
+
+
 def test_a_plan_is_the_same_every_time():
     batch = random_batch(1, sequences=12, page_size=16, longest=300, most_new=40)
     assert torch.equal(batch.plan().buffer, batch.plan().buffer)
@@ -278,10 +292,17 @@ def test_a_large_batch_is_planned_in_milliseconds():
         ),
         ({"page_tables": [[0, 1, 2], [0, 1, 2]]}, "sequences 0 and 1 both write page 2: copy"),
         ({"lengths": [40]}, "2 page tables need as many lengths and new_tokens, got 1 and 2"),
-        ({"page_size": 0}, "page_size must be at least 1, got 0"),
-        ({"num_workers": 0}, "num_workers must be at least 1, got 0"),
-        ({"tile_rows": -1}, "tile_rows must be at least 1, got -1"),
+        ({"lengths": [[40], [40]]}, r"lengths must have one dimension, got shape \(2, 1\)"),
+        ({"new_tokens": torch.tensor([[1, 1]])}, r"new_tokens must have one dimension, got"),
+        ({"lengths": 40}, r"lengths must have one dimension, got shape \(\)"),
+        ({"page_size": 0}, r"page_size must be in \[1, 2\^31\), got 0"),
+        ({"page_size": -16}, r"page_size must be in \[1, 2\^31\), got -16"),
+        ({"page_size": 2**40}, r"page_size must be in \[1, 2\^31\), got 1099511627776"),
+        ({"num_workers": 0}, r"num_workers must be in \[1, 2\^31\), got 0"),
+        ({"tile_rows": -1}, r"tile_rows must be in \[1, 2\^31\), got -1"),
         ({"capacity": PlanSizes(2, 3, 9, 9)}, "the plan has 4 pages, but its capacity is 3"),
+        ({"capacity": PlanSizes(2**62, 9, 9, 9)}, r"capacity.rows must be in \[0, 2\^31\), got"),
+        ({"capacity": PlanSizes(9, 9, 9, -1)}, r"capacity.slots must be in \[0, 2\^31\), got -1"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_by_name(change, message):
@@ -301,7 +322,24 @@ def test_what_cannot_be_planned_is_refused_by_name(change, message):
     [
         ({"page_tables": [[0.5]]}, "sequence 0, table entry 0: a page is an integer, got float"),
         ({"page_tables": np.ones((1, 1))}, "sequence 0: a page table is a list, a NumPy array"),
-        ({"page_tables": np.ones((1, 1, 1), int)}, "with one dimension"),
+        ({"page_tables": np.ones((1, 1, 1), int)}, r"a matrix .* got shape \(1, 1, 1\)"),
+        ({"page_tables": torch.tensor([0])}, r"a matrix .* got shape \(1,\)"),
+        ({"page_tables": torch.tensor(0)}, r"a matrix .* got shape \(\)"),
+        ({"page_tables": [np.ones((1, 1), int)]}, "with one dimension"),
+        ({"page_tables": [[True]]}, "sequence 0, table entry 0: a page is an integer, got bool"),
+        ({"page_tables": torch.ones(1, 1)}, "page_tables must be integers, got torch.float32"),
+        ({"page_tables": torch.ones(1, 1).bool()}, "sequence 0: a page table is a list, a NumPy"),
+        (
+            {"page_tables": [torch.ones(1).bfloat16()]},
+            "sequence 0: a page table must be integers, got torch.bfloat16",
+        ),
+        ({"lengths": torch.ones(1).bfloat16()}, "lengths must be integers, got torch.bfloat16"),
+        ({"new_tokens": [True]}, "new_tokens must be integers, got bool"),
+        ({"page_size": 16.0}, "page_size must be an integer, got 16.0"),
+        ({"tile_rows": True}, "tile_rows must be an integer, got True"),
+        ({"num_workers": 1.5}, "num_workers must be an integer, got 1.5"),
+        ({"capacity": (1.5, 9, 9, 9)}, "capacity.rows must be an integer, got 1.5"),
+        ({"capacity": (9, 9, 9)}, "missing 1 required positional argument: 'slots'"),
         ({"lengths": [1.5]}, "lengths must be integers, got float64"),
     ],
 )

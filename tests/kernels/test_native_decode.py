@@ -1,5 +1,9 @@
 """The native decode backend, on every instruction set of this machine, against float64."""
 
+import mmap
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -23,16 +27,20 @@ pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
-def run(batch: Batch, inputs: Inputs, **options) -> torch.Tensor:
-    """On fresh copies of the pages."""
-    return trie_decode(**inputs.copy().call(), plan=batch.plan(**options), backend="native")
+def run(batch: Batch, inputs: Inputs, variant: dict | None = None, **options) -> torch.Tensor:
+    """On fresh copies of the pages. variant: window, softcap, sinks."""
+    plan = batch.plan(**options)
+    return trie_decode(**inputs.copy().call(), plan=plan, backend="native", **variant or {})
 
 
-def assert_equals_definition(batch: Batch, inputs: Inputs, **options) -> None:
+def assert_equals_definition(
+    batch: Batch, inputs: Inputs, variant: dict | None = None, **options
+) -> None:
     head_dim, dtype = inputs.q.shape[-1], inputs.q.dtype
-    got = run(batch, inputs, **options)
+    got = run(batch, inputs, variant, **options)
     assert got.dtype == dtype and got.is_contiguous()
-    assert relative_error(got, oracle(batch, inputs, head_dim**-0.5)) <= TOLERANCE[dtype]
+    want = oracle(batch, inputs, head_dim**-0.5, **variant or {})
+    assert relative_error(got, want) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("page_size", [1, 8, 16, 20, 64, 256])
@@ -63,6 +71,101 @@ def test_a_long_prefill_is_causal(isa, dtype, tile_rows):
     batch = Batch([list(range(25))], [395], [380], page_size=16, num_pages=25)
     inputs = random_inputs(batch, (3, 1, 32), dtype)
     assert_equals_definition(batch, inputs, tile_rows=tile_rows)
+
+
+@pytest.mark.parametrize("window", [1, 15, 16, 17, 40, 130])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_window_may_begin_anywhere_in_a_page(isa, dtype, window):
+    """Of decoding rows, few and many, and of a prefill in tiles; where keys are read in place, and
+    where pages are too odd for it."""
+    for page_size in (16, 12):
+        decode = fork_join_batch(prefix=160, suffix=21, prompts=2, threads=3, page_size=page_size)
+        prefill = Batch(
+            [list(range(200 // page_size + 1))], [200], [150], page_size, 200 // page_size + 1
+        )
+        for batch in (decode, prefill):
+            for heads in (1, 9):
+                inputs = random_inputs(batch, (heads, 1, 32), dtype)
+                assert_equals_definition(batch, inputs, {"window": window}, tile_rows=70)
+
+
+@pytest.mark.parametrize("softcap", [0.1, 2.0, 50.0, 1e5])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_soft_cap_and_sinks_of_any_size(isa, dtype, softcap):
+    batch = random_batch(7, sequences=6, page_size=16, longest=90, most_new=12)
+    for heads in (2, 18):
+        inputs = random_inputs(batch, (heads, 2, 64), dtype)
+        inputs.q *= 4
+        sinks = torch.linspace(-20, 20, heads)
+        sinks[0] = -torch.inf
+        for variant in ({"softcap": softcap}, {"sinks": sinks}):
+            assert_equals_definition(batch, inputs, variant)
+        assert_equals_definition(batch, inputs, {"softcap": softcap, "sinks": sinks, "window": 30})
+
+
+@pytest.mark.parametrize("heads", [1, 20])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_values_that_are_not_finite_change_no_bit_of_rows_that_do_not_see_them(isa, dtype, heads):
+    batch = Batch([list(range(13))], [200], [150], page_size=16, num_pages=13)
+    inputs = random_inputs(batch, (heads, 1, 33), dtype)
+    for window, tile_rows in ((None, 64), (37, 64), (37, 150)):
+        variant = {"window": window}
+        want = run(batch, inputs, variant, tile_rows=tile_rows)
+        for value in (torch.nan, torch.inf):
+            poisoned = inputs.copy()
+            poisoned.new_v = inputs.new_v.clone()
+            poisoned.kv.v_pages[2, 15] = value  # position 47, old
+            poisoned.new_v[[20, 63], :, 5] = value  # positions 70 and 113
+            at = torch.arange(50, 200)[:, None] - torch.tensor([47, 70, 113])
+            sees = (at >= 0) & (at < (window or 200))
+            got = run(batch, poisoned, variant, tile_rows=tile_rows)
+            assert torch.equal(got[~sees.any(1)], want[~sees.any(1)])
+            assert not got[sees.any(1)][:, :, 5].isfinite().any()
+            only_one = ~sees[:, 0]  # which has all dims
+            others = [d for d in range(33) if d != 5]
+            assert torch.equal(got[only_one][:, :, others], want[only_one][:, :, others])
+
+
+UNREADABLE = """
+import ctypes, mmap, os
+import torch
+from tests.kernels.decode_batches import fork_join_batch, oracle, random_inputs
+from tests.kernels.tries import relative_error
+from tw_kernels import PagedKV, _C, trie_decode
+
+libc = ctypes.CDLL(None)
+batch = fork_join_batch(prefix=320, suffix=21, prompts=1, threads=3, page_size=16)
+for heads in (1, 6):  # few and many rows
+    inputs = random_inputs(batch, (heads, 1, 64), torch.float32)
+    for window in (1, 70):
+        want = oracle(batch, inputs, 1 / 8, window)
+        seen = set()
+        for table, length in zip(batch.tables, batch.lengths):
+            seen |= set(table[(length - window) // 16 :])
+        unseen = set(range(batch.num_pages)) - seen
+        assert len(unseen) >= 16
+        pools = []
+        for pages in (inputs.kv.k_pages, inputs.kv.v_pages):
+            pool = torch.frombuffer(mmap.mmap(-1, pages.nbytes), dtype=torch.float32)
+            pools.append(pool.view(pages.shape).copy_(pages))
+            for page in unseen:  # 4096 bytes, a page of the system
+                assert not libc.mprotect(ctypes.c_void_p(pools[-1][page].data_ptr()), 4096, 0)
+        new = {"new_k": inputs.new_k, "new_v": inputs.new_v}
+        for isa in _C.cpu_instruction_sets():
+            for workers in (1, 30):
+                os.environ["TW_CPU"] = isa
+                plan = batch.plan(num_workers=workers)
+                call = inputs.q, PagedKV(*pools), plan, None, "native"
+                assert relative_error(trie_decode(*call, window=window, **new), want) <= 1e-5
+print("all read what they may")
+"""
+
+
+@pytest.mark.skipif(mmap.PAGESIZE != 4096, reason="pages of keys must be pages of the system")
+def test_keys_before_all_windows_are_not_read():
+    command = [sys.executable, "-c", UNREADABLE]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "all read what they may\n"), ran.stderr
 
 
 @pytest.mark.parametrize("most_new", [1, 40])
@@ -130,8 +233,8 @@ def test_the_result_is_the_same_wherever_keys_lie(isa, dtype):
         pages = torch.empty(2, *shape, head_dim + 1, dtype=dtype)[..., first : first + head_dim]
         pages[0], pages[1] = inputs.kv.k_pages, inputs.kv.v_pages
         kv = PagedKV(*pages)
-        new = {"new_k": inputs.new_k, "new_v": inputs.new_v}
-        got = trie_decode(inputs.q, kv, batch.plan(), None, "native", **new)
+        new_k, new_v = inputs.new_k, inputs.new_v
+        got = trie_decode(inputs.q, kv, batch.plan(), None, "native", new_k=new_k, new_v=new_v)
         assert torch.equal(got, want)
 
 
@@ -168,9 +271,10 @@ def test_finite_keys_and_values_never_reach_rows_that_do_not_see_them(isa, dtype
     inputs = random_inputs(batch, (3, 1, 32), dtype)
     changed = Inputs(inputs.q, inputs.kv, inputs.new_k.clone(), inputs.new_v.clone())
     changed.new_k[120:] = changed.new_v[120:] = torch.finfo(dtype).max
-    plan = {"tile_rows": 150, "num_workers": 1}
-    assert (batch.plan(**plan).items[:, 3:5] == torch.tensor([0, 150])).all()
-    assert torch.equal(run(batch, changed, **plan)[:120], run(batch, inputs, **plan)[:120])
+    plan = batch.plan(tile_rows=150, num_workers=1)
+    assert (plan.items[:, 3:5] == torch.tensor([0, 150])).all()
+    got, want = (run(batch, x, tile_rows=150, num_workers=1)[:120] for x in (changed, inputs))
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from threadweaver.train import setup
 from threadweaver.train.__main__ import main
@@ -202,6 +203,16 @@ def test_a_checkpoint_of_another_shape_is_refused(stopped, fails):
     """As left by settings changed in between, or by a folder copied from another run."""
     line = fails(stopped("--resume", "--model.arch.hidden_size", "48"), 2)
     assert "model.arch.hidden_size is 48" in line and "with 32" in line and "step-6" in line
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_refused(stopped, fails):
+    file = stopped.folder / "checkpoints/step-6/model.safetensors"
+    weights = load_file(file)
+    del weights["model.norm.weight"]
+    save_file(weights, file, {"format": "pt"})
+    line = fails(stopped("--resume"), 2)
+    assert str(file.parent) in line and "model.norm.weight" in line
+    assert "delete the folder step-6" in line
 
 
 def test_weights_that_do_not_fit_the_optimizer_state_are_refused(stopped, new_run, fails):

@@ -293,6 +293,13 @@ def test_a_missing_model_folder_is_named(new_run, fails):
     assert "no/such/model" in fails(run(), 2)
 
 
+def test_a_run_says_how_large_its_model_is(new_run, capsys):
+    run = new_run()
+    run.settings["optimization"]["max_steps"] = 1
+    assert run() == 0
+    assert "model: 28.9 K parameters" in capsys.readouterr().out
+
+
 def test_weights_of_another_shape_than_their_config_are_refused(new_run, fails):
     first, second = new_run("first"), new_run("second")
     assert first() == 0

@@ -148,8 +148,10 @@ def weight_files(folder: Path, name: str | None = None) -> list[Path]:
 def check_headers(files: list[Path]) -> None:
     """Raises ValueError, naming the first, if a safetensors file is damaged or cut short."""
     for file in files:
-        with reading(file), safe_open(file, "pt"):
-            pass
+        with reading(file):
+            file.open("rb").close()  # whose errors say why; safetensors takes all for absence
+            with safe_open(file, "pt"):
+                pass
 
 
 def damaged_tokenizer_file(folder: Path) -> Path:

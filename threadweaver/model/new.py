@@ -33,8 +33,18 @@ _SIZES = (
     "num_local_experts",
     "n_routed_experts",
 )
-# Older names of what is in rope_parameters, which every config class still takes.
-_ROTARY = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
+# Fields that transformers reads where a config has them, though few of its classes declare them.
+_UNDECLARED = {
+    "full_attention_interval",
+    "head_dim",
+    "partial_rotary_factor",
+    "rope_local_base_freq",
+    "rope_scaling",
+    "rope_theta",
+    "rotary_emb_base",
+    "rotary_pct",
+    "sliding_window_pattern",
+}
 
 
 def new_model(
@@ -76,7 +86,7 @@ def _config(tokenizer: PreTrainedTokenizerBase, arch: dict[str, Any]) -> Pretrai
     kind = given.pop("model_type", None)
     if kind is None:
         raise ValueError("model_type is missing: name the architecture, such as qwen3 or llama")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=1)
         hint = f": did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"model_type {kind!r} is unknown to transformers{hint}")
@@ -99,20 +109,24 @@ def _check_fields(
     """Raises ValueError if a field is unknown or belongs to the tokenizer, or a size is missing."""
     known = {field.name: field.default for field in fields(kind)}
     aliases = kind.attribute_map
+
+    def declared(field: str) -> str:
+        return aliases[field] if aliases.get(field) in known else field
+
     for field in given:
         if aliases.get(field, field) in of_tokenizer:
             raise ValueError(f"{field} is that of the tokenizer: leave it out")
-        if field not in known.keys() | aliases.keys() | _ROTARY:
+        if field not in known.keys() | aliases.keys() | _UNDECLARED:
             near = difflib.get_close_matches(str(field), [*known, *aliases], n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"{name} has no such field"
             raise ValueError(f"unknown field {field!r}: {hint}")
-    if not {aliases.get(s, s) for s in _SIZES[:2]} <= known.keys():
+    if not {declared(size) for size in _SIZES[:2]} <= known.keys():
         text = kind.sub_configs.get("text_config")
         hint = f", such as {text.model_type}" if text is not None and text.model_type else ""
         raise ValueError(f"{name} is not one decoder alone: name the type of a text model{hint}")
-    sizes = dict.fromkeys(aliases.get(size, size) for size in _SIZES)
-    set_to = {aliases.get(field, field): value for field, value in given.items()}
-    missing = [s for s in sizes if isinstance(known.get(s), int) and s not in set_to]
+    sizes = dict.fromkeys(map(declared, _SIZES))
+    set_here = set(map(declared, given))
+    missing = [s for s in sizes if isinstance(known.get(s), int) and s not in set_here]
     if missing:
         raise ValueError(
             f"{', '.join(missing)} must be set: the defaults of {name} are those of a large model"

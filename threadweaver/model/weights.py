@@ -31,7 +31,7 @@ def load_weights(
 
 def _from_pretrained(source: ModelSource, **options: Any) -> PreTrainedModel:
     with reading(source.config):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
             attn_implementation=ATTENTION,
             use_safetensors=True,
@@ -41,6 +41,7 @@ def _from_pretrained(source: ModelSource, **options: Any) -> PreTrainedModel:
             **source.gguf,
             **options,
         )
+    model, found = loaded
     _check_found(source, model, found)
     return model
 

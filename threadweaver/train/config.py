@@ -36,8 +36,8 @@ class ModelConfig:
     Args:
         path: Hugging Face folder (config, safetensors, tokenizer), .gguf file, or smollm2. Tags
             that its tokenizer lacks are added.
-        arch: fields of a Hugging Face config (`model_type`, `hidden_size`, ...) of a new model,
-            initialised from the seed; it gets ThreadWeaver's own small tokenizer.
+        arch: fields of a Hugging Face config of a new model, `model_type` and all sizes among
+            them, initialised from the seed; it gets ThreadWeaver's own small tokenizer.
     """
 
     path: str | None = None

@@ -45,9 +45,9 @@ def forward(
     scale: float,
     new_k: Tensor | None,
     new_v: Tensor | None,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    window: None = None,
+    softcap: None = None,
+    sinks: None = None,
 ) -> Tensor:
     """out [Q, Hq, D] in q's dtype; writes new_k and new_v to their slots first."""
     q = _with_aligned_rows(q)

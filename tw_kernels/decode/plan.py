@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,10 +26,11 @@ class PagedKV:
     A token at position p of a sequence lives in page table[p // page_size], slot p % page_size.
 
     Attributes:
-        k_pages, v_pages: [num_pages, page_size, Hkv, D], equal strides, the last one 1.
+        k_pages, v_pages: [num_pages, page_size, Hkv, D], equal strides, the last one 1; only
+            num_pages may be 0.
 
     Raises:
-        ValueError: shapes, strides, dtypes or devices of the two that differ.
+        ValueError: shapes, strides, dtypes or devices of the two that differ, or an empty page.
     """
 
     k_pages: Tensor
@@ -41,6 +43,8 @@ class PagedKV:
                 "k_pages and v_pages must both be [num_pages, page_size, Hkv, D]; "
                 f"got {tuple(k.shape)} and {tuple(v.shape)}"
             )
+        if 0 in k.shape[1:]:
+            raise ValueError(f"page_size, Hkv and D must be at least 1; got {tuple(k.shape)}")
         if k.stride() != v.stride() or k.stride(-1) != 1:
             raise ValueError(
                 "k_pages and v_pages must have equal strides, the last one 1; "
@@ -83,7 +87,8 @@ class DecodePlan:
     (output, log-sum-exp) per row in a slot of its own.
 
     The tensors are int32 views of `buffer`, on the plan's device, padded to `capacity`: padding
-    rows merge nothing (their output is 0) and write nowhere; padding items have no rows.
+    rows merge nothing (their output is 0) and write nowhere; padding items have no rows. What they
+    hold is taken as `build` made it, and never checked again.
 
     Attributes:
         buffer: all of the following, so that a plan moves in one copy.
@@ -101,6 +106,9 @@ class DecodePlan:
         num_pages: every page id is below it.
         size: what is not padding.
         memo: what backends derived from this plan and want to keep with it.
+
+    Raises:
+        ValueError: a buffer that is not int32 of the size that the capacity asks for.
     """
 
     buffer: Tensor
@@ -114,6 +122,11 @@ class DecodePlan:
     def __post_init__(self) -> None:
         rows, pages, items, slots = self.capacity
         sizes = [rows, rows, rows, rows + 1, slots, 6 * items, pages]
+        if self.buffer.dtype != torch.int32 or self.buffer.shape != (sum(sizes),):
+            raise ValueError(
+                f"the buffer of a plan of this capacity is int32 [{sum(sizes)}], "
+                f"got {self.buffer.dtype} {list(self.buffer.shape)}"
+            )
         parts = self.buffer.split(sizes)
         self.rows, self.positions, self.slots, self.merge_ptr, self.merge_slots = parts[:5]
         self.items = parts[5].view(-1, 6)
@@ -150,23 +163,25 @@ class DecodePlan:
             capacity: room for CUDA graphs: the tensors get these sizes whatever the step holds.
 
         Raises:
-            ValueError: lengths, counts or page ids out of range, a table too short, two sequences
-                that write one page, or a step that exceeds the capacity; names the sequence.
-            TypeError: tables, lengths or counts that are not integers.
+            ValueError: lengths, counts, page ids or sizes out of range, a table too short, two
+                sequences that write one page, or a step that exceeds the capacity; names the
+                sequence.
+            TypeError: tables, lengths, counts or sizes that are not integers.
         """
         device = torch.device(device)
         if num_workers is None:
             num_workers = default_workers(device)
+        if capacity is not None:
+            rooms = zip(PlanSizes._fields, PlanSizes(*capacity), strict=True)
+            capacity = PlanSizes(*(_integer(f"capacity.{name}", n, least=0) for name, n in rooms))
         buffer, size = _C.decode_plan(
-            page_tables.numpy(force=True)
-            if isinstance(page_tables, Tensor)
-            else [t.numpy(force=True) if isinstance(t, Tensor) else t for t in page_tables],
+            _tables(page_tables),
             _integers("lengths", lengths),
             _integers("new_tokens", new_tokens),
-            page_size,
-            num_workers,
-            tile_rows,
-            share,
+            _integer("page_size", page_size),
+            _integer("num_workers", num_workers),
+            _integer("tile_rows", tile_rows),
+            bool(share),
             capacity,
         )
         size = PlanSizes(*size)
@@ -202,8 +217,43 @@ def default_workers(device: torch.device) -> int:
     return torch.get_num_threads()
 
 
+def _integer(name: str, value: int, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if not least <= value < 2**31:
+        raise ValueError(f"{name} must be in [{least}, 2^31), got {value}")
+    return int(value)
+
+
 def _integers(name: str, values: Sequence[int] | np.ndarray | Tensor) -> np.ndarray:
-    array = np.asarray(values.numpy(force=True) if isinstance(values, Tensor) else values)
+    array = np.asarray(_numpy(name, values) if isinstance(values, Tensor) else values)
     if array.size and array.dtype.kind not in "iu":
         raise TypeError(f"{name} must be integers, got {array.dtype}")
+    if array.ndim != 1:
+        raise ValueError(f"{name} must have one dimension, got shape {array.shape}")
     return array
+
+
+def _tables(
+    tables: Sequence[PageTable] | np.ndarray | Tensor,
+) -> np.ndarray | list[Sequence[int] | np.ndarray]:
+    """The page tables without tensors."""
+    if isinstance(tables, Tensor):
+        tables = _numpy("page_tables", tables)
+    if isinstance(tables, np.ndarray):
+        if tables.ndim != 2:
+            raise TypeError(
+                "page_tables must be a matrix with a row a sequence, or a sequence of tables, "
+                f"got shape {tables.shape}"
+            )
+        return tables
+    return [
+        _numpy(f"sequence {s}: a page table", table) if isinstance(table, Tensor) else table
+        for s, table in enumerate(tables)
+    ]
+
+
+def _numpy(name: str, x: Tensor) -> np.ndarray:
+    if x.is_floating_point() or x.is_complex():  # NumPy has not all of these dtypes
+        raise TypeError(f"{name} must be integers, got {x.dtype}")
+    return x.numpy(force=True)
