@@ -153,7 +153,7 @@ def _on_pages(model: PreTrainedModel, paths: list[list[int]]) -> Tensor:
 def _alone(model: PreTrainedModel, paths: list[list[int]]) -> Tensor:
     """The same by the model itself, each path an ordinary sequence."""
     ids = torch.tensor(paths, device=model.device)
-    logits = torch.cat([model(input_ids=path[None], use_cache=False).logits for path in ids])
+    logits = model(input_ids=ids, use_cache=False).logits
     head = output_layer(model)
     logits = logits[..., : head.rows]
     if head.unknown is not None:
