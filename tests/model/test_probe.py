@@ -1,12 +1,23 @@
 """The probe of an architecture: what it refuses and why, and that it leaves a model as it was."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.model.families import large_weights, small_config, small_model
-from threadweaver.model import build_tokenizer, check_supported, new_model, probe
+from threadweaver.model import (
+    attention,
+    build_tokenizer,
+    check_supported,
+    loss,
+    new_model,
+    output_layer,
+    probe,
+)
+from threadweaver.model.probe import _random_parameters
 
 TINY = {
     "hidden_size": 64,
@@ -18,8 +29,6 @@ TINY = {
 
 
 def small(family, **fields):
-    from transformers import AutoModelForCausalLM
-
     config = small_config(family, **fields)
     return AutoModelForCausalLM.from_config(config, attn_implementation="trie")
 
@@ -27,7 +36,8 @@ def small(family, **fields):
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
 @pytest.mark.parametrize("refused", [False, True])
 def test_a_probe_leaves_the_model_as_it_was(family, refused):
-    model = small_model(family).to(torch.bfloat16)
+    model = small_model(family)
+    torch.nn.Module.to(model, torch.bfloat16)
     model.train()
     model.model.layers[1].eval()
     model.model.norm.weight.requires_grad_(False)
@@ -89,6 +99,33 @@ def test_a_fresh_model_is_refused_though_its_weights_hide_the_mistake():
     fields = {"num_experts": 4, **TINY}
     with pytest.raises(ValueError, match=r"^model\.arch: doge models are not supported: "):
         new_model(build_tokenizer(), {"model_type": "doge", **fields})
+
+
+@pytest.mark.parametrize(
+    ("family", "argument"),
+    [("mistral", "sliding_window"), ("gemma2", "softcap"), ("gpt_oss", "s_aux")],
+)
+def test_attention_without_a_window_soft_cap_or_sinks_is_found_out(family, argument, monkeypatch):
+    model = small_model(family)
+    probe(model)
+    monkeypatch.delitem(attention._VARIANT, argument)
+    with pytest.raises(ValueError, match="log-probabilities differ from the model's own by"):
+        probe(model)
+
+
+@pytest.mark.parametrize(
+    ("family", "left_out"),
+    [("granite", "scale"), ("cohere", "scale"), ("hyperclovax", "scale"), ("gemma2", "softcap")],
+)
+def test_logits_without_a_scale_or_soft_cap_are_found_out(family, left_out, monkeypatch):
+    fields = {"logits_scaling": 3.0} if family in ("granite", "hyperclovax") else {}
+    model = small(family, **fields)
+    probe(model)
+    plain = {"scale": 1.0, "softcap": None}
+    without = replace(output_layer(model), **{left_out: plain[left_out]})
+    monkeypatch.setattr(loss, "output_layer", lambda model: without)
+    with pytest.raises(ValueError, match="over a trie log-probabilities differ"):
+        probe(model)
 
 
 REFUSED = {
@@ -155,8 +192,6 @@ def test_what_cannot_be_right_is_refused_before_anything_is_built(model_type, fi
 
 
 def test_all_layers_share_the_values_of_a_probe():
-    from threadweaver.model.probe import _random_parameters
-
     model = small_model("qwen3_moe")
     with _random_parameters(model):
         layers = [dict(layer.named_parameters()) for layer in model.model.layers]

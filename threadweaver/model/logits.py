@@ -111,7 +111,7 @@ def mask_unknown_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     known[ids] = True
     end = max(ids, default=-1) + 1
     unknown = ~known[:end]
-    model.known_rows = end if end < rows else None
+    vars(model)["known_rows"] = end if end < rows else None
     model.register_buffer(
         "unknown_ids", unknown.to(model.device) if unknown.any() else None, persistent=False
     )

@@ -34,9 +34,10 @@ from threadweaver.model.logits import output_layer
 from threadweaver.model.loss import trie_logprobs
 from tw_kernels import DecodePlan, PagedKV, Trie
 
-# Nats. Of the families of transformers 5.17 (tests/model/test_families.py) those that run differ by
-# up to 3e-5, those that compute something else by at least 3e-2.
-TOLERANCE = 1e-3
+# Nats. Rounding leaves up to 1.1e-5 in the families of transformers 5.17 that run, and 1e-5 in a
+# model of 36 layers and 1.3 B parameters. The least that a layer can leave out, Gemma 2's soft cap
+# of 50, is 3e-3; sinks are 8e-2, a window 2 (tests/model/test_probe.py).
+TOLERANCE = 3e-4
 _PAGE = 4  # tokens a KV page
 _TRUNK, _BRANCH = 2 * _PAGE, 6  # tokens of the trie's trunk, and of each branch
 _WINDOW = 5  # shorter than a path
