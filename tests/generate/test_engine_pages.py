@@ -4,6 +4,7 @@ The generations go through random scripts, so every shape of fork and join comes
 just large enough for one path to larger than all.
 """
 
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -60,7 +61,7 @@ class LabelRunner:
         return torch.zeros(ready, 128)
 
 
-def label_engine(num_pages: int, page_size: int, **sizes: int) -> tuple[Engine, LabelRunner]:
+def label_engine(num_pages: int, page_size: int, **sizes: Any) -> tuple[Engine, LabelRunner]:
     runner = LabelRunner(num_pages, page_size)
     with mock.patch("threadweaver.generate.engine.Runner", return_value=runner):
         engine = Engine(MODEL, CODEC, page_size=page_size, num_pages=num_pages, **sizes)

@@ -53,6 +53,7 @@ def test_an_end_token_that_is_no_id_is_refused_with_the_field_named(bad):
 def test_a_response_is_trained_with_one_end_token():
     tokenizer = build_tokenizer()
     other = tokenizer.convert_tokens_to_ids(RESERVED)
+    assert isinstance(other, int)
     codec = Codec.from_tokenizer(tokenizer, [other])
     response = "<think>\na\n</think>\n\\boxed{7}"
     for text, last in ((response, codec.eos_id), (response + RESERVED, other)):

@@ -1,5 +1,6 @@
 import pickle
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,7 +128,7 @@ def test_every_end_id_ends_a_response():
 
 @pytest.mark.parametrize("bad", [1.5, True, None, "1", np.float64(2.0), [1], -1, 2**31])
 def test_ids_that_are_no_token_ids_are_refused_and_named(bad):
-    good = np.int64(1)
+    good: Any = np.int64(1)
     for call in (
         lambda: CODEC.decode([good, bad]),
         lambda: extract_calls([good, bad], CODEC),
@@ -149,6 +150,7 @@ def test_what_is_no_list_of_ids_is_refused(bad):
 
 def test_arrays_tensors_and_their_scalars_are_lists_of_ids():
     ids = [VOCAB["a"], VOCAB["b"]]
+    same: Any
     for same in (np.array(ids), torch.tensor(ids), [*np.array(ids)], [*torch.tensor(ids)]):
         assert CODEC.decode(same) == "ab"
 

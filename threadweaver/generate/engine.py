@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from torch import Tensor
@@ -143,7 +143,7 @@ class Engine:
         self.decoded_tokens = 0
         self._is_cast = False  # whether the runner took the weights since it last had no work
         self.context_length = context_length(model) or MOST_IDS
-        self._rows = model.get_input_embeddings().weight.shape[0]
+        self._rows = cast(Tensor, model.get_input_embeddings().weight).shape[0]
         self._seconds = {"sampling": 0.0, "orchestration": 0.0}
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -15,8 +17,10 @@ def context_length(model: PreTrainedModel) -> int | None:
     tokens = model.get_input_embeddings()
     for name, module in model.base_model.named_modules():
         leaf = name.rpartition(".")[2]
-        is_table = isinstance(module, nn.Embedding) and module is not tokens
-        if is_table and (leaf == "wpe" or "position" in leaf):
+        if not isinstance(module, nn.Embedding) or module is tokens:
+            continue
+        if leaf == "wpe" or "position" in leaf:
             # OPT and others keep rows before that of position 0.
-            limits.append(module.num_embeddings - getattr(module, "offset", 0))
+            offset = cast(int, getattr(module, "offset", 0))
+            limits.append(module.num_embeddings - offset)
     return min((limit for limit in limits if limit and limit > 0), default=None)
