@@ -85,7 +85,7 @@ def _why_not(module, key, value, attention_mask, dropout, kwargs: dict[str, Any]
     if key.shape != value.shape:
         return "has keys and values of different sizes"
     if dropout:
-        return "drops out attention weights"
+        return "drops out attention weights, unless that dropout is 0 in its config"
     if attention_mask is not None:
         return "makes a mask of its own"
     if not kwargs.get("is_causal", getattr(module, "is_causal", True)):
