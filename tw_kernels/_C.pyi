@@ -45,8 +45,9 @@ def trie_attention_forward(
     sizes: tuple[int, int, int, int],  # tokens, heads, KV heads, head dim
     dtype: int,
     scale: float,
+    softcap: float,  # 0: none
     threads: int,
-    subtree_ends: int,
+    trie: tuple[int, int],  # addresses: subtree_ends, window_starts or 0
     q: _Strided,
     k: _Strided,
     v: _Strided,
@@ -58,8 +59,9 @@ def trie_attention_backward(
     sizes: tuple[int, int, int, int],
     dtype: int,
     scale: float,
+    softcap: float,
     threads: int,
-    subtree_ends: int,
+    trie: tuple[int, int],
     q: _Strided,
     k: _Strided,
     v: _Strided,

@@ -1,7 +1,8 @@
 """trie_attention in CUDA C++ on Hopper GPUs (csrc/cuda/attention/trie_attention.h).
 
-Only taken by name (backend="cuda" or TW_BACKEND=cuda). bfloat16, head dims 64 and 128. Nothing here
-waits for the device. Each gradient is summed in a fixed order: two runs agree to the last bit.
+Only taken by name (backend="cuda" or TW_BACKEND=cuda). bfloat16, head dims 64 and 128; no windows
+and no soft caps. Nothing here waits for the device. Each gradient is summed in a fixed order: two
+runs agree to the last bit.
 
 What a block of rows and columns shares is multiplied by a zero probability where the trie hides it:
 a NaN or infinity in k, v or dout can reach rows that do not see it, as in any flash attention.

@@ -2,6 +2,9 @@
 
 Roots whose lengths share a power of two run as one padded batch, so the masks of a pack take
 the sum over roots of at most 4 length^2, never N^2.
+
+Windows and soft caps in every floating dtype. A NaN or infinity can reach all of its own root's
+tokens, since those that do not see it weigh it with 0; it reaches no other root.
 """
 
 from functools import partial

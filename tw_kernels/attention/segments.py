@@ -4,6 +4,9 @@ A node's tokens attend among themselves causally, and every later row of its sub
 them: one causal square and one full rectangle a node (docs/architecture.md, fact 4). Forward merges
 the pieces of a row by log-sum-exp; backward runs each piece with the row's final (out, lse) and
 sums.
+
+No windows and no soft caps. A NaN or infinity can reach the earlier tokens of its own node too:
+library kernels weigh what a causal mask hides with 0.
 """
 
 import numpy as np
