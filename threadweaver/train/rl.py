@@ -203,10 +203,14 @@ class RLTrainer(Trainer[RLConfig]):
                 losses += step
 
         def total(name: str) -> float:
-            return sum(float(getattr(loss, name)) for loss in losses) / settings.updates
+            return math.fsum(float(getattr(loss, name)) for loss in losses)
 
+        # Those of groups with a signal, which alone are looked at.
+        tokens = sum(micro.num_completion_tokens for micros in batches for micro in micros)
+        means = {"clip_share": "clipped", "entropy": "entropy", "kl": "kl", "mismatch": "mismatch"}
         return {
-            **{n: total(n) for n in ("loss", "clip_share", "entropy", "kl", "mismatch")},
+            "loss": total("loss") / settings.updates,
+            **{name: total(of) / max(tokens, 1) for name, of in means.items()},
             "max_mismatch": max((float(loss.max_mismatch) for loss in losses), default=0.0),
             "gradient_norm": fmean(norms) if norms else 0.0,
             "learning_rate": rate,
