@@ -1,6 +1,6 @@
-"""P-GRPO logs entropy, KL and mismatch as means over the tokens they were computed on: the same model
-writes the same responses twice, of which in one run every group has a signal and in the other one of
-four. Entropy is the model's, so it stays."""
+"""P-GRPO logs entropy, KL and mismatch as means over the tokens they were computed on: the same
+model writes the same responses twice, of which in one run every group has a signal and in the other
+one of four. Entropy is the model's, so it stays."""
 
 import sys
 import tempfile
