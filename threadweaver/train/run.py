@@ -46,6 +46,7 @@ from threadweaver.train.setup import (
     recompute_activations,
 )
 from threadweaver.train.stages import RLConfig, SFTConfig
+from threadweaver.train.trackers import check_trackers, start_trackers
 from threadweaver.trajectory import Codec
 from tw_kernels import Trie
 
@@ -90,6 +91,7 @@ class Run(ABC, Generic[C]):
             summary = run.run_dir / "summary.json"
             console.print(f"{run.run_dir}: this run is finished, see {summary}", soft_wrap=True)
             return None
+        check_trackers(config.report.trackers)
         precision_note = settle_precision(config, console)
         run.find_state()
         run.device = prepare_torch(config, run.state)
@@ -191,7 +193,8 @@ class Trainer(Run[T]):
         report = self.config.report
         with ExitStack() as stack:
             interrupts = stack.enter_context(Interrupts())
-            self.metrics = MetricsLog(self.run_dir, self.steps_done)
+            trackers = start_trackers(self.config, self.steps_done, self.console)
+            self.metrics = MetricsLog(self.run_dir, self.steps_done, trackers)
             stack.callback(self.metrics.close)
             progress = stack.enter_context(
                 ProgressLog(self.console, self.steps_done, self.num_steps, report.log_every)
