@@ -113,9 +113,9 @@ def unrolled_logprobs(model: PreTrainedModel, rollout: Rollout) -> list[tuple[Pr
 
 def unrolled_loss(
     model: PreTrainedModel, batch: Batch, config: PolicyConfig, one_step: bool
-) -> tuple[Tensor, float]:
+) -> tuple[Tensor, int]:
     """PPO's objective, token by token as it is published, and whatever else is switched on; and
-    the share of tokens at which its minimum is the clipped side."""
+    the number of tokens at which its minimum is the clipped side."""
     total, num_clipped = torch.zeros(()), 0
     for group in batch.groups:
         for rollout, advantage in zip(group, batch.advantages, strict=True):
@@ -135,7 +135,7 @@ def unrolled_loss(
                 if config.kl:
                     log_ratio = batch.reference[prefix] - logprob
                     total = total + config.kl * (torch.exp(log_ratio) - 1 - log_ratio)
-    return total / batch.num_completion_tokens, num_clipped / batch.num_completion_tokens
+    return total / batch.num_completion_tokens, num_clipped
 
 
 def lookup(table: dict[Prefix, float], trie: PolicyTrie) -> Tensor:
@@ -196,7 +196,7 @@ def test_the_batch_shares_sampled_tokens_of_both_signs_and_clips_both(model, bat
     ratio = (lookup(batch.current, trie) - lookup(batch.old, trie)).exp()
     for weights, outside in ((positive, ratio > 1.28), (negative, ratio < 0.8)):
         assert 20 < ((weights != 0) & outside).sum() < (weights != 0).sum() - 20
-    assert 0.1 < part.clip_share < 0.9
+    assert 0.1 < part.clipped / trie.num_completion_tokens < 0.9
 
 
 @pytest.mark.parametrize("one_step", [True, False], ids=["one step", "several steps"])
@@ -204,9 +204,9 @@ def test_the_batch_shares_sampled_tokens_of_both_signs_and_clips_both(model, bat
 def test_loss_and_gradients_equal_those_of_the_unrolled_calls(model, batch, name, one_step):
     config = CONFIGS[name]
     [part], got = step(model, batch, [batch.whole], config, one_step=one_step)
-    want, clip_share = unrolled_loss(model, batch, config, one_step)
+    want, num_clipped = unrolled_loss(model, batch, config, one_step)
     assert part.loss.item() == pytest.approx(want.item(), rel=1e-5, abs=1e-7)
-    assert part.clip_share.item() == pytest.approx(clip_share)
+    assert part.clipped.item() == num_clipped
     model.zero_grad()
     want.backward()
     assert_same(got, gradients(model))
@@ -230,7 +230,7 @@ def test_micro_batches_add_up_to_the_batch(model, batch, one_step):
     assert len(split) > 2
     parts, got = step(model, batch, split, config, one_step=one_step)
     assert_same(got, want)
-    for name in ("loss", "clip_share", "entropy", "kl", "mismatch"):
+    for name in ("loss", "clipped", "entropy", "kl", "mismatch"):
         total = sum(getattr(part, name).item() for part in parts)
         assert total == pytest.approx(getattr(whole, name).item(), rel=1e-5, abs=1e-7), name
     assert max(part.max_mismatch for part in parts) == pytest.approx(whole.max_mismatch.item())
@@ -288,7 +288,7 @@ def test_the_kl_estimate_is_unbiased_and_zero_at_the_reference():
 
     def estimates(other: Tensor) -> Tensor:
         parts = [
-            policy_loss(TokenLogprobs(p, torch.zeros(1)), trie, config, 2, None, q).kl
+            policy_loss(TokenLogprobs(p, torch.zeros(1)), trie, config, 2, None, q).kl / 2
             for p, q in zip(policy.split(1), other.split(1), strict=True)
         ]
         return torch.stack(parts)
@@ -308,12 +308,12 @@ def test_the_entropy_bonus_raises_entropy_by_its_formula(batch):
     hidden_states = trie_hidden_states(model, trie.trie, trie.trie.layout())
     logits = model.lm_head(hidden_states[trie.trie.parents[trie.sampled]])
     entropy = torch.distributions.Categorical(logits=logits).entropy()
-    mean = (trie.counts * entropy).sum() / batch.num_completion_tokens
-    (-0.5 * mean).backward()
+    total = (trie.counts * entropy).sum()
+    (-0.5 * total / batch.num_completion_tokens).backward()
     bonus = gradients(model)
     assert_same(got, {name: plain[name] + bonus[name] for name in plain})
-    assert with_bonus.entropy.item() == pytest.approx(mean.item(), rel=1e-5)
-    assert without.entropy.item() == pytest.approx(mean.item(), rel=1e-5)
+    assert with_bonus.entropy.item() == pytest.approx(total.item(), rel=1e-5)
+    assert without.entropy.item() == pytest.approx(total.item(), rel=1e-5)
     assert not without.entropy.requires_grad
 
 
@@ -323,8 +323,8 @@ def test_mismatch_is_between_generator_and_trainer_at_the_weights_of_sampling(mo
     for one_step, own in ((True, batch.current), (False, batch.old)):
         [part], _ = step(model, batch, [trie], PolicyConfig(), one_step=one_step)
         off = (lookup(own, trie) - generator).abs()
-        mean = (trie.counts * off).sum() / batch.num_completion_tokens
-        assert part.mismatch.item() == pytest.approx(mean.item(), rel=1e-4)
+        total = (trie.counts * off).sum()
+        assert part.mismatch.item() == pytest.approx(total.item(), rel=1e-4)
         assert part.max_mismatch.item() == pytest.approx(off.max().item(), rel=1e-4)
 
 

@@ -93,7 +93,7 @@ class Pipeline(Run[PipelineConfig]):
                 **shared,
             )
             return SelfTraining.prepare(settings, None, self.console)
-        settings = RLConfig(task=config.task, **vars(config.rl), **shared)
+        settings = RLConfig(task=config.task, evaluate=config.evaluate, **vars(config.rl), **shared)
         return RLTrainer.prepare(settings, None, self.console)
 
     def _demonstrations(self) -> str:

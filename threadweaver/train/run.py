@@ -49,6 +49,7 @@ from threadweaver.train.setup import (
     recompute_activations,
 )
 from threadweaver.train.stages import RLConfig, SFTConfig
+from threadweaver.train.trackers import check_trackers, start_trackers
 from threadweaver.trajectory import Codec
 from tw_kernels import Trie
 
@@ -96,6 +97,7 @@ class Run(ABC, Generic[C]):
             summary = run.run_dir / "summary.json"
             print_line(console, f"{run.run_dir}: this run is finished, see {summary}")
             return None
+        check_trackers(config.report.trackers)
         run.lock = RunLock(run.run_dir)
         try:
             precision_note = settle_precision(config, console)
@@ -209,7 +211,8 @@ class Trainer(Run[T]):
         report = self.config.report
         with ExitStack() as stack:
             interrupts = stack.enter_context(Interrupts())
-            self.metrics = MetricsLog(self.run_dir, self.steps_done)
+            trackers = start_trackers(self.config, self.steps_done, self.console)
+            self.metrics = MetricsLog(self.run_dir, self.steps_done, trackers)
             stack.callback(self.metrics.close)
             progress = stack.enter_context(
                 ProgressLog(self.console, self.steps_done, self.num_steps, report.log_every)
