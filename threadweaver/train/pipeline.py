@@ -51,7 +51,7 @@ class Pipeline(Run[PipelineConfig]):
             self.stages.remove("self_train")
         self.part = self._prepare("sft", config.model)
 
-    def run(self) -> int:
+    def work(self) -> int:
         """See `Run`; also the exit code of the stage that was stopped."""
         checkpoint = None
         for stage in self.stages:

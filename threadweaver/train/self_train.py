@@ -53,7 +53,7 @@ class SelfTraining(Run[SelfTrainConfig]):
         size = config.rollouts.chunk
         self.chunks = [problems[i : i + size] for i in range(0, len(problems), size)]
 
-    def run(self) -> int:
+    def work(self) -> int:
         """See `Run`.
 
         Raises:
