@@ -178,13 +178,13 @@ def test_the_choice_goes_to_a_backend_that_has_them(monkeypatch):
 @pytest.mark.parametrize(
     "variant, message",
     [
-        ({"window": 0}, "window must be an integer, at least 1, got 0"),
-        ({"window": -3}, "window must be an integer, at least 1, got -3"),
-        ({"window": 4.0}, "window must be an integer, at least 1, got 4.0"),
-        ({"sinks": torch.zeros(5)}, r"sinks must be floating numbers, one a head of q, \[6\]; got"),
+        ({"window": 0}, "window must be an integer of at least 1, or None; got 0"),
+        ({"window": -3}, "window must be an integer of at least 1, or None; got -3"),
+        ({"window": 4.0}, "window must be an integer of at least 1, or None; got 4.0"),
+        ({"sinks": torch.zeros(5)}, r"sinks must be .* here \[6\], on cpu; got"),
         ({"sinks": torch.zeros(6, 1)}, r"one a head of q, \[6\]; got torch.float32 \[6, 1\]"),
         ({"sinks": torch.zeros(6).long()}, r"one a head of q, \[6\]; got torch.int64 \[6\]"),
-        ({"sinks": torch.zeros(6, device="meta")}, "sinks must be on q's device, cpu; got meta"),
+        ({"sinks": torch.zeros(6, device="meta")}, "sinks must be .* on cpu; got .* on meta"),
     ],
 )
 def test_windows_and_sinks_that_do_not_fit_are_refused(variant, message):
