@@ -182,8 +182,8 @@ def test_the_choice_goes_to_a_backend_that_has_them(monkeypatch):
         ({"window": -3}, "window must be an integer of at least 1, or None; got -3"),
         ({"window": 4.0}, "window must be an integer of at least 1, or None; got 4.0"),
         ({"sinks": torch.zeros(5)}, r"sinks must be .* here \[6\], on cpu; got"),
-        ({"sinks": torch.zeros(6, 1)}, r"one a head of q, \[6\]; got torch.float32 \[6, 1\]"),
-        ({"sinks": torch.zeros(6).long()}, r"one a head of q, \[6\]; got torch.int64 \[6\]"),
+        ({"sinks": torch.zeros(6, 1)}, r"here \[6\], on cpu; got torch.float32 \[6, 1\]"),
+        ({"sinks": torch.zeros(6).long()}, r"here \[6\], on cpu; got torch.int64 \[6\]"),
         ({"sinks": torch.zeros(6, device="meta")}, "sinks must be .* on cpu; got .* on meta"),
     ],
 )

@@ -13,8 +13,8 @@ A backend is a module of two functions:
             window, softcap, sinks)               written to their pages first
 
 Shapes: q, out [Q, Hq, D]; new_k, new_v [Q, Hkv, D]; sinks [Hq], float32 (float64 for a float64 q),
-contiguous. window is in [1, 2^31), scale and softcap are as scores.py takes them; window, softcap and sinks are
-None where a call has none.
+contiguous. window, softcap and sinks are None where a call has none; their ranges and that of scale
+are those of scores.py.
 
 Which backend runs, unless `backend` or the environment variable TW_DECODE_BACKEND names one: the
 first of TRIE_DECODE that can run the call: triton on CUDA, native on a CPU, reference otherwise.
