@@ -34,7 +34,7 @@ def check_window(window: int | None) -> int | None:
 
 
 def check_sinks(sinks: Tensor, q: Tensor) -> None:
-    """Raises ValueError unless they are floating-point numbers [Hq] on the device of q [N, Hq, D]."""
+    """Raises ValueError unless they are floating-point numbers [Hq] where q [N, Hq, D] is."""
     if not isinstance(sinks, Tensor):
         raise ValueError(f"sinks must be a tensor or None, got {type(sinks).__name__}")
     if sinks.shape != q.shape[1:2] or not sinks.is_floating_point() or sinks.device != q.device:

@@ -64,7 +64,7 @@ def fitting(
     first: str | None = None
     least = settings.max_tokens
     for problem in problems:
-        prompt = engine.codec.encode(problem.prompt)
+        prompt = engine.codec.encode_prompt(problem.prompt)
         try:
             room = engine.check(prompt, settings)
             if most_tokens is not None and len(prompt) >= most_tokens:
