@@ -135,6 +135,15 @@ TW_INLINE Halves load_halves(const char *from, int64_t n) {
   return h;
 }
 
+// Whether n values, a multiple of kLanes, are all neither NaN nor infinite.
+inline bool all_finite(const float *x, int64_t n) {
+  Ints finite = all(0.0f) == Floats{};
+  for (int64_t i = 0; i < n; i += kLanes) finite &= load(x + i) - load(x + i) == Floats{};
+  for (int l = 0; l < kLanes; ++l)
+    if (!finite[l]) return false;
+  return true;
+}
+
 // n values of `from` as floats, and zeros up to the next multiple of kLanes.
 inline void load_row(float *to, const char *from, Dtype dtype, int64_t n) {
   const int64_t size = size_of(dtype);
