@@ -158,3 +158,27 @@ def test_the_fingerprint_tells_data_and_loss_apart():
     assert prints([example()]) == prints([example(line=9)])
     different = {prints([example()]), prints([example(False)]), prints([example()] * 2)}
     assert len(different | {prints([example()], "completions")}) == 4
+
+
+def test_blocks_nest_as_deep_as_the_settings_say():
+    def block(*threads: str) -> str:
+        outlines = "".join(f"<Outline>{n}: o</Outline>\n" for n, _ in enumerate(threads, 1))
+        bodies = "".join(f"<Thread>\n{n}: {text}</Thread>" for n, text in enumerate(threads, 1))
+        return f"<Parallel>\n<Outlines>\n{outlines}</Outlines>\n{bodies}\n</Parallel>\n"
+
+    text = f"<think>\n{block('a', block('b', 'c') + 'd')}</think>\n\\boxed{{7}}"
+    nested = Example("1?\n", text, "7", "data.jsonl:1")
+    with pytest.raises(DataError, match=r"^data\.jsonl:1: the response breaks the format"):
+        build_tries([nested], CODEC, DataConfig("f"), 4096)
+    (trie,) = build_tries([nested], CODEC, DataConfig("f", max_depth=2), 4096).tries
+    ids = [*CODEC.encode(nested.prompt + text), CODEC.eos_id]
+    paths = [call.path for call in extract_calls(ids, CODEC, 3, max_depth=2)]
+    assert [trie.tokens[trie.path_nodes(i)].tolist() for i in range(trie.num_paths)] == paths
+    assert len(paths) == 7  # of two blocks: before, each of four threads, between, after
+
+
+def test_a_control_token_within_a_response_is_named_by_file_and_line():
+    whole = example(line=3)
+    text = whole.response.replace("</think>", "<|endoftext|></think>")
+    with pytest.raises(DataError, match=r"^data\.jsonl:3: the response holds the control token <"):
+        build_tries([Example(whole.prompt, text, None, whole.source)], CODEC, DataConfig("f"), 4096)

@@ -182,8 +182,10 @@ def _start_of_response(
     text: str, row: dict[str, Any], question: Prompt | None, source: str, codec: Codec | None
 ) -> int:
     if "response" in row:
-        whole = _ANY_END.sub("", text.rstrip()).rstrip()
-        response = _ANY_END.sub("", _text(row, "response", source).rstrip()).rstrip()
+        whole, response = text.rstrip(), _text(row, "response", source).rstrip()
+        if not whole.endswith(response):
+            # But for what may close a turn, in either.
+            whole, response = (_ANY_END.sub("", t).rstrip() for t in (whole, response))
         if not response or not whole.endswith(response):
             raise DataError(
                 f"{source}: field 'qwen_text' does not end with the text of 'response': remove "

@@ -186,6 +186,8 @@ class SFTTrainer(Trainer[SFTConfig]):
             problems = self.task.problems("validation", None)
         except ValueError as error:
             raise ConfigError(f"evaluate.data: {error}") from error
+        for note in getattr(self.task, "notes", ()):
+            print_line(self.console, note)
         self.problems = problems[: self.config.evaluate.problems]
 
     def _check_evaluation(self) -> None:
