@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from threadweaver.generate.rollout import Rollout
 from threadweaver.generate.settings import GenerationSettings
 from threadweaver.tasks import Problem, Task
-from threadweaver.trajectory import Codec, PathLengths, violations
+from threadweaver.trajectory import Codec, PathLengths, Rendered, violations
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,15 @@ def grade(
 ) -> Graded:
     """Grades a rollout that was decoded with these settings."""
     response = codec.decode([id for id in rollout.response if id not in codec.end_ids])
+    breaches = violations(codec.prompts.text(problem.prompt), response, settings.max_depth)
+    if control := codec.prompts.control_in(response):
+        breaches.append(f"line 1: the response holds the control token {control}")
     return Graded(
         problem,
         rollout,
         response,
         task.is_correct(response, problem),
-        violations(problem.prompt, response, settings.max_depth),
+        breaches,
         settings.path_lengths(rollout.response, codec),
     )
 
@@ -51,6 +54,7 @@ def graded_row(graded: Graded) -> dict[str, Any]:
     """A rollout and its grade, for JSON."""
     return {
         "question": graded.problem.prompt,
+        **({"rendered": True} if isinstance(graded.problem.prompt, Rendered) else {}),
         "ground_truth": graded.problem.answer,
         "response": graded.response,
         "correct": graded.correct,

@@ -30,7 +30,7 @@ def check_prompts(
     least = settings.max_tokens
     for problem in problems:
         try:
-            least = min(least, engine.check(engine.codec.encode(problem.prompt), settings))
+            least = min(least, engine.check(engine.codec.encode_prompt(problem.prompt), settings))
         except ValueError as error:
             raise ValueError(f"{problem.source}: {error}") from error
     return engine.context_note(settings, least)
@@ -64,7 +64,7 @@ def fitting(
     first: str | None = None
     least = settings.max_tokens
     for problem in problems:
-        prompt = engine.codec.encode(problem.prompt)
+        prompt = engine.codec.encode_prompt(problem.prompt)
         try:
             room = engine.check(prompt, settings)
             if most_tokens is not None and len(prompt) >= most_tokens:
@@ -111,8 +111,8 @@ def queue(
     """
     generations = []
     for i, problem in enumerate(problems, first):
-        prompt = engine.codec.encode(problem.prompt)
         try:
+            prompt = engine.codec.encode_prompt(problem.prompt)
             for j in range(samples):
                 key = stream_key((*seed, i, j))
                 generations.append(engine.add(prompt, settings, key))

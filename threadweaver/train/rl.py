@@ -50,6 +50,8 @@ class RLTrainer(Trainer[RLConfig]):
         # kind (docs/semantics.md, "P-GRPO").
         self.model.eval()
         self.task = load_task(config.task.name, **config.task.options)
+        for note in getattr(self.task, "notes", ()):
+            print_line(self.console, note)
         problems = self.task.problems("train", config.task.problems, config.seed)
         self.trains_on = f"task: {config.task.name}"
         self.fingerprint = fingerprint(problems)

@@ -158,9 +158,14 @@ def check_same_config(config: RunConfig) -> None:
         check_same_settings(config, settings_of(config, saved_config(path)), path)
 
 
+# What runs did that were started before there was such a setting.
+_ADDED = {"template.use": "auto", "data.max_depth": 1, "sft.max_depth": 1}
+
+
 def check_same_settings(config: RunConfig, saved: dict[str, Any], made: Path) -> None:
     """Raises ConfigError if something was made with other settings, naming the first."""
     ours = settings_of(config)
+    saved = {**{name: _ADDED[name] for name in _ADDED if name in ours}, **saved}
     for name in [*ours, *saved.keys() - ours.keys()]:
         theirs = saved[name] if name in saved else _default(config, name)
         if ours.get(name) != theirs:
