@@ -256,6 +256,7 @@ class RLTrainer(Trainer[RLConfig]):
         for mode, evaluation in evaluations.items():
             figures = {**summary(evaluation.graded), "ungraded": evaluation.ungraded}
             record |= {f"validation_{mode}_{name}": value for name, value in figures.items()}
+        record["validation_problems"] = len(self.held_out)
         record["validation_speedup"] = (
             record["validation_sequential_total_tokens"]
             / record["validation_parallel_longest_path_tokens"]
