@@ -20,7 +20,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from threadweaver.command import command, explain, fail, quiet, train_extra
+from threadweaver.command import command, explain, fail, is_writable, quiet, train_extra
 
 with train_extra():
     from jsonargparse import ArgumentParser
@@ -30,6 +30,7 @@ with train_extra():
 
     from threadweaver.evaluate.grade import graded_row
     from threadweaver.generate.options import add_options, engine_settings, generation_settings
+    from threadweaver.generate.settings import MOST_RESPONSES
     from threadweaver.generate.weaver import Mode
     from threadweaver.progress import print_line
     from threadweaver.tasks import load_task, task_names
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     from threadweaver.data.chat import chat_prompt
     from threadweaver.evaluate.metrics import compare
     from threadweaver.evaluate.modes import evaluate_modes
-    from threadweaver.evaluate.rollouts import check_prompts, queue
+    from threadweaver.evaluate.rollouts import fitting, queue
     from threadweaver.generate.engine import NonFiniteLogits
     from threadweaver.generate.load import load_engine, settle_precision
 
@@ -77,7 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
         engine, tokenizer = load_engine(options.model, engine_options, parallel="parallel" in modes)
         if options.chat:
             problems = [replace(p, prompt=chat_prompt(tokenizer, p.prompt)) for p in problems]
-        if note := check_prompts(engine, problems, generation):
+        problems, skipped, notes = fitting(engine, problems, generation)
+        for note in notes:
             print_line(console, note)
         # A warm-up that is not timed: the first step takes the memory of the KV pages.
         queue(engine, problems[:1], replace(generation, max_tokens=8))
@@ -100,11 +102,13 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return fail("interrupted; nothing is saved", 130)
     gain = compare(**evaluations) if options.mode == "both" else None
+    print_table(console, f"{options.task}, {len(problems)} problems", evaluations, gain)
     if options.json:
         record = {
             **{name: options[name] for name in ("model", "task", "task_options", "seed", "chat")},
             "engine": asdict(engine_options),
             "precision": precision_note,
+            "skipped_prompts": skipped,
             **{mode: evaluation.as_dict() for mode, evaluation in evaluations.items()},
             "comparison": asdict(gain) if gain else None,
         }
@@ -114,7 +118,6 @@ def main(arguments: list[str] | None = None) -> int:
             for mode, evaluation in evaluations.items():
                 for row in _rows(mode, evaluation):
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    print_table(console, f"{options.task}, {len(problems)} problems", evaluations, gain)
     return 0
 
 
@@ -165,8 +168,20 @@ def _check(options) -> None:
             raise ValueError(f"{name} is {options[name]}: it must be at least 1")
     for name in ("json", "responses"):
         path = options[name]
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        if path is None:
+            continue
+        if path.is_dir() or not path.parent.is_dir():
             raise ValueError(f"{name}: {path} cannot be written: no such folder, or one itself")
+        if not is_writable(path):
+            raise ValueError(f"{name}: {path} cannot be written: not allowed, or read-only")
+    if options.json and options.json == options.responses:
+        raise ValueError(f"responses: {options.responses} is the file of --json; name another")
+    at_once = (options.at_once or options.n or 1) * options.samples
+    if at_once > MOST_RESPONSES:
+        raise ValueError(
+            f"n, samples: {at_once:,} responses at once; at most {MOST_RESPONSES:,} can be decoded "
+            "together (--at_once)"
+        )
 
 
 def _rows(mode: str, evaluation: Evaluation) -> list[dict[str, Any]]:
