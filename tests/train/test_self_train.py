@@ -104,8 +104,7 @@ def test_what_is_kept_is_what_sft_reads(run, monkeypatch):
     assert len(load_examples(run.folder / "kept.jsonl")) == run.summary()["kept"] == 6
 
 
-def test_prompts_that_do_not_fit_are_skipped_and_counted(run, monkeypatch, capsys):
-    """Whole chunks of them too; what is left is asked with the draws it would have had alone."""
+def test_prompts_that_do_not_fit_are_skipped_and_counted(run, capsys):
     path = Path(run.settings["task"]["name"])
     questions = ["x" * 600, "x" * 700, "a?\n", "x" * 800]
     rows = [{"question": q, "ground_truth": "7", "response": "a"} for q in questions]

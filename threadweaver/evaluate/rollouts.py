@@ -122,7 +122,7 @@ def decode(
         NonFiniteLogits: from the engine.
     """
     queued, rollouts = 0, []
-    size = at_once or len(problems)
+    size = at_once or max(len(problems), 1)
     for first in range(0, len(problems), size):
         part = problems[first : first + size]
         queued += len(queue(engine, part, settings, samples=samples, seed=seed, first=first))

@@ -35,7 +35,7 @@ def load_task(name: str, **options: Any) -> Task:
     """
     family, _, dataset = name.partition(":")
     make: Callable[..., Task]
-    if Path(name).suffix in (".jsonl", ".json", ".parquet"):
+    if is_data_file(name):
         make = partial(DataFile, name)
     elif name == "multiplication":
         make = Multiplication
@@ -59,6 +59,11 @@ def load_task(name: str, **options: Any) -> Task:
     if missing := [part for part in parts if not hasattr(task, part)]:
         raise ValueError(f"{name}: {type(task).__name__} is no task: it lacks {', '.join(missing)}")
     return task
+
+
+def is_data_file(name: str) -> bool:
+    """Whether `load_task` takes it for the path of a data file."""
+    return Path(name).suffix in (".jsonl", ".json", ".parquet")
 
 
 def task_names() -> str:

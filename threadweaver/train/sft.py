@@ -19,6 +19,7 @@ from threadweaver.generate.engine import Engine
 from threadweaver.model import context_length, load_model, supervised_tokens, trie_loss
 from threadweaver.progress import Progress, print_line
 from threadweaver.tasks import load_task
+from threadweaver.tasks.registry import is_data_file
 from threadweaver.train.batches import (
     Step,
     TrieSet,
@@ -179,13 +180,18 @@ class SFTTrainer(Trainer[SFTConfig]):
             field = "model.arch" if self.config.model.arch else "model.path"
             raise ConfigError(f"{field}: {error}") from error
 
-    def _load_problems(self, path: str) -> None:
+    def _load_problems(self, name: str) -> None:
+        config = self.config.evaluate
+        count = config.problems
         try:
-            self.task = load_task(path, held_out=1.0)
-            problems = self.task.problems("validation", None)
+            if is_data_file(name):
+                self.task = load_task(name, **{"held_out": 1.0, **config.options})
+                self.problems = self.task.problems("validation", None)[:count]
+            else:
+                self.task = load_task(name, **config.options)
+                self.problems = self.task.problems("validation", count, self.config.seed)
         except ValueError as error:
             raise ConfigError(f"evaluate.data: {error}") from error
-        self.problems = problems[: self.config.evaluate.problems]
 
     def _check_evaluation(self) -> None:
         """Leaves out prompts that do not fit, and refuses what the engine would refuse when all

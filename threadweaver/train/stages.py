@@ -7,7 +7,7 @@ jsonargparse resolves annotations by the module of the first.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from threadweaver.evaluate.reward import RewardConfig
 from threadweaver.generate.sampler import SamplingParams
@@ -49,11 +49,12 @@ class EvaluationConfig:
 
 @dataclass
 class SFTEvaluation(EvaluationConfig):
-    """Problems of a file, solved with the trained model at the end, in both modes.
+    """Problems of a file or task, solved with the trained model at the end, in both modes.
 
     Args:
-        data: file of prompts and right answers, of which the first rows are taken; none: no
-            evaluation.
+        data: file of prompts and right answers, of which the first rows are taken, or the name of a
+            task, whose held-out problems are; none: no evaluation.
+        options: of that task or file, by name, as task.options.
         generation: limits and sampling; by default the likeliest tokens.
         max_new_tokens: another name of generation.max_tokens, which it overrides.
         batch_size: another name of engine.max_sequences, which it overrides.
@@ -61,6 +62,7 @@ class SFTEvaluation(EvaluationConfig):
     """
 
     data: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
     generation: GenerationSettings = field(
         default_factory=lambda: GenerationSettings(
             max_tokens=1024, sampling=SamplingParams(temperature=0)
