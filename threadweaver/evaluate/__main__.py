@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import sys
 from argparse import ArgumentError
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,6 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
         return fail("interrupted; nothing is saved", 130)
     gain = compare(**evaluations) if options.mode == "both" else None
     print_table(console, f"{options.task}, {len(problems)} problems", evaluations, gain)
+    files: dict[Path, Iterable[str]] = {}
     if options.json:
         record = {
             **{name: options[name] for name in ("model", "task", "task_options", "seed", "chat")},
@@ -112,13 +114,21 @@ def main(arguments: list[str] | None = None) -> int:
             **{mode: evaluation.as_dict() for mode, evaluation in evaluations.items()},
             "comparison": asdict(gain) if gain else None,
         }
-        options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        files[options.json] = [json.dumps(record, indent=2) + "\n"]
     if options.responses:
-        with options.responses.open("w", encoding="utf-8") as file:
-            for mode, evaluation in evaluations.items():
-                for row in _rows(mode, evaluation):
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    return 0
+        files[options.responses] = (
+            json.dumps(row, ensure_ascii=False) + "\n"
+            for mode, evaluation in evaluations.items()
+            for row in _rows(mode, evaluation)
+        )
+    code = 0
+    for path, lines in files.items():
+        try:
+            with path.open("w", encoding="utf-8") as file:
+                file.writelines(lines)
+        except OSError as error:
+            code = fail(OSError(error.errno, error.strerror, str(path)), 1)
+    return code
 
 
 def _parser() -> ArgumentParser:
