@@ -369,5 +369,5 @@ class RLTrainer(Trainer[RLConfig]):
             "seconds": time.perf_counter() - self.origin,
             "checkpoint": str(self.last_checkpoint),
         }
-        write_json(self.run_dir / "summary.json", result)
         print_rl_table(self.console, result, self.run_dir)
+        write_json(self.run_dir / "summary.json", result)
