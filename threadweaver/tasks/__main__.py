@@ -18,7 +18,7 @@ with train_extra():
     from jsonargparse import ArgumentParser, auto_cli
     from rich.console import Console
 
-    from threadweaver.progress import Progress
+    from threadweaver.progress import Progress, print_line
 
 
 def multiplication(
@@ -74,6 +74,8 @@ def write(
         format: jsonl (JSON lines) or parquet.
     """
     source = load_task(task, **(options or {}))
+    for note in getattr(source, "notes", ()):
+        print_line(Console(stderr=True), note)
     halves = {
         "train": source.problems("train", train, seed),
         "validation": source.problems("validation", validation, seed),
