@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 # From the bottom up: a module imports from its own room and from rows below (docs/architecture.md).
 ROOMS = [
     ["tw_kernels"],
-    ["threadweaver", "threadweaver.command", "threadweaver.device", "threadweaver.progress"],
+    ["threadweaver", "threadweaver.device", "threadweaver.output"],
+    ["threadweaver.command", "threadweaver.progress"],
     ["threadweaver.trajectory"],
     ["threadweaver.data"],
     ["threadweaver.model"],

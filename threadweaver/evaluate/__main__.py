@@ -21,23 +21,24 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from threadweaver.command import explain, fail, quiet, train_extra
-from threadweaver.evaluate.grade import graded_row
-from threadweaver.generate.weaver import Mode
-from threadweaver.tasks import load_task, task_names
+from threadweaver.command import command, explain, fail, quiet, train_extra
 
 with train_extra():
     from jsonargparse import ArgumentParser
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
+    from threadweaver.evaluate.grade import graded_row
     from threadweaver.generate.options import (
         add_options,
         engine_settings,
         generation_settings,
         template_config,
     )
+    from threadweaver.generate.weaver import Mode
     from threadweaver.progress import print_line
+    from threadweaver.tasks import load_task, task_names
 
 if TYPE_CHECKING:
     from threadweaver.evaluate.intervals import Estimate
@@ -50,7 +51,7 @@ MODES: dict[str, list[Mode]] = {
 }
 
 
-@train_extra()
+@command
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line (default: the process's own) and returns the exit code."""
     parser = _parser()
@@ -194,7 +195,7 @@ def print_table(
     comparison: Comparison | None,
 ) -> None:
     """Prints a row for each metric and a column for each mode; below them the comparison."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")  # a path may look like markup
     table.add_column("")
     for mode in evaluations:
         table.add_column(mode, justify="right")

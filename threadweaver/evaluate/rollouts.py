@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from threadweaver.evaluate.grade import Graded, grade
 from threadweaver.generate.engine import Engine, Generation
 from threadweaver.generate.rollout import Rollout
 from threadweaver.generate.sampler import stream_key
-from threadweaver.generate.settings import GenerationSettings
+from threadweaver.generate.settings import GenerationSettings, PromptTooLong
 from threadweaver.tasks import Problem, Task
 from threadweaver.trajectory import Codec
 
@@ -33,6 +34,60 @@ def check_prompts(
         except ValueError as error:
             raise ValueError(f"{problem.source}: {error}") from error
     return engine.context_note(settings, least)
+
+
+class Fitting(NamedTuple):
+    """The problems whose prompts leave room for a response, in order; how many do not; and lines to
+    show: of what is skipped, and of responses that the model's context ends early."""
+
+    problems: list[Problem]
+    skipped: int
+    notes: list[str]
+
+
+def fitting(
+    engine: Engine,
+    problems: Sequence[Problem],
+    settings: GenerationSettings,
+    most_tokens: int | None = None,
+) -> Fitting:
+    """Sorts out, before anything is decoded, the prompts that leave no room for a response.
+
+    Args:
+        most_tokens: of a prompt and the first token after it, if that is less than the context.
+
+    Raises:
+        PromptTooLong: all are.
+        ValueError: as `queue`, for any other reason.
+    """
+    fit: list[Problem] = []
+    first: str | None = None
+    least = settings.max_tokens
+    for problem in problems:
+        prompt = engine.codec.encode_prompt(problem.prompt)
+        try:
+            room = engine.check(prompt, settings)
+            if most_tokens is not None and len(prompt) >= most_tokens:
+                raise PromptTooLong(
+                    f"the prompt has {len(prompt)} tokens, and a path at most {most_tokens} "
+                    "(optimization.batch_tokens)"
+                )
+        except PromptTooLong as error:
+            first = first or f"{problem.source}: {error}"
+            continue
+        except ValueError as error:
+            raise ValueError(f"{problem.source}: {error}") from error
+        least = min(least, room)
+        fit.append(problem)
+    skipped = len(problems) - len(fit)
+    if not fit:
+        raise PromptTooLong(
+            f"none of {len(problems):,} prompts leaves room for a response: {first}"
+        )
+    notes = [f"{skipped:,} of {len(problems):,} prompts are skipped: {first}"] if skipped else []
+    if note := engine.context_note(settings, least):
+        notes.append(note)
+    return Fitting(fit, skipped, notes)
 
 
 def queue(
@@ -87,7 +142,7 @@ def decode(
         NonFiniteLogits: from the engine.
     """
     queued, rollouts = 0, []
-    size = at_once or len(problems)
+    size = at_once or max(len(problems), 1)
     for first in range(0, len(problems), size):
         part = problems[first : first + size]
         queued += len(queue(engine, part, settings, samples=samples, seed=seed, first=first))
@@ -123,7 +178,7 @@ def grade_all(
 ) -> list[Graded]:
     """Grades rollouts, equally many a problem and in the order of the problems; `on_graded` gets
     the number of graded ones after each."""
-    samples = len(rollouts) // len(problems)
+    samples = len(rollouts) // max(len(problems), 1)
     graded: list[Graded] = []
     for i, rollout in enumerate(rollouts):
         graded.append(grade(problems[i // samples], rollout, task, codec, settings))

@@ -29,8 +29,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
-from threadweaver.command import explain, fail, quiet, train_extra
-from threadweaver.generate.weaver import Mode
+from threadweaver.command import command, explain, fail, quiet, train_extra
 
 with train_extra():
     from jsonargparse import ArgumentParser, Namespace
@@ -42,10 +41,11 @@ with train_extra():
         generation_settings,
         template_config,
     )
+    from threadweaver.generate.weaver import Mode
     from threadweaver.progress import print_line
 
 
-@train_extra()
+@command
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line (default: the process's own) and returns the exit code."""
     parser = _parser()

@@ -16,6 +16,7 @@ from threadweaver.trajectory import TemplateConfig
 from threadweaver.trajectory.loss import Loss
 
 T = TypeVar("T")
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
 
 class ConfigError(ValueError):
@@ -178,18 +179,23 @@ class ReportConfig:
     Args:
         log_every: progress lines when the output is no terminal; slow steps have more of them, one
             every few seconds. metrics.jsonl has every step.
-        validate_every: validation losses; default: at the end of each epoch. Always at the end.
+        validate_every: validation: of SFT, the loss on data.validation (default: at the end of each
+            epoch), of P-GRPO, held-out problems in both modes (default: never). Always at the end.
         checkpoint_every: checkpoints. Always at the end, and when interrupted.
         keep_checkpoints: how many of the newest checkpoints stay.
+        trackers: where the figures of each step go besides metrics.jsonl, under the same names:
+            tensorboard (files in run_dir), wandb, trackio.
     """
 
     log_every: int = 10
     validate_every: int | None = None
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
+    trackers: list[TrackerName] = field(default_factory=lambda: ["tensorboard"])
 
     def __post_init__(self):
-        check_least(1, "report", self, *(f.name for f in fields(self)))
+        counts = (f.name for f in fields(self) if f.name != "trackers")
+        check_least(1, "report", self, *counts)
 
 
 @dataclass(kw_only=True)

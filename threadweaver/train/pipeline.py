@@ -51,7 +51,7 @@ class Pipeline(Run[PipelineConfig]):
             self.stages.remove("self_train")
         self.part = self._prepare("sft", config.model)
 
-    def run(self) -> int:
+    def work(self) -> int:
         """See `Run`; also the exit code of the stage that was stopped."""
         checkpoint = None
         for stage in self.stages:
@@ -96,7 +96,7 @@ class Pipeline(Run[PipelineConfig]):
                 **shared,
             )
             return SelfTraining.prepare(settings, None, self.console)
-        settings = RLConfig(task=config.task, **vars(config.rl), **shared)
+        settings = RLConfig(task=config.task, evaluate=config.evaluate, **vars(config.rl), **shared)
         return RLTrainer.prepare(settings, None, self.console)
 
     def _demonstrations(self) -> str:

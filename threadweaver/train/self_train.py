@@ -25,11 +25,12 @@ import torch
 
 from threadweaver.data import save_rows, trajectory_row
 from threadweaver.evaluate.grade import Graded, graded_row, summary
-from threadweaver.evaluate.rollouts import check_prompts, fingerprint, roll_out
+from threadweaver.evaluate.rollouts import fingerprint, fitting, roll_out
 from threadweaver.generate.engine import Engine
+from threadweaver.generate.settings import PromptTooLong
 from threadweaver.model import end_ids
 from threadweaver.progress import ResponsesProgress, print_line
-from threadweaver.tasks import Problem, load_task
+from threadweaver.tasks import load_task
 from threadweaver.train.config import ConfigError, DataConfig
 from threadweaver.train.report import print_self_train_table
 from threadweaver.train.run import Run
@@ -55,7 +56,7 @@ class SelfTraining(Run[SelfTrainConfig]):
         size = config.rollouts.chunk
         self.chunks = [problems[i : i + size] for i in range(0, len(problems), size)]
 
-    def run(self) -> int:
+    def work(self) -> int:
         """See `Run`.
 
         Raises:
@@ -99,20 +100,25 @@ class SelfTraining(Run[SelfTrainConfig]):
         missing = [n for n in numbers if not self._chunk_file(n).exists()]
         engine = self._engine(None) if missing else None
         if engine is not None:
-            problems = [problem for n in missing for problem in self.chunks[n]]
-            if note := check_prompts(engine, problems, self.config.rollouts.generation):
-                print_line(self.console, note)
+            problems = [problem for chunk in self.chunks for problem in chunk]
+            for note in fitting(engine, problems, self.config.rollouts.generation).notes:
+                print_line(self.console, f"training problems: {note}")
         for n in missing:
             assert engine is not None
             graded = self._roll_out(engine, n, f"rolling out {n + 1}/{len(numbers)}")
             record = {
                 "problems": fingerprint(self.chunks[n]),
                 "means": summary(graded),
+                "skipped_prompts": len(self.chunks[n])
+                - len(graded) // self.config.rollouts.samples,
                 "rollouts": [{**graded_row(g), "fits": _fits(g, engine)} for g in graded],
             }
             write_json(self._chunk_file(n), record, indent=None)
-        rows = [row for n in numbers for row in self._rows(n)]
+        chunks = [self._chunk(n) for n in numbers]
+        rows = [row for chunk in chunks for row in chunk["rollouts"]]
         kept, selection = select(rows, self.config.rollouts.keep_per_problem)
+        # Older chunks have none: there such a prompt was an error.
+        selection["skipped_prompts"] = sum(chunk.get("skipped_prompts", 0) for chunk in chunks)
         if not kept:
             reasons = ", ".join(
                 f"{count} {reason}" for reason, count in selection["rejected"].items()
@@ -126,14 +132,15 @@ class SelfTraining(Run[SelfTrainConfig]):
         save_rows(kept, self.run_dir / "kept.jsonl")
         write_json(self.run_dir / "selection.json", selection)
 
-    def _rows(self, number: int) -> list[Row]:
+    def _chunk(self, number: int) -> Row:
+        """What its file holds."""
         record = read_json(self._chunk_file(number))
         if record["problems"] != fingerprint(self.chunks[number]):
             raise ConfigError(
                 f"task: {self.config.task.name} is not what {self._chunk_file(number)} was rolled "
                 "out on; resume with the same problems or start another run"
             )
-        return record["rollouts"]
+        return record
 
     def _chunk_file(self, number: int) -> Path:
         return self.run_dir / "rollouts" / f"chunk-{number}.json"
@@ -151,8 +158,12 @@ class SelfTraining(Run[SelfTrainConfig]):
         )
 
     def _roll_out(self, engine: Engine, number: int, title: str) -> list[Graded]:
-        problems: list[Problem] = self.chunks[number]
+        """Of the problems of a chunk whose prompts fit."""
         rollouts = self.config.rollouts
+        try:
+            problems = fitting(engine, self.chunks[number], rollouts.generation).problems
+        except PromptTooLong:  # all of them
+            problems = []
         total = len(problems) * rollouts.samples
         with ResponsesProgress(self.console, title, total, engine) as progress:
             return roll_out(

@@ -163,12 +163,11 @@ class SFTTrainer(Trainer[SFTConfig]):
                 context_length(self.model),
             )
         unrolled = sum(map(unrolled_tokens, data.tries))
-        self.console.print(
+        print_line(
+            self.console,
             f"{path}: {len(data.tries):,} tries, {sum(data.sizes):,} tokens ({unrolled:,} "
             f"unrolled), {data.dropped_calls:,} calls cut to fit optimization.batch_tokens, "
             f"{data.dropped_trajectories:,} malformed trajectories dropped",
-            highlight=False,
-            soft_wrap=True,
         )
         return data
 
