@@ -151,6 +151,8 @@ def _parser() -> ArgumentParser:
         "--json", action="store_true", help="Print one JSON object, when all is done."
     )
     add_options(parser)
+    # Who asks here says all that is asked.
+    parser.set_defaults({"template.instruction": ""})
     return parser
 
 

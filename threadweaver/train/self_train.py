@@ -198,7 +198,8 @@ class SelfTraining(Run[SelfTrainConfig]):
         if len(prompt) + len(response) >= engine.context_length:
             return False
         ids = [*prompt, *response, engine.codec.eos_id]
-        first = extract_calls(ids, engine.codec, len(prompt))[0]
+        max_depth = self.config.rollouts.generation.max_depth
+        first = extract_calls(ids, engine.codec, len(prompt), max_depth=max_depth)[0]
         return len(first.path) <= self.config.optimization.batch_tokens
 
 

@@ -192,6 +192,8 @@ class SFTTrainer(Trainer[SFTConfig]):
                 self.problems = self.task.problems("validation", count, self.config.seed)
         except ValueError as error:
             raise ConfigError(f"evaluate.data: {error}") from error
+        for note in getattr(self.task, "notes", ()):
+            print_line(self.console, note)
 
     def _check_evaluation(self) -> None:
         """Leaves out prompts that do not fit, and refuses what the engine would refuse when all
