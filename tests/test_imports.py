@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = [
     ["tw_kernels"],
     ["threadweaver", "threadweaver.command", "threadweaver.device", "threadweaver.progress"],
-    ["threadweaver.trajectory", "threadweaver.data"],
+    ["threadweaver.trajectory", "threadweaver.data", "threadweaver.grading"],
     ["threadweaver.model"],
     ["threadweaver.generate", "threadweaver.add_tags"],
     ["threadweaver.tasks"],

@@ -7,8 +7,9 @@ import random
 from collections.abc import Callable
 
 from threadweaver.data import DataError, Example, load_examples
+from threadweaver.grading.judge import Judge
+from threadweaver.grading.mathematics import build_math_grader
 from threadweaver.tasks.boxed import boxed_answer, boxes_number
-from threadweaver.tasks.judge import Judge
 from threadweaver.tasks.task import Problem, Split, check_count, check_settings, is_held_out
 
 
@@ -16,13 +17,14 @@ class DataFile:
     """Prompts and answers of a JSON lines or parquet file; see `threadweaver.data` for its columns.
 
     A response, where a row has one, is the demonstration. An answer is right if its box holds the
-    same text as the row's ground truth or what math-verify takes for the same: `\\frac{1}{2}`, 0.5.
+    same text as the row's ground truth or means the same (threadweaver.grading.mathematics):
+    `\\frac{1}{2}`, 0.5.
 
     Args:
         path: of the file.
         held_out: share of the prompts that make up the validation split; which ones depends on
             their text alone. 1: the whole file is for evaluation.
-        seconds: most time to grade one answer; one that takes longer is wrong.
+        seconds: most CPU time to grade one answer; one that takes longer is wrong.
         whole_numbers: an answer is right if its box holds decimal digits alone and they equal the
             ground truth as a whole number; needs no math-verify.
 
@@ -67,14 +69,18 @@ class DataFile:
         return list(rows) if n is None else random.Random(seed).sample(rows, n)
 
     def is_correct(self, response: str, problem: Problem) -> bool:
+        return self.submit(response, problem)()
+
+    def submit(self, response: str, problem: Problem) -> Callable[[], bool]:
+        """See `Task`."""
         if self._whole_numbers:
-            return boxes_number(response, problem.answer)
+            right = boxes_number(response, problem.answer)
+            return lambda: right
         answer = boxed_answer(response)
-        if answer is None:
-            return False
-        return answer == problem.answer or self._judge(
-            answer, problem.answer, source=problem.source
-        )
+        if not answer or answer == problem.answer:
+            right = bool(answer)
+            return lambda: right
+        return self._judge.submit(answer, problem.answer, source=problem.source)
 
     def demonstration(self, problem: Problem, parallel: bool) -> str | None:
         """The row's own response, if it has one and of that kind."""
@@ -90,19 +96,3 @@ def _problem(example: Example) -> Problem:
             "add the right answer"
         )
     return Problem(example.prompt, answer, example.source, data=example.response)
-
-
-def build_math_grader() -> Callable[[str, str], bool]:
-    """A function (answer, ground truth) -> whether they are the same, for a `Judge` to call."""
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    def parsed(text: str) -> list:
-        # Without a time limit of its own, which would need signals: the judge has one.
-        return parse(f"\\boxed{{{text}}}", [LatexExtractionConfig()], parsing_timeout=0)
-
-    def grade(answer: str, ground_truth: str) -> bool:
-        truth = boxed_answer(f"</think>{ground_truth}") or ground_truth
-        return verify(parsed(truth), parsed(answer), timeout_seconds=None)
-
-    grade("1/2", "0.5")  # imports what math-verify imports at first use
-    return grade
