@@ -96,7 +96,8 @@ def test_rollouts_of_other_problems_are_not_taken_over(run, capsys):
 
 
 def test_what_is_kept_is_what_sft_reads(run, monkeypatch):
-    monkeypatch.setattr("threadweaver.tasks.data_file.DataFile.is_correct", lambda *_: True)
+    right = "threadweaver.tasks.data_file.DataFile.submit"
+    monkeypatch.setattr(right, lambda *_: lambda: True)
     for module in ("evaluate.grade", "train.batches"):  # random bytes are no trajectory
         monkeypatch.setattr(f"threadweaver.{module}.violations", lambda *_: [])
     run.settings["rollouts"]["generation"] = {"max_tokens": 8, "mode": "sequential"}
