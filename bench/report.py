@@ -10,6 +10,8 @@ Comments by hand stand in the notes, `benchmarks-notes.md` beside `benchmarks.md
 in: text before the first heading below the pictures, text under `## MACHINE` or, below it,
 `### SUITE` to the section of that name.
 
+A document that is there already is overwritten after a question, or with --overwrite.
+
 Exit codes: 0; 2 for arguments or files that cannot be used.
 """
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import shlex
 import statistics
 import sys
 from argparse import ArgumentError
@@ -28,8 +31,8 @@ from typing import Any, NamedTuple
 from jsonargparse import ArgumentParser
 
 from bench.plots import Setup, plot_attention, plot_decode, plot_rollout
-from bench.record import Record, RecordError, Row, read_records
-from threadweaver.command import explain, fail
+from bench.record import Record, Row, read_records
+from threadweaver.command import check_overwrite, explain, fail
 
 MAX_COLUMNS = 8
 # Suites in the order of the document, and the rows of ours that have lines of their own.
@@ -395,19 +398,23 @@ def main(arguments: list[str]) -> int:
     parser = ArgumentParser(prog="python -m bench report", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("results", type=Path, help="folder of result files, or of such folders")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks.md"), help="the document")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="overwrite the document without a question"
+    )
     try:
         given = parser.parse_args(arguments)
+        check_overwrite([given.out], given.overwrite)
         records = read_records(given.results)
         notes_path = given.out.with_name(f"{given.out.stem}-notes.md")
         notes = Notes(notes_path.read_text(encoding="utf-8") if notes_path.exists() else "")
         images = given.out.parent / "images" / given.out.stem
         images.mkdir(parents=True, exist_ok=True)
-        command = f"python -m bench report {given.results}"
+        command = f"python -m bench report {shlex.quote(str(given.results))}"
         text = document(newest_runs(records), notes, images, f"images/{given.out.stem}", command)
         given.out.write_text(text, encoding="utf-8")
     except ArgumentError as error:
         return fail(explain(str(error), parser.get_defaults()), 2)
-    except (RecordError, OSError) as error:
+    except (ValueError, OSError) as error:
         return fail(error, 2)
     for heading in sorted(notes.unused):
         print(f"{notes_path}: no results of {' '.join(heading)}: left out", file=sys.stderr)

@@ -17,8 +17,10 @@ ROOT = Path(__file__).parents[1]
 # From the bottom up: a module imports from its own room and from rows below (docs/architecture.md).
 ROOMS = [
     ["tw_kernels"],
-    ["threadweaver", "threadweaver.command", "threadweaver.device", "threadweaver.progress"],
-    ["threadweaver.trajectory", "threadweaver.data", "threadweaver.grading"],
+    ["threadweaver", "threadweaver.device", "threadweaver.output"],
+    ["threadweaver.command", "threadweaver.progress"],
+    ["threadweaver.trajectory"],
+    ["threadweaver.data", "threadweaver.grading"],
     ["threadweaver.model"],
     ["threadweaver.generate", "threadweaver.add_tags"],
     ["threadweaver.tasks"],

@@ -35,7 +35,11 @@ def main() -> None:
         print(f"threadweaver {version('threadweaver')}")
     elif command in MODULES:
         del sys.argv[1]
-        runpy.run_module(MODULES[command], run_name="__main__", alter_sys=True)
+        try:
+            runpy.run_module(MODULES[command], run_name="__main__", alter_sys=True)
+        except KeyboardInterrupt:  # before the command can say so itself
+            print("error: interrupted", file=sys.stderr)
+            sys.exit(130)
     else:
         near = difflib.get_close_matches(command, MODULES, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(MODULES)}"

@@ -13,13 +13,13 @@ import sys
 from argparse import ArgumentError
 from pathlib import Path
 
-from threadweaver.command import explain, fail, quiet, train_extra
+from threadweaver.command import command, explain, fail, quiet, train_extra
 
 with train_extra():
     from jsonargparse import ArgumentParser
 
 
-@train_extra()
+@command
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line (default: the process's own) and returns the exit code."""
     parser = ArgumentParser(

@@ -1,16 +1,25 @@
-"""What the commands share: errors in one line on stderr, also for a package that is missing."""
+"""What the commands share: an end in one line on stderr, whatever ends them."""
 
 from __future__ import annotations
 
 import difflib
+import errno
+import functools
+import os
 import re
+import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, ParamSpec
+
+from threadweaver.output import drop
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
+
+MOST_CHARACTERS = 2000  # of an error
 
 # Modules of the packages in the extra `train` (pyproject.toml), and of those that they bring.
 TRAIN_MODULES = {
@@ -29,18 +38,77 @@ TRAIN_MODULES = {
 
 @contextmanager
 def train_extra() -> Iterator[None]:
-    """Ends the process with exit code 2 and one line if a package of the extra `train` is missing.
-
-    For a block of imports and, as a decorator, for the function of a command.
-    """
+    """For a block of imports: ends the process with one line and exit code 2 if a package of the
+    extra `train` is missing, 130 at Ctrl-C."""
     try:
         yield
+    except KeyboardInterrupt:
+        sys.exit(fail("interrupted", 128 + signal.SIGINT))
     except ModuleNotFoundError as error:
         module = (error.name or "").partition(".")[0]
         if module not in TRAIN_MODULES:
             raise
         message = f"this command needs the package '{module}': pip install 'threadweaver[train]'"
         sys.exit(fail(message, 2))
+
+
+P = ParamSpec("P")
+
+
+def command(main: Callable[P, int]) -> Callable[P, int]:
+    """The function of a command, which returns an exit code, with an end in one line also for what
+    it does not foresee: a missing package (2), Ctrl-C (130), a file that cannot be read or written
+    (1), and without one where nobody reads its output any more (141)."""
+
+    @functools.wraps(main)
+    def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            with train_extra():
+                code = main(*args, **kwargs)
+        except BrokenPipeError:
+            drop(sys.stdout)
+            return 128 + signal.SIGPIPE
+        except OSError as error:
+            code = fail(error, 1)
+        return _flush() or code
+
+    return run
+
+
+def _flush() -> int:
+    """Writes what stdout holds; an exit code if that cannot be done."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        drop(sys.stdout)
+        is_unread = isinstance(error, BrokenPipeError)
+        return 128 + signal.SIGPIPE if is_unread else fail(f"stdout: {reason(error)}", 1)
+    return 0
+
+
+def is_writable(path: Path) -> bool:
+    """Whether a file or folder could be written: it, or the nearest folder above that there is."""
+    nearest = path
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    return os.access(nearest, os.W_OK) and (nearest == path or nearest.is_dir())
+
+
+def check_overwrite(paths: Iterable[Path], overwrite: bool) -> None:
+    """Asks on a terminal whether files that exist are to be overwritten.
+
+    Raises:
+        ValueError: the answer is no, or nobody can be asked and `overwrite` does not say so.
+    """
+    found = [str(path) for path in paths if path.exists()]
+    if not found or overwrite:
+        return
+    names = ", ".join(found)
+    if sys.stdin.isatty() and sys.stderr.isatty():
+        print(f"{names}: there already; overwrite? [y/N] ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() in ("y", "yes"):
+            return
+    raise ValueError(f"{names}: there already; name another place, or give --overwrite")
 
 
 def explain(message: str, known: Namespace) -> str:
@@ -58,8 +126,20 @@ def explain(message: str, known: Namespace) -> str:
 
 def fail(error: Exception | str, code: int) -> int:
     """Says in one line on stderr what was wrong; returns the exit code."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    line = " ".join((reason(error) if isinstance(error, OSError) else str(error)).split())
+    if len(line) > MOST_CHARACTERS:
+        line = f"{line[: MOST_CHARACTERS // 2]} ... {line[-MOST_CHARACTERS // 2 :]}"
+    with suppress(OSError):  # nobody reads it
+        print(f"error: {line}", file=sys.stderr, flush=True)
     return code
+
+
+def reason(error: OSError) -> str:
+    """What the system could not do, and with which file."""
+    what = error.strerror or str(error) or type(error).__name__
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        what += ": make room and run it again"
+    return f"{error.filename}: {what}" if error.filename else what
 
 
 def quiet() -> None:

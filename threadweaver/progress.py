@@ -51,6 +51,11 @@ class Pace:
         return True
 
 
+def has_no_reader(console: Console) -> bool:
+    """Whether the console writes to an `Output`, a pipe that nobody reads any more."""
+    return getattr(console.file, "is_broken_pipe", False)
+
+
 def print_line(console: Console, text: str) -> None:
     """Prints a line without wrapping or markup, since paths may be long or hold brackets."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)

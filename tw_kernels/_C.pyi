@@ -21,9 +21,11 @@ class TrieBuilder:
         list[NDArray[np.float32]],  # columns
     ]: ...
 
+def longest_path(subtree_ends: NDArray[np.int32]) -> int: ...
+def window_starts(subtree_ends: NDArray[np.int32], window: int) -> NDArray[np.int32]: ...
 def node_segments(subtree_ends: NDArray[np.int32]) -> NDArray[np.int32]: ...
 def block_schedule(
-    subtree_ends: NDArray[np.int32], block_q: int, block_kv: int
+    subtree_ends: NDArray[np.int32], block_q: int, block_kv: int, window: int | None = None
 ) -> tuple[NDArray[np.int32], ...]: ...
 def decode_plan(
     page_tables: Any,
@@ -43,8 +45,9 @@ def trie_attention_forward(
     sizes: tuple[int, int, int, int],  # tokens, heads, KV heads, head dim
     dtype: int,
     scale: float,
+    softcap: float,  # 0: none
     threads: int,
-    subtree_ends: int,
+    trie: tuple[int, int],  # addresses: subtree_ends, window_starts or 0
     q: _Strided,
     k: _Strided,
     v: _Strided,
@@ -56,8 +59,9 @@ def trie_attention_backward(
     sizes: tuple[int, int, int, int],
     dtype: int,
     scale: float,
+    softcap: float,
     threads: int,
-    subtree_ends: int,
+    trie: tuple[int, int],
     q: _Strided,
     k: _Strided,
     v: _Strided,

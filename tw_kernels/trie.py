@@ -196,6 +196,11 @@ class BlockSchedule(NamedTuple):
 
     A pair is full iff every row sees every column, so that no mask is needed (docs/architecture.md,
     fact 3). All tensors are int32, on the layout's device; nq and nkv are the numbers of blocks.
+
+    Where a window leaves gaps among the query blocks of a KV block, q_range bounds them, and
+    q_starts says which they are: those whose least start is above the last column see nothing of
+    it, and of [full_first, full_last) those whose greatest start is above the first column are not
+    full.
     """
 
     row_ptr: Tensor  # [nq + 1]: query block b meets kv_blocks[row_ptr[b]:row_ptr[b + 1]]
@@ -205,13 +210,16 @@ class BlockSchedule(NamedTuple):
     #                  [full_first, full_last) full; columns (first, full_first, full_last, last)
     q_order: Tensor  # [nq], query blocks, most KV blocks first
     kv_order: Tensor  # [nkv], KV blocks, most query blocks first
+    q_starts: Tensor | None  # [nq, 2], least and greatest of a query block's window_starts; None
+    #                          without a window
 
 
 class TrieLayout:
     """What attention needs to know about a trie; everything follows from `subtree_ends`.
 
     Attributes:
-        subtree_ends: int32 [N] on the device.
+        subtree_ends: int32 [N] on the device, contiguous; not to be changed.
+        longest_path: number of tokens on the longest path.
         memo: what backends derived from this trie and want to keep with it.
     """
 
@@ -222,10 +230,22 @@ class TrieLayout:
     _alive: ClassVar[weakref.WeakValueDictionary[int, TrieLayout]] = weakref.WeakValueDictionary()
 
     def __init__(self, subtree_ends: Tensor):
-        self.subtree_ends = subtree_ends
-        self._ends = np.ascontiguousarray(subtree_ends.detach().cpu().numpy())
+        """Reads and checks the ends on the host, in O(N).
+
+        Raises:
+            ValueError: no int32 [N] with N at least 1, or not the ends of a forest in preorder;
+                names the token.
+        """
+        if subtree_ends.dtype != torch.int32 or subtree_ends.dim() != 1 or not len(subtree_ends):
+            raise ValueError(
+                "subtree_ends must be int32 [N], N at least 1; "
+                f"got {subtree_ends.dtype} {list(subtree_ends.shape)}"
+            )
+        self.subtree_ends = subtree_ends.contiguous()
+        self._ends = self.subtree_ends.cpu().numpy()
+        self.longest_path = _C.longest_path(self._ends)
         self.memo: dict[Hashable, Any] = {}
-        self._alive[id(subtree_ends)] = self
+        self._alive[id(self.subtree_ends)] = self
 
     @classmethod
     def of(cls, subtree_ends: Tensor) -> TrieLayout:
@@ -269,12 +289,33 @@ class TrieLayout:
             bounds.append(int(self._ends[bounds[-1]]))
         return np.stack([bounds[:-1], bounds[1:]], axis=1).astype(np.int32)
 
-    def block_schedule(self, block_q: int, block_kv: int) -> BlockSchedule:
-        """The schedule for these block sizes, built on the host in O(N + pairs), then kept."""
-        key = "schedule", block_q, block_kv
+    def window_starts(self, window: int) -> Tensor:
+        """The first token that each token sees of its last `window`, itself included.
+
+        int32 [N] on the device: flat index of its (window - 1)-th ancestor, or of its root if it
+        has fewer. Ancestors ascend with depth, so token i sees token j within the window iff
+        window_starts[i] <= j <= i < subtree_ends[j]. Built on the host in O(N), then kept.
+
+        Raises:
+            ValueError: a window below 1.
+        """
+        key = "window_starts", window
         if key not in self.memo:
-            arrays = _C.block_schedule(self._ends, block_q, block_kv)
+            starts = torch.from_numpy(_C.window_starts(self._ends, window))
+            self.memo[key] = starts.to(self.device, non_blocking=True)
+        return self.memo[key]
+
+    def block_schedule(
+        self, block_q: int, block_kv: int, window: int | None = None
+    ) -> BlockSchedule:
+        """The schedule for these block sizes, built on the host in O(N + pairs), then kept."""
+        key = "schedule", block_q, block_kv, window
+        if key not in self.memo:
+            arrays = _C.block_schedule(self._ends, block_q, block_kv, window)
             tensors = [torch.from_numpy(a).to(self.device, non_blocking=True) for a in arrays]
-            tensors[3] = tensors[3].view(-1, 4)
-            self.memo[key] = BlockSchedule(*tensors)
+            row_ptr, full_end, kv_blocks, q_range, q_order, kv_order, q_starts = tensors
+            self.memo[key] = BlockSchedule(
+                *(row_ptr, full_end, kv_blocks, q_range.view(-1, 4), q_order, kv_order),
+                None if window is None else q_starts.view(-1, 2),
+            )
         return self.memo[key]

@@ -28,30 +28,33 @@ Heads contiguous(int64_t address, int64_t heads, int64_t head_dim) {
   return {pointer<void>(address), heads * head_dim, head_dim};
 }
 
-TrieAttentionArgs arguments(const Sizes &sizes, int dtype, float scale, int64_t subtree_ends,
-                                const Strided &q, const Strided &k, const Strided &v, int64_t out,
-                                int64_t lse) {
+using Trie = std::array<int64_t, 2>; // addresses: subtree_ends, window_starts
+
+TrieAttentionArgs arguments(const Sizes &sizes, int dtype, float scale, float softcap,
+                            const Trie &trie, const Strided &q, const Strided &k, const Strided &v,
+                            int64_t out, int64_t lse) {
   TrieAttentionArgs a{};
   a.tokens = sizes[0], a.heads = sizes[1], a.kv_heads = sizes[2], a.head_dim = sizes[3];
   a.dtype = static_cast<Dtype>(dtype);
-  a.scale = scale;
-  a.subtree_ends = pointer<const int32_t>(subtree_ends);
+  a.scale = scale, a.softcap = softcap;
+  a.subtree_ends = pointer<const int32_t>(trie[0]);
+  a.window_starts = pointer<const int32_t>(trie[1]);
   a.q = strided(q), a.k = strided(k), a.v = strided(v);
   a.out = contiguous(out, a.heads, a.head_dim);
   a.lse = pointer<float>(lse);
   return a;
 }
 
-void forward(const Sizes &sizes, int dtype, float scale, int threads, int64_t subtree_ends,
-             const Strided &q, const Strided &k, const Strided &v, int64_t out, int64_t lse) {
-  trie_attention_forward(arguments(sizes, dtype, scale, subtree_ends, q, k, v, out, lse),
-                             threads);
+void forward(const Sizes &sizes, int dtype, float scale, float softcap, int threads,
+             const Trie &trie, const Strided &q, const Strided &k, const Strided &v, int64_t out,
+             int64_t lse) {
+  trie_attention_forward(arguments(sizes, dtype, scale, softcap, trie, q, k, v, out, lse), threads);
 }
 
-void backward(const Sizes &sizes, int dtype, float scale, int threads, int64_t subtree_ends,
-              const Strided &q, const Strided &k, const Strided &v, int64_t out, int64_t lse,
-              const Strided &dout, int64_t dq, int64_t dk, int64_t dv) {
-  TrieAttentionArgs a = arguments(sizes, dtype, scale, subtree_ends, q, k, v, out, lse);
+void backward(const Sizes &sizes, int dtype, float scale, float softcap, int threads,
+              const Trie &trie, const Strided &q, const Strided &k, const Strided &v, int64_t out,
+              int64_t lse, const Strided &dout, int64_t dq, int64_t dk, int64_t dv) {
+  TrieAttentionArgs a = arguments(sizes, dtype, scale, softcap, trie, q, k, v, out, lse);
   a.dout = strided(dout);
   a.dq = contiguous(dq, a.heads, a.head_dim);
   a.dk = contiguous(dk, a.kv_heads, a.head_dim);

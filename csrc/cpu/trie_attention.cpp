@@ -52,10 +52,18 @@ Plan make_plan(const TrieAttentionArgs &a, int64_t tile_rows) {
     plan.depths[i] = static_cast<int32_t>(open.size());
     open.push_back(a.subtree_ends[i]);
   }
+  // The first column that any of these rows sees.
+  const auto first_seen = [&](int64_t row, int64_t end) {
+    return a.window_starts ? *std::min_element(a.window_starts + row, a.window_starts + end) : 0;
+  };
+  // Strict ancestors of `row` before `column`, which is one, or one of a later row, or 0.
+  const auto skipped = [&](int64_t row, int64_t column) {
+    return plan.depths[std::min(row, column)];
+  };
   int64_t pairs = 0;
   const auto tile_pairs = [&](int64_t row) {
     const int64_t rows = std::min(tile_rows, a.tokens - row);
-    return rows * (plan.depths[row] + rows);
+    return rows * (plan.depths[row] - skipped(row, first_seen(row, row + rows)) + rows);
   };
   for (int64_t row = 0; row < a.tokens; row += tile_rows) {
     pairs += tile_pairs(row);
@@ -70,11 +78,14 @@ Plan make_plan(const TrieAttentionArgs &a, int64_t tile_rows) {
   for (int64_t row = 0; row < a.tokens; row += tile_rows) {
     if (done * wanted >= pairs * static_cast<int64_t>(plan.pieces.size())) {
       if (!plan.pieces.empty()) plan.pieces.back().end_row = row;
-      plan.pieces.push_back({row, a.tokens, plan.depths[row], 0});
+      plan.pieces.push_back({row, a.tokens, 0, 0, 0, 0});
     }
     done += tile_pairs(row);
   }
   for (Piece &p : plan.pieces) {
+    p.first_column = first_seen(p.first_row, p.end_row);
+    p.skipped = skipped(p.first_row, p.first_column);
+    p.path = plan.depths[p.first_row] - p.skipped;
     p.share = plan.share_rows;
     plan.share_rows += p.path + p.end_row - p.first_row;
   }

@@ -5,7 +5,13 @@
 // (docs/architecture.md, facts 1 and 3). Tokens being in preorder, those ancestors are a stack: going down the tiles, a
 // task keeps the K and V of the current path packed in float32, pushes each tile's own rows and
 // drops columns once their subtree is over. Backward keeps dK and dV on the same stack, and a
-// column's gradient is complete when it is dropped.
+// column's gradient is complete when it is dropped. Under a window the first columns of the stack may
+// lie before all that a tile sees: it starts after them. A piece of the rows leaves out those that
+// none of its rows sees.
+//
+// A value that is not finite reaches only what it should: rows that see it in forward, and in
+// backward the gradients that such a row, key or value is a term of. A product whose masked terms
+// would be 0 * NaN is taken row by row instead, without them.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +30,9 @@ struct TrieAttentionArgs {
   int64_t tokens, heads, kv_heads, head_dim; // heads is a multiple of kv_heads
   Dtype dtype;
   float scale;
-  const int32_t *subtree_ends; // [tokens]
+  float softcap; // scores become softcap * tanh(score / softcap); 0: they stay as they are
+  const int32_t *subtree_ends;  // [tokens]
+  const int32_t *window_starts; // [tokens], the first column that a row sees; null: its root
   Heads q, k, v, out;
   float *lse; // [heads, tokens], natural logarithm
   Heads dout, dq, dk, dv; // backward only

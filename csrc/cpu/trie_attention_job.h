@@ -6,11 +6,12 @@
 namespace tw {
 
 // A contiguous piece of the rows. Backward of a piece yields a share of dK and dV for the columns
-// of its first row's path and, where later pieces see them, its own. Shares lie in this order,
-// with room for all own columns; `share` counts the places before this piece's.
+// of its first row's path that its rows see and, where later pieces see them, its own. Shares lie
+// in this order, with room for all own columns; `share` counts the places before this piece's.
 struct Piece {
   int64_t first_row, end_row; // first_row is a multiple of tile_rows
-  int64_t path;               // strict ancestors of first_row
+  int64_t first_column;       // no row sees one before it
+  int64_t skipped, path;      // strict ancestors of first_row: before first_column, and from it on
   int64_t share;
 };
 

@@ -18,8 +18,9 @@ int64_t workspace_bytes(const TrieAttentionJob &job) {
   return w.place(none, job.max_path + kRows, padded(job.args.head_dim)) - none;
 }
 
-// One piece of the rows of one KV head, tile by tile.
-struct PieceTask {
+// One piece of the rows of one KV head, tile by tile. Windowed and Capped: whether the job has
+// window_starts and a softcap.
+template <bool Windowed, bool Capped> struct PieceTask {
   const TrieAttentionJob &job;
   const TrieAttentionArgs &args;
   const Piece &piece;
@@ -27,7 +28,9 @@ struct PieceTask {
   Workspace w;
   int64_t row = 0, rows = 0;       // the tile: tokens [row, row + rows)
   int64_t size = 0, path = 0;      // the stack: all, and before the tile's own columns
-  int64_t full = 0;                // of the path, the first `full` are seen by every row
+  int64_t near = 0;                // no row sees a column of the stack before it
+  int64_t full_first = 0, full = 0; // every row sees columns [full_first, full) of the path
+  bool finite = true;              // all values that the products below weigh, so far
 
   PieceTask(const void *context, int64_t index, int worker)
       : job(*static_cast<const TrieAttentionJob *>(context)), args(job.args),
@@ -54,17 +57,22 @@ struct PieceTask {
   // The path of the piece's first row: jumps over the subtrees that end before it.
   void push_path(bool is_backward) {
     for (int64_t j = 0; j < piece.first_row;) {
-      if (args.subtree_ends[j] > piece.first_row)
-        push(j++, is_backward);
-      else
+      if (args.subtree_ends[j] <= piece.first_row)
         j = args.subtree_ends[j];
+      else if (Windowed && j < piece.first_column)
+        ++j;
+      else
+        push(j++, is_backward);
     }
+    finite = all_finite(is_backward ? w.k : w.v, size * width);
   }
 
   // Drops every column that is no ancestor of `next_row`, the first row after the tile.
   void drop_finished(int64_t next_row, bool is_backward) {
-    int64_t kept = 0;
-    for (int64_t c = 0; c < size; ++c) {
+    // Down a path subtrees shrink: those of its columns that end come last.
+    int64_t kept = full;
+    while (kept > 0 && args.subtree_ends[w.columns[kept - 1]] <= next_row) --kept;
+    for (int64_t c = kept; c < size; ++c) {
       if (args.subtree_ends[w.columns[c]] <= next_row) {
         if (is_backward) finish_column(c);
         continue;
@@ -117,16 +125,41 @@ struct PieceTask {
     prefetch_rows(args.k, kv_head, first + kRows);
     prefetch_rows(args.v, kv_head, first + kRows);
     for (int64_t i = 0; i < rows; ++i) push(row + i, is_backward);
-    full = 0;
-    // Down a path subtrees shrink, so the columns that every row sees come first.
+    finite = finite && all_finite((is_backward ? w.k : w.v) + path * width, rows * width);
+    if (Windowed) {
+      int32_t least = args.window_starts[row], greatest = least;
+      for (int64_t i = 0; i < rows; ++i) {
+        w.starts[i] = args.window_starts[row + i];
+        least = w.starts[i] < least ? w.starts[i] : least;
+        greatest = w.starts[i] > greatest ? w.starts[i] : greatest;
+      }
+      near = place_on_path(least);
+      full_first = place_on_path(greatest);
+    }
+    // Down a path subtrees shrink, so the columns in whose subtrees all rows lie come first.
+    full = near;
     while (full < path && args.subtree_ends[w.columns[full]] >= row + rows) ++full;
-    for (int64_t c = 0; c < size; ++c) {
+    for (int64_t c = near; c < size; ++c) {
       w.first_row[c] = static_cast<int32_t>(max(0, w.columns[c] - row));
       w.end_row[c] = static_cast<int32_t>(min(rows, args.subtree_ends[w.columns[c]] - row));
     }
   }
 
-  // Rows [first, end) of the tile that see any of columns [c, c + m) of the stack.
+  // Where on the stack a row's first column stands; an own column of the tile: behind the path,
+  // whose columns follow each other in depth.
+  int64_t place_on_path(int64_t column) const {
+    return column < row ? job.depths[column] - job.depths[w.columns[0]] : path;
+  }
+
+  // Whether some rows may not see column c of the stack.
+  TW_INLINE bool is_masked(int64_t c) const { return c >= full || (Windowed && c < full_first); }
+
+  // Row i of the tile sees column c of the stack.
+  bool sees(int64_t i, int64_t c) const {
+    return w.first_row[c] <= i && i < w.end_row[c] && !(Windowed && w.columns[c] < w.starts[i]);
+  }
+
+  // Rows [first, end) of the tile in the subtree of any of columns [c, c + m) of the stack.
   struct Span {
     int64_t first, end;
   };
@@ -153,18 +186,34 @@ struct PieceTask {
 
   // acc [rows][width] += p^T [rows][columns c0..c1] b [columns]: out from P, V and dQ from dS, K.
   void by_rows(const float *p, const float *b, int64_t c0, int64_t c1) const {
+    if (!finite) return by_rows_seen(p, b, c0, c1);
     for (int64_t i = 0; i < rows; i += kMicroRows) {
       const int64_t m = min(kMicroRows, rows - i);
       const int64_t columns = min(c1, path + i + m) - c0; // none of the rows sees one beyond
       if (columns > 0)
         multiply_rows<Order::column_major>(
-            {p + i, kRows, b + c0 * width, width, w.acc + i * width, width, columns, c0 > 0}, m,
+            {p + i, kRows, b + c0 * width, width, w.acc + i * width, width, columns, c0 > near}, m,
             width);
     }
   }
 
+  void by_rows_seen(const float *p, const float *b, int64_t c0, int64_t c1) const {
+    if (c0 == near) memset(w.acc, 0, rows * width * 4);
+    for (int64_t c = c0; c < c1; ++c)
+      for (int64_t i = 0; i < rows; ++i)
+        if (sees(i, c)) add_row(w.acc + i * width, p[(c - c0) * kRows + i], b + c * width);
+  }
+
+  // sum += p * x, rows of `width`.
+  void add_row(float *sum, float p, const float *x) const {
+    for (int64_t d = 0; d < width; d += kLanes)
+      store(sum + d, multiply_add(all(p), load(x + d), load(sum + d)));
+  }
+
   // c [columns c0..c1][width] += p [columns][rows] b [rows]: dV from P and dO, dK from dS and Q.
-  void to_columns(const float *p, const float *b, float *c, int64_t c0, int64_t c1) const {
+  void to_columns(const float *p, const float *b, float *c, int64_t c0, int64_t c1,
+                  bool b_finite) const {
+    if (!b_finite) return to_columns_seen(p, b, c, c0, c1);
     for (int64_t j = c0; j < c1; j += kMicroRows) {
       const int64_t m = min(kMicroRows, c1 - j);
       const Span seen = span(j, m);
@@ -175,10 +224,18 @@ struct PieceTask {
     }
   }
 
+  void to_columns_seen(const float *p, const float *b, float *to, int64_t c0, int64_t c1) const {
+    for (int64_t c = c0; c < c1; ++c)
+      for (int64_t i = 0; i < rows; ++i)
+        if (sees(i, c)) add_row(to + c * width, p[(c - c0) * kRows + i], b + i * width);
+  }
+
   // Which lanes of vector v see column c.
   TW_INLINE Ints visible(int64_t c, int v) const {
     const Ints lane = lane_numbers() + v * kLanes;
-    return (lane >= w.first_row[c]) & (lane < w.end_row[c]);
+    const Ints seen = (lane >= w.first_row[c]) & (lane < w.end_row[c]);
+    if constexpr (!Windowed) return seen;
+    return seen & (load_as<Ints>(w.starts + v * kLanes) <= w.columns[c]);
   }
 
   // The tile's rows of x as floats, and zeros below them.
@@ -196,8 +253,11 @@ struct PieceTask {
   void load_queries(int64_t head) const {
     load_rows(w.q, args.q, head);
     prefetch_rows(args.q, head, row + kRows);
-    transpose(w.q_t, w.q, kRows, width, args.scale * kLog2E);
+    transpose(w.q_t, w.q, kRows, width, query_factor());
   }
+
+  // Products of queries and keys become scores in base 2, with a cap what tanh takes.
+  float query_factor() const { return Capped ? args.scale / args.softcap : args.scale * kLog2E; }
 
   void forward_head(int64_t head) const {
     load_queries(head);
@@ -206,7 +266,7 @@ struct PieceTask {
       top[v] = all(-1e30f); // below any score, and finite: masked scores are infinitely below it
       sum[v] = Floats{};
     }
-    for (int64_t c0 = 0; c0 < size; c0 += kBlock) {
+    for (int64_t c0 = near; c0 < size; c0 += kBlock) {
       const int64_t c1 = min(size, c0 + kBlock);
       by_columns(w.k, w.q_t, w.p, c0, c1);
       Floats new_top[kVectors] = {top[0], top[1]};
@@ -214,10 +274,10 @@ struct PieceTask {
         float *s = w.p + (c - c0) * kRows;
         for (int v = 0; v < kVectors; ++v) {
           Floats x = load(s + v * kLanes);
-          if (c >= full) {
-            x = visible(c, v) ? x : all(-__builtin_inff());
-            store(s + v * kLanes, x);
-          }
+          if constexpr (Capped) x = tanh(x) * (args.softcap * kLog2E);
+          const bool masked = is_masked(c);
+          if (masked) x = visible(c, v) ? x : all(-__builtin_inff());
+          if (Capped || masked) store(s + v * kLanes, x);
           new_top[v] = max(x, new_top[v]);
         }
       }
@@ -235,7 +295,7 @@ struct PieceTask {
           sum[v] += p;
         }
       }
-      if (c0 > 0)
+      if (c0 > near)
         for (int64_t i = 0; i < rows; ++i)
           for (int64_t d = 0; d < width; d += kLanes)
             store(w.acc + i * width + d, load(w.acc + i * width + d) * w.factor[i]);
@@ -278,6 +338,8 @@ struct PieceTask {
     prefetch_rows(args.out, head, row + kRows);
     transpose(w.dout_t, w.dout, kRows, width, 1);
     load_delta(head);
+    const bool q_finite = all_finite(w.q, rows * width);
+    const bool dout_finite = all_finite(w.delta, kRows); // a term of it that is not, makes it none
     memset(w.lse, 0, kRows * 4);
     memcpy(w.lse, args.lse + head * args.tokens + row, rows * 4);
     Floats lse[kVectors], delta[kVectors];
@@ -285,16 +347,23 @@ struct PieceTask {
       lse[v] = load(w.lse + v * kLanes) * kLog2E;
       delta[v] = load(w.delta + v * kLanes);
     }
-    for (int64_t c0 = 0; c0 < size; c0 += kBlock) {
+    for (int64_t c0 = near; c0 < size; c0 += kBlock) {
       const int64_t c1 = min(size, c0 + kBlock);
       by_columns(w.k, w.q_t, w.p, c0, c1);
       by_columns(w.v, w.dout_t, w.ds, c0, c1);
       for (int64_t c = c0; c < c1; ++c) {
         for (int v = 0; v < kVectors; ++v) {
           const int64_t at = (c - c0) * kRows + v * kLanes;
-          Floats p = exp2(load(w.p + at) - lse[v]);
+          Floats x = load(w.p + at), slope = all(1.0f);
+          if constexpr (Capped) {
+            const Floats t = tanh(x);
+            x = t * (args.softcap * kLog2E);
+            slope = 1.0f - t * t;
+          }
+          Floats p = exp2(x - lse[v]);
           Floats ds = p * (load(w.ds + at) - delta[v]);
-          if (c >= full) {
+          if constexpr (Capped) ds *= slope;
+          if (is_masked(c)) {
             const Ints seen = visible(c, v);
             p = seen ? p : Floats{};
             ds = seen ? ds : Floats{};
@@ -303,8 +372,8 @@ struct PieceTask {
           store(w.ds + at, ds);
         }
       }
-      to_columns(w.p, w.dout, w.dv, c0, c1);
-      to_columns(w.ds, w.q, w.dk, c0, c1);
+      to_columns(w.p, w.dout, w.dv, c0, c1, dout_finite);
+      to_columns(w.ds, w.q, w.dk, c0, c1, q_finite);
       by_rows(w.ds, w.k, c0, c1);
     }
     for (int v = 0; v < kVectors; ++v) store(w.factor + v * kLanes, all(args.scale));
@@ -328,12 +397,16 @@ struct PieceTask {
   }
 };
 
-void forward(const void *job, int64_t index, int worker) {
-  PieceTask(job, index, worker).run<false>();
-}
-
-void backward(const void *job, int64_t index, int worker) {
-  PieceTask(job, index, worker).run<true>();
+template <bool IsBackward> void run_piece(const void *job, int64_t index, int worker) {
+  const TrieAttentionArgs &args = static_cast<const TrieAttentionJob *>(job)->args;
+  if (args.window_starts && args.softcap)
+    PieceTask<true, true>(job, index, worker).template run<IsBackward>();
+  else if (args.window_starts)
+    PieceTask<true, false>(job, index, worker).template run<IsBackward>();
+  else if (args.softcap)
+    PieceTask<false, true>(job, index, worker).template run<IsBackward>();
+  else
+    PieceTask<false, false>(job, index, worker).template run<IsBackward>();
 }
 
 void sum_shares(const void *context, int64_t index, int worker) {
@@ -351,7 +424,9 @@ void sum_shares(const void *context, int64_t index, int worker) {
     for (int64_t i = home; i < job.num_pieces && job.pieces[i].first_row < args.subtree_ends[j];
          ++i) {
       const Piece &piece = job.pieces[i];
-      const int64_t place = i == home ? piece.path + j - piece.first_row : job.depths[j];
+      if (j < piece.first_column) continue;
+      const int64_t place =
+          i == home ? piece.path + j - piece.first_row : job.depths[j] - piece.skipped;
       const float *share =
           job.shares + (kv_head * job.share_rows + piece.share + place) * 2 * width;
       for (int64_t d = 0; d < 2 * width; d += kLanes)
@@ -365,7 +440,7 @@ void sum_shares(const void *context, int64_t index, int worker) {
   }
 }
 
-const TrieAttentionKernels trie_attention = {kRows,   padded,   workspace_bytes,
-                                             forward, backward, sum_shares};
+const TrieAttentionKernels trie_attention = {
+    kRows, padded, workspace_bytes, run_piece<false>, run_piece<true>, sum_shares};
 
 } // namespace tw::TW_ISA

@@ -13,11 +13,12 @@ constexpr int64_t kBlock = 16 * kMicroRows;    // columns between two updates of
 struct Workspace {
   // The stack: the columns of the current path, then those of the tile, ascending.
   int32_t *columns;
-  int32_t *first_row, *end_row; // rows of the tile that see the column: [first_row, end_row)
+  int32_t *first_row, *end_row; // rows of the tile in the column's subtree: [first_row, end_row)
   float *k, *v, *dk, *dv;       // [columns][width]
+  int32_t *starts; // [kRows], the tile's window_starts
   // One tile of one head.
   float *q, *dout, *acc;  // [kRows][width]; acc is out, or dq
-  float *q_t, *dout_t;    // [width][kRows]; q_t times scale * log2(e): scores are in base 2
+  float *q_t, *dout_t;    // [width][kRows]; q_t times what makes scores of it (query_factor)
   float *p, *ds;          // [kBlock][kRows]
   float *row_max, *lse, *row_sum, *delta, *factor; // [kRows]
   float *partial, *partial_t;        // [kRows][kLanes] and transposed
@@ -29,6 +30,7 @@ struct Workspace {
       base += (n * 4 + 63) / 64 * 64;
     };
     take(columns, capacity), take(first_row, capacity), take(end_row, capacity);
+    take(starts, kRows);
     for (float **stack : {&k, &v, &dk, &dv}) take(*stack, capacity * width);
     for (float **tile : {&q, &dout, &acc, &q_t, &dout_t}) take(*tile, kRows * width);
     take(p, kBlock * kRows), take(ds, kBlock * kRows);

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -161,12 +162,20 @@ private:
 
 using Ints = py::array_t<int32_t, py::array::c_style>;
 
-py::tuple schedule_of(const Ints &subtree_ends, int32_t block_q, int32_t block_kv) {
+void check_window(int64_t window) {
+  if (window < 1) throw py::value_error("window must be at least 1, got " + std::to_string(window));
+}
+
+py::tuple schedule_of(const Ints &subtree_ends, int32_t block_q, int32_t block_kv,
+                      std::optional<int64_t> window) {
   if (block_q < 1 || block_kv < 1) throw py::value_error("block sizes must be at least 1");
-  BlockSchedule s = block_schedule(subtree_ends.data(), subtree_ends.size(), block_q, block_kv);
+  if (window) check_window(*window);
+  BlockSchedule s =
+      block_schedule(subtree_ends.data(), subtree_ends.size(), block_q, block_kv, window);
   return py::make_tuple(to_numpy(std::move(s.row_ptr)), to_numpy(std::move(s.full_end)),
                         to_numpy(std::move(s.kv_blocks)), to_numpy(std::move(s.q_range)),
-                        to_numpy(std::move(s.q_order)), to_numpy(std::move(s.kv_order)));
+                        to_numpy(std::move(s.q_order)), to_numpy(std::move(s.kv_order)),
+                        to_numpy(std::move(s.q_starts)));
 }
 
 } // namespace
@@ -179,13 +188,26 @@ void bind_trie(py::module_ &m) {
       .def_property_readonly("num_tokens", &TrieBuilder::num_tokens)
       .def("build", &TrieBuilder::build);
   m.def(
+      "longest_path",
+      [](const Ints &subtree_ends) {
+        return longest_path(subtree_ends.data(), subtree_ends.size());
+      },
+      py::arg("subtree_ends"));
+  m.def(
+      "window_starts",
+      [](const Ints &subtree_ends, int64_t window) {
+        check_window(window);
+        return to_numpy(window_starts(subtree_ends.data(), subtree_ends.size(), window));
+      },
+      py::arg("subtree_ends"), py::arg("window"));
+  m.def(
       "node_segments",
       [](const Ints &subtree_ends) {
         return to_numpy(node_segments(subtree_ends.data(), subtree_ends.size()));
       },
       py::arg("subtree_ends"));
   m.def("block_schedule", &schedule_of, py::arg("subtree_ends"), py::arg("block_q"),
-        py::arg("block_kv"));
+        py::arg("block_kv"), py::arg("window") = std::nullopt);
 }
 
 } // namespace tw

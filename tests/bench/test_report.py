@@ -82,7 +82,7 @@ def results(tmp_path):
 
 def report(tmp_path, results):
     out = tmp_path / "docs" / "benchmarks.md"
-    assert main(["report", str(results), "--out", str(out)]) == 0
+    assert main(["report", str(results), "--out", str(out), "--overwrite"]) == 0
     return out.read_text(encoding="utf-8")
 
 
@@ -221,3 +221,12 @@ def test_no_results_exit_2_with_one_line(tmp_path, capsys):
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "x.md")]) == 2
     error = capsys.readouterr().err
     assert "holds no result" in error and error.count("\n") == 1
+
+
+def test_a_document_that_is_there_is_not_overwritten_unasked(tmp_path, results, capsys):
+    out = tmp_path / "b.md"
+    out.write_text("by hand")
+    assert main(["report", str(results), "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {out}: there already") and error.count("\n") == 1
+    assert "--overwrite" in error and out.read_text() == "by hand"

@@ -20,8 +20,8 @@ ARCH = {
 COMPUTE = {"compute.device": "cpu", "compute.precision": "fp32", "compute.threads": 1}
 
 
-class ByLength:
-    """Any task with a signal."""
+class Task:
+    """Four problems; a stand-in for a task."""
 
     ungraded = 0
 
@@ -29,10 +29,17 @@ class ByLength:
         return [Problem(f"{i}?\n", "7", f"row {i}") for i in range(4)]
 
     def is_correct(self, response: str, problem: Problem) -> bool:
-        return sum(map(ord, response)) % 2 == 0
+        raise NotImplementedError
 
     def demonstration(self, problem: Problem, parallel: bool) -> None:
         return None
+
+
+class ByLength(Task):
+    """Any task with a signal."""
+
+    def is_correct(self, response: str, problem: Problem) -> bool:
+        return sum(map(ord, response)) % 2 == 0
 
 
 def train(kind: str, options: dict) -> int:
@@ -41,8 +48,8 @@ def train(kind: str, options: dict) -> int:
     return main([kind, *(f"--{name}={value}" for name, value in options.items())])
 
 
-def first_record(base: Path, settings: dict) -> dict | None:
-    """What P-GRPO reports of its first step; None if it ends with an error."""
+def first_record(base: Path, settings: dict, task: Task | None = None) -> dict | None:
+    """What P-GRPO reports of its first step on a task; None if it ends with an error."""
     options = {
         "run_dir": base.parent / "run",
         "model.path": base,
@@ -56,7 +63,7 @@ def first_record(base: Path, settings: dict) -> dict | None:
         "optimization.batch_tokens": 2048,
         **settings,
     }
-    with patch("threadweaver.train.rl.load_task", lambda name, **options: ByLength()):
+    with patch("threadweaver.train.rl.load_task", lambda name, **options: task or ByLength()):
         code = train("rl", options)
     metrics = base.parent / "run" / "metrics.jsonl"
     return None if code else json.loads(metrics.read_text().splitlines()[0])

@@ -17,14 +17,20 @@ from tests.kernels.compile_for_sm90 import compile_instead_of_launching, figures
 from tw_kernels import DecodePlan, PagedKV
 from tw_kernels.decode import triton_kernels as kernels
 
-PAGE_SIZES = (16, 64)
+# Window, soft cap and sinks: with none of them, and with all.
+VARIANTS = {
+    "plain": (None, None, None),
+    "window, softcap, sinks": (50, 30.0, torch.zeros(8)),
+}
+CALLS = [(16, "plain"), (64, "plain"), (16, "window, softcap, sinks")]  # page size, variant
 
 
-def launches(dtype: torch.dtype, head_dim: int, page_size: int) -> Iterator[object]:
+def launches(dtype: torch.dtype, head_dim: int, page_size: int, variant: str) -> Iterator[object]:
     """Launches each kernel, partial once narrow and once wide; yields what tells the calls apart.
 
     All for 8 query heads on 2 KV heads, one sequence of one new token (narrow) or 32 (wide).
     """
+    window, softcap, sinks = VARIANTS[variant]
     pages = torch.zeros(4, page_size, 2, head_dim, dtype=dtype)
     kv = PagedKV(pages, pages.clone())
     for new in (1, 32):
@@ -32,13 +38,13 @@ def launches(dtype: torch.dtype, head_dim: int, page_size: int) -> Iterator[obje
         q = torch.zeros(new, 8, head_dim, dtype=dtype)
         new_kv = torch.zeros(new, 2, head_dim, dtype=dtype)
         config = kernels.config_for(q, kv, plan)
-        out, lse = kernels.partial(q, kv, plan, 0.1, config)
+        out, lse = kernels.partial(q, kv, plan, 0.1, window, softcap, config)
         yield config
         if new > 1:
             continue
         kernels.write(kv, plan, new_kv, new_kv)
         yield None
-        kernels.merge(plan, out, lse, q)
+        kernels.merge(plan, out, lse, window, sinks, q)
         yield None
 
 
@@ -49,13 +55,14 @@ def main() -> None:
     args = parser.parse_args()
     compiled = compile_instead_of_launching()
     for head_dim in args.head_dims:
-        for page_size in PAGE_SIZES:
-            for config in launches(getattr(torch, args.dtype), head_dim, page_size):
+        for page_size, variant in CALLS:
+            for config in launches(getattr(torch, args.dtype), head_dim, page_size, variant):
                 kernel = compiled[-1]
                 row = {
                     "kernel": kernel.name,
                     "head_dim": head_dim,
                     "page_size": page_size,
+                    "variant": variant,
                     "config": config,
                 }
                 print(json.dumps(row | figures(kernel)), flush=True)

@@ -10,6 +10,7 @@ without TRITON_INTERPRET, as test_triton_compile.py does.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -50,22 +51,28 @@ def compile_instead_of_launching() -> list[Any]:
     return compiled
 
 
-def launches(dtype: torch.dtype, head_dim: int) -> Iterator[object]:
+# Window and soft cap: with neither, and with both, which need the most registers.
+VARIANTS = {"plain": (None, None), "window, softcap": (50, 30.0)}
+
+
+def launches(dtype: torch.dtype, head_dim: int, variant: str) -> Iterator[object]:
     """Launches each kernel with each of its candidates; yields the configuration, or None."""
+    window, softcap = VARIANTS[variant]
     layout = TrieLayout(torch.full((200,), 200, dtype=torch.int32))
     ends = layout.subtree_ends
     q, k = torch.zeros(200, 8, head_dim, dtype=dtype), torch.zeros(200, 2, head_dim, dtype=dtype)
+    mask = ends, None if window is None else layout.window_starts(window)
     lse2, delta = bwd.row_stats(q, q, torch.zeros(8, 200))
     yield None
-    candidates = candidates_for(dtype, head_dim)
+    candidates = candidates_for(dtype, head_dim, variant != "plain")
     for config in candidates.forward:
-        schedule = layout.block_schedule(config.block_q, config.block_kv)
-        fwd.forward(q, k, k, ends, schedule, 0.1, config)
+        schedule = layout.block_schedule(config.block_q, config.block_kv, window)
+        fwd.forward(q, k, k, *mask, schedule, 0.1, softcap, config)
         yield config
     for gradient, configs in ((bwd.grad_q, candidates.dq), (bwd.grad_kv, candidates.dkv)):
         for config in configs:
-            schedule = layout.block_schedule(config.block_q, config.block_kv)
-            gradient(q, q, k, k, lse2, delta, ends, schedule, 0.1, config)
+            schedule = layout.block_schedule(config.block_q, config.block_kv, window)
+            gradient(q, q, k, k, lse2, delta, *mask, schedule, 0.1, softcap, config)
             yield config
 
 
@@ -107,11 +114,11 @@ def main() -> None:
     parser.add_argument("head_dims", nargs="+", type=int)
     args = parser.parse_args()
     compiled = compile_instead_of_launching()
-    for head_dim in args.head_dims:
-        for config in launches(getattr(torch, args.dtype), head_dim):
+    for head_dim, variant in itertools.product(args.head_dims, VARIANTS):
+        for config in launches(getattr(torch, args.dtype), head_dim, variant):
             kernel = compiled[-1]
-            row = {"kernel": kernel.name, "head_dim": head_dim, "config": config}
-            print(json.dumps(row | figures(kernel)))
+            row = {"kernel": kernel.name, "head_dim": head_dim, "variant": variant}
+            print(json.dumps(row | {"config": config} | figures(kernel)))
 
 
 if __name__ == "__main__":

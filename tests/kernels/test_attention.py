@@ -329,6 +329,10 @@ def test_unusable_choices_say_why(monkeypatch):
         (lambda q, k, v: (q[0], k, v), r"q must be \[N, Hq, D\]"),
         (lambda q, k, v: (q, k, v[:, :1]), r"q must be \[N, Hq, D\]"),
         (lambda q, k, v: (q[:, :5], k, v), "Hq be a multiple of Hkv"),
+        (lambda q, k, v: (q[:, :0], k, v), "at least one token, head and head dim are needed"),
+        (lambda q, k, v: (q, k[:, :0], v[:, :0]), "at least one token, head and head dim are"),
+        (lambda q, k, v: (q[..., :0], k[..., :0], v[..., :0]), "at least one token, head and"),
+        (lambda q, k, v: (q[:0], k[:0], v[:0]), "at least one token, head and head dim are"),
         (lambda q, k, v: (q[..., :16], k, v), "N and D must agree"),
         (lambda q, k, v: (q[:-1], k[:-1], v[:-1]), "the trie has"),
         (lambda q, k, v: (q, k.bfloat16(), v), "must share a dtype"),
@@ -343,11 +347,13 @@ def test_tensors_that_do_not_fit_are_refused(change, message):
         trie_attention(q, k, v, layout)
 
 
-def test_a_scale_that_is_not_positive_is_refused():
+@pytest.mark.parametrize("name", ["scale", "softcap"])
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e-39, 1e19, float("nan"), float("inf"), True])
+def test_a_scale_or_softcap_out_of_range_is_refused(name, value):
     layout = random_layout(14)
     q, k, v, _ = inputs(layout.num_tokens, torch.float32)
-    with pytest.raises(ValueError, match="scale must be above 0, got 0"):
-        trie_attention(q, k, v, layout, scale=0.0)
+    with pytest.raises(ValueError, match=rf"{name} must be a number in \[1e-18, 1e\+18\]"):
+        trie_attention(q, k, v, layout, **{name: value})
 
 
 def test_backends_says_what_can_run_here():

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.tries import DATA, node_prefixes, random_layout, visible
-from tw_kernels import Trie, TrieBuilder
+from tests.kernels.tries import DATA, node_prefixes, random_layout, visible, within
+from tw_kernels import Trie, TrieBuilder, TrieLayout
 
 GOLDEN = json.loads((DATA / "golden.json").read_text())["trie"]
 
@@ -276,3 +276,105 @@ def test_block_schedule_visits_every_visible_pair(paths, block_q, block_kv):
     ]
     assert len(listed) == len(set(listed))
     assert set(listed) == touched
+
+
+@pytest.mark.parametrize(
+    "ends, message",
+    [
+        ([1, 2, 2], r"subtree_ends\[2\] is 2: must be above 2 and at most 3, where the tokens end"),
+        ([3, 2, 0], r"subtree_ends\[2\] is 0: must be above 2 and at most 3, where its parent's"),
+        ([2, 3, 3], r"subtree_ends\[1\] is 3: must be above 1 and at most 2, where its parent's"),
+        ([4, 2, 3], r"subtree_ends\[0\] is 4: must be above 0 and at most 3"),
+        ([-1], r"subtree_ends\[0\] is -1: must be above 0"),
+    ],
+)
+def test_a_layout_refuses_ends_that_are_no_forest_in_preorder(ends, message):
+    with pytest.raises(ValueError, match=message):
+        TrieLayout(torch.tensor(ends, dtype=torch.int32))
+
+
+@given(st.lists(st.integers(-1, 7), min_size=1, max_size=6))
+def test_a_layout_takes_nested_ends_and_no_others(ends):
+    n = len(ends)
+    nested = all(i < end <= n for i, end in enumerate(ends)) and all(
+        ends[j] <= ends[i] for i in range(n) for j in range(i + 1, min(ends[i], n))
+    )
+    try:
+        layout = TrieLayout(torch.tensor(ends, dtype=torch.int32))
+    except ValueError:
+        assert not nested
+    else:
+        assert nested
+        assert layout.longest_path == visible(layout.subtree_ends).sum(1).max()
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [torch.tensor([1, 2]), torch.ones(1, 1).int(), torch.tensor(1).int(), torch.ones(0).int()],
+    ids=["int64", "2-D", "0-D", "empty"],
+)
+def test_a_layout_refuses_another_dtype_shape_or_no_token(ends):
+    with pytest.raises(ValueError, match=r"subtree_ends must be int32 \[N\], N at least 1; got"):
+        TrieLayout(ends)
+
+
+def test_a_layout_of_a_strided_tensor_holds_a_contiguous_one():
+    ends = torch.stack([torch.arange(1, 6), torch.zeros(5)], 1).int()[:, 0]
+    layout = TrieLayout(ends)
+    assert layout.subtree_ends.is_contiguous() and layout.subtree_ends.tolist() == [1, 2, 3, 4, 5]
+    assert TrieLayout.of(layout.subtree_ends) is layout
+
+
+@given(paths_of_few_tokens, st.integers(1, 14))
+def test_window_starts_bound_what_a_window_leaves_of_the_path(paths, window):
+    layout = Trie.from_paths(paths).layout()
+    starts = layout.window_starts(window)
+    assert starts.dtype == torch.int32 and layout.window_starts(window) is starts
+    mask = visible(layout.subtree_ends)
+    from_start = torch.arange(layout.num_tokens) >= starts[:, None]
+    assert torch.equal(mask & from_start, within(mask, window))
+
+
+def test_a_window_below_one_is_refused():
+    layout = random_layout(0)
+    for call in (layout.window_starts, lambda window: layout.block_schedule(8, 8, window)):
+        with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+            call(0)
+
+
+@settings(max_examples=60)
+@given(paths_of_few_tokens, st.integers(1, 6), st.integers(1, 6), st.integers(1, 14))
+def test_a_windowed_schedule_covers_the_visible_pairs_and_its_full_blocks_are_full(
+    paths, block_q, block_kv, window
+):
+    layout = Trie.from_paths(paths).layout()
+    n = layout.num_tokens
+    mask = within(visible(layout.subtree_ends), window)
+    schedule, plain = (layout.block_schedule(block_q, block_kv, w) for w in (window, None))
+    assert plain.q_starts is None and schedule.q_starts is not None
+    rows = layout.window_starts(window).split(block_q)
+    assert schedule.q_starts.tolist() == [[int(r.min()), int(r.max())] for r in rows]
+
+    def block(b, c):
+        return mask[b * block_q : (b + 1) * block_q, c * block_kv : (c + 1) * block_kv]
+
+    def listed(of):
+        for b, (first, last) in enumerate(zip(of.row_ptr[:-1], of.row_ptr[1:], strict=True)):
+            full = int(of.full_end[b]) - int(first)
+            for place, c in enumerate(of.kv_blocks[first:last].tolist()):
+                yield b, c, place < full
+
+    blocks = {(b, c): full for b, c, full in listed(schedule)}
+    assert blocks.keys() <= {(b, c) for b, c, _ in listed(plain)}
+    for b in range(len(rows)):
+        for c in range(-(-n // block_kv)):
+            whole = bool(block(b, c).all()) and (c + 1) * block_kv <= n
+            in_reach = (c + 1) * block_kv - 1 >= schedule.q_starts[b, 0]
+            assert not block(b, c).any() or (b, c) in blocks
+            assert (b, c) not in blocks or in_reach
+            assert blocks.get((b, c), False) == whole
+            # The pass over a KV block: its range, without what q_starts says it need not see.
+            first, full_first, full_last, last = schedule.q_range[c].tolist()
+            assert (first <= b < last and bool(in_reach)) == ((b, c) in blocks)
+            all_reach = bool(c * block_kv >= schedule.q_starts[b, 1])
+            assert (full_first <= b < full_last and all_reach) == whole

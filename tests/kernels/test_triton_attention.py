@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,8 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from tests.kernels.rounding import allowed, gradient_terms
-from tests.kernels.tries import oracle, relative_error, visible
-from tw_kernels import triton_device
+from tests.kernels.tries import oracle, relative_error, visible, within
+from tw_kernels import trie_attention, triton_device
 from tw_kernels.attention import triton as triton_attention
 from tw_kernels.trie import BlockSchedule, TrieLayout
 
@@ -50,8 +51,8 @@ def random_forest(n, seed, chain=0.7):
     return ends
 
 
-def dense_schedule(mask, block_q, block_kv):
-    """The block schedule of any mask whose columns are contiguous."""
+def blocks_of(mask, block_q, block_kv):
+    """Which pairs of blocks hold a visible pair, and which hold no other; [nq, nkv] each."""
     n = len(mask)
     nq, nkv = -(-n // block_q), -(-n // block_kv)
     touched, full = torch.zeros(2, nq, nkv, dtype=torch.bool)
@@ -60,23 +61,35 @@ def dense_schedule(mask, block_q, block_kv):
             pairs = mask[b * block_q :, c * block_kv :][:block_q, :block_kv]
             touched[b, c] = pairs.any()
             full[b, c] = pairs.all() and (c + 1) * block_kv <= n
-    row_ptr, full_end, kv_blocks, q_range = [0], [], [], []
+    return touched, full
+
+
+def dense_schedule(mask, block_q, block_kv, window=None):
+    """The block schedule of any mask whose columns are contiguous."""
+    touched, full = blocks_of(within(mask, window), block_q, block_kv)
+    nq, nkv = touched.shape
+    row_ptr, full_end, kv_blocks, q_range, q_starts = [0], [], [], [], None
     for b in range(nq):
         kv_blocks += full[b].nonzero()[:, 0].tolist()
         full_end.append(len(kv_blocks))
         kv_blocks += (touched[b] & ~full[b]).nonzero()[:, 0].tolist()
         row_ptr.append(len(kv_blocks))
+    orders = [
+        t.sum(d).argsort(descending=True, stable=True) for t, d in ((touched, 1), (touched, 0))
+    ]
+    if window is not None:
+        starts = within(mask, window).int().argmax(1).split(block_q)
+        q_starts = [[int(x.min()), int(x.max())] for x in starts]
+        touched, full = blocks_of(mask, block_q, block_kv)  # q_range is what it is without
     for c in range(nkv):
         rows, full_rows = touched[:, c].nonzero()[:, 0], full[:, c].nonzero()[:, 0]
         first, last = int(rows[0]), int(rows[-1]) + 1
         assert len(rows) == last - first
         middle = [int(full_rows[0]), int(full_rows[-1]) + 1] if len(full_rows) else [last, last]
         q_range.append([first, *middle, last])
-    orders = (
-        t.sum(d).argsort(descending=True, stable=True) for t, d in ((touched, 1), (touched, 0))
-    )
-    fields = (row_ptr, full_end, kv_blocks, q_range, *orders)
-    return BlockSchedule(*(torch.as_tensor(f, dtype=torch.int32, device=DEVICE) for f in fields))
+    int32 = partial(torch.as_tensor, dtype=torch.int32, device=DEVICE)
+    fields = map(int32, (row_ptr, full_end, kv_blocks, q_range, *orders))
+    return BlockSchedule(*fields, q_starts=None if q_starts is None else int32(q_starts))
 
 
 class DenseLayout(TrieLayout):
@@ -86,8 +99,11 @@ class DenseLayout(TrieLayout):
         super().__init__(torch.tensor(ends, dtype=torch.int32, device=DEVICE))
         self.mask = visible(self.subtree_ends.cpu()) if mask is None else mask
 
-    def block_schedule(self, block_q, block_kv):
-        return dense_schedule(self.mask, block_q, block_kv)
+    def window_starts(self, window):
+        return within(self.mask, window).int().argmax(1).to(DEVICE, torch.int32)
+
+    def block_schedule(self, block_q, block_kv, window=None):
+        return dense_schedule(self.mask, block_q, block_kv, window)
 
 
 @dataclass
@@ -110,19 +126,20 @@ class Call:
 
         return cls(draw(heads), draw(kv_heads), draw(kv_heads), draw(heads))
 
-    def run(self, layout):
+    def run(self, layout, window=None, softcap=None):
         """out, lse, dq, dk, dv of the backend."""
-        assert triton_attention.why_not(self.q, self.k, self.v) is None
+        qkv = self.q, self.k, self.v
+        assert triton_attention.why_not(*qkv, window, softcap) is None
         scale = self.q.shape[-1] ** -0.5
-        plan = triton_attention.plan(layout, self.q)
-        out, lse = triton_attention.forward(self.q, self.k, self.v, plan, scale)
-        grads = triton_attention.backward(self.dout, self.q, self.k, self.v, out, lse, plan, scale)
+        plan = triton_attention.plan(layout, self.q, window)
+        out, lse = triton_attention.forward(*qkv, plan, scale, softcap)
+        grads = triton_attention.backward(self.dout, *qkv, out, lse, plan, scale, softcap)
         return (out, lse, *grads)
 
-    def oracle(self, mask):
+    def oracle(self, mask, softcap=None):
         """The same in float64, by the definition, on the CPU."""
         q, k, v = (x.cpu().double().requires_grad_() for x in (self.q, self.k, self.v))
-        out, lse = oracle(q, k, v, mask, scale=q.shape[2] ** -0.5)
+        out, lse = oracle(q, k, v, mask, q.shape[2] ** -0.5, softcap)
         grads = torch.autograd.grad(out, (q, k, v), self.dout.cpu().double())
         return (out.detach(), lse.detach(), *grads)
 
@@ -136,13 +153,14 @@ class Call:
         return [x.detach().transpose(0, 1) for x in (out, *grads)]
 
 
-def assert_exact(call, layout):
+def assert_exact(call, layout, window=None, softcap=None):
     """The backend agrees with the oracle as float32 can: relative error 1e-5, Frobenius norms."""
-    got, want = call.run(layout), call.oracle(layout.mask)
+    mask = within(layout.mask, window)
+    got, want = call.run(layout, window, softcap), call.oracle(mask, softcap)
     for a, b in zip(got[:2], want[:2], strict=True):
         assert relative_error(a.cpu(), b) <= 1e-5
     inputs = call.q, call.k, call.v, call.dout
-    terms = gradient_terms(inputs, layout.mask, call.q.shape[2] ** -0.5)
+    terms = gradient_terms(inputs, mask, call.q.shape[2] ** -0.5, softcap)
     for a, b, sizes in zip(got[2:], want[2:], terms, strict=True):
         assert (a.cpu().double() - b).norm() <= allowed(1e-5, b, sizes)
 
@@ -207,6 +225,96 @@ def test_float32_agrees_with_the_oracle_at_every_head_dim(
     assert_exact(call, DenseLayout(ends))
 
 
+# What each is for, in blocks of 16 and 32 as the interpreter has them.
+VARIANTS = {
+    # dK and dV meet a partial, a full, two partial and then hidden query blocks.
+    "window of a chain": (star(165), 70, None),
+    # The second thread sees the prefix once more after a block of the first that does not.
+    "window of a star": (star(40, 110, 35), 30, None),
+    "window of one token": (random_forest(70, seed=8), 1, None),
+    "window of a random pack": ([*random_forest(40, 9), *(40 + e for e in star(20, 40))], 9, None),
+    "soft cap": (random_forest(75, seed=10), None, 0.7),
+    "large soft cap": (star(33, 20, 30), None, 50.0),
+    "both": (star(40, 70, 10), 25, 0.7),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_windows_and_soft_caps_agree_with_the_oracle(name, guarded_outputs):
+    ends, window, softcap = VARIANTS[name]
+    call = Call.random(len(ends), 2, 1, 16, torch.float32)
+    assert_exact(call, DenseLayout(ends), window, softcap)
+
+
+def test_the_op_runs_them_with_sinks_too():
+    call = Call.random(60, 2, 1, 16, torch.float32)
+    layout = TrieLayout(torch.tensor(random_forest(60, seed=12, chain=0.9), dtype=torch.int32))
+    inputs = [*(x.cpu() for x in (call.q, call.k, call.v)), torch.tensor([0.5, -1.0])]
+    q, k, v, sinks = (x.double().requires_grad_() for x in inputs)
+    mask = within(visible(layout.subtree_ends), 9)
+    want, want_lse = oracle(q, k, v, mask, 0.25, 2.0, sinks)
+    want_grads = torch.autograd.grad(want, (q, k, v, sinks), call.dout.cpu().double())
+    q, k, v, sinks = (x.to(DEVICE).requires_grad_() for x in inputs)
+    on_device = TrieLayout(layout.subtree_ends.to(DEVICE))
+    got, lse = trie_attention(
+        q, k, v, on_device, 0.25, "triton", return_lse=True, window=9, softcap=2.0, sinks=sinks
+    )
+    grads = torch.autograd.grad(got, (q, k, v, sinks), call.dout)
+    for a, b in zip((got, lse, *grads), (want, want_lse, *want_grads), strict=True):
+        assert relative_error(a.detach().cpu(), b.detach()) <= 1e-5
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a compiled kernel keeps its constants")
+def test_hidden_runs_longer_than_one_look_are_stepped_over(monkeypatch):
+    import triton.language as tl
+
+    from tw_kernels.attention.triton import backward_kernels
+
+    ends, window = star(40, 130, 20), 10
+    call = Call.random(len(ends), 1, 1, 16, torch.float32)
+    want = call.run(DenseLayout(ends), window)
+    monkeypatch.setattr(backward_kernels, "RUN", tl.constexpr(2))
+    for got, expected in zip(call.run(DenseLayout(ends), window), want, strict=True):
+        assert torch.equal(got, expected)
+
+
+# No row of a block from 64 on sees below 45, and none of a block from 96 on sees below 77.
+@pytest.mark.parametrize(
+    "changed, clean", [(slice(16), slice(64, None)), (slice(84, None), slice(32))]
+)
+def test_not_even_a_nan_gets_beyond_the_blocks_that_a_window_joins(changed, clean):
+    window, layout = 20, DenseLayout(star(100))
+    before = Call.random(100, 1, 1, 16, torch.float32)
+    after = Call(*(x.clone() for x in (before.q, before.k, before.v, before.dout)))
+    for x in (after.q, after.k, after.v, after.dout):
+        x[changed] = math.nan
+    for x, y in zip(before.run(layout, window), after.run(layout, window), strict=True):
+        rows = (x.T, y.T) if x.dim() == 2 else (x, y)
+        assert not torch.equal(*(r[changed] for r in rows))
+        assert torch.equal(*(r[clean] for r in rows))
+
+
+@pytest.mark.parametrize("large", [1e3, 1e30])
+def test_soft_capped_scores_saturate_and_never_overflow(large):
+    ends = star(20, 30)
+    call = Call.random(len(ends), 2, 1, 16, torch.float32)
+    call.q = call.q * large
+    assert_exact(call, DenseLayout(ends), softcap=30.0)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_half_precision_errs_no_more_than_sdpa_under_a_window(dtype, guarded_outputs):
+    layout = DenseLayout(random_forest(75, seed=11, chain=0.95))
+    call = Call.random(75, 2, 1, 64, dtype)
+    mask = within(layout.mask, 12)
+    out, _, *grads = call.run(layout, window=12)
+    want_out, _, *want_grads = call.oracle(mask)
+    for got, theirs, want in zip(
+        [out, *grads], call.sdpa(mask), [want_out, *want_grads], strict=True
+    ):
+        assert relative_error(got.cpu(), want) <= 1.5 * relative_error(theirs.cpu(), want)
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize(
     "head_dim, heads, kv_heads", [(16, 4, 1), (32, 2, 1), (64, 2, 2), (128, 2, 1)]
@@ -233,10 +341,12 @@ def test_rows_beyond_the_last_token_are_neither_read_nor_written(n, guarded_outp
 
 def test_the_layouts_own_schedules_give_the_same_bits():
     ends = random_forest(90, seed=5, chain=0.9)
-    call = Call.random(90, 2, 1, 16, torch.float32)
+    call = Call.random(90, 1, 1, 16, torch.float32)
     layout = TrieLayout(torch.tensor(ends, dtype=torch.int32, device=DEVICE))
-    for got, expected in zip(call.run(layout), call.run(DenseLayout(ends)), strict=True):
-        assert torch.equal(got, expected)
+    for variant in ((None, None), (23, 5.0)):
+        runs = call.run(layout, *variant), call.run(DenseLayout(ends), *variant)
+        for got, expected in zip(*runs, strict=True):
+            assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -271,8 +381,8 @@ def test_full_blocks_skip_the_mask():
     n = 64 if DEVICE == "cpu" else 128  # a multiple of every block: all pairs can be full
     call = Call.random(n, 2, 1, 16, torch.float32)
     everything = torch.ones(n, n, dtype=torch.bool)
-    nobody_sees = [0] * n
-    layout = DenseLayout(nobody_sees, everything)
+    alone = list(range(1, n + 1))  # no token sees another
+    layout = DenseLayout(alone, everything)
     assert_exact(call, layout)
 
 

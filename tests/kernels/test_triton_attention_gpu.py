@@ -3,15 +3,16 @@
 import pytest
 import torch
 
-from tests.kernels.tries import oracle, relative_error, visible
+from tests.kernels.tries import oracle, relative_error, visible, within
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("triton")
 
 
+@pytest.mark.parametrize("window, softcap", [(None, None), (90, 2.0)])
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_every_candidate_gives_the_right_answer(dtype, head_dim):
+def test_every_candidate_gives_the_right_answer(dtype, head_dim, window, softcap):
     from tw_kernels.attention.triton import backward_kernels as bwd
     from tw_kernels.attention.triton import forward_kernel as fwd
     from tw_kernels.attention.triton.tuning import candidates_for
@@ -24,7 +25,8 @@ def test_every_candidate_gives_the_right_answer(dtype, head_dim):
         torch.randn(n, h, head_dim, generator=generator).to("cuda", dtype) for h in (4, 2, 2, 4)
     )
     wide_q, wide_k, wide_v = (x.cpu().double().requires_grad_() for x in (q, k, v))
-    want_out, want_lse = oracle(wide_q, wide_k, wide_v, visible(ends), scale)
+    mask = within(visible(ends), window)
+    want_out, want_lse = oracle(wide_q, wide_k, wide_v, mask, scale, softcap)
     want_dq, want_dk, want_dv = torch.autograd.grad(
         want_out, (wide_q, wide_k, wide_v), dout.cpu().double()
     )
@@ -34,20 +36,21 @@ def test_every_candidate_gives_the_right_answer(dtype, head_dim):
         assert relative_error(got.cpu(), want.detach()) <= tolerance
 
     layout = TrieLayout(ends.cuda())
-    candidates = candidates_for(dtype, head_dim)
+    trie = layout.subtree_ends, None if window is None else layout.window_starts(window)
+    candidates = candidates_for(dtype, head_dim, window is not None)
     out = lse = torch.empty(0)
     for config in candidates.forward:
-        schedule = layout.block_schedule(config.block_q, config.block_kv)
-        out, lse = fwd.forward(q, k, v, layout.subtree_ends, schedule, scale, config)
+        schedule = layout.block_schedule(config.block_q, config.block_kv, window)
+        out, lse = fwd.forward(q, k, v, *trie, schedule, scale, softcap, config)
         check(out, want_out)
         check(lse, want_lse)
-    shared = dout, q, k, v, *bwd.row_stats(dout, out, lse), layout.subtree_ends
+    shared = dout, q, k, v, *bwd.row_stats(dout, out, lse), *trie
     for config in candidates.dq:
-        schedule = layout.block_schedule(config.block_q, config.block_kv)
-        check(bwd.grad_q(*shared, schedule, scale, config), want_dq)
+        schedule = layout.block_schedule(config.block_q, config.block_kv, window)
+        check(bwd.grad_q(*shared, schedule, scale, softcap, config), want_dq)
     for config in candidates.dkv:
-        schedule = layout.block_schedule(config.block_q, config.block_kv)
-        dk, dv = bwd.grad_kv(*shared, schedule, scale, config)
+        schedule = layout.block_schedule(config.block_q, config.block_kv, window)
+        dk, dv = bwd.grad_kv(*shared, schedule, scale, softcap, config)
         check(dk, want_dk)
         check(dv, want_dv)
 
@@ -58,11 +61,15 @@ def test_tuning_picks_candidates_once_and_can_be_switched_off(monkeypatch):
     from tw_kernels.attention.triton import tuning
 
     q = torch.empty(1, 1, 64, dtype=torch.bfloat16, device="cuda")
-    candidates = tuning.candidates_for(q.dtype, 64)
+    variants = [(None, None), (4096, None), (4096, 30.0)]
+    candidates = [tuning.candidates_for(q.dtype, 64, any(variant)) for variant in variants]
     monkeypatch.delenv("TW_AUTOTUNE", raising=False)
-    chosen = tuning.configs_for(q)
-    assert all(c in options for c, options in zip(chosen, candidates, strict=True))
+    chosen = [tuning.configs_for(q, *variant) for variant in variants]
+    for configs, all_options in zip(chosen, candidates, strict=True):
+        assert all(c in options for c, options in zip(configs, all_options, strict=True))
     monkeypatch.setattr(triton.testing, "do_bench", lambda run: pytest.fail("timed again"))
-    assert tuning.configs_for(q) == chosen
+    assert [tuning.configs_for(q, *variant) for variant in variants] == chosen
+    assert tuning.configs_for(q, 512, 5.0) == chosen[2]
     monkeypatch.setenv("TW_AUTOTUNE", "0")
-    assert tuning.configs_for(q) == tuple(options[0] for options in candidates)
+    for variant, all_options in zip(variants, candidates, strict=True):
+        assert tuning.configs_for(q, *variant) == tuple(options[0] for options in all_options)

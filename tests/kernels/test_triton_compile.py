@@ -15,13 +15,13 @@ KERNELS = {"row_stats_kernel", "forward_kernel", "dq_kernel", "dkv_kernel"}
 
 @pytest.fixture(scope="module")
 def rows():
-    """One row per kernel and configuration."""
+    """One row per kernel, variant and configuration."""
     return rows_of("compile_for_sm90")
 
 
-def test_every_kernel_is_compiled_at_both_head_dims(rows):
-    assert {(r["kernel"], r["head_dim"]) for r in rows} == {
-        (k, d) for k in KERNELS for d in (64, 128)
+def test_every_kernel_is_compiled_at_both_head_dims_with_and_without_window_and_soft_cap(rows):
+    assert {(r["kernel"], r["head_dim"], r["variant"]) for r in rows} == {
+        (k, d, v) for k in KERNELS for d in (64, 128) for v in ("plain", "window, softcap")
     }
 
 

@@ -15,7 +15,7 @@ KERNELS = {"write_kernel", "partial_kernel", "merge_kernel"}
 
 @pytest.fixture(scope="module")
 def rows():
-    """One row per kernel, page size and configuration."""
+    """One row per kernel, page size, variant and configuration."""
     return rows_of("compile_decode_for_sm90")
 
 
@@ -25,8 +25,9 @@ def products(rows):
 
 
 def test_every_kernel_is_compiled_at_both_head_dims_and_page_sizes(rows):
-    assert {(r["kernel"], r["head_dim"], r["page_size"]) for r in rows} == {
-        (k, d, p) for k in KERNELS for d in (64, 128) for p in (16, 64)
+    calls = [(16, "plain"), (64, "plain"), (16, "window, softcap, sinks")]
+    assert {(r["kernel"], r["head_dim"], r["page_size"], r["variant"]) for r in rows} == {
+        (k, d, *call) for k in KERNELS for d in (64, 128) for call in calls
     }
 
 

@@ -16,6 +16,14 @@ def on_gpu(inputs: Inputs) -> Inputs:
     return Inputs(inputs.q.cuda(), kv, inputs.new_k.cuda(), inputs.new_v.cuda())
 
 
+VARIANT = {"window": 90, "softcap": 2.0, "sinks": torch.linspace(-3, 4, 8)}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}
+
+
+def on_device(variant: dict) -> dict:
+    return {n: x.cuda() if isinstance(x, torch.Tensor) else x for n, x in variant.items()}
+
+
 @pytest.mark.parametrize("most_new", [1, 100])
 @pytest.mark.parametrize("sequences", [1, 60])
 @pytest.mark.parametrize("page_size", [8, 16, 64, 256])
@@ -28,11 +36,26 @@ def test_every_configuration_gives_the_right_answer(
     inputs = random_inputs(batch, (8, 2, head_dim), dtype)
     want = oracle(batch, inputs, head_dim**-0.5)
     got = trie_decode(**on_gpu(inputs).call(), plan=batch.plan(device="cuda", num_workers=66))
-    tolerance = 1e-5 if dtype == torch.float32 else 8e-3 if dtype == torch.bfloat16 else 2e-3
-    assert relative_error(got.cpu(), want) <= tolerance
+    assert relative_error(got.cpu(), want) <= TOLERANCE[dtype]
 
 
-def test_a_captured_step_replays_on_plans_copied_into_its_own():
+@pytest.mark.parametrize("most_new", [1, 100])
+@pytest.mark.parametrize("page_size", [8, 64])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_configuration_has_windows_soft_caps_and_sinks(dtype, head_dim, page_size, most_new):
+    batch = random_batch(3, 40, page_size, 700, most_new)
+    inputs = random_inputs(batch, (8, 2, head_dim), dtype)
+    plan = batch.plan(device="cuda", num_workers=66)
+    for names in (("window",), ("softcap",), ("sinks",), tuple(VARIANT)):
+        variant = {name: VARIANT[name] for name in names}
+        want = oracle(batch, inputs, head_dim**-0.5, **variant)
+        got = trie_decode(**on_gpu(inputs).call(), plan=plan, **on_device(variant))
+        assert relative_error(got.cpu(), want) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("variant", [{}, VARIANT], ids=["plain", "window, softcap, sinks"])
+def test_a_captured_step_replays_on_plans_copied_into_its_own(variant):
     room = PlanSizes(rows=96, pages=4096, items=600, slots=3000)
     batches = [random_batch(seed, 32, 16, 500, 3) for seed in range(4)]
     num_pages = max(b.num_pages for b in batches)
@@ -42,6 +65,7 @@ def test_a_captured_step_replays_on_plans_copied_into_its_own():
     new_k, new_v = torch.zeros(2, 96, 2, 64, device="cuda")
     static = batches[0].plan(device="cuda", capacity=room)
     call = {"q": q, "kv": kv, "plan": static, "new_k": new_k, "new_v": new_v}
+    call |= on_device(variant)
     trie_decode(**call)  # compiles outside the capture
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -56,5 +80,6 @@ def test_a_captured_step_replays_on_plans_copied_into_its_own():
             static_pages[: batch.num_pages] = x.cuda()
         static.copy_(batch.plan(device="cuda", capacity=room))
         graph.replay()
-        assert relative_error(out[:rows].cpu(), oracle(batch, inputs, 64**-0.5)) <= 1e-5
+        want = oracle(batch, inputs, 64**-0.5, **variant)
+        assert relative_error(out[:rows].cpu(), want) <= 1e-5
         assert (out[rows:] == 0).all()

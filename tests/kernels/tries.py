@@ -59,13 +59,34 @@ def visible(subtree_ends: Tensor) -> Tensor:
     return (i <= i[:, None]) & (i[:, None] < subtree_ends[None, :])
 
 
-def oracle(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def within(mask: Tensor, window: int | None) -> Tensor:
+    """A trie's mask [N, N] under a window: no row sees an ancestor `window` or more above it."""
+    if window is None:
+        return mask
+    depth = mask.sum(1)
+    return mask & (depth[:, None] - depth < window)
+
+
+def oracle(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Masked softmax attention in float64: out [N, Hq, D], lse [Hq, N]. Differentiable."""
     group = q.shape[1] // k.shape[1]
     q, k, v = q.double(), k.double(), v.double()
     scores = torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(group, 1)) * scale
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     scores = scores.masked_fill(~mask, -torch.inf)
-    out = torch.einsum("hij,jhd->ihd", scores.softmax(-1), v.repeat_interleave(group, 1))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double()[:, None, None].expand(-1, len(q), 1)], -1)
+    p = scores.softmax(-1)[..., : len(q)]
+    out = torch.einsum("hij,jhd->ihd", p, v.repeat_interleave(group, 1))
     return out, scores.logsumexp(-1)
 
 

@@ -27,7 +27,7 @@ def task_of(path: Path, *rows: object, **options) -> Task:
                 "reward_model": {"style": "rule", "ground_truth": "4"},
                 "extra_info": {"index": 0},
             },
-            "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n",
+            [{"role": "user", "content": "2+2?"}],
         ),
         ({"question": "2+2?", "qwen_text": "2+2?</think>\\boxed{4}", "ground_truth": 4}, "2+2?"),
     ],

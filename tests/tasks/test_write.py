@@ -1,3 +1,4 @@
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -83,3 +84,32 @@ def test_a_bad_row_of_a_data_file_is_named(tmp_path):
     done = write(tmp_path / "out", "--task", str(tmp_path / "rows.jsonl"))
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {tmp_path / 'rows.jsonl'}:2: no field ")
+
+
+def test_files_that_are_there_are_not_overwritten_unasked(tmp_path, monkeypatch, capsys):
+    arguments = ["multiplication", "--out", str(tmp_path), "--train", "2", "--validation", "1"]
+    assert tasks.main(arguments) == 0
+    before = (tmp_path / "train.jsonl").read_bytes()
+    capsys.readouterr()
+    again = [*arguments, "--seed", "1"]
+    assert tasks.main(again) == 2
+    error = capsys.readouterr().err
+    assert "train.jsonl" in error and "--overwrite" in error and error.count("\n") == 1
+    for answer, code in (("n", 2), ("", 2), ("y", 0)):
+        monkeypatch.setattr("sys.stdin", io.StringIO(answer + "\n"))
+        monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+        monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+        assert (tmp_path / "train.jsonl").read_bytes() == before
+        assert tasks.main(again) == code
+    assert (tmp_path / "train.jsonl").read_bytes() != before
+    monkeypatch.undo()
+    assert tasks.main([*arguments, "--overwrite"]) == 0
+    assert (tmp_path / "train.jsonl").read_bytes() == before
+
+
+def test_a_folder_that_is_none_is_refused_before_the_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tasks, "split_problems", None)
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert tasks.main(["multiplication", "--out", str(out)]) == 2
+        assert str(out) in capsys.readouterr().err

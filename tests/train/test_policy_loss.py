@@ -17,6 +17,7 @@ from threadweaver.generate.rollout import Completion, Rollout
 from threadweaver.generate.weaver import LimitCounts
 from threadweaver.model import (
     ATTENTION,
+    OutputLayer,
     TokenLogprobs,
     token_logprobs,
     trie_hidden_states,
@@ -113,9 +114,9 @@ def unrolled_logprobs(model: PreTrainedModel, rollout: Rollout) -> list[tuple[Pr
 
 def unrolled_loss(
     model: PreTrainedModel, batch: Batch, config: PolicyConfig, one_step: bool
-) -> tuple[Tensor, float]:
+) -> tuple[Tensor, int]:
     """PPO's objective, token by token as it is published, and whatever else is switched on; and
-    the share of tokens at which its minimum is the clipped side."""
+    the number of tokens at which its minimum is the clipped side."""
     total, num_clipped = torch.zeros(()), 0
     for group in batch.groups:
         for rollout, advantage in zip(group, batch.advantages, strict=True):
@@ -135,7 +136,7 @@ def unrolled_loss(
                 if config.kl:
                     log_ratio = batch.reference[prefix] - logprob
                     total = total + config.kl * (torch.exp(log_ratio) - 1 - log_ratio)
-    return total / batch.num_completion_tokens, num_clipped / batch.num_completion_tokens
+    return total / batch.num_completion_tokens, num_clipped
 
 
 def lookup(table: dict[Prefix, float], trie: PolicyTrie) -> Tensor:
@@ -196,7 +197,7 @@ def test_the_batch_shares_sampled_tokens_of_both_signs_and_clips_both(model, bat
     ratio = (lookup(batch.current, trie) - lookup(batch.old, trie)).exp()
     for weights, outside in ((positive, ratio > 1.28), (negative, ratio < 0.8)):
         assert 20 < ((weights != 0) & outside).sum() < (weights != 0).sum() - 20
-    assert 0.1 < part.clip_share < 0.9
+    assert 0.1 < part.clipped / trie.num_completion_tokens < 0.9
 
 
 @pytest.mark.parametrize("one_step", [True, False], ids=["one step", "several steps"])
@@ -204,9 +205,9 @@ def test_the_batch_shares_sampled_tokens_of_both_signs_and_clips_both(model, bat
 def test_loss_and_gradients_equal_those_of_the_unrolled_calls(model, batch, name, one_step):
     config = CONFIGS[name]
     [part], got = step(model, batch, [batch.whole], config, one_step=one_step)
-    want, clip_share = unrolled_loss(model, batch, config, one_step)
+    want, num_clipped = unrolled_loss(model, batch, config, one_step)
     assert part.loss.item() == pytest.approx(want.item(), rel=1e-5, abs=1e-7)
-    assert part.clip_share.item() == pytest.approx(clip_share)
+    assert part.clipped.item() == num_clipped
     model.zero_grad()
     want.backward()
     assert_same(got, gradients(model))
@@ -230,7 +231,7 @@ def test_micro_batches_add_up_to_the_batch(model, batch, one_step):
     assert len(split) > 2
     parts, got = step(model, batch, split, config, one_step=one_step)
     assert_same(got, want)
-    for name in ("loss", "clip_share", "entropy", "kl", "mismatch"):
+    for name in ("loss", "clipped", "entropy", "kl", "mismatch"):
         total = sum(getattr(part, name).item() for part in parts)
         assert total == pytest.approx(getattr(whole, name).item(), rel=1e-5, abs=1e-7), name
     assert max(part.max_mismatch for part in parts) == pytest.approx(whole.max_mismatch.item())
@@ -288,7 +289,7 @@ def test_the_kl_estimate_is_unbiased_and_zero_at_the_reference():
 
     def estimates(other: Tensor) -> Tensor:
         parts = [
-            policy_loss(TokenLogprobs(p, torch.zeros(1)), trie, config, 2, None, q).kl
+            policy_loss(TokenLogprobs(p, torch.zeros(1)), trie, config, 2, None, q).kl / 2
             for p, q in zip(policy.split(1), other.split(1), strict=True)
         ]
         return torch.stack(parts)
@@ -308,12 +309,12 @@ def test_the_entropy_bonus_raises_entropy_by_its_formula(batch):
     hidden_states = trie_hidden_states(model, trie.trie, trie.trie.layout())
     logits = model.lm_head(hidden_states[trie.trie.parents[trie.sampled]])
     entropy = torch.distributions.Categorical(logits=logits).entropy()
-    mean = (trie.counts * entropy).sum() / batch.num_completion_tokens
-    (-0.5 * mean).backward()
+    total = (trie.counts * entropy).sum()
+    (-0.5 * total / batch.num_completion_tokens).backward()
     bonus = gradients(model)
     assert_same(got, {name: plain[name] + bonus[name] for name in plain})
-    assert with_bonus.entropy.item() == pytest.approx(mean.item(), rel=1e-5)
-    assert without.entropy.item() == pytest.approx(mean.item(), rel=1e-5)
+    assert with_bonus.entropy.item() == pytest.approx(total.item(), rel=1e-5)
+    assert without.entropy.item() == pytest.approx(total.item(), rel=1e-5)
     assert not without.entropy.requires_grad
 
 
@@ -323,8 +324,8 @@ def test_mismatch_is_between_generator_and_trainer_at_the_weights_of_sampling(mo
     for one_step, own in ((True, batch.current), (False, batch.old)):
         [part], _ = step(model, batch, [trie], PolicyConfig(), one_step=one_step)
         off = (lookup(own, trie) - generator).abs()
-        mean = (trie.counts * off).sum() / batch.num_completion_tokens
-        assert part.mismatch.item() == pytest.approx(mean.item(), rel=1e-4)
+        total = (trie.counts * off).sum()
+        assert part.mismatch.item() == pytest.approx(total.item(), rel=1e-4)
         assert part.max_mismatch.item() == pytest.approx(off.max().item(), rel=1e-4)
 
 
@@ -351,7 +352,9 @@ def test_token_logprobs_in_pieces_equal_those_of_whole_logits(bias, entropy_grad
     want, want_grads = run(whole)
     for many in (2**24, 500):
         monkeypatch.setitem(model_loss.LOGITS_AT_ONCE, "cpu", many)
-        got, grads = run(lambda: token_logprobs(hidden, head, targets, entropy_gradient))
+        got, grads = run(
+            lambda: token_logprobs(hidden, OutputLayer(head), targets, entropy_gradient)
+        )
         torch.testing.assert_close(got, want)
         torch.testing.assert_close(grads, want_grads)
         assert got.entropies.requires_grad == entropy_gradient
@@ -359,7 +362,8 @@ def test_token_logprobs_in_pieces_equal_those_of_whole_logits(bias, entropy_grad
 
 def test_token_logprobs_under_autocast_are_float32_and_close():
     torch.manual_seed(0)
-    hidden, head, targets = torch.randn(30, 24), torch.nn.Linear(24, 90), torch.arange(30)
+    hidden, targets = torch.randn(30, 24), torch.arange(30)
+    head = OutputLayer(torch.nn.Linear(24, 90))
     want = token_logprobs(hidden, head, targets)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = token_logprobs(hidden, head, targets)

@@ -71,7 +71,7 @@ def test_a_run_killed_at_random_times_ends_bit_for_bit_like_one_that_was_not(new
             assert torch.equal(value, optimizers[1][i][name])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_says_how_to_resume_and_sets_the_exit_code(
     new_run, monkeypatch, capsys, number
 ):

@@ -127,12 +127,12 @@ def test_each_pass_takes_every_problem_once_in_an_order_of_its_own(new_run):
     run = new_run()
     seen = []
 
-    def watch(self, step=RLTrainer.train_step):
-        seen.extend(problem.prompt for problem in self._batch_of(self.steps_done))
-        return step(self)
+    def watch(self, problems, *rest, roll_out=RLTrainer._roll_out):
+        seen.extend(problem.prompt for problem in problems)
+        return roll_out(self, problems, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RLTrainer, "train_step", watch)
+        patch.setattr(RLTrainer, "_roll_out", watch)
         run.settings["optimization"]["steps"] = 5
         assert run() == 0
     passes = [seen[i : i + 5] for i in range(0, 15, 5)]
@@ -210,3 +210,189 @@ def test_logits_that_are_not_finite_end_the_run_with_the_request_named(
     assert new_run()() == 1
     error = capsys.readouterr().err
     assert error.startswith("error: generation 0, request (0,)") and error.count("\n") == 1
+
+
+def without_validation(records: list[dict]) -> list[dict]:
+    return [{k: v for k, v in r.items() if "validation" not in k} for r in records]
+
+
+def validations(run: Run) -> dict[int, dict]:
+    """By step."""
+    found = {
+        r["step"]: {k: v for k, v in r.items() if k.startswith("validation_")}
+        for r in run.metrics()
+    }
+    return {step: figures for step, figures in found.items() if figures}
+
+
+def validated(run: Run) -> Run:
+    run.settings["report"]["validate_every"] = 3
+    run.settings["evaluate"] = {
+        "problems": 5,
+        "generation": {"max_tokens": 6},
+        "engine": {"kv_gigabytes": 0.01},
+    }
+    return run
+
+
+def test_validation_comes_every_so_many_steps_and_at_the_end_and_changes_nothing(new_run, capsys):
+    plain, watched = new_run(name="plain"), validated(new_run(name="watched"))
+    assert plain() == watched() == 0
+    assert watched.weights() == plain.weights()
+    assert without_validation(watched.metrics()) == plain.metrics()
+    found = validations(watched)
+    assert list(found) == [3, 6, 8] and not validations(plain)
+    for figures in found.values():
+        for mode in ("parallel", "sequential"):
+            assert 0 <= figures[f"validation_{mode}_accuracy"] <= 1
+            assert figures[f"validation_{mode}_total_tokens"] > 0
+            assert figures[f"validation_{mode}_ungraded"] == 0
+    assert (
+        watched.summary()["validation_parallel_accuracy"]
+        == (found[8]["validation_parallel_accuracy"])
+    )
+    assert " mode" in next(
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("step 3/8: ")
+    )
+
+
+def test_validation_asks_the_same_problems_with_the_same_draws_each_time(new_run):
+    run = validated(new_run())
+    run.settings["optimization"] |= {"learning_rate": 1e-30, "steps": 6}
+    assert run() == 0
+    first, second = validations(run).values()
+    assert first == second
+
+
+def test_a_resumed_run_validates_as_one_that_was_not_stopped(new_run, monkeypatch):
+    whole, dead = validated(new_run(name="whole")), validated(new_run(name="dead"))
+    assert whole() == 0
+    validate, calls = RLTrainer._validate, []
+
+    def die_in_the_second(self):
+        calls.append(self.steps_done)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return validate(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RLTrainer, "_validate", die_in_the_second)
+        assert dead() == 130
+    assert dead("--resume") == 0
+    assert validations(dead) == validations(whole) and dead.weights() == whole.weights()
+
+
+def test_held_out_problems_that_do_not_exist_are_named_before_the_first_step(
+    new_run, monkeypatch, capsys
+):
+    def problems(self, split, n, seed=0):
+        if split == "validation":
+            raise ValueError("the file: 0 problems for validation")
+        return [Problem("a?\n", "", "row")]
+
+    run = validated(new_run())
+    monkeypatch.setattr(LetterTask, "problems", problems)
+    assert run() == 2
+    assert "evaluate: the file: 0 problems for validation" in capsys.readouterr().err
+    assert not run.folder.exists()
+
+
+def only_some_prompts(response: str, problem: Problem) -> bool:
+    return problem.prompt in PROMPTS[:2] and begins_low(response)
+
+
+def test_refill_replaces_groups_without_a_signal_by_those_of_further_problems(new_run, monkeypatch):
+    run = new_run()
+    run.settings["reward"] = {"accel": "none"}
+    run.settings["rollouts"] |= {"refill": True, "samples": 8}
+    monkeypatch.setattr(LetterTask, "is_correct", lambda self, *a: only_some_prompts(*a))
+    assert run() == 0
+    records = run.metrics()
+    for record in records:
+        with_signal = record["groups"] - record["no_signal_groups"]
+        trained = with_signal - record["unused_groups"]
+        assert 3 <= record["groups"] <= 9
+        assert trained == 3 or (trained < 3 and record["groups"] == 9)
+    assert any(record["groups"] > 3 and record["updates"] for record in records)
+    assert run.summary()["groups"] == sum(record["groups"] for record in records)
+
+
+def test_refill_goes_through_the_problems_in_order_also_when_resumed(new_run, monkeypatch):
+    whole, dead = new_run(name="whole"), new_run(name="dead")
+    monkeypatch.setattr(LetterTask, "is_correct", lambda self, *a: only_some_prompts(*a))
+    for run in (whole, dead):
+        run.settings["rollouts"]["refill"] = True
+        run.settings["reward"] = {"accel": "none"}
+    seen = []
+    roll_out = RLTrainer._roll_out
+
+    def watch(self, problems, *rest):
+        seen.extend(problem.prompt for problem in problems)
+        return roll_out(self, problems, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RLTrainer, "_roll_out", watch)
+        assert whole() == 0
+    passes = [seen[i : i + 5] for i in range(0, len(seen) - 4, 5)]
+    assert len(passes) > 5 and all(sorted(p) == sorted(PROMPTS) for p in passes)
+    step, calls = RLTrainer.train_step, []
+
+    def die_in_the_fifth(self):
+        calls.append(None)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RLTrainer, "train_step", die_in_the_fifth)
+        assert dead() == 130
+    assert dead("--resume") == 0
+    assert dead.metrics() == whole.metrics() and dead.weights() == whole.weights()
+
+
+def long_prompts(*long: int):
+    def problems(self, split, n, seed=0):
+        return [
+            Problem("x" * 60 if i in long else prompt, "", f"prompt {i}")
+            for i, prompt in enumerate(PROMPTS)
+        ]
+
+    return problems
+
+
+@pytest.mark.parametrize("limit", ["context", "budget"])
+def test_prompts_that_do_not_fit_are_skipped_and_counted_before_the_first_step(
+    new_run, monkeypatch, capsys, limit
+):
+    run = new_run()
+    run.settings["optimization"]["steps"] = 3
+    if limit == "context":
+        arch = {**run.settings["model"]["arch"], "max_position_embeddings": 50}
+        run.settings["model"] = {"arch": arch}
+    else:
+        run.settings["optimization"]["batch_tokens"] = 50
+    monkeypatch.setattr(LetterTask, "problems", long_prompts(1, 3))
+    seen = set()
+    roll_out = RLTrainer._roll_out
+
+    def watch(self, problems, *rest):
+        seen.update(problem.source for problem in problems)
+        return roll_out(self, problems, *rest)
+
+    monkeypatch.setattr(RLTrainer, "_roll_out", watch)
+    assert run() == 0
+    shown = capsys.readouterr().out
+    assert "training problems: 2 of 5 prompts are skipped: prompt 1: the prompt has 60" in shown
+    assert shown.index("are skipped") < shown.index("step 3/3")
+    assert run.summary()["skipped_prompts"] == 2
+    assert seen == {"prompt 0", "prompt 2", "prompt 4"}
+
+
+def test_a_run_without_a_prompt_that_fits_is_refused(new_run, monkeypatch, capsys):
+    run = new_run()
+    run.settings["optimization"]["batch_tokens"] = 50
+    monkeypatch.setattr(LetterTask, "problems", long_prompts(*range(5)))
+    assert run() == 2
+    error = capsys.readouterr().err
+    assert "none of 5 prompts leaves room for a response: prompt 0: " in error
+    assert error.count("\n") == 1 and not run.folder.exists()

@@ -11,7 +11,7 @@ import pytest
 from threadweaver.data import load_examples
 from threadweaver.train.self_train import select
 
-from .conftest import Run
+from .conftest import ARCH, Run
 from .easy_task import write_task
 
 
@@ -103,3 +103,31 @@ def test_what_is_kept_is_what_sft_reads(run, monkeypatch):
     run.settings["rollouts"]["generation"] = {"max_tokens": 8, "mode": "sequential"}
     assert run() == 0
     assert len(load_examples(run.folder / "kept.jsonl")) == run.summary()["kept"] == 6
+
+
+def test_prompts_that_do_not_fit_are_skipped_and_counted(run, capsys):
+    path = Path(run.settings["task"]["name"])
+    questions = ["x" * 600, "x" * 700, "a?\n", "x" * 800]
+    rows = [{"question": q, "ground_truth": "7", "response": "a"} for q in questions]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run.settings["model"] = {"arch": {**ARCH, "max_position_embeddings": 512}}
+    run.settings["task"] |= {"problems": None, "options": {"held_out": 0}}
+    run.settings["rollouts"] |= {"chunk": 2}
+    assert run() == 2
+    shown = capsys.readouterr()
+    assert "training problems: 3 of 4 prompts are skipped: " in shown.out
+    assert f"{path}:1: the prompt has 600 tokens" in shown.out
+    assert "kept none of 2 rollouts" in shown.err
+    chunks = [json.loads((run.folder / f"rollouts/chunk-{n}.json").read_text()) for n in (0, 1)]
+    assert [chunk["skipped_prompts"] for chunk in chunks] == [2, 1]
+    assert [len(chunk["rollouts"]) for chunk in chunks] == [0, 2]
+    assert run("--resume") == 2
+    assert "kept none of 2 rollouts" in capsys.readouterr().err
+
+
+def test_a_run_without_a_prompt_that_fits_is_refused(run, capsys):
+    run.settings["model"] = {"arch": {**ARCH, "max_position_embeddings": 2}}
+    assert run() == 2
+    error = capsys.readouterr().err
+    assert "none of 6 prompts leaves room for a response" in error and error.count("\n") == 1
+    assert not list(run.folder.glob("rollouts/*"))

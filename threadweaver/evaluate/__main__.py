@@ -5,7 +5,8 @@ with 95 % confidence intervals: Wilson's for shares, by bootstrap over problems 
 ratios. With --mode both, also the gain over decoding one token after another. --json writes the
 figures to a file, --responses every response with its grade. Progress goes to stderr.
 
-Prompts are taken as they stand; --chat makes them the user's turn of the tokenizer's chat template.
+Prompts are the user's turn of the tokenizer's chat template, if it has one; with --template.use
+none they are taken as they stand.
 
 Exit codes: 0; 2 for arguments, a task or a model that cannot be used, with one line on stderr; 1
 for anything unexpected, logits that are not finite among it; 130 when stopped by Ctrl-C.
@@ -20,18 +21,24 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from threadweaver.command import explain, fail, quiet, train_extra
-from threadweaver.evaluate.grade import graded_row
-from threadweaver.generate.weaver import Mode
-from threadweaver.tasks import load_task, task_names
+from threadweaver.command import command, explain, fail, quiet, train_extra
 
 with train_extra():
     from jsonargparse import ArgumentParser
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    from threadweaver.generate.options import add_options, engine_settings, generation_settings
+    from threadweaver.evaluate.grade import graded_row
+    from threadweaver.generate.options import (
+        add_options,
+        engine_settings,
+        generation_settings,
+        template_config,
+    )
+    from threadweaver.generate.weaver import Mode
     from threadweaver.progress import print_line
+    from threadweaver.tasks import load_task, task_names
 
 if TYPE_CHECKING:
     from threadweaver.evaluate.intervals import Estimate
@@ -44,7 +51,7 @@ MODES: dict[str, list[Mode]] = {
 }
 
 
-@train_extra()
+@command
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line (default: the process's own) and returns the exit code."""
     parser = _parser()
@@ -58,12 +65,11 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         return fail(error, 2)
     # After the arguments are known to be good: these take seconds to import.
-    from threadweaver.data.chat import chat_prompt
     from threadweaver.evaluate.metrics import compare
     from threadweaver.evaluate.modes import evaluate_modes
     from threadweaver.evaluate.rollouts import check_prompts, queue
     from threadweaver.generate.engine import NonFiniteLogits
-    from threadweaver.generate.load import load_engine, settle_precision
+    from threadweaver.generate.load import check_chat, load_engine, settle_precision
 
     quiet()
     console = Console()
@@ -71,11 +77,15 @@ def main(arguments: list[str] | None = None) -> int:
         task = load_task(options.task, **options.task_options or {})
         problems = task.problems("validation", options.n, options.seed)
         engine_options, precision_note = settle_precision(engine_settings(options))
-        if precision_note:
-            print_line(console, precision_note)
-        engine, tokenizer = load_engine(options.model, engine_options, parallel="parallel" in modes)
-        if options.chat:
-            problems = [replace(p, prompt=chat_prompt(tokenizer, p.prompt)) for p in problems]
+        for note in filter(None, (*getattr(task, "notes", ()), precision_note)):
+            print_line(console, note)
+        engine, tokenizer = load_engine(
+            options.model,
+            engine_options,
+            parallel="parallel" in modes,
+            template=template_config(options),
+        )
+        check_chat(options.chat, tokenizer)
         if note := check_prompts(engine, problems, generation):
             print_line(console, note)
         # A warm-up that is not timed: the first step takes the memory of the KV pages.
@@ -102,6 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         record = {
             **{name: options[name] for name in ("model", "task", "task_options", "seed", "chat")},
+            "template": asdict(template_config(options)),
             "engine": asdict(engine_options),
             "precision": precision_note,
             **{mode: evaluation.as_dict() for mode, evaluation in evaluations.items()},
@@ -184,7 +195,7 @@ def print_table(
     comparison: Comparison | None,
 ) -> None:
     """Prints a row for each metric and a column for each mode; below them the comparison."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")  # a path may look like markup
     table.add_column("")
     for mode in evaluations:
         table.add_column(mode, justify="right")

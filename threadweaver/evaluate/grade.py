@@ -12,7 +12,7 @@ from threadweaver.generate.rollout import Rollout
 from threadweaver.generate.settings import GenerationSettings
 from threadweaver.tasks import GradesInBackground, Problem, Task
 from threadweaver.tasks.boxed import boxed_answer
-from threadweaver.trajectory import Codec, PathLengths, violations
+from threadweaver.trajectory import Codec, PathLengths, Rendered, violations
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,15 @@ def grade(
 ) -> Graded:
     """The grade of a rollout that was decoded with these settings, and submitted."""
     response = submitted.text
+    breaches = violations(codec.prompts.text(problem.prompt), response, settings.max_depth)
+    if control := codec.prompts.control_in(response):
+        breaches.append(f"line 1: the response holds the control token {control}")
     return Graded(
         problem,
         rollout,
         response,
         submitted.is_correct(),
-        violations(problem.prompt, response, settings.max_depth),
+        breaches,
         settings.path_lengths(rollout.response, codec),
     )
 
@@ -83,6 +86,7 @@ def graded_row(graded: Graded) -> dict[str, Any]:
     """A rollout and its grade, for JSON."""
     return {
         "question": graded.problem.prompt,
+        **({"rendered": True} if isinstance(graded.problem.prompt, Rendered) else {}),
         "ground_truth": graded.problem.answer,
         "response": graded.response,
         "correct": graded.correct,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from threadweaver.evaluate.grade import Graded, Submitted, grade, submit
 from threadweaver.generate.engine import Engine, Generation, Token
 from threadweaver.generate.rollout import Rollout
 from threadweaver.generate.sampler import stream_key
-from threadweaver.generate.settings import GenerationSettings
+from threadweaver.generate.settings import GenerationSettings, PromptTooLong
 from threadweaver.tasks import Problem, Task
 from threadweaver.trajectory import Codec
 
@@ -29,10 +30,64 @@ def check_prompts(
     least = settings.max_tokens
     for problem in problems:
         try:
-            least = min(least, engine.check(engine.codec.encode(problem.prompt), settings))
+            least = min(least, engine.check(engine.codec.encode_prompt(problem.prompt), settings))
         except ValueError as error:
             raise ValueError(f"{problem.source}: {error}") from error
     return engine.context_note(settings, least)
+
+
+class Fitting(NamedTuple):
+    """The problems whose prompts leave room for a response, in order; how many do not; and lines to
+    show: of what is skipped, and of responses that the model's context ends early."""
+
+    problems: list[Problem]
+    skipped: int
+    notes: list[str]
+
+
+def fitting(
+    engine: Engine,
+    problems: Sequence[Problem],
+    settings: GenerationSettings,
+    most_tokens: int | None = None,
+) -> Fitting:
+    """Sorts out, before anything is decoded, the prompts that leave no room for a response.
+
+    Args:
+        most_tokens: of a prompt and the first token after it, if that is less than the context.
+
+    Raises:
+        PromptTooLong: all are.
+        ValueError: as `queue`, for any other reason.
+    """
+    fit: list[Problem] = []
+    first: str | None = None
+    least = settings.max_tokens
+    for problem in problems:
+        prompt = engine.codec.encode_prompt(problem.prompt)
+        try:
+            room = engine.check(prompt, settings)
+            if most_tokens is not None and len(prompt) >= most_tokens:
+                raise PromptTooLong(
+                    f"the prompt has {len(prompt)} tokens, and a path at most {most_tokens} "
+                    "(optimization.batch_tokens)"
+                )
+        except PromptTooLong as error:
+            first = first or f"{problem.source}: {error}"
+            continue
+        except ValueError as error:
+            raise ValueError(f"{problem.source}: {error}") from error
+        least = min(least, room)
+        fit.append(problem)
+    skipped = len(problems) - len(fit)
+    if not fit:
+        raise PromptTooLong(
+            f"none of {len(problems):,} prompts leaves room for a response: {first}"
+        )
+    notes = [f"{skipped:,} of {len(problems):,} prompts are skipped: {first}"] if skipped else []
+    if note := engine.context_note(settings, least):
+        notes.append(note)
+    return Fitting(fit, skipped, notes)
 
 
 def queue(
@@ -56,8 +111,8 @@ def queue(
     """
     generations = []
     for i, problem in enumerate(problems, first):
-        prompt = engine.codec.encode(problem.prompt)
         try:
+            prompt = engine.codec.encode_prompt(problem.prompt)
             for j in range(samples):
                 key = stream_key((*seed, i, j))
                 generations.append(engine.add(prompt, settings, key))
@@ -89,7 +144,7 @@ def decode(
         NonFiniteLogits: from the engine.
     """
     rollouts: list[Rollout] = []
-    size = at_once or len(problems)
+    size = at_once or max(len(problems), 1)
     for first in range(0, len(problems), size):
         part = problems[first : first + size]
         added = queue(engine, part, settings, samples=samples, seed=seed, first=first)

@@ -10,14 +10,14 @@ load        an engine from a model on disk
 transcript  the text of a response as it grows; display shows it, outcome sums it up
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-from threadweaver.generate.rollout import Completion, Rollout
-from threadweaver.generate.settings import GenerationSettings
-from threadweaver.generate.weaver import LimitCounts, Request, RequestId, Weaver
 
 if TYPE_CHECKING:
     from threadweaver.generate.engine import Engine
+    from threadweaver.generate.rollout import Completion, Rollout
+    from threadweaver.generate.settings import GenerationSettings
+    from threadweaver.generate.weaver import LimitCounts, Request, RequestId, Weaver
 
 __all__ = [
     "Completion",
@@ -31,10 +31,21 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # Imported when asked for, so that a Weaver needs no transformers.
-    if name == "Engine":
-        from threadweaver.generate.engine import Engine
+_MODULES = {
+    "Completion": "rollout",
+    "Engine": "engine",
+    "GenerationSettings": "settings",
+    "LimitCounts": "weaver",
+    "Request": "weaver",
+    "RequestId": "weaver",
+    "Rollout": "rollout",
+    "Weaver": "weaver",
+}
 
-        return Engine
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    # Imported when asked for: a Weaver needs no transformers, and the command, whose package this
+    # is, can end cleanly at Ctrl-C while it imports torch.
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -23,6 +23,8 @@ _STEP, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _BLOCK = 256  # tokens whose weights are summed together at first
 _CANDIDATES = 1024  # likeliest tokens among which truncation is first tried
 _CPU_LOGITS = 2**19  # at a time, so that intermediate results stay in a CPU's cache
+_COLD = 1e-3  # below this temperature a logit divided by it may overflow
+_HOT = 1 / torch.finfo(torch.float32).tiny  # beyond it all that are finite are alike
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class SamplingParams:
     """How a token is drawn. Truncations apply in this order, each to the result of the last.
 
     Args:
-        temperature: divides the logits; 0 takes the likeliest token.
+        temperature: divides the logits; 0 takes the likeliest token, and so does whatever is close
+            to 0, down to the smallest float (equally likely ones are drawn from).
         top_k: only the k likeliest tokens; null: all.
         top_p: only the likeliest tokens, as many as it takes to hold this probability.
         min_p: only tokens at least this fraction as likely as the likeliest.
@@ -146,7 +149,7 @@ def _sample_alike(
 ) -> Draws:
     norm = logits.logsumexp(-1)
     greedy = params.temperature == 0
-    tempered = logits if greedy or params.temperature == 1 else logits / params.temperature
+    tempered = logits if greedy or params.temperature == 1 else _temper(logits, params.temperature)
     if params.truncates:
         tempered = _truncate(tempered, params)
     tokens = tempered.argmax(-1) if greedy else _draw(tempered, u)
@@ -160,6 +163,16 @@ def _sample_alike(
         return Draws(tokens, logprobs, logprobs)
     sampled = tempered.gather(-1, tokens[:, None])[:, 0] - tempered.logsumexp(-1)
     return Draws(tokens, logprobs, sampled)
+
+
+def _temper(logits: Tensor, temperature: float) -> Tensor:
+    """The logits divided by a temperature above 0; only -inf stays, or becomes, -inf."""
+    # The temperature and its inverse, by which a GPU multiplies, are normal float32 numbers.
+    divisor = min(max(temperature, 1 / _HOT), _HOT)
+    if temperature < _COLD:
+        # The likeliest is 0 and the others below: none overflows to +inf.
+        logits = logits - logits.amax(-1, keepdim=True)
+    return logits / divisor
 
 
 def _draw(logits: Tensor, u: Tensor) -> Tensor:

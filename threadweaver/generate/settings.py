@@ -11,6 +11,10 @@ from threadweaver.trajectory import Codec, PathLengths, path_lengths
 from threadweaver.trajectory.tags import MAX_OUTLINES
 
 
+class PromptTooLong(ValueError):  # noqa: N818 (named for what was found)
+    """A prompt that leaves no room for a response."""
+
+
 @dataclass(frozen=True)
 class EngineSizes:
     """The sizes of an engine.
@@ -55,10 +59,11 @@ class GenerationSettings:
         """The state machine of a response, which together with its prompt fits the context.
 
         Raises:
-            ValueError: the prompt is empty or leaves no room, or a setting is out of range.
+            PromptTooLong: the prompt fills the context.
+            ValueError: the prompt is empty, or a setting is out of range.
         """
         if len(prompt) >= context_length:
-            raise ValueError(
+            raise PromptTooLong(
                 f"the prompt has {len(prompt)} tokens, and the model's context ends at "
                 f"{context_length}: shorten the prompt"
             )

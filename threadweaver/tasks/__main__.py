@@ -9,16 +9,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from threadweaver.command import fail, train_extra
-from threadweaver.data import save_rows, trajectory_row
-from threadweaver.tasks import Problem, Task, load_task, task_names
-from threadweaver.tasks.multiplication import make_rows, split_problems
+from threadweaver.command import check_overwrite, command, fail, is_writable, train_extra
 
 with train_extra():
     from jsonargparse import ArgumentParser, auto_cli
     from rich.console import Console
 
-    from threadweaver.progress import Progress
+    from threadweaver.data import save_rows, trajectory_row
+    from threadweaver.progress import Progress, print_line
+    from threadweaver.tasks import Problem, Task, load_task, task_names
+    from threadweaver.tasks.multiplication import make_rows, split_problems
 
 
 def multiplication(
@@ -30,6 +30,7 @@ def multiplication(
     parallel_share: float = 1.0,
     seed: int = 0,
     format: Literal["jsonl", "parquet"] = "jsonl",
+    overwrite: bool = False,
 ) -> None:
     """Write DIR/train and DIR/validation: different products, worked step by step.
 
@@ -42,7 +43,9 @@ def multiplication(
         parallel_share: share of the rows with parallel blocks; the others are sequential.
         seed: same seed, same files; the problems do not depend on the share.
         format: jsonl (JSON lines) or parquet.
+        overwrite: write over files that are there already, without being asked.
     """
+    _check_out(out, format, overwrite)
     halves = split_problems(train, validation, digits, factors, seed)
     rows = ((len(problems), make_rows(problems, parallel_share, seed)) for problems in halves)
     _save(out, format, dict(zip(("train", "validation"), rows, strict=True)))
@@ -57,6 +60,7 @@ def write(
     parallel: bool = True,
     seed: int = 0,
     format: Literal["jsonl", "parquet"] = "jsonl",
+    overwrite: bool = False,
 ) -> None:
     """Write DIR/train and DIR/validation: problems of any task, with demonstrations if it has them.
 
@@ -72,7 +76,9 @@ def write(
         parallel: whether demonstrations have parallel blocks.
         seed: same seed, same files.
         format: jsonl (JSON lines) or parquet.
+        overwrite: write over files that are there already, without being asked.
     """
+    _check_out(out, format, overwrite)
     source = load_task(task, **(options or {}))
     halves = {
         "train": source.problems("train", train, seed),
@@ -80,6 +86,15 @@ def write(
     }
     rows = {name: (len(half), _rows(source, half, parallel)) for name, half in halves.items()}
     _save(out, format, rows)
+
+
+def _check_out(out: Path, format: str, overwrite: bool) -> None:
+    """Raises ValueError for files that cannot be written, or must not be."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: {out} is a file; name a folder")
+    if not is_writable(out):
+        raise ValueError(f"out: {out} cannot be written; name another folder")
+    check_overwrite((out / f"{half}.{format}" for half in ("train", "validation")), overwrite)
 
 
 def _rows(task: Task, problems: Sequence[Problem], parallel: bool) -> Iterator[dict[str, Any]]:
@@ -101,7 +116,7 @@ def _save(out: Path, format: str, files: dict[str, tuple[int, Iterator[dict[str,
             made[out / f"{name}.{format}"] = list(progress.track(rows))
     for path, rows in made.items():
         save_rows(rows, path)
-        console.print(f"{path}: {len(rows)} rows", soft_wrap=True, highlight=False)
+        print_line(console, f"{path}: {len(rows)} rows")
 
 
 class _DashParser(ArgumentParser):
@@ -114,24 +129,29 @@ class _DashParser(ArgumentParser):
         sys.exit(fail(message, 2))
 
     def add_argument(self, *names, **settings):
+        if names == ("--overwrite",):
+            settings |= {"nargs": "?", "const": True}  # a flag
         dashed = [name.replace("_", "-") for name in names if name.startswith("--") and "_" in name]
         return super().add_argument(*names, *dashed, **settings)
 
 
-@train_extra()
-def main() -> None:
-    """Exit codes: 0; 2 for arguments that cannot be met, with one line on stderr."""
+@command
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command line (default: the process's own). Exit codes: 0; 2 for arguments that cannot
+    be met, with one line on stderr; 1 for files that cannot be written."""
     commands = {"multiplication": multiplication, "write": write}
     try:
         auto_cli(
             commands,
+            args=arguments,
             as_positional=False,
             parser_class=_DashParser,
             description=f"Write the data of a task. Tasks: {task_names()}.",
         )
     except ValueError as error:
-        sys.exit(fail(error, 2))
+        return fail(error, 2)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from threadweaver.trajectory import Prompt
+
 Split = Literal["train", "validation"]
 
 
@@ -19,14 +21,15 @@ class Problem:
     """One prompt with what its task needs to grade a response.
 
     Attributes:
-        prompt: the text before the response.
-        answer: the right answer as text; empty where many are right and none is on record.
+        prompt: what is asked: a question or messages, which the model's chat template makes text.
+        answer: the right answer as text, or several of which any is right; empty where many are
+            right and none is on record.
         source: where it came from, for messages: file and line, or how it was made.
         data: what else the task needs to grade or demonstrate it; read by the task alone.
     """
 
-    prompt: str
-    answer: str
+    prompt: Prompt
+    answer: str | tuple[str, ...]
     source: str
     data: Any = None
 

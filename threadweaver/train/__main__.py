@@ -10,22 +10,24 @@ Trains a model; see configs/ for settings to start from and `KIND --help` for al
 Knows nothing about training: it turns arguments into settings and errors into exit codes.
 
 Exit codes: 0; 2 for arguments, settings or data that cannot be used, with one line on stderr; 1 for
-anything unexpected, a loss that is not finite among it; 130 and 143 when stopped by Ctrl-C or
-SIGTERM, with all that was done saved.
+anything unexpected, a loss that is not finite or a full disk among it; 128 and the number of the
+signal when stopped by Ctrl-C (130), SIGTERM (143), a terminal that closes (129) or an output that
+nobody reads any more (141), with all that was done saved.
 """
 
 from __future__ import annotations
 
 import sys
 from argparse import ArgumentError
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
-from threadweaver.command import explain, fail, quiet, train_extra
+from threadweaver.command import command, explain, fail, quiet, train_extra
 
 with train_extra():
     from jsonargparse import ArgumentParser
     from rich.console import Console
 
+    from threadweaver.output import Output
     from threadweaver.train.config import config_of, parser_of
     from threadweaver.train.stages import PipelineConfig, RLConfig, SelfTrainConfig, SFTConfig
 
@@ -35,26 +37,26 @@ if TYPE_CHECKING:
 KINDS = {kind.command: kind for kind in (SFTConfig, SelfTrainConfig, RLConfig, PipelineConfig)}
 
 
-@train_extra()
+@command
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line (default: the process's own) and returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parsers = {command: parser_of(kind) for command, kind in KINDS.items()}
+    parsers = {name: parser_of(kind) for name, kind in KINDS.items()}
     parser = ArgumentParser(
         prog="python -m threadweaver.train", exit_on_error=False, allow_abbrev=False
     )
     subcommands = parser.add_subcommands(required=True, dest="kind")
-    for command, of_kind in parsers.items():
-        subcommands.add_subcommand(command, of_kind)
-    command = next((a for a in arguments if a in KINDS), "sft")
+    for name, of_kind in parsers.items():
+        subcommands.add_subcommand(name, of_kind)
+    kind = next((a for a in arguments if a in KINDS), "sft")
     try:
         settings = parser.parse_args(arguments)
-        command = settings.kind
-        settings = settings[command]
-        config = config_of(KINDS[command], parsers[command], settings)
+        kind = settings.kind
+        settings = settings[kind]
+        config = config_of(KINDS[kind], parsers[kind], settings)
     except ArgumentError as error:
-        return fail(explain(str(error), parsers[command].get_defaults()), 2)
-    except ValueError as error:
+        return fail(explain(str(error), parsers[kind].get_defaults()), 2)
+    except (ValueError, OSError) as error:
         return fail(error, 2)
     # After the arguments are known to be good: these take seconds to import.
     from threadweaver.generate.engine import NonFiniteLogits
@@ -63,12 +65,13 @@ def main(arguments: list[str] | None = None) -> int:
     quiet()
     try:
         # Tables in a file are wide enough for most paths.
-        console = Console(width=None if sys.stdout.isatty() else 160)
-        run = _kind_of_run(command).prepare(config, settings.resume, console)
-    except ValueError as error:
+        width = None if sys.stdout.isatty() else 160
+        console = Console(file=cast(IO[str], Output(sys.stdout)), width=width)
+        run = _kind_of_run(kind).prepare(config, settings.resume, console)
+    except (ValueError, OSError) as error:
         return fail(error, 2)
     except KeyboardInterrupt:
-        return fail("interrupted before the first step", 130)
+        return fail("interrupted before the first step; nothing is lost", 130)
     if run is None:
         return 0
     try:
@@ -81,12 +84,12 @@ def main(arguments: list[str] | None = None) -> int:
         return fail("interrupted; continue from the last checkpoint with --resume", 130)
 
 
-def _kind_of_run(command: str) -> type[Run[Any]]:
-    if command == "sft":
+def _kind_of_run(kind: str) -> type[Run[Any]]:
+    if kind == "sft":
         from threadweaver.train.sft import SFTTrainer as Kind
-    elif command == "self-train":
+    elif kind == "self-train":
         from threadweaver.train.self_train import SelfTraining as Kind
-    elif command == "rl":
+    elif kind == "rl":
         from threadweaver.train.rl import RLTrainer as Kind
     else:
         from threadweaver.train.pipeline import Pipeline as Kind

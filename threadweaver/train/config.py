@@ -12,9 +12,11 @@ from typing import Any, ClassVar, Literal, TypeVar, cast
 
 from jsonargparse import ArgumentParser, Namespace
 
+from threadweaver.trajectory import TemplateConfig
 from threadweaver.trajectory.loss import Loss
 
 T = TypeVar("T")
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
 
 class ConfigError(ValueError):
@@ -56,10 +58,12 @@ class DataConfig:
     """What it is trained on.
 
     Args:
-        train: JSON lines or parquet file of trajectories.
+        train: JSON lines or parquet file of trajectories, a folder or a pattern of such files.
         validation: a file like it, for the validation loss.
         loss: response: every response token but forced headers; completions: only what the model
-            itself would sample (docs/semantics.md, "Calls, tries, loss").
+            itself would sample; sequential: the whole text as one ordinary sequence
+            (docs/semantics.md, "Calls, tries, loss").
+        max_depth: how deep blocks nest; a block that is deeper breaks the format.
         malformed: what to do with a trajectory that breaks the format: error, or drop and count.
     """
 
@@ -67,6 +71,10 @@ class DataConfig:
     validation: str | None = None
     loss: Loss = "response"
     malformed: Literal["error", "drop"] = "error"
+    max_depth: int = 1
+
+    def __post_init__(self):
+        check_least(1, "data", self, "max_depth")
 
 
 @dataclass
@@ -74,7 +82,8 @@ class TaskConfig:
     """Where prompts come from and what grades the answers (threadweaver.tasks).
 
     Args:
-        name: multiplication, reasoning_gym:<dataset>, or the path of a data file.
+        name: multiplication, reasoning_gym:<dataset>, or the path of a data file, a folder or a
+            pattern of such files.
         options: of that task, by name.
         problems: how many training problems are drawn; default: all there are.
     """
@@ -170,18 +179,23 @@ class ReportConfig:
     Args:
         log_every: progress lines when the output is no terminal; slow steps have more of them, one
             every few seconds. metrics.jsonl has every step.
-        validate_every: validation losses; default: at the end of each epoch. Always at the end.
+        validate_every: validation: of SFT, the loss on data.validation (default: at the end of each
+            epoch), of P-GRPO, held-out problems in both modes (default: never). Always at the end.
         checkpoint_every: checkpoints. Always at the end, and when interrupted.
         keep_checkpoints: how many of the newest checkpoints stay.
+        trackers: where the figures of each step go besides metrics.jsonl, under the same names:
+            tensorboard (files in run_dir), wandb, trackio.
     """
 
     log_every: int = 10
     validate_every: int | None = None
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
+    trackers: list[TrackerName] = field(default_factory=lambda: ["tensorboard"])
 
     def __post_init__(self):
-        check_least(1, "report", self, *(f.name for f in fields(self)))
+        counts = (f.name for f in fields(self) if f.name != "trackers")
+        check_least(1, "report", self, *counts)
 
 
 @dataclass(kw_only=True)
@@ -190,6 +204,7 @@ class RunConfig:
 
     Args:
         run_dir: folder of this run.
+        template: how prompts become text.
         seed: of all that is drawn.
 
     Attributes:
@@ -209,6 +224,7 @@ class RunConfig:
 
     run_dir: str
     model: ModelConfig
+    template: TemplateConfig = field(default_factory=TemplateConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     seed: int = 0

@@ -1,28 +1,29 @@
-"""What a run reports: one JSON line a step, TensorBoard events, and progress on the terminal."""
+"""What a run reports: one JSON line a step, the same to trackers, and progress on the terminal."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torch.utils.tensorboard import SummaryWriter
 
 from threadweaver.progress import LINE_SECONDS, Bar, Pace, print_line
+from threadweaver.train.trackers import Tracker
 
 
 class MetricsLog:
-    """metrics.jsonl, with one record for each step done, and the same as TensorBoard events.
+    """metrics.jsonl, with one record for each step done, and the same to trackers.
 
     Args:
-        run_dir: where both go.
+        run_dir: where it goes.
         steps_done: records of later steps are taken out first: the run, killed after its last
             checkpoint, takes these steps again.
     """
 
-    def __init__(self, run_dir: Path, steps_done: int):
+    def __init__(self, run_dir: Path, steps_done: int, trackers: Sequence[Tracker] = ()):
         path = run_dir / "metrics.jsonl"
         kept = []
         if path.exists():
@@ -33,25 +34,27 @@ class MetricsLog:
         partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         partial.replace(path)
         self._file = path.open("a", encoding="utf-8", buffering=1)
-        self._board = SummaryWriter(str(run_dir), purge_step=steps_done + 1)
+        self._trackers = trackers
 
     def write(self, record: dict[str, Any]) -> None:
         """Adds the record of the next step; its `step` counts from 1."""
         self._file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if name not in ("step", "epoch"):
-                self._board.add_scalar(name, value, record["step"])
+        figures = {n: v for n, v in record.items() if n not in ("step", "epoch")}
+        for tracker in self._trackers:
+            tracker.log(figures, record["step"])
         self.last = record
 
     def sync(self) -> None:
         """Forces all records to disk; called before the checkpoint that relies on them."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._board.flush()
+        for tracker in self._trackers:
+            tracker.flush()
 
     def close(self) -> None:
         self._file.close()
-        self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 class ProgressLog:
@@ -80,10 +83,15 @@ class ProgressLog:
                 f"reward {record['reward']:.3f}, accuracy {record['accuracy']:.1%}, longest path "
                 f"{record['longest_path_tokens']:.0f}, {speed:,.0f} tokens/s"
             )
+        validated = False
         if "validation_loss" in record:
-            shown += f", validation {record['validation_loss']:.4f}"
+            shown, validated = f"{shown}, validation {record['validation_loss']:.4f}", True
+        if "validation_parallel_accuracy" in record:
+            shares = [record[f"validation_{m}_accuracy"] for m in ("parallel", "sequential")]
+            held_out = "{:.1%} in parallel and {:.1%} in sequential mode".format(*shares)
+            shown, validated = f"{shown}, held out {held_out}", True
         self._bar.update(step, shown)
-        wanted = step % self._log_every == 0 or step == self._total or "validation_loss" in record
+        wanted = step % self._log_every == 0 or step == self._total or validated
         if not self._console.is_interactive and self._lines.due(wanted):
             left = (self._total - step) * record["seconds"] / step
             line = f"step {step}/{self._total}: {shown}, {left:,.0f} s left"

@@ -51,7 +51,7 @@ class Pipeline(Run[PipelineConfig]):
             self.stages.remove("self_train")
         self.part = self._prepare("sft", config.model)
 
-    def run(self) -> int:
+    def work(self) -> int:
         """See `Run`; also the exit code of the stage that was stopped."""
         checkpoint = None
         for stage in self.stages:
@@ -72,13 +72,16 @@ class Pipeline(Run[PipelineConfig]):
         shared: dict[str, Any] = {
             "run_dir": str(self.run_dir / stage),
             "model": model,
+            "template": config.template,
             "compute": config.compute,
             "report": config.report,
             "seed": config.seed,
         }
         if stage == "sft":
             sft = config.sft
-            data = DataConfig(train=sft.data or self._demonstrations(), loss=sft.loss)
+            data = DataConfig(
+                train=sft.data or self._demonstrations(), loss=sft.loss, max_depth=sft.max_depth
+            )
             settings = SFTConfig(data=data, optimization=sft.optimization, **shared)
             return SFTTrainer.prepare(settings, None, self.console)
         if stage == "self_train":
@@ -93,7 +96,7 @@ class Pipeline(Run[PipelineConfig]):
                 **shared,
             )
             return SelfTraining.prepare(settings, None, self.console)
-        settings = RLConfig(task=config.task, **vars(config.rl), **shared)
+        settings = RLConfig(task=config.task, evaluate=config.evaluate, **vars(config.rl), **shared)
         return RLTrainer.prepare(settings, None, self.console)
 
     def _demonstrations(self) -> str:
@@ -131,7 +134,7 @@ class Pipeline(Run[PipelineConfig]):
             device=config.compute.device,
             precision=config.compute.precision,
         )
-        engine, _ = load_engine(checkpoint, settings, parallel=True)
+        engine, _ = load_engine(checkpoint, settings, parallel=True, template=config.template)
         evaluations = evaluate_modes(
             ("parallel", "sequential"),
             engine,

@@ -13,6 +13,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from threadweaver.evaluate.grade import METRICS
+
 SHARES = (("accuracy", "accuracy"), ("format", "format correct"), ("activation", "activation"))
 
 
@@ -53,9 +55,11 @@ def plot_stages(stages: dict[str, Any], path: Path) -> None:
 
 
 def plot_rl(metrics: Path, path: Path) -> None:
-    """Reward and its parts, shares, and lengths over the steps of a run of P-GRPO."""
+    """Reward and its parts, shares, and lengths over the steps of a run of P-GRPO; with
+    markers, those of held-out problems."""
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     steps = [record["step"] for record in records]
+    validated = [r for r in records if "validation_parallel_accuracy" in r]
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     for axis, series, label in (
         (axes[0], (("reward", "reward"), ("reward_correct", "for the answer")), "reward, mean"),
@@ -68,7 +72,21 @@ def plot_rl(metrics: Path, path: Path) -> None:
     ):
         scale = 100 if label.startswith("%") else 1
         for key, name in series:
-            axis.plot(steps, [scale * record[key] for record in records], label=name)
+            [line] = axis.plot(steps, [scale * record[key] for record in records], label=name)
+            if not validated or key not in METRICS:
+                continue
+            modes = [("parallel", "o", "")]
+            if key in ("accuracy", "total_tokens"):
+                modes.append(("sequential", "x", ", sequential mode"))
+            for mode, marker, of_mode in modes:
+                axis.plot(
+                    [record["step"] for record in validated],
+                    [scale * record[f"validation_{mode}_{key}"] for record in validated],
+                    marker=marker,
+                    linestyle=":",
+                    color=line.get_color(),
+                    label=f"{name}, held out{of_mode}",
+                )
         axis.set_xlabel("step")
         axis.set_ylabel(label)
     speed = axes[0].twinx()

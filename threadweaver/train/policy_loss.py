@@ -1,7 +1,7 @@
 """The loss of P-GRPO over tries (docs/semantics.md, "P-GRPO"), and its settings.
 
-Every sum runs over the sampled tokens of a trie and is divided by the number of completion tokens
-of the whole batch, so the micro-batches of a batch add up, gradients and metrics alike. A token
+Every sum runs over the sampled tokens of a trie. The loss is divided by the number of completion
+tokens of the whole batch, so the micro-batches of a batch add up, gradients too. A token
 that several rollouts sampled stands in the trie once: its P and M are the sums of their positive
 and of their negative advantages, kept apart because a clip treats them differently.
 """
@@ -55,22 +55,24 @@ class PolicyConfig:
 
 
 class PolicyLoss(NamedTuple):
-    """A micro-batch's share of the loss and of the metrics of its batch; float32 scalars.
+    """A micro-batch's share of the loss of its batch, and sums for its metrics; float32 scalars.
 
-    Only the loss has a gradient. All but max_mismatch add up over micro-batches.
+    Only the loss has a gradient. All but max_mismatch add up over micro-batches; a metric is a sum
+    divided by PolicyTrie.num_completion_tokens, added up likewise: a mean over the tokens that it
+    was computed on.
 
     Attributes:
         loss: to be minimised.
-        clip_share: share of completion tokens whose gradient the clip cut.
-        entropy: mean over completion tokens, in nats.
-        kl: mean over completion tokens, estimated; zero without a reference.
-        mismatch: mean over completion tokens of |log p(trainer) - log p(generator)|, the trainer's
+        clipped: completion tokens whose gradient the clip cut.
+        entropy: sum over completion tokens, in nats.
+        kl: sum over completion tokens, estimated; zero without a reference.
+        mismatch: sum over completion tokens of |log p(trainer) - log p(generator)|, the trainer's
             with the weights that the batch was sampled with.
         max_mismatch: its maximum.
     """
 
     loss: Tensor
-    clip_share: Tensor
+    clipped: Tensor
     entropy: Tensor
     kl: Tensor
     mismatch: Tensor
@@ -142,10 +144,10 @@ def policy_loss(
     mismatch = (old - generator).abs()
     return PolicyLoss(
         loss=loss / num_completion_tokens,
-        clip_share=clipped / num_completion_tokens,
-        entropy=entropy.detach() / num_completion_tokens,
-        kl=kl.detach() / num_completion_tokens,
-        mismatch=(counts * mismatch).sum() / num_completion_tokens,
+        clipped=clipped,
+        entropy=entropy.detach(),
+        kl=kl.detach(),
+        mismatch=(counts * mismatch).sum(),
         max_mismatch=mismatch.max(),
     )
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from threadweaver.progress import print_line
 
 
 def print_sft_table(console: Console, summary: dict[str, Any], run_dir: Path) -> None:
@@ -27,10 +31,10 @@ def print_sft_table(console: Console, summary: dict[str, Any], run_dir: Path) ->
         ("unrolled / trie tokens", f"{summary['unrolled_per_trie_token']:.2f}"),
         ("wall-clock", f"{summary['seconds']:,.0f} s"),
         ("checkpoint", summary["checkpoint"]),
-        ("curves", f"tensorboard --logdir {run_dir}"),
+        ("curves", f"tensorboard --logdir {shlex.quote(str(run_dir))}"),
         (
             "train it further",
-            f"python -m threadweaver.train sft --model.path {summary['checkpoint']} "
+            f"python -m threadweaver.train sft --model.path {shlex.quote(summary['checkpoint'])} "
             "--data.train FILE --run_dir FOLDER",
         ),
     ]
@@ -53,7 +57,7 @@ def print_rl_table(console: Console, summary: dict[str, Any], run_dir: Path) -> 
         ("unrolled / trie tokens", f"{summary['unrolled_per_trie_token']:.2f}"),
         ("wall-clock", f"{summary['seconds']:,.0f} s"),
         ("checkpoint", summary["checkpoint"]),
-        ("curves", f"tensorboard --logdir {run_dir}"),
+        ("curves", f"tensorboard --logdir {shlex.quote(str(run_dir))}"),
     ]
     _print(console, "P-GRPO, last batch", rows)
 
@@ -96,12 +100,11 @@ def print_pipeline_table(console: Console, summary: dict[str, Any], run_dir: Pat
                 f"{e['total_tokens'] / e['longest_path_tokens']:.2f}",
             )
     console.print(table)
-    console.print(
+    print_line(
+        console,
         f"token-latency speed-up of parallel over sequential mode: {summary['speedup']:.2f}\n"
         f"final model: {summary['checkpoint']}\n"
         f"plots: {run_dir / 'stages.png'}, {run_dir / 'rl.png'}",
-        soft_wrap=True,
-        highlight=False,
     )
 
 
@@ -111,7 +114,7 @@ def _print(console: Console, title: str, rows: Sequence[tuple[str, str | None]])
     table.add_column(overflow="fold")
     for name, value in rows:
         if value is not None:
-            table.add_row(name, value)
+            table.add_row(name, Text(value))  # a path may hold what looks like markup
     console.print(table)
 
 

@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from itertools import islice
+from itertools import chain, count, islice
 from statistics import fmean
 
 import torch
@@ -20,15 +20,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from threadweaver.evaluate.grade import METRICS, Graded, summary
+from threadweaver.evaluate.modes import evaluate_modes
 from threadweaver.evaluate.reward import reward
-from threadweaver.evaluate.rollouts import check_prompts, fingerprint, roll_out
+from threadweaver.evaluate.rollouts import fingerprint, fitting, roll_out
 from threadweaver.generate.engine import Engine
+from threadweaver.generate.settings import EngineSizes, GenerationSettings
 from threadweaver.model import trie_logprobs
 from threadweaver.progress import Progress, ResponsesProgress, print_line
 from threadweaver.tasks import Problem, load_task
 from threadweaver.train.advantages import group_advantages
 from threadweaver.train.batches import unrolled_tokens
 from threadweaver.train.config import ConfigError
+from threadweaver.train.groups import Group, batch_of, sample_groups
 from threadweaver.train.policy_batch import PolicyTrie, micro_batches, policy_group
 from threadweaver.train.policy_loss import PolicyLoss, policy_loss
 from threadweaver.train.report import print_rl_table
@@ -47,44 +50,89 @@ class RLTrainer(Trainer[RLConfig]):
         # kind (docs/semantics.md, "P-GRPO").
         self.model.eval()
         self.task = load_task(config.task.name, **config.task.options)
-        self.problems = self.task.problems("train", config.task.problems, config.seed)
-        self.trains_on = f"task: {config.task.name}"
-        self.fingerprint = fingerprint(self.problems)
-        self.num_steps = config.optimization.steps
-        self.engine = Engine(
-            self.model,
-            self.codec,
-            **asdict(config.rollouts.engine),
-            autocast=config.compute.precision == "bf16",
-        )
-        if note := check_prompts(self.engine, self.problems, config.rollouts.generation):
+        for note in getattr(self.task, "notes", ()):
             print_line(self.console, note)
+        problems = self.task.problems("train", config.task.problems, config.seed)
+        self.trains_on = f"task: {config.task.name}"
+        self.fingerprint = fingerprint(problems)
+        self.num_steps = config.optimization.steps
+        self.engine = self._engine(config.rollouts.engine)
+        self.problems, self.skipped_prompts = self._fitting(
+            "training",
+            self.engine,
+            problems,
+            config.rollouts.generation,
+            config.optimization.batch_tokens,
+        )
+        if config.report.validate_every is not None:
+            self._load_held_out()
         self.reference = self._load_reference() if config.policy.kl else None
+
+    def _engine(self, sizes: EngineSizes) -> Engine:
+        autocast = self.config.compute.precision == "bf16"
+        return Engine(self.model, self.codec, **asdict(sizes), autocast=autocast)
+
+    def _fitting(
+        self,
+        kind: str,
+        engine: Engine,
+        problems: list[Problem],
+        settings: GenerationSettings,
+        most_tokens: int | None = None,
+    ) -> tuple[list[Problem], int]:
+        """The problems whose prompts fit, and how many do not, which is shown; as `fitting`."""
+        fit, skipped, notes = fitting(engine, problems, settings, most_tokens)
+        for note in notes:
+            print_line(self.console, f"{kind} problems: {note}")
+        return fit, skipped
+
+    def _load_held_out(self) -> None:
+        """The problems of validation, and an engine of its own, so that nothing of it reaches the
+        rollouts that are learnt from."""
+        config = self.config.evaluate
+        self.validator = self._engine(config.engine)
+        try:
+            problems = self.task.problems("validation", config.problems, self.config.seed)
+            self.held_out, _ = self._fitting(
+                "held-out", self.validator, problems, config.generation
+            )
+        except ValueError as error:
+            raise ConfigError(f"evaluate: {error}") from error
 
     def train_step(self) -> Record:
         """A batch of problems: rolled out, graded, rewarded, and learnt from."""
         start = time.perf_counter()
         preempted, ungraded = self.engine.preemptions, self.task.ungraded
-        problems = list(self._batch_of(self.steps_done))
-        graded = self._roll_out(problems)
+        groups = self._sample()
         self.engine.free()
         rolled_out = time.perf_counter()
-        tries, rewards = self._tries_of(graded)
-        tokens = sum(g.rollout.num_sampled_tokens for g in graded)
-        learnt = self._learn(tries, tokens, [problem.source for problem in problems])
+        batch = batch_of(groups, self.config.rollouts.problems)
+        tries, cut = self._tries_of(batch)
+        num_tokens = sum(group.num_sampled_tokens for group in batch)
+        learnt = self._learn(tries, num_tokens, [group.source for group in batch])
         end = time.perf_counter()
+        graded = [g for group in groups for g in group.graded]
+        rewards = [r for group in groups for r in group.rewards]
+        tokens = sum(group.num_sampled_tokens for group in groups)
         trie_tokens = sum(map(len, tries))
         unrolled = sum(unrolled_tokens(t.trie) for t in tries)
+        no_signal = sum(not group.has_signal for group in groups)
         self.add_to_totals(
             rollout_tokens=tokens,
             trie_tokens=trie_tokens,
             unrolled_tokens=unrolled,
             rollout_seconds=rolled_out - start,
             update_seconds=end - rolled_out,
-            no_signal_groups=rewards["no_signal_groups"],
+            no_signal_groups=no_signal,
         )
-        return {
-            **rewards,
+        record: Record = {
+            "reward": fmean(r.total for r in rewards),
+            "reward_correct": fmean(r.correct for r in rewards),
+            "reward_speed": fmean(r.speed for r in rewards),
+            "groups": len(groups),
+            "no_signal_groups": no_signal,
+            "unused_groups": len(groups) - no_signal - sum(group.has_signal for group in batch),
+            **cut,
             **learnt,
             **summary(graded),
             "reached_limits": sum(any(asdict(g.rollout.limits).values()) for g in graded),
@@ -99,26 +147,59 @@ class RLTrainer(Trainer[RLConfig]):
             "update_tokens_per_second": trie_tokens / (end - rolled_out),
             "tokens_per_second": tokens / (end - start),
         }
+        every, done = self.config.report.validate_every, self.steps_done + 1
+        if every is not None and (done % every == 0 or done == self.num_steps):
+            record |= self._validate()
+        return record
 
-    def _batch_of(self, step: int) -> Iterator[Problem]:
-        """The problems of a step: pass after pass over all of them, each in an order of its own."""
+    def _sample(self) -> list[Group]:
+        """The groups of a step, from the next problems on."""
+        rollouts = self.config.rollouts
+        first = self._groups_sampled
+        sampled: list[Group] = []
 
-        def passes() -> Iterator[Problem]:
-            first_pass = start // len(self.problems)
-            for number in range(first_pass, first_pass + 2 + size // len(self.problems)):
-                order = list(self.problems)
-                random.Random(f"{self.config.seed}/{number}").shuffle(order)
-                yield from order
+        def sample(size: int) -> list[Group]:
+            problems = list(self._problems_from(first + len(sampled), size))
+            groups = self._groups_of(self._roll_out(problems, len(sampled)))
+            sampled.extend(groups)
+            return groups
 
-        size = self.config.rollouts.problems
-        start = step * size
-        skipped = start % len(self.problems)
-        return islice(passes(), skipped, skipped + size)
+        groups = sample_groups(
+            sample, rollouts.problems, rollouts.refill_limit if rollouts.refill else 1
+        )
+        self.totals["groups"] = first + len(groups)
+        return groups
 
-    def _roll_out(self, problems: Sequence[Problem]) -> list[Graded]:
-        """The rollouts of each problem, decoded and graded; those of one problem are neighbours."""
+    @property
+    def _groups_sampled(self) -> int:
+        """By all steps done; checkpoints of older versions do not say."""
+        before = self.steps_done * self.config.rollouts.problems
+        return int(self.totals.get("groups", before))
+
+    def _problems_from(self, start: int, size: int) -> Iterator[Problem]:
+        """So many problems, the `start` first ones left out: pass after pass over all of them, each
+        in an order of its own."""
+
+        def one_pass(number: int) -> list[Problem]:
+            order = list(self.problems)
+            random.Random(f"{self.config.seed}/{number}").shuffle(order)
+            return order
+
+        number, skipped = divmod(start, len(self.problems))
+        passes = map(one_pass, count(number))
+        return islice(chain.from_iterable(passes), skipped, skipped + size)
+
+    def _roll_out(self, problems: Sequence[Problem], sampled: int) -> list[Graded]:
+        """The rollouts of each problem, decoded and graded; those of one problem are neighbours.
+
+        Args:
+            sampled: problems of this step that were rolled out before.
+        """
         rollouts = self.config.rollouts
         title, total = f"rolling out, step {self.steps_done + 1}", len(problems) * rollouts.samples
+        draws = (self.config.seed, self.steps_done)
+        if sampled:
+            title, draws = f"{title}, after {sampled} problems", (*draws, sampled)
         with ResponsesProgress(self.console, title, total, self.engine) as progress:
             return roll_out(
                 self.engine,
@@ -126,43 +207,62 @@ class RLTrainer(Trainer[RLConfig]):
                 problems,
                 rollouts.generation,
                 samples=rollouts.samples,
-                seed=(self.config.seed, self.steps_done),
+                seed=draws,
                 on_progress=progress.decoded,
                 on_graded=progress.graded,
             )
 
-    def _tries_of(self, graded: Sequence[Graded]) -> tuple[list[PolicyTrie], Record]:
-        """Rewards the rollouts, weighs each against its group, and merges each group into tries.
-
-        Returns:
-            The tries of the groups that have a signal, and figures of all groups.
-        """
+    def _groups_of(self, graded: Sequence[Graded]) -> list[Group]:
+        """Rewards the rollouts and weighs each against its group."""
         config, size = self.config, self.config.rollouts.samples
-        rewards = [reward(g.correct, g.lengths, config.reward, g.problem.source) for g in graded]
-        tries: list[PolicyTrie] = []
-        no_signal_groups = dropped_calls = skipped_rollouts = 0
+        groups = []
         for first in range(0, len(graded), size):
-            group = slice(first, first + size)
-            advantages = group_advantages(
-                [r.total for r in rewards[group]], config.policy.advantage
-            )
-            if not any(advantages):
-                no_signal_groups += 1
-                continue
-            merged = policy_group(
-                [g.rollout for g in graded[group]], advantages, config.optimization.batch_tokens
-            )
-            tries += merged.tries
-            dropped_calls += merged.dropped_calls
-            skipped_rollouts += merged.skipped_rollouts
-        return tries, {
-            "reward": fmean(r.total for r in rewards),
-            "reward_correct": fmean(r.correct for r in rewards),
-            "reward_speed": fmean(r.speed for r in rewards),
-            "no_signal_groups": no_signal_groups,
-            "dropped_calls": dropped_calls,
-            "skipped_rollouts": skipped_rollouts,
-        }
+            group = graded[first : first + size]
+            rewards = [reward(g.correct, g.lengths, config.reward, g.problem.source) for g in group]
+            totals = [r.total for r in rewards]
+            groups.append(Group(group, rewards, group_advantages(totals, config.policy.advantage)))
+        return groups
+
+    def _tries_of(self, groups: Sequence[Group]) -> tuple[list[PolicyTrie], Record]:
+        """Merges each group that has a signal into tries; they, and what the budget cut."""
+        tries: list[PolicyTrie] = []
+        dropped_calls = skipped_rollouts = 0
+        for group in groups:
+            if group.has_signal:
+                merged = policy_group(
+                    [g.rollout for g in group.graded],
+                    group.advantages,
+                    self.config.optimization.batch_tokens,
+                )
+                tries += merged.tries
+                dropped_calls += merged.dropped_calls
+                skipped_rollouts += merged.skipped_rollouts
+        return tries, {"dropped_calls": dropped_calls, "skipped_rollouts": skipped_rollouts}
+
+    def _validate(self) -> Record:
+        """Held-out problems in both modes: each time the same, with the same draws."""
+        start = time.perf_counter()
+        config = self.config
+        evaluations = evaluate_modes(
+            ("parallel", "sequential"),
+            self.validator,
+            self.task,
+            self.held_out,
+            config.evaluate.generation,
+            self.console,
+            seed=config.seed,
+        )
+        self.validator.free()
+        record: Record = {}
+        for mode, evaluation in evaluations.items():
+            figures = {**summary(evaluation.graded), "ungraded": evaluation.ungraded}
+            record |= {f"validation_{mode}_{name}": value for name, value in figures.items()}
+        record["validation_speedup"] = (
+            record["validation_sequential_total_tokens"]
+            / record["validation_parallel_longest_path_tokens"]
+        )
+        record["validation_seconds"] = time.perf_counter() - start
+        return record
 
     def _learn(self, tries: list[PolicyTrie], num_tokens: int, sources: list[str]) -> Record:
         """The optimizer steps of a batch.
@@ -204,10 +304,14 @@ class RLTrainer(Trainer[RLConfig]):
                 losses += step
 
         def total(name: str) -> float:
-            return sum(float(getattr(loss, name)) for loss in losses) / settings.updates
+            return math.fsum(float(getattr(loss, name)) for loss in losses)
 
+        # Those of groups with a signal, which alone are looked at.
+        tokens = sum(micro.num_completion_tokens for micros in batches for micro in micros)
+        means = {"clip_share": "clipped", "entropy": "entropy", "kl": "kl", "mismatch": "mismatch"}
         return {
-            **{n: total(n) for n in ("loss", "clip_share", "entropy", "kl", "mismatch")},
+            "loss": total("loss") / settings.updates,
+            **{name: total(of) / max(tokens, 1) for name, of in means.items()},
             "max_mismatch": max((float(loss.max_mismatch) for loss in losses), default=0.0),
             "gradient_norm": fmean(norms) if norms else 0.0,
             "learning_rate": rate,
@@ -253,6 +357,9 @@ class RLTrainer(Trainer[RLConfig]):
         result = {
             "steps": self.steps_done,
             **{name: last[name] for name in ("reward", *METRICS)},
+            **{name: last[name] for name in last if name.startswith("validation_")},
+            "skipped_prompts": self.skipped_prompts,
+            "groups": self._groups_sampled,
             "no_signal_groups": int(totals["no_signal_groups"]),
             "rollout_tokens": totals["rollout_tokens"],
             "rollout_tokens_per_second": totals["rollout_tokens"] / totals["rollout_seconds"],

@@ -7,6 +7,8 @@ however often the run was killed and resumed.
 
 from __future__ import annotations
 
+import shlex
+import signal
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -19,7 +21,7 @@ from rich.console import Console
 from torch import Tensor
 
 from threadweaver.model import end_ids, parameter_count, save_model
-from threadweaver.progress import print_line
+from threadweaver.progress import has_no_reader, print_line
 from threadweaver.train.checkpoint import (
     all_checkpoints,
     check_shapes,
@@ -28,6 +30,7 @@ from threadweaver.train.checkpoint import (
 )
 from threadweaver.train.config import ConfigError, RunConfig
 from threadweaver.train.interrupt import Interrupts
+from threadweaver.train.lock import RunLock, check_free
 from threadweaver.train.log import MetricsLog, ProgressLog
 from threadweaver.train.not_finite import save_batch
 from threadweaver.train.run_dir import (
@@ -46,6 +49,7 @@ from threadweaver.train.setup import (
     recompute_activations,
 )
 from threadweaver.train.stages import RLConfig, SFTConfig
+from threadweaver.train.trackers import check_trackers, start_trackers
 from threadweaver.trajectory import Codec
 from tw_kernels import Trie
 
@@ -59,10 +63,12 @@ class Run(ABC, Generic[C]):
 
     Attributes:
         device: where it computes.
+        lock: on its folder, from `prepare` to the end of `run`.
         state: of the newest checkpoint, for the kinds that have checkpoints; None: at the start.
     """
 
     device: torch.device
+    lock: RunLock
     state: dict[str, Any] | None = None
 
     def __init__(self, config: C, console: Console):
@@ -85,17 +91,31 @@ class Run(ABC, Generic[C]):
             ValueError: settings or data that cannot be used.
         """
         run = cls(config, console)
+        check_free(run.run_dir)
         check_run_dir(run.run_dir, holds_run(run.run_dir) if resume is None else resume)
         if run.is_finished():
             summary = run.run_dir / "summary.json"
-            console.print(f"{run.run_dir}: this run is finished, see {summary}", soft_wrap=True)
+            print_line(console, f"{run.run_dir}: this run is finished, see {summary}")
             return None
-        precision_note = settle_precision(config, console)
-        run.find_state()
-        run.device = prepare_torch(config, run.state)
-        run.load()
-        write_config(config, precision_note)
+        check_trackers(config.report.trackers)
+        run.lock = RunLock(run.run_dir)
+        try:
+            precision_note = settle_precision(config, console)
+            run.find_state()
+            run.device = prepare_torch(config, run.state)
+            run.load()
+            write_config(config, precision_note)
+        except BaseException:
+            run.lock.release(undo=not holds_run(run.run_dir))
+            raise
         return run
+
+    def run(self) -> int:
+        """To the end. Returns the exit code: 0, or 128 + the signal that stopped it."""
+        try:
+            return self.work()
+        finally:
+            self.lock.release()
 
     def is_finished(self) -> bool:
         return (self.run_dir / "summary.json").exists()
@@ -109,8 +129,8 @@ class Run(ABC, Generic[C]):
         """Loads what the run needs at its start, or where it was stopped."""
 
     @abstractmethod
-    def run(self) -> int:
-        """To the end. Returns the exit code: 0, or 128 + the signal that stopped it."""
+    def work(self) -> int:
+        """As `run`, with the folder locked."""
 
 
 class Trainer(Run[T]):
@@ -147,7 +167,7 @@ class Trainer(Run[T]):
             checkpoint = checkpoints[-1]
             self.state = load_state(checkpoint)
             check_same_settings(self.config, self.state["settings"], checkpoint)
-            self.console.print(f"resuming from {checkpoint}", soft_wrap=True)
+            print_line(self.console, f"resuming from {checkpoint}")
 
     def load(self) -> None:
         compute = self.config.compute
@@ -155,7 +175,7 @@ class Trainer(Run[T]):
         self.model, self.tokenizer = build_model(self.config, checkpoint)
         print_line(self.console, f"model: {parameter_count(self.model)}")
         torch.nn.Module.to(self.model, self.device).train()
-        self.codec = Codec.from_tokenizer(self.tokenizer, end_ids(self.model))
+        self.codec = Codec.from_tokenizer(self.tokenizer, end_ids(self.model), self.config.template)
         self.totals: dict[str, float] = {"seconds": 0.0}
         self.steps_done = 0
         self.load_data()
@@ -171,7 +191,7 @@ class Trainer(Run[T]):
         # resume.
         self.origin = self.started - self.totals["seconds"]
 
-    def run(self) -> int:
+    def work(self) -> int:
         """See `Run`.
 
         Raises:
@@ -179,9 +199,9 @@ class Trainer(Run[T]):
         """
         stopped_by = self._take_steps()
         if stopped_by is not None:
-            path = self.run_dir / "config.yaml"
+            path = shlex.quote(str(self.run_dir / "config.yaml"))
             command = f"python -m threadweaver.train {self.config.command} --config {path} --resume"
-            self.console.print(f"stopped and saved; continue with: {command}", soft_wrap=True)
+            print_line(self.console, f"stopped and saved; continue with: {command}")
             return 128 + stopped_by
         self.finish()
         return 0
@@ -191,7 +211,8 @@ class Trainer(Run[T]):
         report = self.config.report
         with ExitStack() as stack:
             interrupts = stack.enter_context(Interrupts())
-            self.metrics = MetricsLog(self.run_dir, self.steps_done)
+            trackers = start_trackers(self.config, self.steps_done, self.console)
+            self.metrics = MetricsLog(self.run_dir, self.steps_done, trackers)
             stack.callback(self.metrics.close)
             progress = stack.enter_context(
                 ProgressLog(self.console, self.steps_done, self.num_steps, report.log_every)
@@ -203,6 +224,8 @@ class Trainer(Run[T]):
                 self.metrics.write(record)
                 progress.update(record)
                 stop = interrupts.received
+                if stop is None and has_no_reader(self.console):
+                    stop = signal.SIGPIPE
                 last = self.steps_done == self.num_steps
                 if last or stop is not None or self.steps_done % report.checkpoint_every == 0:
                     self._save()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, replace
+from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -158,12 +158,31 @@ def check_same_config(config: RunConfig) -> None:
         check_same_settings(config, settings_of(config, saved_config(path)), path)
 
 
+# What runs did that were started before there was such a setting.
+_ADDED = {"template.use": "auto", "data.max_depth": 1, "sft.max_depth": 1}
+
+
 def check_same_settings(config: RunConfig, saved: dict[str, Any], made: Path) -> None:
     """Raises ConfigError if something was made with other settings, naming the first."""
     ours = settings_of(config)
+    saved = {**{name: _ADDED[name] for name in _ADDED if name in ours}, **saved}
     for name in [*ours, *saved.keys() - ours.keys()]:
-        if ours.get(name) != saved.get(name):
+        theirs = saved[name] if name in saved else _default(config, name)
+        if ours.get(name) != theirs:
             raise ConfigError(
-                f"{name} is {ours.get(name)}, but {made} was made with {saved.get(name)}; "
+                f"{name} is {ours.get(name)}, but {made} was made with {theirs}; "
                 "resume with the settings of the run or start another in a new run_dir"
             )
+
+
+def _default(config: RunConfig, name: str) -> Any:
+    """Of a setting that an older version did not have; None if it has none."""
+    *parents, leaf = name.split(".")
+    owner: Any = config
+    for parent in parents:
+        owner = getattr(owner, parent, None)
+    if not is_dataclass(owner):
+        return None
+    field = next(f for f in fields(owner) if f.name == leaf)
+    made = field.default if field.default_factory is MISSING else field.default_factory()
+    return None if made is MISSING else json.loads(json.dumps(made))

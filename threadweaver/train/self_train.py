@@ -13,6 +13,7 @@ itself, so a resumed run gets the same rollouts.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -24,11 +25,12 @@ import torch
 
 from threadweaver.data import save_rows, trajectory_row
 from threadweaver.evaluate.grade import Graded, graded_row, summary
-from threadweaver.evaluate.rollouts import check_prompts, fingerprint, roll_out
+from threadweaver.evaluate.rollouts import fingerprint, fitting, roll_out
 from threadweaver.generate.engine import Engine
+from threadweaver.generate.settings import PromptTooLong
 from threadweaver.model import end_ids
 from threadweaver.progress import ResponsesProgress, print_line
-from threadweaver.tasks import Problem, load_task
+from threadweaver.tasks import load_task
 from threadweaver.train.config import ConfigError, DataConfig
 from threadweaver.train.report import print_self_train_table
 from threadweaver.train.run import Run
@@ -36,7 +38,7 @@ from threadweaver.train.run_dir import read_json, write_json
 from threadweaver.train.setup import build_model
 from threadweaver.train.sft import SFTTrainer
 from threadweaver.train.stages import SelfTrainConfig, SFTConfig
-from threadweaver.trajectory import Codec
+from threadweaver.trajectory import Codec, Rendered
 
 MOST_REASONS = 10
 Row = dict[str, Any]
@@ -48,11 +50,13 @@ class SelfTraining(Run[SelfTrainConfig]):
     def load(self) -> None:
         config = self.config
         self.task = load_task(config.task.name, **config.task.options)
+        for note in getattr(self.task, "notes", ()):
+            print_line(self.console, note)
         problems = self.task.problems("train", config.task.problems, config.seed)
         size = config.rollouts.chunk
         self.chunks = [problems[i : i + size] for i in range(0, len(problems), size)]
 
-    def run(self) -> int:
+    def work(self) -> int:
         """See `Run`.
 
         Raises:
@@ -63,8 +67,13 @@ class SelfTraining(Run[SelfTrainConfig]):
         config, folder = self.config, self.run_dir / "sft"
         settings = SFTConfig(
             run_dir=str(folder),
-            data=DataConfig(train=str(self.run_dir / "kept.jsonl"), loss=config.loss),
+            data=DataConfig(
+                train=str(self.run_dir / "kept.jsonl"),
+                loss=config.loss,
+                max_depth=config.rollouts.generation.max_depth,
+            ),
             model=config.model,
+            template=config.template,
             optimization=config.optimization,
             compute=config.compute,
             report=config.report,
@@ -91,20 +100,25 @@ class SelfTraining(Run[SelfTrainConfig]):
         missing = [n for n in numbers if not self._chunk_file(n).exists()]
         engine = self._engine(None) if missing else None
         if engine is not None:
-            problems = [problem for n in missing for problem in self.chunks[n]]
-            if note := check_prompts(engine, problems, self.config.rollouts.generation):
-                print_line(self.console, note)
+            problems = [problem for chunk in self.chunks for problem in chunk]
+            for note in fitting(engine, problems, self.config.rollouts.generation).notes:
+                print_line(self.console, f"training problems: {note}")
         for n in missing:
             assert engine is not None
             graded = self._roll_out(engine, n, f"rolling out {n + 1}/{len(numbers)}")
             record = {
                 "problems": fingerprint(self.chunks[n]),
                 "means": summary(graded),
+                "skipped_prompts": len(self.chunks[n])
+                - len(graded) // self.config.rollouts.samples,
                 "rollouts": [{**graded_row(g), "fits": _fits(g, engine)} for g in graded],
             }
             write_json(self._chunk_file(n), record, indent=None)
-        rows = [row for n in numbers for row in self._rows(n)]
+        chunks = [self._chunk(n) for n in numbers]
+        rows = [row for chunk in chunks for row in chunk["rollouts"]]
         kept, selection = select(rows, self.config.rollouts.keep_per_problem)
+        # Older chunks have none: there such a prompt was an error.
+        selection["skipped_prompts"] = sum(chunk.get("skipped_prompts", 0) for chunk in chunks)
         if not kept:
             reasons = ", ".join(
                 f"{count} {reason}" for reason, count in selection["rejected"].items()
@@ -118,14 +132,15 @@ class SelfTraining(Run[SelfTrainConfig]):
         save_rows(kept, self.run_dir / "kept.jsonl")
         write_json(self.run_dir / "selection.json", selection)
 
-    def _rows(self, number: int) -> list[Row]:
+    def _chunk(self, number: int) -> Row:
+        """What its file holds."""
         record = read_json(self._chunk_file(number))
         if record["problems"] != fingerprint(self.chunks[number]):
             raise ConfigError(
                 f"task: {self.config.task.name} is not what {self._chunk_file(number)} was rolled "
                 "out on; resume with the same problems or start another run"
             )
-        return record["rollouts"]
+        return record
 
     def _chunk_file(self, number: int) -> Path:
         return self.run_dir / "rollouts" / f"chunk-{number}.json"
@@ -137,14 +152,18 @@ class SelfTraining(Run[SelfTrainConfig]):
         torch.nn.Module.to(model, self.device)
         return Engine(
             model.eval(),
-            Codec.from_tokenizer(tokenizer, end_ids(model)),
+            Codec.from_tokenizer(tokenizer, end_ids(model), config.template),
             **asdict(config.rollouts.engine),
             autocast=config.compute.precision == "bf16",
         )
 
     def _roll_out(self, engine: Engine, number: int, title: str) -> list[Graded]:
-        problems: list[Problem] = self.chunks[number]
+        """Of the problems of a chunk whose prompts fit."""
         rollouts = self.config.rollouts
+        try:
+            problems = fitting(engine, self.chunks[number], rollouts.generation).problems
+        except PromptTooLong:  # all of them
+            problems = []
         total = len(problems) * rollouts.samples
         with ResponsesProgress(self.console, title, total, engine) as progress:
             return roll_out(
@@ -161,8 +180,8 @@ class SelfTraining(Run[SelfTrainConfig]):
 
 def _fits(graded: Graded, engine: Engine) -> bool:
     """Whether SFT, which writes an end token after the response, can train on it."""
-    texts = graded.problem.prompt, graded.response
-    return sum(len(engine.codec.encode(text)) for text in texts) < engine.context_length
+    room = engine.context_length - len(graded.rollout.prompt)
+    return len(engine.codec.encode(graded.response)) < room
 
 
 def select(rows: Iterable[Row], keep_per_problem: int) -> tuple[list[Row], Row]:
@@ -175,7 +194,7 @@ def select(rows: Iterable[Row], keep_per_problem: int) -> tuple[list[Row], Row]:
     kept: list[Row] = []
     rejected = dict.fromkeys(("wrong", "malformed", "too long", "duplicate", "over the cap"), 0)
     breaches: Counter[str] = Counter()
-    responses: dict[tuple[str, str], set[str]] = {}
+    responses: dict[str, set[str]] = {}
     count = right = well_formed = 0
     for row in rows:
         question, response, answer = row["question"], row["response"], row["ground_truth"]
@@ -183,7 +202,7 @@ def select(rows: Iterable[Row], keep_per_problem: int) -> tuple[list[Row], Row]:
         right += row["correct"]
         well_formed += not row["violations"]
         breaches.update(re.sub(r"[0-9]+", "n", v.partition(": ")[2]) for v in row["violations"][:1])
-        seen = responses.setdefault((question, answer), set())
+        seen = responses.setdefault(json.dumps([question, answer]), set())
         if not row["correct"]:
             rejected["wrong"] += 1
         elif row["violations"]:
@@ -196,7 +215,8 @@ def select(rows: Iterable[Row], keep_per_problem: int) -> tuple[list[Row], Row]:
             rejected["over the cap"] += 1
         else:
             seen.add(response)
-            kept.append(trajectory_row(question, response, answer))
+            prompt = Rendered(question) if row.get("rendered") else question
+            kept.append(trajectory_row(prompt, response, answer))
     report = {
         "rollouts": count,
         "kept": len(kept),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from threadweaver.data import read_examples
+from threadweaver.data import columns_note, read_examples
 from threadweaver.evaluate.metrics import compare
 from threadweaver.evaluate.modes import evaluate_modes
 from threadweaver.evaluate.rollouts import check_prompts
@@ -151,7 +151,8 @@ class SFTTrainer(Trainer[SFTConfig]):
 
     def _load_tries(self, path: str) -> TrieSet:
         with Progress(self.console, f"reading {path}", None, "rows") as progress:
-            examples = list(progress.track(read_examples(path)))
+            examples = list(progress.track(read_examples(path, codec=self.codec)))
+        print_line(self.console, columns_note(path, examples))
         budget = self.config.optimization.batch_tokens
         with Progress(self.console, f"building tries of {path}", len(examples), "rows") as progress:
             data = build_tries(
@@ -162,12 +163,11 @@ class SFTTrainer(Trainer[SFTConfig]):
                 context_length(self.model),
             )
         unrolled = sum(map(unrolled_tokens, data.tries))
-        self.console.print(
+        print_line(
+            self.console,
             f"{path}: {len(data.tries):,} tries, {sum(data.sizes):,} tokens ({unrolled:,} "
             f"unrolled), {data.dropped_calls:,} calls cut to fit optimization.batch_tokens, "
             f"{data.dropped_trajectories:,} malformed trajectories dropped",
-            highlight=False,
-            soft_wrap=True,
         )
         return data
 

@@ -27,7 +27,7 @@ from threadweaver.trajectory.loss import Loss
 
 @dataclass
 class EvaluationConfig:
-    """Held-out problems after each stage, in parallel and in sequential mode.
+    """Held-out problems, in parallel and in sequential mode.
 
     Args:
         problems: how many.
@@ -162,17 +162,22 @@ class RLRollouts:
     Args:
         problems: in a batch.
         samples: responses to each of them; they are each other's baseline.
+        refill: replace groups whose rewards are all equal, which have no signal, by those of
+            further problems.
+        refill_limit: with it, most problems sampled for a batch, in batches.
         generation: mode, limits, sampling.
         engine: its sizes.
     """
 
     problems: int = 128
     samples: int = 8
+    refill: bool = False
+    refill_limit: int = 3
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     engine: EngineSizes = field(default_factory=EngineSizes)
 
     def __post_init__(self):
-        check_least(1, "rollouts", self, "problems")
+        check_least(1, "rollouts", self, "problems", "refill_limit")
         if self.samples < 2:
             raise ConfigError(
                 f"rollouts.samples is {self.samples}: it must be at least 2, since a response is "
@@ -217,12 +222,14 @@ class RLConfig(RunConfig, RLSettings):
         run_dir: folder of this run: config.yaml, metrics.jsonl, summary.json, TensorBoard events,
             checkpoints.
         model: where it starts; also the reference of policy.kl.
+        evaluate: held-out problems for report.validate_every.
         seed: of the problems' order and of the draws.
     """
 
     command: ClassVar[str] = "rl"
 
     task: TaskConfig = field(default_factory=TaskConfig)
+    evaluate: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
 @dataclass
@@ -233,16 +240,18 @@ class SFTStage:
         data: file of trajectories; default: demonstrations.
         demonstrations: how many.
         parallel_share: share of them with blocks.
+        max_depth: how deep the blocks of trajectories nest.
     """
 
     data: str | None = None
     demonstrations: int = 1000
     parallel_share: float = 1.0
     loss: Loss = "response"
+    max_depth: int = 1
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
 
     def __post_init__(self):
-        check_least(1, "sft", self, "demonstrations")
+        check_least(1, "sft", self, "demonstrations", "max_depth")
         if not 0 <= self.parallel_share <= 1:
             raise ConfigError(
                 f"sft.parallel_share is {self.parallel_share}: it must be between 0 and 1"

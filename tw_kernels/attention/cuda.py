@@ -1,7 +1,8 @@
 """trie_attention in CUDA C++ on Hopper GPUs (csrc/cuda/attention/trie_attention.h).
 
-Only taken by name (backend="cuda" or TW_BACKEND=cuda). bfloat16, head dims 64 and 128. Nothing here
-waits for the device. Each gradient is summed in a fixed order: two runs agree to the last bit.
+Only taken by name (backend="cuda" or TW_BACKEND=cuda). bfloat16, head dims 64 and 128; no windows
+and no soft caps. Nothing here waits for the device. Each gradient is summed in a fixed order: two
+runs agree to the last bit.
 
 What a block of rows and columns shares is multiplied by a zero probability where the trie hides it:
 a NaN or infinity in k, v or dout can reach rows that do not see it, as in any flash attention.
@@ -37,8 +38,12 @@ class Plan(NamedTuple):
     dkv: BlockSchedule
 
 
-def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def why_not(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, softcap: float | None = None
+) -> str | None:
     """None if this call can run, else the reason in one line."""
+    if window is not None or softcap is not None:
+        return "the CUDA kernels have no window and no soft cap"
     if reason := cuda_device.why_not(q):
         return reason
     if q.dtype != torch.bfloat16:
@@ -48,7 +53,7 @@ def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return cuda_device.why_not_built(FORWARD_CUBIN, BACKWARD_CUBIN)
 
 
-def plan(layout: TrieLayout, q: Tensor) -> Plan:
+def plan(layout: TrieLayout, q: Tensor, window: None = None) -> Plan:
     """The plan for q's head dim. The layout keeps its parts; kernels of equal block sizes share a
     schedule."""
     if "padded_ends" not in layout.memo:
@@ -63,7 +68,9 @@ def plan(layout: TrieLayout, q: Tensor) -> Plan:
     )
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, softcap: None = None
+) -> tuple[Tensor, Tensor]:
     """out [N, Hq, D] in q's dtype and lse [Hq, N], float32."""
     q, k, v = (_for_bulk_copies(x) for x in (q, k, v))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -89,6 +96,7 @@ def backward(
     lse: Tensor,
     plan: Plan,
     scale: float,
+    softcap: None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq [N, Hq, D], dk and dv [N, Hkv, D] in the dtypes of q, k and v."""
     dout, q, k, v, out = (_for_bulk_copies(x) for x in (dout, q, k, v, out))

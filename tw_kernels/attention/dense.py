@@ -2,8 +2,12 @@
 
 Roots whose lengths share a power of two run as one padded batch, so the masks of a pack take
 the sum over roots of at most 4 length^2, never N^2.
+
+Windows and soft caps in every floating dtype. A NaN or infinity can reach all of its own root's
+tokens, since those that do not see it weigh it with 0; it reaches no other root.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,7 +31,9 @@ class Bucket(NamedTuple):
     bias: Tensor
 
 
-def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def why_not(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, softcap: float | None = None
+) -> str | None:
     """None if this call can run, else the reason in one line."""
     return None if q.is_floating_point() else f"attention needs a floating dtype, not {q.dtype}"
 
@@ -40,21 +46,26 @@ def buckets(layout: TrieLayout) -> list[list[tuple[int, int]]]:
     return list(groups.values())
 
 
-def plan(layout: TrieLayout, q: Tensor) -> list[Bucket]:
-    """All roots in buckets; the layout keeps them for q's dtype."""
-    key = "dense", q.dtype
+def plan(layout: TrieLayout, q: Tensor, window: int | None = None) -> list[Bucket]:
+    """All roots in buckets; the layout keeps them for q's dtype and the window."""
+    key = "dense", q.dtype, window
     if key not in layout.memo:
-        layout.memo[key] = [_bucket(layout, roots, q) for roots in buckets(layout)]
+        layout.memo[key] = [_bucket(layout, roots, q, window) for roots in buckets(layout)]
     return layout.memo[key]
 
 
-def _bucket(layout: TrieLayout, roots: list[tuple[int, int]], q: Tensor) -> Bucket:
+def _bucket(
+    layout: TrieLayout, roots: list[tuple[int, int]], q: Tensor, window: int | None
+) -> Bucket:
     start, end = torch.tensor(roots, device=layout.device).T.unsqueeze(-1)
     at = torch.arange(int((end - start).max()), device=layout.device)
     is_real = start + at < end
     slots = torch.where(is_real, start + at, start)
     subtree_ends = torch.where(is_real, layout.subtree_ends[slots] - start, at + 1)
     visible = (at <= at[:, None]) & (at[:, None] < subtree_ends[:, None, :])
+    if window is not None:
+        starts = torch.where(is_real, layout.window_starts(window)[slots] - start, at)
+        visible &= starts[:, :, None] <= at
     bias = torch.zeros(visible.shape, dtype=q.dtype, device=layout.device)
     bias.masked_fill_(~visible, -torch.inf)
     return Bucket(slots, is_real.flatten().nonzero().squeeze(-1), bias.unsqueeze(1))
@@ -78,10 +89,17 @@ def _from_slots(parts: list[Tensor], plan: list[Bucket], n: int) -> Tensor:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: list[Bucket], scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: list[Bucket],
+    scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out [N, Hq, D] in q's dtype; lse [Hq, N], float32, or float64 for float64."""
-    attend = aten_flash.forward if q.device.type == "cpu" else _masked_forward
+    attend = partial(_masked_forward, softcap=softcap)
+    if q.device.type == "cpu" and softcap is None:
+        attend = aten_flash.forward
     outs, lses = [], []
     for slots, _, bias in plan:
         qs, ks, vs = _to_slots(q, slots), _to_slots(k, slots), _to_slots(v, slots)
@@ -101,9 +119,12 @@ def backward(
     lse: Tensor,
     plan: list[Bucket],
     scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq [N, Hq, D], dk and dv [N, Hkv, D] in the dtypes of q, k and v."""
-    attend = aten_flash.backward if q.device.type == "cpu" else _masked_backward
+    attend = partial(_masked_backward, softcap=softcap)
+    if q.device.type == "cpu" and softcap is None:
+        attend = aten_flash.backward
     lse = lse.T.unsqueeze(-1)
     grads = []
     for slots, _, bias in plan:
@@ -119,12 +140,17 @@ def _grouped(x: Tensor, kv_heads: int) -> Tensor:
     return x.unflatten(1, (kv_heads, -1)).to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _scores(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
+    scores = q * scale @ k.mT
+    return scores if softcap is None else softcap * (scores / softcap).tanh()
+
+
 def _masked_forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """aten_flash.forward with a bias, written out, for devices where ATen has none."""
+    """aten_flash.forward with a bias, written out, where ATen has none, and with a soft cap."""
     heads = k.shape[1]
-    scores = _grouped(q, heads) * scale @ _grouped(k, heads).mT + bias.unsqueeze(2)
+    scores = _scores(_grouped(q, heads), _grouped(k, heads), scale, softcap) + bias.unsqueeze(2)
     lse = scores.logsumexp(-1)
     out = (scores - lse.unsqueeze(-1)).exp() @ _grouped(v, heads)
     return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
@@ -139,13 +165,17 @@ def _masked_backward(
     lse: Tensor,
     scale: float,
     bias: Tensor,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """aten_flash.backward with a bias, written out."""
+    """aten_flash.backward with a bias, written out, and with a soft cap."""
     heads = k.shape[1]
     do, qg, kg, vg, o, lse = (_grouped(x, heads) for x in (dout, q, k, v, out, lse))
-    p = (qg * scale @ kg.mT + bias.unsqueeze(2) - lse.unsqueeze(-1)).exp()
+    scores = _scores(qg, kg, scale, softcap)
+    p = (scores + bias.unsqueeze(2) - lse.unsqueeze(-1)).exp()
     dv = (p.mT @ do).sum(2)
     ds = p * (do @ vg.mT - (do * o).sum(-1, keepdim=True))
+    if softcap is not None:
+        ds = ds * (1 - (scores / softcap) ** 2)  # the derivative of tanh is 1 - tanh^2
     dq = ds @ kg * scale
     dk = (ds.mT @ qg).sum(2) * scale
     return dq.flatten(1, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

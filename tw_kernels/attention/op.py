@@ -5,38 +5,43 @@ backends find what else they need through the TrieLayout that owns that tensor.
 
 A backend is a module of four functions:
 
-    why_not(q, k, v)                                  None if it can run this call, else the reason
-    plan(layout, q)                                   what it needs of the trie, for q's device,
-                                                      dtype and head dim
-    forward(q, k, v, plan, scale)                     -> out, lse
-    backward(dout, q, k, v, out, lse, plan, scale)    -> dq, dk, dv
+    why_not(q, k, v, window, softcap)                        None if it can run this call, else the
+                                                             reason
+    plan(layout, q, window)                                  what it needs of the trie, for q's
+                                                             device, dtype and head dim
+    forward(q, k, v, plan, scale, softcap)                   -> out, lse
+    backward(dout, q, k, v, out, lse, plan, scale, softcap)  -> dq, dk, dv
 
 Shapes: q, out, dout, dq [N, Hq, D]; k, v, dk, dv [N, Hkv, D]; lse [Hq, N] (natural logarithm,
-float32, or float64 for float64 inputs). scale is above 0. A plan that costs something to build is
-kept in `layout.memo`, so it is built once a trie.
+float32, or float64 for float64 inputs). scale is above 0. window and softcap are None where the
+call has none, or a window that no path exceeds. A plan that costs something to build is kept in
+`layout.memo`, so it is built once a trie.
+
+Sinks are the op's, for all backends alike: one more logit in each softmax, of no value, rescales
+out and adds to lse. The backend's backward gets those, and is right with them as they stand.
 
 Which backend runs, unless `backend` or the environment variable TW_BACKEND names one:
 
     CUDA  triton if it can run the call, else segments, else dense.
-    CPU   native if it can run the call (all but float64), else segments. In bfloat16 on a processor
-          with AMX only up to NATIVE_PAIRS visible pairs: beyond, ATen's kernels behind segments win
-          by their matrix instructions, which native has not.
+    CPU   native if it can run the call (all but float64), else segments, else dense. In bfloat16 on
+          a processor with AMX native only up to NATIVE_PAIRS visible pairs: beyond, ATen's kernels
+          behind segments win by their matrix instructions, which native has not.
 
 cuda, experimental, is only ever asked for by name.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from types import ModuleType
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from tw_kernels.attention import cuda, dense, native, segments, triton
 from tw_kernels.cpu import bfloat16_instructions
+from tw_kernels.scores import check_number, check_sinks, check_window
 from tw_kernels.trie import TrieLayout
 
 TRIE_ATTENTION: dict[str, ModuleType] = {
@@ -63,6 +68,10 @@ def trie_attention(
     scale: float | None = None,
     backend: str | None = None,
     return_lse: Literal[False] = False,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor: ...
 @overload
 def trie_attention(
@@ -74,6 +83,9 @@ def trie_attention(
     backend: str | None = None,
     *,
     return_lse: Literal[True],
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 def trie_attention(
     q: Tensor,
@@ -83,8 +95,12 @@ def trie_attention(
     scale: float | None = None,
     backend: str | None = None,
     return_lse: bool = False,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(scale * q k^T) v over each token's path, differentiable in q, k and v.
+    """softmax(scale * q k^T) v over each token's path, differentiable once in q, k, v and sinks.
 
     Args:
         q: [N, Hq, D], one row per trie token; float32, bfloat16 or float16 (float64 on the CPU).
@@ -94,21 +110,30 @@ def trie_attention(
         backend: "native", "triton", "segments", "dense" or "cuda"; default: see the module's
             docstring.
         return_lse: also return the log-sum-exp of each softmax. It carries no gradient.
+        window: a token sees itself and its last window - 1 ancestors; default: all of them.
+        softcap: a score s becomes softcap * tanh(s / softcap), s = scale * q k; default: stays s.
+        sinks: [Hq], one more logit in the denominator of each softmax of a head, and in its lse;
+            any floating dtype.
 
     Returns:
         out [N, Hq, D] in q's dtype; with return_lse, (out, lse [Hq, N], float32, natural log).
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together, a scale that is not above 0,
-            or a backend that cannot run the call, with the reason.
+        ValueError: shapes, dtypes or devices that do not fit together, nothing to attend (no token,
+            head or head dim), a scale, softcap, window or sinks out of range, or a backend that
+            cannot run the call, with the reason.
+        RuntimeError: a gradient of the gradients is asked for.
     """
     _check(q, k, v, layout)
-    if scale is None:
-        scale = 1 / math.sqrt(q.shape[-1])
-    if scale <= 0:
-        raise ValueError(f"scale must be above 0, got {scale}")
+    scale = q.shape[-1] ** -0.5 if scale is None else check_number("scale", scale)
+    softcap = None if softcap is None else check_number("softcap", softcap)
+    window = check_window(window)
+    if sinks is not None:
+        check_sinks(sinks, q)
     name = backend or os.environ.get("TW_BACKEND") or ""
-    out, lse = torch.ops.tw_kernels.trie_attention(q, k, v, layout.subtree_ends, scale, name)
+    out, lse = torch.ops.tw_kernels.trie_attention(
+        q, k, v, layout.subtree_ends, scale, name, window, softcap, sinks
+    )
     return (out, lse) if return_lse else out
 
 
@@ -116,6 +141,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: TrieLayout) -> None:
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape:
         raise ValueError(f"q must be [N, Hq, D], k and v [N, Hkv, D]; got {shapes}")
+    if 0 in q.shape or 0 in k.shape:
+        raise ValueError(f"at least one token, head and head dim are needed; got {shapes}")
     if q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
         raise ValueError(f"N and D must agree and Hq be a multiple of Hkv; got {shapes}")
     if q.shape[0] != layout.subtree_ends.shape[0]:
@@ -129,79 +156,128 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: TrieLayout) -> None:
         )
 
 
-def choose_backend(q: Tensor, k: Tensor, v: Tensor, layout: TrieLayout, name: str = "") -> str:
+def choose_backend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: TrieLayout,
+    name: str = "",
+    window: int | None = None,
+    softcap: float | None = None,
+) -> str:
     """The backend that runs this call: `name` if given, else by the module docstring's rule."""
     if name:
         if name not in TRIE_ATTENTION:
             raise ValueError(f"no backend {name!r} for trie_attention: {', '.join(TRIE_ATTENTION)}")
-        if reason := TRIE_ATTENTION[name].why_not(q, k, v):
+        if reason := TRIE_ATTENTION[name].why_not(q, k, v, window, softcap):
             raise ValueError(f"trie_attention cannot run on backend {name!r}: {reason}")
         return name
     order = ["triton", "segments", "dense"]
     if q.device.type == "cpu":
         many = q.dtype == torch.bfloat16 and layout.visible_pairs > NATIVE_PAIRS
         many = many and "AMX" in bfloat16_instructions()
-        order = ["segments", "native"] if many else ["native", "segments"]
-    reasons = {n: TRIE_ATTENTION[n].why_not(q, k, v) for n in order}
-    usable = next((n for n in order if reasons[n] is None), None)
-    if usable is None:
-        why = "; ".join(f"{n}: {reason}" for n, reason in reasons.items())
-        raise ValueError(f"no backend of trie_attention can run this call: {why}")
-    return usable
+        order = ["segments", "native", "dense"] if many else ["native", "segments", "dense"]
+    reasons = {}
+    for candidate in order:
+        reasons[candidate] = TRIE_ATTENTION[candidate].why_not(q, k, v, window, softcap)
+        if reasons[candidate] is None:
+            return candidate
+    why = "; ".join(f"{n}: {reason}" for n, reason in reasons.items())
+    raise ValueError(f"no backend of trie_attention can run this call: {why}")
 
 
 # Defined by schema: torch.library.custom_op checks every call for aliasing, which at a hundred
 # tokens costs as much as the attention.
 _FORWARD, _BACKWARD = "tw_kernels::trie_attention", "tw_kernels::trie_attention_backward"
+_SINKS_BACKWARD = "tw_kernels::trie_attention_sinks_backward"
 torch.library.define(
     _FORWARD,
-    "(Tensor q, Tensor k, Tensor v, Tensor subtree_ends, float scale, str backend)"
-    " -> (Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor v, Tensor subtree_ends, float scale, str backend,"
+    " int? window=None, float? softcap=None, Tensor? sinks=None) -> (Tensor, Tensor)",
 )
 torch.library.define(
     _BACKWARD,
     "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor subtree_ends,"
-    " float scale, str backend) -> (Tensor, Tensor, Tensor)",
+    " float scale, str backend, int? window=None, float? softcap=None) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    _SINKS_BACKWARD, "(Tensor dout, Tensor out, Tensor lse, Tensor sinks) -> Tensor"
 )
 
 
-@torch.library.impl(_FORWARD, ("cpu", "cuda"))
-def _forward(q, k, v, subtree_ends, scale, backend):
+def _run(q, k, v, subtree_ends, backend, window, softcap) -> tuple[ModuleType, Any]:
+    """The backend of a call, and its plan."""
     layout = TrieLayout.of(subtree_ends)
-    run = TRIE_ATTENTION[choose_backend(q, k, v, layout, backend)]
-    return run.forward(q, k, v, run.plan(layout, q), scale)
+    if window is not None and window >= layout.longest_path:
+        window = None
+    run = TRIE_ATTENTION[choose_backend(q, k, v, layout, backend, window, softcap)]
+    return run, run.plan(layout, q, window)
+
+
+@torch.library.impl(_FORWARD, ("cpu", "cuda"))
+def _forward(q, k, v, subtree_ends, scale, backend, window=None, softcap=None, sinks=None):
+    run, plan = _run(q, k, v, subtree_ends, backend, window, softcap)
+    out, lse = run.forward(q, k, v, plan, scale, softcap)
+    if sinks is None:
+        return out, lse
+    with_sinks = torch.logaddexp(lse, sinks.to(lse.dtype).unsqueeze(-1))
+    share = (lse - with_sinks).exp().T.unsqueeze(-1)  # of the softmax that is not the sink's
+    return (out * share).to(out.dtype), with_sinks
 
 
 @torch.library.register_fake(_FORWARD)
-def _(q, k, v, subtree_ends, scale, backend):
+def _(q, k, v, subtree_ends, scale, backend, window=None, softcap=None, sinks=None):
     wide = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=wide)
 
 
 @torch.library.impl(_BACKWARD, ("cpu", "cuda"))
-def _backward(dout, q, k, v, out, lse, subtree_ends, scale, backend):
-    layout = TrieLayout.of(subtree_ends)
-    run = TRIE_ATTENTION[choose_backend(q, k, v, layout, backend)]
-    return run.backward(dout, q, k, v, out, lse, run.plan(layout, q), scale)
+def _backward(dout, q, k, v, out, lse, subtree_ends, scale, backend, window=None, softcap=None):
+    run, plan = _run(q, k, v, subtree_ends, backend, window, softcap)
+    return run.backward(dout, q, k, v, out, lse, plan, scale, softcap)
 
 
 @torch.library.register_fake(_BACKWARD)
-def _(dout, q, k, v, out, lse, subtree_ends, scale, backend):
+def _(dout, q, k, v, out, lse, subtree_ends, scale, backend, window=None, softcap=None):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+@torch.library.impl(_SINKS_BACKWARD, ("cpu", "cuda"))
+def _sinks_backward(dout, out, lse, sinks):
+    # As for any other logit, p (dout v - delta), with a v of 0 and delta = dout out.
+    delta = (dout.to(lse.dtype) * out).sum(-1).T
+    p = (sinks.to(lse.dtype).unsqueeze(-1) - lse).exp()
+    return -(p * delta).sum(-1).to(sinks.dtype)
+
+
+@torch.library.register_fake(_SINKS_BACKWARD)
+def _(dout, out, lse, sinks):
+    return sinks.new_empty(sinks.shape)
+
+
 def _save(ctx, inputs, output):
-    q, k, v, subtree_ends, ctx.scale, ctx.backend = inputs
+    q, k, v, subtree_ends, ctx.scale, ctx.backend, ctx.window, ctx.softcap, sinks = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse, subtree_ends)
+    ctx.save_for_backward(q, k, v, out, lse, subtree_ends, sinks)
 
 
 def _differentiate(ctx, dout, _dlse):
+    q, k, v, out, lse, subtree_ends, sinks = ctx.saved_tensors
     grads = torch.ops.tw_kernels.trie_attention_backward(
-        dout, *ctx.saved_tensors, ctx.scale, ctx.backend
+        *(dout, q, k, v, out, lse, subtree_ends),
+        *(ctx.scale, ctx.backend, ctx.window, ctx.softcap),
     )
-    return *grads, None, None, None
+    dsinks = None
+    if sinks is not None:
+        dsinks = torch.ops.tw_kernels.trie_attention_sinks_backward(dout, out, lse, sinks)
+    return *grads, None, None, None, None, None, dsinks
+
+
+def _differentiate_twice(ctx, *grads):
+    raise RuntimeError("trie_attention is differentiable once: its gradients have none themselves")
 
 
 torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_save)
+torch.library.register_autograd(_BACKWARD, _differentiate_twice)
+torch.library.register_autograd(_SINKS_BACKWARD, _differentiate_twice)

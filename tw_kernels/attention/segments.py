@@ -4,6 +4,9 @@ A node's tokens attend among themselves causally, and every later row of its sub
 them: one causal square and one full rectangle a node (docs/architecture.md, fact 4). Forward merges
 the pieces of a row by log-sum-exp; backward runs each piece with the row's final (out, lse) and
 sums.
+
+No windows and no soft caps. A NaN or infinity can reach the earlier tokens of its own node too:
+library kernels weigh what a causal mask hides with 0.
 """
 
 import numpy as np
@@ -14,12 +17,18 @@ from tw_kernels.attention import flash as aten_flash
 from tw_kernels.trie import TrieLayout
 
 
-def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def why_not(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, softcap: float | None = None
+) -> str | None:
     """None if this call can run, else the reason in one line."""
+    if window is not None:
+        return "library kernels have no window over the depth of a path"
+    if softcap is not None:
+        return "ATen's flash attention has no soft cap of the scores"
     return aten_flash.why_not(q)
 
 
-def plan(layout: TrieLayout, q: Tensor) -> np.ndarray:
+def plan(layout: TrieLayout, q: Tensor, window: None = None) -> np.ndarray:
     """The node segments, int32 [M, 3]: start, end, subtree_end."""
     return layout.nodes
 
@@ -30,7 +39,7 @@ def _rows(x: Tensor, start: int, end: int) -> Tensor:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, nodes: np.ndarray, scale: float
+    q: Tensor, k: Tensor, v: Tensor, nodes: np.ndarray, scale: float, softcap: None = None
 ) -> tuple[Tensor, Tensor]:
     """out [N, Hq, D] in q's dtype; lse [Hq, N], float32, or float64 for float64."""
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -73,6 +82,7 @@ def backward(
     lse: Tensor,
     nodes: np.ndarray,
     scale: float,
+    softcap: None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq [N, Hq, D], dk and dv [N, Hkv, D] in the dtypes of q, k and v."""
     dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)

@@ -6,7 +6,8 @@ interpreter, which must be on (TRITON_INTERPRET=1) before anything imports trito
 Nothing here waits for the device, and every grid and buffer follows from the plan's capacity and
 the shapes alone, so a call can be captured in a CUDA graph and replayed on a plan that another was
 copied into. A NaN in a key or value that one row of an item sees can reach rows beside it that do
-not, as in any flash attention; finite values never do, and what no row sees is not read.
+not, as in any flash attention; finite values never do. Of an item nothing is read before the first
+key and after the last one that a row of it sees, so without a window nothing that no row sees.
 """
 
 from __future__ import annotations
@@ -29,9 +30,6 @@ def why_not(
     sinks: Tensor | None = None,
 ) -> str | None:
     """None if this call can run, else the reason in one line."""
-    given = {"window": window, "softcap": softcap, "sinks": sinks}
-    if lacking := [name for name, value in given.items() if value is not None]:
-        return f"the Triton kernels have no {' and no '.join(lacking)}"
     if kv.page_size not in PAGE_SIZES:
         return f"page size {kv.page_size} is not one of {', '.join(map(str, PAGE_SIZES))}"
     return triton_device.why_not(q)
@@ -57,5 +55,6 @@ def forward(
     if new_k is not None and new_v is not None:
         kernels.write(kv, plan, dense_rows(new_k), dense_rows(new_v))
     config = kernels.config_for(q, kv, plan)
-    kernels.merge(plan, *kernels.partial(dense_rows(q), kv, plan, scale, config), out)
+    parts = kernels.partial(dense_rows(q), kv, plan, scale, window, softcap, config)
+    kernels.merge(plan, *parts, window, sinks, out)
     return out

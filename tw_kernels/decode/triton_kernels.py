@@ -4,6 +4,9 @@ partial runs one program per item, KV head and tile of matrix rows. The matrix r
 its query rows times the query heads that share the KV head, so that one fetch of a tile of keys
 feeds them all; it leaves a normalised output and a base-2 log-sum-exp per slot. merge weighs the
 slots of each row, in the plan's order, so the result does not depend on scheduling.
+
+`window`, `softcap` and `sinks` are None where there is none: the compiler then drops the argument
+with all that asks for it.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from tw_kernels import triton_interpreter
 from tw_kernels.decode.plan import DecodePlan, PagedKV
+from tw_kernels.triton_softcap import tanh
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
@@ -119,11 +123,14 @@ def _page_of(pages, start, num_keys, PAGE: tl.constexpr, BLOCK_KV: tl.constexpr)
 
 @triton.jit
 def _attend(
-    acc, row_max, row_sum, q, k_head, v_head, page, start, num_keys, visible_keys, qk_scale,
-    stride_page, stride_slot: tl.constexpr, PAGE: tl.constexpr, BLOCK_KV: tl.constexpr,
-    D: tl.constexpr, MASKED: tl.constexpr,
+    acc, row_max, row_sum, q, k_head, v_head, page, start, first_key, num_keys, first_keys,
+    visible_keys, qk_scale, tanh_scale, stride_page, stride_slot: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_KV: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One online-softmax step over a tile of keys.
+
+    Row i sees keys [first_keys[i], visible_keys[i]), all of which lie in [first_key, num_keys).
+    Scores in base 2 are qk_scale * s for s = q k^T, or qk_scale * tanh(tanh_scale * s).
 
     Invariant: acc and row_sum are relative to 2^row_max. A row that has seen no key yet keeps the
     finite start value of row_max, so that 2^(-inf - row_max) is 0 and never NaN.
@@ -137,13 +144,22 @@ def _attend(
         tile += (keys % PAGE * stride_slot)[:, None] + tl.arange(0, D)[None, :]
     if MASKED:
         inside = (start + keys < num_keys)[:, None]
+        if first_keys is not None:
+            inside &= (start + keys >= first_key)[:, None]
         k = tl.load(k_head + tile, mask=inside, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        s = tl.where((start + keys)[None, :] < visible_keys[:, None], s, float("-inf"))
+        if tanh_scale is not None:
+            s = tanh(s * tanh_scale)
+        seen = (start + keys)[None, :] < visible_keys[:, None]
+        if first_keys is not None:
+            seen &= (start + keys)[None, :] >= first_keys[:, None]
+        s = tl.where(seen, s, float("-inf"))
         v = tl.load(v_head + tile, mask=inside, other=0.0)
     else:
         k = tl.load(k_head + tile)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if tanh_scale is not None:
+            s = tanh(s * tanh_scale)
         v = tl.load(v_head + tile)
     new_max = tl.maximum(row_max, tl.max(s, 1) * qk_scale)
     p = tl.exp2(s * qk_scale - new_max[:, None])
@@ -155,8 +171,8 @@ def _attend(
 
 @triton.jit
 def partial_kernel(
-    q, k_pages, v_pages, partial_out, partial_lse, rows, positions, pages, items, scale,
-    stride_qn, stride_qh, stride_page, stride_slot: tl.constexpr, stride_head,
+    q, k_pages, v_pages, partial_out, partial_lse, rows, positions, pages, items, window, scale,
+    softcap, stride_qn, stride_qh, stride_page, stride_slot: tl.constexpr, stride_head,
     HKV: tl.constexpr, GROUP: tl.constexpr, ROW_TILES: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_KV: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
@@ -183,8 +199,24 @@ def partial_kernel(
     q_tile = q + (q_row * stride_qn + q_head * stride_qh)[:, None] + dims
     q_rows = tl.load(q_tile, mask=inside[:, None], other=0.0)
 
-    # Row i sees keys [0, visible_keys[i]); every row sees all keys below `num_full`.
+    # Row i sees keys [first_keys[i], visible_keys[i]), from 0 on without a window; every row sees
+    # all keys in [first_full, num_full), and none before first_key or from num_keys on.
     visible_keys = tl.load(positions + row, mask=inside, other=-1) + 1 - first_position
+    first_keys = None
+    first_key = 0
+    first_full = 0
+    if window is not None:
+        first_keys = tl.maximum(visible_keys, 0) - window
+        sees = inside & (visible_keys > 0) & (first_keys < num_keys)
+        first_key = tl.maximum(tl.min(tl.where(sees, first_keys, num_keys), 0), 0)
+        if first_key >= num_keys:
+            # Nothing reads the outputs of a slot whose log-sum-exp is -inf.
+            slot = (first_slot + m // GROUP).to(tl.int64) * (HKV * GROUP) + q_head
+            tl.store(partial_lse + slot, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=inside)
+            return
+        latest = tl.maximum(tl.max(tl.where(sees, first_keys, first_key), 0), first_key)
+        first_full = tl.cdiv(latest, BLOCK_KV) * BLOCK_KV
+        visible_keys = tl.where(sees, visible_keys, 0)
     visible_keys = tl.minimum(visible_keys, num_keys)
     num_keys = tl.max(visible_keys, 0)
     least = tl.min(tl.where(inside, visible_keys, num_keys), 0)
@@ -195,23 +227,37 @@ def partial_kernel(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     k_head = k_pages + head.to(tl.int64) * stride_head
     v_head = v_pages + head.to(tl.int64) * stride_head
-    qk_scale = scale * LOG2E
+    qk_scale = scale * LOG2E if softcap is None else softcap * LOG2E
+    tanh_scale = None if softcap is None else scale / softcap
     if num_keys > 0:
         # `page` is always read one iteration ahead: an address that waits for a load in the same
         # iteration would cost the pipeline a stage.
-        page = _page_of(pages, 0, num_keys, PAGE, BLOCK_KV)
-        for start in range(0, num_full, BLOCK_KV):
+        first_tile = first_key // BLOCK_KV * BLOCK_KV
+        page = _page_of(pages, first_tile, num_keys, PAGE, BLOCK_KV)
+        if window is not None:
+            num_full = tl.maximum(num_full, first_full)
+            for start in range(first_tile, first_full, BLOCK_KV):
+                next_page = _page_of(pages, start + BLOCK_KV, num_keys, PAGE, BLOCK_KV)
+                acc, row_max, row_sum = _attend(
+                    acc, row_max, row_sum, q_rows, k_head, v_head, page, start, first_key, num_keys,
+                    first_keys, visible_keys, qk_scale, tanh_scale, stride_page, stride_slot, PAGE,
+                    BLOCK_KV, D, MASKED=True,
+                )  # fmt: skip
+                page = next_page
+        for start in range(first_full, num_full, BLOCK_KV):
             next_page = _page_of(pages, start + BLOCK_KV, num_keys, PAGE, BLOCK_KV)
             acc, row_max, row_sum = _attend(
-                acc, row_max, row_sum, q_rows, k_head, v_head, page, start, num_keys, visible_keys,
-                qk_scale, stride_page, stride_slot, PAGE, BLOCK_KV, D, MASKED=False,
+                acc, row_max, row_sum, q_rows, k_head, v_head, page, start, first_key, num_keys,
+                first_keys, visible_keys, qk_scale, tanh_scale, stride_page, stride_slot, PAGE,
+                BLOCK_KV, D, MASKED=False,
             )  # fmt: skip
             page = next_page
         for start in range(num_full, num_keys, BLOCK_KV):
             next_page = _page_of(pages, start + BLOCK_KV, num_keys, PAGE, BLOCK_KV)
             acc, row_max, row_sum = _attend(
-                acc, row_max, row_sum, q_rows, k_head, v_head, page, start, num_keys, visible_keys,
-                qk_scale, stride_page, stride_slot, PAGE, BLOCK_KV, D, MASKED=True,
+                acc, row_max, row_sum, q_rows, k_head, v_head, page, start, first_key, num_keys,
+                first_keys, visible_keys, qk_scale, tanh_scale, stride_page, stride_slot, PAGE,
+                BLOCK_KV, D, MASKED=True,
             )  # fmt: skip
             page = next_page
 
@@ -224,11 +270,18 @@ def partial_kernel(
 
 
 def partial(
-    q: Tensor, kv: PagedKV, plan: DecodePlan, scale: float, config: Config
+    q: Tensor,
+    kv: PagedKV,
+    plan: DecodePlan,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    config: Config,
 ) -> tuple[Tensor, Tensor]:
     """Attention of every item: outputs [slots, Hq, D] and base-2 log-sum-exps [slots, Hq], float32.
 
-    A row that sees no key of an item gets 0 and -inf there. q's last dimension is contiguous.
+    A row that sees no key of an item gets -inf there, and 0 or, under a window, anything. q's last
+    dimension is contiguous.
     """
     _, num_heads, head_dim = q.shape
     _, page_size, num_kv_heads, _ = kv.k_pages.shape
@@ -239,7 +292,7 @@ def partial(
     _launch(
         partial_kernel, plan.capacity.items * num_kv_heads * row_tiles,
         q, kv.k_pages, kv.v_pages, out, lse, plan.rows, plan.positions, plan.pages, plan.items,
-        scale, *q.stride()[:2], *kv.k_pages.stride()[:3],
+        window, scale, softcap, *q.stride()[:2], *kv.k_pages.stride()[:3],
         HKV=num_kv_heads, GROUP=num_heads // num_kv_heads, ROW_TILES=row_tiles, PAGE=page_size,
         BLOCK_M=config.block_m, BLOCK_KV=config.block_kv, D=head_dim,
         num_warps=config.num_warps, num_stages=config.num_stages,
@@ -249,22 +302,29 @@ def partial(
 
 @triton.jit
 def merge_kernel(
-    partial_out, partial_lse, out, rows, merge_ptr, merge_slots, stride_on, stride_oh,
-    HQ: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr,
+    partial_out, partial_lse, sinks, out, rows, merge_ptr, merge_slots, stride_on, stride_oh,
+    HQ: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr, GAPS: tl.constexpr,
 ):  # fmt: skip
-    """One program per (row, query head)."""
+    """One program per (row, query head). GAPS: slots of log-sum-exp -inf have no output."""
     row = tl.program_id(0) // HQ
     head = tl.program_id(0) % HQ
     dims = tl.arange(0, D)
     acc = tl.zeros([D], tl.float32)
     max_lse = -1.0e30
     total = 0.0
+    if sinks is not None:
+        # The sink is the first partial result: a term of the sum, without a value.
+        sink = tl.load(sinks + head) * LOG2E
+        max_lse = tl.maximum(sink, max_lse)
+        total = tl.exp2(sink - max_lse)
     end = tl.load(merge_ptr + row + 1)
     for start in range(tl.load(merge_ptr + row), end, BLOCK_S):
         index = start + tl.arange(0, BLOCK_S)
         inside = index < end
         slot = tl.load(merge_slots + index, mask=inside, other=0).to(tl.int64) * HQ + head
         lse = tl.load(partial_lse + slot, mask=inside, other=float("-inf"))
+        if GAPS:
+            inside = lse > float("-inf")
         parts = tl.load(
             partial_out + slot[:, None] * D + dims[None, :], mask=inside[:, None], other=0.0
         )
@@ -279,11 +339,22 @@ def merge_kernel(
     tl.store(to, merged.to(out.dtype.element_ty))
 
 
-def merge(plan: DecodePlan, partial_out: Tensor, partial_lse: Tensor, out: Tensor) -> None:
-    """Fills out [Q, Hq, D] from the partial results; each row goes to its caller's place."""
+def merge(
+    plan: DecodePlan,
+    partial_out: Tensor,
+    partial_lse: Tensor,
+    window: int | None,
+    sinks: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Fills out [Q, Hq, D] from the partial results; each row goes to its caller's place.
+
+    window: as in `partial`. sinks: float32 [Hq].
+    """
     num_rows, num_heads, head_dim = out.shape
     _launch(
         merge_kernel, num_rows * num_heads,
-        partial_out, partial_lse, out, plan.rows, plan.merge_ptr, plan.merge_slots,
-        *out.stride()[:2], HQ=num_heads, D=head_dim, BLOCK_S=16, num_warps=2,
+        partial_out, partial_lse, sinks, out, plan.rows, plan.merge_ptr, plan.merge_slots,
+        *out.stride()[:2], HQ=num_heads, D=head_dim, BLOCK_S=16, GAPS=window is not None,
+        num_warps=2,
     )  # fmt: skip

@@ -1,8 +1,10 @@
 """Triton backward kernels of trie attention: delta, dQ, and dK with dV.
 
 With P = exp(scale * Q K^T - lse) and delta = rowsum(dO * O), dS = P * (dO V^T - delta), and then
-dV = P^T dO, dQ = scale * dS K, dK = scale * dS^T Q. Every gradient element is written by one
-program that adds its terms in a fixed order: no atomics, so two runs agree to the last bit.
+dV = P^T dO, dQ = scale * dS K, dK = scale * dS^T Q. A soft cap makes the scores cap * t with
+t = tanh(scale * Q K^T / cap), and gives dS one more factor, 1 - t^2. Every gradient element is
+written by one program that adds its terms in a fixed order: no atomics, so two runs agree to the
+last bit.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from tw_kernels.attention.triton.forward_kernel import (
     visible,
 )
 from tw_kernels.trie import BlockSchedule
+from tw_kernels.triton_softcap import tanh
 
 STATS_ROWS = 128  # a multiple of every BLOCK_Q
 
@@ -49,7 +52,7 @@ def row_stats_kernel(
 @triton.jit
 def _add_dq(
     dq, q, g, lse2, delta, k_head, v_head, stride_kn: tl.constexpr, stride_vn: tl.constexpr,
-    subtree_ends, rows, num_tokens, qk_scale, block,
+    subtree_ends, rows, row_starts, num_tokens, qk_scale, tanh_scale, block,
     BLOCK_KV: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds dS K of one KV block to dq. A full block lies inside [0, N): no mask at all."""
@@ -63,24 +66,33 @@ def _add_dq(
         k = tl.load(k_tile, mask=inside[:, None], other=0.0)
         v = tl.load(v_tile, mask=inside[:, None], other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if tanh_scale is not None:
+            s = tanh(s * tanh_scale)
         p = tl.exp2(s * qk_scale - lse2[:, None])
-        p = tl.where(visible(rows[:, None], columns[None, :], ends[None, :]), p, 0.0)
+        seen = visible(rows[:, None], columns[None, :], ends[None, :])
+        if row_starts is not None:
+            seen &= row_starts[:, None] <= columns[None, :]
+        p = tl.where(seen, p, 0.0)
     else:
         k = tl.load(k_tile)
         v = tl.load(v_tile)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if tanh_scale is not None:
+            s = tanh(s * tanh_scale)
         p = tl.exp2(s * qk_scale - lse2[:, None])
     dp = tl.dot(g, tl.trans(v), input_precision="ieee")
     ds = p * (dp - delta[:, None])
+    if tanh_scale is not None:
+        ds *= 1 - s * s
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def dq_kernel(
-    dout, q, k, v, lse2, delta, dq, subtree_ends, row_ptr, full_end, kv_blocks, q_order, num_tokens,
-    group, scale, stride_gn: tl.constexpr, stride_gh, stride_qn: tl.constexpr, stride_qh,
-    stride_kn: tl.constexpr, stride_kh, stride_vn: tl.constexpr, stride_vh,
-    stride_dqn: tl.constexpr, stride_dqh, stride_stats,
+    dout, q, k, v, lse2, delta, dq, subtree_ends, window_starts, row_ptr, full_end, kv_blocks,
+    q_order, num_tokens, group, scale, softcap, stride_gn: tl.constexpr, stride_gh,
+    stride_qn: tl.constexpr, stride_qh, stride_kn: tl.constexpr, stride_kh,
+    stride_vn: tl.constexpr, stride_vh, stride_dqn: tl.constexpr, stride_dqh, stride_stats,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, D: tl.constexpr, PARTIAL_STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program per (query block, query head), over the same CSR row as the forward."""
@@ -99,6 +111,11 @@ def dq_kernel(
     at_rows = head.to(tl.int64) * stride_stats + rows
     lse2_rows = tl.load(lse2 + at_rows)
     delta_rows = tl.load(delta + at_rows)
+    row_starts = None
+    if window_starts is not None:
+        row_starts = tl.load(window_starts + rows, mask=inside, other=0)
+    qk_scale = scale * LOG2E if softcap is None else softcap * LOG2E
+    tanh_scale = None if softcap is None else scale / softcap
 
     acc = tl.zeros([BLOCK_Q, D], tl.float32)
     row_start = tl.load(row_ptr + q_block)
@@ -110,14 +127,16 @@ def dq_kernel(
         next_block = tl.load(kv_blocks + tl.minimum(i + 1, row_end - 1))
         acc = _add_dq(
             acc, q_rows, g_rows, lse2_rows, delta_rows, k_head, v_head, stride_kn, stride_vn,
-            subtree_ends, rows, num_tokens, scale * LOG2E, block, BLOCK_KV, D, MASKED=False,
+            subtree_ends, rows, row_starts, num_tokens, qk_scale, tanh_scale, block, BLOCK_KV, D,
+            MASKED=False,
         )  # fmt: skip
         block = next_block
     for i in tl.range(first_partial, row_end, num_stages=PARTIAL_STAGES):
         next_block = tl.load(kv_blocks + tl.minimum(i + 1, row_end - 1))
         acc = _add_dq(
             acc, q_rows, g_rows, lse2_rows, delta_rows, k_head, v_head, stride_kn, stride_vn,
-            subtree_ends, rows, num_tokens, scale * LOG2E, block, BLOCK_KV, D, MASKED=True,
+            subtree_ends, rows, row_starts, num_tokens, qk_scale, tanh_scale, block, BLOCK_KV, D,
+            MASKED=True,
         )  # fmt: skip
         block = next_block
     dq_tile = dq + head.to(tl.int64) * stride_dqh + start.to(tl.int64) * stride_dqn
@@ -130,8 +149,9 @@ def dq_kernel(
 
 @triton.jit
 def _add_dkv(
-    dk, dv, k, v, columns, ends, q, dout, lse2, delta, stride_qn: tl.constexpr, stride_qh,
-    stride_gn: tl.constexpr, stride_gh, stride_stats, num_tokens, qk_scale, head, block,
+    dk, dv, k, v, columns, ends, window_starts, q, dout, lse2, delta, stride_qn: tl.constexpr,
+    stride_qh, stride_gn: tl.constexpr, stride_gh, stride_stats, num_tokens, scale, softcap,
+    head, block,
     BLOCK_Q: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds the terms of one (query head, query block) to dk and dv.
@@ -154,29 +174,95 @@ def _add_dkv(
         g_rows = tl.load(g_tile)
     at_rows = head.to(tl.int64) * stride_stats + rows
     s = tl.dot(k, tl.trans(q_rows), input_precision="ieee")
+    qk_scale = scale * LOG2E if softcap is None else softcap * LOG2E
+    if softcap is not None:
+        s = tanh(s * (scale / softcap))
     p = tl.exp2(s * qk_scale - tl.load(lse2 + at_rows)[None, :])
     if MASKED:
-        p = tl.where(visible(rows[None, :], columns[:, None], ends[:, None]), p, 0.0)
+        seen = visible(rows[None, :], columns[:, None], ends[:, None])
+        if window_starts is not None:
+            starts = tl.load(window_starts + rows, mask=rows < num_tokens, other=0)
+            seen &= starts[None, :] <= columns[:, None]
+        p = tl.where(seen, p, 0.0)
     dv = tl.dot(p.to(g_rows.dtype), g_rows, dv, input_precision="ieee")
     dp = tl.dot(v, tl.trans(g_rows), input_precision="ieee")
     ds = p * (dp - tl.load(delta + at_rows)[None, :])
+    if softcap is not None:
+        ds *= 1 - s * s
     dk = tl.dot(ds.to(q_rows.dtype), q_rows, dk, input_precision="ieee")
     return dk, dv
 
 
+@triton.jit
+def _add_blocks(
+    dk, dv, k, v, columns, ends, window_starts, q, dout, lse2, delta, stride_qn: tl.constexpr,
+    stride_qh, stride_gn: tl.constexpr, stride_gh, stride_stats, num_tokens, scale, softcap,
+    first_head, group, first, full_first, full_last, last,
+    BLOCK_Q: tl.constexpr, D: tl.constexpr, PARTIAL_STAGES: tl.constexpr,
+):  # fmt: skip
+    """Adds the terms of query blocks [first, last), full in [full_first, full_last), of all heads.
+
+    Each loop runs over (query head, query block) pairs as one sequence, so that its pipeline is
+    filled once.
+    """
+    num_full = full_last - full_first
+    num_partial = last - first - num_full
+    head = first_head
+    first_partial = tl.where(first < full_first, first, full_last)
+    block = first_partial
+    for _ in tl.range(group * num_partial, num_stages=PARTIAL_STAGES):  # pyright: ignore[reportGeneralTypeIssues]
+        dk, dv = _add_dkv(  # pyright: ignore[reportGeneralTypeIssues]
+            dk, dv, k, v, columns, ends, window_starts, q, dout, lse2, delta, stride_qn, stride_qh,
+            stride_gn, stride_gh, stride_stats, num_tokens, scale, softcap, head, block,
+            BLOCK_Q, D, MASKED=True,
+        )  # fmt: skip
+        block += 1
+        block = tl.where(block == full_first, full_last, block)
+        head = tl.where(block == last, head + 1, head)
+        block = tl.where(block == last, first_partial, block)
+    head = first_head
+    block = full_first
+    for _ in range(group * num_full):
+        dk, dv = _add_dkv(  # pyright: ignore[reportGeneralTypeIssues]
+            dk, dv, k, v, columns, ends, window_starts, q, dout, lse2, delta, stride_qn, stride_qh,
+            stride_gn, stride_gh, stride_stats, num_tokens, scale, softcap, head, block,
+            BLOCK_Q, D, MASKED=False,
+        )  # fmt: skip
+        block += 1
+        head = tl.where(block == full_last, head + 1, head)
+        block = tl.where(block == full_last, full_first, block)
+    return dk, dv
+
+
+# How a window leaves the pairs of a KV block with the query blocks of its range.
+HIDDEN = tl.constexpr(0)
+PARTIAL = tl.constexpr(1)
+FULL = tl.constexpr(2)
+RUN = tl.constexpr(128)  # query blocks that are looked at in one step
+
+
+@triton.jit
+def _kinds(blocks, q_starts, full_first, full_last, last, first_column, last_column):
+    """HIDDEN, PARTIAL or FULL for each of `blocks`; those from `last` on count as HIDDEN."""
+    inside = blocks < last
+    least = tl.load(q_starts + 2 * blocks, mask=inside, other=last_column + 1)
+    greatest = tl.load(q_starts + 2 * blocks + 1, mask=inside, other=last_column + 1)
+    full = (full_first <= blocks) & (blocks < full_last) & (greatest <= first_column)
+    return tl.where(full, FULL, tl.where(least <= last_column, PARTIAL, HIDDEN))
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def dkv_kernel(
-    dout, q, k, v, lse2, delta, dk, dv, subtree_ends, q_range, kv_order, num_tokens, group, scale,
-    stride_gn: tl.constexpr, stride_gh, stride_qn: tl.constexpr, stride_qh, stride_kn: tl.constexpr,
-    stride_kh, stride_vn: tl.constexpr, stride_vh, stride_dkn: tl.constexpr, stride_dkh,
-    stride_dvn: tl.constexpr, stride_dvh, stride_stats,
+    dout, q, k, v, lse2, delta, dk, dv, subtree_ends, window_starts, q_range, q_starts, kv_order,
+    num_tokens, group, scale, softcap, stride_gn: tl.constexpr, stride_gh, stride_qn: tl.constexpr,
+    stride_qh, stride_kn: tl.constexpr, stride_kh, stride_vn: tl.constexpr, stride_vh,
+    stride_dkn: tl.constexpr, stride_dkh, stride_dvn: tl.constexpr, stride_dvh, stride_stats,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, D: tl.constexpr, PARTIAL_STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program per (KV block, KV head), over the query heads of its group.
 
     The rows that see a column are contiguous (docs/architecture.md, fact 2), so the query blocks
-    are one range: a partial head, a full middle, a partial tail. Each loop runs over (query head,
-    query block) pairs as one sequence, so that its pipeline is filled once.
+    are one range: a partial head, a full middle, a partial tail. A window hides some of them.
     """
     kv_head = tl.program_id(0)
     kv_block = tl.load(kv_order + tl.program_id(1))
@@ -194,36 +280,31 @@ def dkv_kernel(
     # A full block may be ragged; it joins the tail, whose mask covers the rows beyond N.
     full_last = tl.load(q_range + 4 * kv_block + 2)
     full_last = tl.maximum(full_first, tl.minimum(full_last, num_tokens // BLOCK_Q))
-    num_full = full_last - full_first
-    num_partial = last - first - num_full
-
     dk_rows = tl.zeros([BLOCK_KV, D], tl.float32)
     dv_rows = tl.zeros([BLOCK_KV, D], tl.float32)
     ends = tl.load(subtree_ends + columns, mask=inside, other=0)
-    head = kv_head * group
-    first_partial = tl.where(first < full_first, first, full_last)
-    block = first_partial
-    for _ in tl.range(group * num_partial, num_stages=PARTIAL_STAGES):
-        dk_rows, dv_rows = _add_dkv(
-            dk_rows, dv_rows, k_rows, v_rows, columns, ends, q, dout, lse2, delta, stride_qn,
-            stride_qh, stride_gn, stride_gh, stride_stats, num_tokens, scale * LOG2E,
-            head, block, BLOCK_Q, D, MASKED=True,
+    if q_starts is None:
+        dk_rows, dv_rows = _add_blocks(
+            dk_rows, dv_rows, k_rows, v_rows, columns, ends, window_starts, q, dout, lse2, delta,
+            stride_qn, stride_qh, stride_gn, stride_gh, stride_stats, num_tokens, scale,
+            softcap, kv_head * group, group, first, full_first, full_last, last,
+            BLOCK_Q, D, PARTIAL_STAGES,
         )  # fmt: skip
-        block += 1
-        block = tl.where(block == full_first, full_last, block)
-        head = tl.where(block == last, head + 1, head)
-        block = tl.where(block == last, first_partial, block)
-    head = kv_head * group
-    block = full_first
-    for _ in range(group * num_full):
-        dk_rows, dv_rows = _add_dkv(
-            dk_rows, dv_rows, k_rows, v_rows, columns, ends, q, dout, lse2, delta, stride_qn,
-            stride_qh, stride_gn, stride_gh, stride_stats, num_tokens, scale * LOG2E,
-            head, block, BLOCK_Q, D, MASKED=False,
-        )  # fmt: skip
-        block += 1
-        head = tl.where(block == full_last, head + 1, head)
-        block = tl.where(block == full_last, full_first, block)
+    else:
+        # A window cuts the range into runs of one kind; the hidden ones are stepped over.
+        last_column = start + BLOCK_KV - 1
+        while first < last:
+            kind = _kinds(first, q_starts, full_first, full_last, last, start, last_column)
+            ahead = first + tl.arange(0, RUN)
+            kinds = _kinds(ahead, q_starts, full_first, full_last, last, start, last_column)
+            end = tl.minimum(tl.min(tl.where(kinds == kind, first + RUN, ahead), 0), last)
+            dk_rows, dv_rows = _add_blocks(
+                dk_rows, dv_rows, k_rows, v_rows, columns, ends, window_starts, q, dout, lse2,
+                delta, stride_qn, stride_qh, stride_gn, stride_gh, stride_stats, num_tokens,
+                scale, softcap, kv_head * group, group, tl.where(kind == HIDDEN, end, first),
+                tl.where(kind == FULL, first, end), end, end, BLOCK_Q, D, PARTIAL_STAGES,
+            )  # fmt: skip
+            first = end
     dk_tile = dk + kv_head.to(tl.int64) * stride_dkh + start.to(tl.int64) * stride_dkn
     dv_tile = dv + kv_head.to(tl.int64) * stride_dvh + start.to(tl.int64) * stride_dvn
     dk_tile += tile_offsets(stride_dkn, BLOCK_KV, D)
@@ -260,8 +341,10 @@ def grad_q(
     lse2: Tensor,
     delta: Tensor,
     subtree_ends: Tensor,
+    window_starts: Tensor | None,
     schedule: BlockSchedule,
     scale: float,
+    softcap: float | None,
     config: Config,
 ) -> Tensor:
     """dQ [N, Hq, D]. Tensors as in the forward; lse and delta contiguous [Hq, N] float32."""
@@ -269,9 +352,9 @@ def grad_q(
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     launch(
         dq_kernel, (num_heads, schedule.q_order.numel()), config, head_dim,
-        dout, q, k, v, lse2, delta, dq, subtree_ends,
+        dout, q, k, v, lse2, delta, dq, subtree_ends, window_starts,
         schedule.row_ptr, schedule.full_end, schedule.kv_blocks, schedule.q_order,
-        num_tokens, num_heads // k.shape[1], scale,
+        num_tokens, num_heads // k.shape[1], scale, softcap,
         *dout.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *dq.stride()[:2],
         lse2.stride(0),
     )  # fmt: skip
@@ -286,8 +369,10 @@ def grad_kv(
     lse2: Tensor,
     delta: Tensor,
     subtree_ends: Tensor,
+    window_starts: Tensor | None,
     schedule: BlockSchedule,
     scale: float,
+    softcap: float | None,
     config: Config,
 ) -> tuple[Tensor, Tensor]:
     """dK and dV [N, Hkv, D]. Tensors as in `grad_q`."""
@@ -296,8 +381,9 @@ def grad_kv(
     dv = torch.empty_like(v, memory_format=torch.contiguous_format)
     launch(
         dkv_kernel, (num_kv_heads, schedule.kv_order.numel()), config, head_dim,
-        dout, q, k, v, lse2, delta, dk, dv, subtree_ends, schedule.q_range, schedule.kv_order,
-        num_tokens, q.shape[1] // num_kv_heads, scale,
+        dout, q, k, v, lse2, delta, dk, dv, subtree_ends, window_starts,
+        schedule.q_range, schedule.q_starts, schedule.kv_order,
+        num_tokens, q.shape[1] // num_kv_heads, scale, softcap,
         *dout.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         *dk.stride()[:2], *dv.stride()[:2], lse2.stride(0),
     )  # fmt: skip

@@ -2,7 +2,11 @@
 
 It gets `subtree_ends`, a block schedule and a configuration.
 Every KV block that a schedule calls full is read without any mask; a partial one is masked by
-`column <= row < subtree_ends[column]` (docs/architecture.md, facts 1 and 3).
+`column <= row < subtree_ends[column]` (docs/architecture.md, facts 1 and 3), and under a window
+also by `window_starts[row] <= column`.
+
+`window_starts` and `softcap` are None where there is none: the compiler then drops the argument
+with all that asks for it.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tw_kernels.trie import BlockSchedule
+from tw_kernels.triton_softcap import tanh
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
@@ -63,10 +68,12 @@ def visible(rows, columns, column_ends):
 @triton.jit
 def _attend(
     acc, row_max, row_sum, q, k_head, v_head, stride_kn: tl.constexpr, stride_vn: tl.constexpr,
-    subtree_ends, rows, num_tokens, qk_scale, block,
+    subtree_ends, rows, row_starts, num_tokens, qk_scale, tanh_scale, block,
     BLOCK_KV: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One online-softmax step over a KV block.
+
+    Scores in base 2 are qk_scale * s for s = q k^T, or qk_scale * tanh(tanh_scale * s).
 
     Invariant: acc and row_sum are relative to 2^row_max. A row that has seen no column yet keeps
     the finite start value of row_max, so that 2^(-inf - row_max) is 0 and never NaN.
@@ -80,11 +87,18 @@ def _attend(
         ends = tl.load(subtree_ends + columns, mask=inside, other=0)
         k = tl.load(k_tile, mask=inside[:, None], other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        s = tl.where(visible(rows[:, None], columns[None, :], ends[None, :]), s, float("-inf"))
+        if tanh_scale is not None:
+            s = tanh(s * tanh_scale)
+        seen = visible(rows[:, None], columns[None, :], ends[None, :])
+        if row_starts is not None:
+            seen &= row_starts[:, None] <= columns[None, :]
+        s = tl.where(seen, s, float("-inf"))
         v = tl.load(v_tile, mask=inside[:, None], other=0.0)
     else:
         k = tl.load(k_tile)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if tanh_scale is not None:
+            s = tanh(s * tanh_scale)
         v = tl.load(v_tile)
     new_max = tl.maximum(row_max, tl.max(s, 1) * qk_scale)
     p = tl.exp2(s * qk_scale - new_max[:, None])
@@ -99,9 +113,9 @@ def _attend(
 # being one base plus immediates.
 @triton.jit(do_not_specialize=["num_tokens"])
 def forward_kernel(
-    q, k, v, out, lse, subtree_ends, row_ptr, full_end, kv_blocks, q_order, num_tokens, group,
-    scale, stride_qn: tl.constexpr, stride_qh, stride_kn: tl.constexpr, stride_kh,
-    stride_vn: tl.constexpr, stride_vh, stride_on: tl.constexpr, stride_oh,
+    q, k, v, out, lse, subtree_ends, window_starts, row_ptr, full_end, kv_blocks, q_order,
+    num_tokens, group, scale, softcap, stride_qn: tl.constexpr, stride_qh, stride_kn: tl.constexpr,
+    stride_kh, stride_vn: tl.constexpr, stride_vh, stride_on: tl.constexpr, stride_oh,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, D: tl.constexpr, PARTIAL_STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program per (query block, query head): out, and lse in natural logarithm."""
@@ -114,11 +128,15 @@ def forward_kernel(
     v_head = v + (head // group).to(tl.int64) * stride_vh
     q_tile = q + head.to(tl.int64) * stride_qh + start.to(tl.int64) * stride_qn
     q_rows = tl.load(q_tile + tile_offsets(stride_qn, BLOCK_Q, D), mask=inside, other=0.0)
+    row_starts = None
+    if window_starts is not None:
+        row_starts = tl.load(window_starts + rows, mask=rows < num_tokens, other=0)
 
     acc = tl.zeros([BLOCK_Q, D], tl.float32)
     row_max = tl.full([BLOCK_Q], -1.0e30, tl.float32)
     row_sum = tl.zeros([BLOCK_Q], tl.float32)
-    qk_scale = scale * LOG2E
+    qk_scale = scale * LOG2E if softcap is None else softcap * LOG2E
+    tanh_scale = None if softcap is None else scale / softcap
     row_start = tl.load(row_ptr + q_block)
     first_partial = tl.load(full_end + q_block)
     row_end = tl.load(row_ptr + q_block + 1)
@@ -129,14 +147,14 @@ def forward_kernel(
         next_block = tl.load(kv_blocks + tl.minimum(i + 1, row_end - 1))
         acc, row_max, row_sum = _attend(
             acc, row_max, row_sum, q_rows, k_head, v_head, stride_kn, stride_vn, subtree_ends, rows,
-            num_tokens, qk_scale, block, BLOCK_KV, D, MASKED=False,
+            row_starts, num_tokens, qk_scale, tanh_scale, block, BLOCK_KV, D, MASKED=False,
         )  # fmt: skip
         block = next_block
     for i in tl.range(first_partial, row_end, num_stages=PARTIAL_STAGES):
         next_block = tl.load(kv_blocks + tl.minimum(i + 1, row_end - 1))
         acc, row_max, row_sum = _attend(
             acc, row_max, row_sum, q_rows, k_head, v_head, stride_kn, stride_vn, subtree_ends, rows,
-            num_tokens, qk_scale, block, BLOCK_KV, D, MASKED=True,
+            row_starts, num_tokens, qk_scale, tanh_scale, block, BLOCK_KV, D, MASKED=True,
         )  # fmt: skip
         block = next_block
 
@@ -152,8 +170,10 @@ def forward(
     k: Tensor,
     v: Tensor,
     subtree_ends: Tensor,
+    window_starts: Tensor | None,
     schedule: BlockSchedule,
     scale: float,
+    softcap: float | None,
     config: Config,
 ) -> tuple[Tensor, Tensor]:
     """Launches the kernel on q's device.
@@ -161,8 +181,10 @@ def forward(
     Args:
         q: [N, Hq, D]; k, v: [N, Hkv, D], one dtype, last dimension contiguous, other strides free.
         subtree_ends: int32 [N].
-        schedule: for (config.block_q, config.block_kv).
+        window_starts: int32 [N], or None without a window.
+        schedule: for (config.block_q, config.block_kv) and that window.
         scale: positive factor of the scores.
+        softcap: positive bound of the scores, or None.
 
     Returns:
         out [N, Hq, D] in q's dtype and lse [Hq, N] float32, natural logarithm.
@@ -172,9 +194,9 @@ def forward(
     lse = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=q.device)
     launch(
         forward_kernel, (num_heads, schedule.q_order.numel()), config, head_dim,
-        q, k, v, out, lse, subtree_ends,
+        q, k, v, out, lse, subtree_ends, window_starts,
         schedule.row_ptr, schedule.full_end, schedule.kv_blocks, schedule.q_order,
-        num_tokens, num_heads // k.shape[1], scale,
+        num_tokens, num_heads // k.shape[1], scale, softcap,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2],
     )  # fmt: skip
     return out, lse

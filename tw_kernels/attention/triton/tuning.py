@@ -2,7 +2,8 @@
 
 Each kernel has a few candidates. On a GPU they are timed once per device model, head dim and dtype,
 on one fixed trie, and the fastest is kept while the process lives; TW_AUTOTUNE=0 takes the first of
-each instead. The interpreter always runs INTERPRETED.
+each instead. With a window, a soft cap or both, which change what a kernel does and the registers
+it needs, they are timed anew. The interpreter always runs INTERPRETED.
 """
 
 from __future__ import annotations
@@ -70,41 +71,67 @@ CANDIDATES = {
 }
 
 
-def candidates_for(dtype: torch.dtype, head_dim: int) -> Candidates:
-    """Those of the smallest head dim in the table that is not below this one."""
+# With a window or a soft cap, which take registers of their own; none of these spills with both.
+VARIANT_CANDIDATES = CANDIDATES | {
+    (2, 64): Candidates(
+        forward=(Config(128, 64, 8, 3, 1), Config(64, 64, 4, 3, 2)),
+        dq=(Config(128, 64, 8, 3, 2), Config(128, 32, 4, 3, 1)),
+        dkv=(Config(64, 128, 8, 3, 2), Config(64, 64, 4, 3, 2)),
+    ),
+    (2, 128): Candidates(
+        forward=(Config(128, 64, 8, 3, 2), Config(64, 64, 4, 3, 1)),
+        dq=(Config(128, 64, 8, 3, 2),),
+        dkv=(Config(32, 128, 8, 3, 2),),
+    ),
+}
+
+# What is timed with.
+WINDOW, SOFTCAP = 1024, 50.0
+
+
+def candidates_for(dtype: torch.dtype, head_dim: int, variant: bool = False) -> Candidates:
+    """Those of the smallest head dim in the table that is not below this one.
+
+    variant: whether there is a window or a soft cap.
+    """
     largest = min(d for _, d in CANDIDATES if d >= head_dim)
-    return CANDIDATES[dtype.itemsize, largest]
+    return (VARIANT_CANDIDATES if variant else CANDIDATES)[dtype.itemsize, largest]
 
 
-def configs_for(q: Tensor) -> Configs:
+def configs_for(q: Tensor, window: int | None = None, softcap: float | None = None) -> Configs:
     """The configurations that calls with this q [N, Hq, D] run with in this process."""
     if triton_interpreter.is_on():
         return INTERPRETED
+    has = window is not None, softcap is not None
     if os.environ.get("TW_AUTOTUNE") == "0":
-        return Configs(*(options[0] for options in candidates_for(q.dtype, q.shape[-1])))
+        return Configs(*(options[0] for options in candidates_for(q.dtype, q.shape[-1], any(has))))
     with torch.cuda.device(q.device):
-        return _fastest(torch.cuda.get_device_name(), q.dtype, q.shape[-1])
+        return _fastest(torch.cuda.get_device_name(), q.dtype, q.shape[-1], *has)
 
 
 @cache
-def _fastest(device_name: str, dtype: torch.dtype, head_dim: int) -> Configs:
+def _fastest(
+    device_name: str, dtype: torch.dtype, head_dim: int, has_window: bool, has_softcap: bool
+) -> Configs:
     """Times the candidates on the current device, of that name."""
     device = torch.device("cuda")
-    options = candidates_for(dtype, head_dim)
+    options = candidates_for(dtype, head_dim, has_window or has_softcap)
+    window, softcap = WINDOW if has_window else None, SOFTCAP if has_softcap else None
     layout = TrieLayout(fork_join_subtree_ends().to(device))
     num_tokens, scale = layout.num_tokens, head_dim**-0.5
     q, out, dout = torch.randn(3, num_tokens, 16, head_dim, dtype=dtype, device=device)
     k, v = torch.randn(2, num_tokens, 4, head_dim, dtype=dtype, device=device)
+    mask = layout.subtree_ends, layout.window_starts(WINDOW) if has_window else None
     lse2, delta = bwd.row_stats(dout, out, torch.zeros(16, num_tokens, device=device))
 
     def forward(config: Config) -> object:
-        schedule = layout.block_schedule(config.block_q, config.block_kv)
-        return fwd.forward(q, k, v, layout.subtree_ends, schedule, scale, config)
+        schedule = layout.block_schedule(config.block_q, config.block_kv, window)
+        return fwd.forward(q, k, v, *mask, schedule, scale, softcap, config)
 
     def gradient(of: Callable[..., object]) -> Callable[[Config], object]:
         def run(config: Config) -> object:
-            schedule = layout.block_schedule(config.block_q, config.block_kv)
-            return of(dout, q, k, v, lse2, delta, layout.subtree_ends, schedule, scale, config)
+            schedule = layout.block_schedule(config.block_q, config.block_kv, window)
+            return of(dout, q, k, v, lse2, delta, *mask, schedule, scale, softcap, config)
 
         return run
 

@@ -1,0 +1,130 @@
+"""The folder of a run belongs to one process, may have any name, and need not have a reader."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from threadweaver.train.__main__ import main
+from threadweaver.train.lock import RunLock
+from threadweaver.train.sft import SFTTrainer
+
+
+def test_a_run_that_another_process_works_in_is_refused_and_names_it(new_run, fails):
+    run = new_run()
+    code = (
+        "import sys, pathlib; from threadweaver.train.lock import RunLock; "
+        "lock = RunLock(pathlib.Path(sys.argv[1])); print(flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(run.folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None and holder.stdin is not None
+    holder.stdout.readline()
+    line = fails(run(), 2)
+    assert f"{run.folder} is in use by process {holder.pid} on " in line
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert (run.folder / ".lock").exists()
+    assert run() == 0
+
+
+def test_a_run_under_way_is_refused_with_and_without_resume(new_run, monkeypatch, fails):
+    run, lines = new_run(), []
+    step = SFTTrainer.train_step
+
+    def start_again(self):
+        if self.steps_done == 3:
+            lines.extend(fails(main(run.arguments(*option)), 2) for option in ([], ["--resume"]))
+        return step(self)
+
+    monkeypatch.setattr(SFTTrainer, "train_step", start_again)
+    assert run() == 0
+    assert len(lines) == 2
+    assert all(f"in use by process {os.getpid()} on " in line for line in lines)
+
+
+def test_a_run_that_could_not_begin_leaves_nothing(new_run, fails):
+    run = new_run("a/b/run")
+    run.folder.parent.mkdir(parents=True)  # of its settings
+    run.settings["run_dir"] = str(run.folder / "c" / "d")
+    fails(run("--model.arch.model_type", "nonsense"), 2)
+    assert not run.folder.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(new_run, monkeypatch, fails):
+    run = new_run()
+    run.folder.write_text("")
+    run.settings["run_dir"] = str(run.folder / "below")
+    monkeypatch.setattr(SFTTrainer, "load", None)
+    line = fails(run(), 2)
+    assert str(run.folder / "below") in line and "cannot be written" in line
+
+
+def test_a_lock_that_was_given_back_can_be_had(tmp_path):
+    RunLock(tmp_path / "a" / "b").release(undo=True)
+    assert list(tmp_path.iterdir()) == []
+    RunLock(tmp_path / "a").release()
+    RunLock(tmp_path / "a").release()
+
+
+def test_paths_with_brackets_and_spaces_are_printed_and_resumed_as_they_are(
+    new_run, monkeypatch, capsys
+):
+    run = new_run("my [red] run")
+    step = SFTTrainer.train_step
+
+    def stop_after_third(self):
+        if self.steps_done == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SFTTrainer, "train_step", stop_after_third)
+        assert run() == 130
+    line = capsys.readouterr().out.splitlines()[-1]
+    command = shlex.split(line.partition("continue with: ")[2])
+    assert command[:3] == ["python", "-m", "threadweaver.train"]
+    assert main(command[3:]) == 0
+    shown = capsys.readouterr().out
+    assert f"resuming from {run.folder}/checkpoints/step-3" in shown
+    assert f"tensorboard --logdir {shlex.quote(str(run.folder))}" in shown
+    assert run("--resume") == 0
+    assert f"{run.folder}: this run is finished" in capsys.readouterr().out
+
+
+def test_a_run_whose_output_nobody_reads_any_more_is_saved_and_stops(new_run, monkeypatch, capsys):
+    whole, cut = new_run("whole"), new_run("cut")
+    assert whole() == 0
+    reader, writer = os.pipe()
+    with monkeypatch.context() as patch, os.fdopen(writer, "w") as output:
+        patch.setattr(sys, "stdout", output)
+        os.close(reader)
+        assert cut() == 128 + signal.SIGPIPE
+    assert capsys.readouterr().err == ""
+    assert [m["step"] for m in cut.metrics()] == [1]
+    assert (cut.folder / "checkpoints/step-1").is_dir()
+    assert cut("--resume") == 0
+    assert cut.weights() == whole.weights()
+
+
+@pytest.mark.parametrize("module", ["add_tags", "evaluate", "generate", "tasks", "train"])
+def test_ctrl_c_while_a_command_imports_ends_it_in_one_line(module):
+    code = (
+        "import sys, runpy\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'jsonargparse': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        "sys.argv[0] = 'x'\n"
+        f"runpy.run_module('threadweaver.{module}', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")

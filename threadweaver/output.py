@@ -1,0 +1,48 @@
+"""Output that nobody takes: the reader of a pipe is gone, a terminal was closed, a disk is full."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from typing import IO, Any
+
+
+def drop(stream: IO[str]) -> None:
+    """Sends what is still written to a stream nowhere, so that no error follows at the end."""
+    with suppress(OSError, ValueError):  # it may have no file
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+class Output:
+    """A stream for work that goes on when nobody takes what it writes any more.
+
+    Attributes:
+        is_broken_pipe: whether the reader of a pipe is gone.
+    """
+
+    is_broken_pipe = False
+
+    def __init__(self, stream: IO[str]):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._drop(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._drop(error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _drop(self, error: OSError) -> None:
+        self.is_broken_pipe = self.is_broken_pipe or isinstance(error, BrokenPipeError)
+        drop(self._stream)
