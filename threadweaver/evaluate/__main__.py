@@ -232,6 +232,7 @@ def print_table(
     for name, cell in (
         ("max speedup", lambda e: f"{e.max_speedup:.2f}x" if e.max_speedup else ""),
         ("ended by a limit", lambda e: f"{sum(e.limits.values()):,}"),
+        ("no answer", lambda e: f"{e.no_answer:,}"),
         ("not graded", lambda e: f"{e.ungraded:,}"),
         ("wall-clock", lambda e: f"{e.seconds:,.1f} s"),
         ("tokens per second", lambda e: f"{e.tokens_per_second:,.0f}"),

@@ -136,6 +136,7 @@ class RLTrainer(Trainer[RLConfig]):
             **learnt,
             **summary(graded),
             "reached_limits": sum(any(asdict(g.rollout.limits).values()) for g in graded),
+            "no_answer": sum(g.no_answer for g in graded),
             "ungraded": self.task.ungraded - ungraded,
             "decode_steps": fmean(g.rollout.decode_steps for g in graded),
             "preemptions": self.engine.preemptions - preempted,
