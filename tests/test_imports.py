@@ -20,7 +20,7 @@ ROOMS = [
     ["threadweaver", "threadweaver.device", "threadweaver.output"],
     ["threadweaver.command", "threadweaver.progress"],
     ["threadweaver.trajectory"],
-    ["threadweaver.data"],
+    ["threadweaver.data", "threadweaver.grading"],
     ["threadweaver.model"],
     ["threadweaver.generate", "threadweaver.add_tags"],
     ["threadweaver.tasks"],

@@ -215,6 +215,10 @@ GOOD = {"question": "Q", "response": "R"}
         ({"prompt": " ", "response": "R"}, "field 'prompt' is empty; fill it in"),
         ({"prompt": [], "response": "R"}, "field 'prompt' must be text or a list of"),
         (
+            {"prompt": [{"role": "human", "content": "Q"}], "response": "R"},
+            "field 'prompt[0].role' is 'human'; use one of system, developer, user, assistant, t",
+        ),
+        (
             {"prompt": [{"role": "assistant", "content": "R"}], "response": "R"},
             "field 'prompt' ends with a turn of the assistant",
         ),

@@ -91,7 +91,7 @@ def test_loss_stands_on_the_response_and_its_end_token(loss):
     built = build_tries([example()], CODEC, DataConfig("f", loss=loss), 4096)
     [trie] = built.tries
     with_loss = trie.columns["weights"] > 0
-    prompt_length = len(CODEC.encode(example().prompt))
+    prompt_length = len(CODEC.encode_prompt(example().prompt))
     assert not with_loss[trie.positions < prompt_length].any()
     assert with_loss[trie.tokens == CODEC.eos_id].tolist() == [True]
     # Every thread is a completion; its copy in the joined path carries loss for `response` only.
@@ -102,7 +102,7 @@ def test_loss_stands_on_the_response_and_its_end_token(loss):
 def test_unrolled_tokens_are_those_of_the_maximal_paths():
     [trie] = build_tries([example()], CODEC, DataConfig("f"), 4096).tries
     calls = extract_calls(
-        [*CODEC.encode(example().prompt + example().response), CODEC.eos_id], CODEC
+        [*CODEC.encode(f"{example().prompt}{example().response}"), CODEC.eos_id], CODEC
     )
     paths = [tuple(call.path) for call in calls]
     maximal = {p for p in paths if not any(q != p and q[: len(p)] == p for q in paths)}
@@ -146,9 +146,13 @@ def test_malformed_trajectories_are_dropped_and_counted_if_asked():
 def test_a_think_tag_that_the_prompt_opens_counts_for_the_format():
     whole = example()
     moved = Example(
-        whole.prompt + "<think>\n", whole.response.removeprefix("<think>\n"), "4042", "f:1"
+        f"{whole.prompt}<think>\n", whole.response.removeprefix("<think>\n"), "4042", "f:1"
     )
-    assert len(build_tries([moved], CODEC, DataConfig("f"), 4096).tries) == 1
+    (trie,) = build_tries([moved], CODEC, DataConfig("f"), 4096).tries
+    # Opened twice is opened once.
+    twice = Example(moved.prompt, whole.response, "4042", "f:1")
+    (same,) = build_tries([twice], CODEC, DataConfig("f"), 4096).tries
+    assert same.tokens.tolist() == trie.tokens.tolist()
 
 
 def test_the_fingerprint_tells_data_and_loss_apart():
@@ -171,7 +175,7 @@ def test_blocks_nest_as_deep_as_the_settings_say():
     with pytest.raises(DataError, match=r"^data\.jsonl:1: the response breaks the format"):
         build_tries([nested], CODEC, DataConfig("f"), 4096)
     (trie,) = build_tries([nested], CODEC, DataConfig("f", max_depth=2), 4096).tries
-    ids = [*CODEC.encode(nested.prompt + text), CODEC.eos_id]
+    ids = [*CODEC.encode(f"{nested.prompt}{text}"), CODEC.eos_id]
     paths = [call.path for call in extract_calls(ids, CODEC, 3, max_depth=2)]
     assert [trie.tokens[trie.path_nodes(i)].tolist() for i in range(trie.num_paths)] == paths
     assert len(paths) == 7  # of two blocks: before, each of four threads, between, after

@@ -127,7 +127,8 @@ def test_prompts_keep_what_they_are_through_rollouts_and_sft(tmp_path):
 
 
 def test_what_is_kept_is_what_sft_reads(run, monkeypatch):
-    monkeypatch.setattr("threadweaver.tasks.data_file.DataFile.is_correct", lambda *_: True)
+    right = "threadweaver.tasks.data_file.DataFile.submit"
+    monkeypatch.setattr(right, lambda *_: lambda: True)
     for module in ("evaluate.grade", "train.batches"):  # random bytes are no trajectory
         monkeypatch.setattr(f"threadweaver.{module}.violations", lambda *_: [])
     run.settings["rollouts"]["generation"] = {"max_tokens": 8, "mode": "sequential"}

@@ -32,7 +32,7 @@ from .conftest import ARCH
 
 def trainer_of(run, *options: str) -> SFTTrainer:
     parser = parser_of(SFTConfig)
-    config = config_of(SFTConfig, parser, parser.parse_args(run.arguments(*options)[1:]))
+    config = config_of(SFTConfig, parser.parse_args(run.arguments(*options)[1:]))
     trainer = SFTTrainer.prepare(config, False, Console(quiet=True))
     assert trainer is not None
     return trainer

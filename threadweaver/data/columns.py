@@ -25,6 +25,8 @@ from threadweaver.trajectory.prompt import CONTROL
 # In each row the first of these that is there and not null.
 PROMPTS = ("question", "prompt", "problem", "query", "input")
 ANSWERS = ("ground_truth", "expected_answer", "final_answer", "answer", "solution")
+# A chat template may leave out a turn of a role that it does not know.
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 # What may close a turn, as any vocabulary writes it; to compare texts without it.
 _ANY_END = re.compile(r"(?:<[^<>\s]+>\s*)+\Z")
@@ -250,6 +252,11 @@ def _prompt(row: dict[str, Any], column: str, source: str) -> Prompt:
             if not isinstance(message.get(key), str):
                 raise _wrong_type(f"{name}.{key}", "text", message.get(key), source)
             _check_text(f"{name}.{key}", message[key], source)
+        if message["role"] not in ROLES:
+            raise DataError(
+                f"{source}: field '{name}.role' is {message['role'][:40]!r}; "
+                f"use one of {', '.join(ROLES)}"
+            )
     if messages[-1]["role"] == "assistant":
         raise DataError(
             f"{source}: field '{column}' ends with a turn of the assistant, so that nothing is "
@@ -282,8 +289,8 @@ def _ground_truth(
     several = (
         _answer(f"{column}[{i}]", one, "text or a number", source) for i, one in enumerate(value)
     )
-    answers = tuple(dict.fromkeys(several))
-    return column, answers if len(answers) > 1 else answers[0]
+    first, *others = dict.fromkeys(several)
+    return column, (first, *others) if others else first
 
 
 def _answer(field: str, value: Any, expected: str, source: str) -> str:

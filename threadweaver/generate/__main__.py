@@ -41,6 +41,7 @@ with train_extra():
         generation_settings,
         template_config,
     )
+    from threadweaver.generate.settings import MOST_RESPONSES
     from threadweaver.generate.weaver import Mode
     from threadweaver.progress import print_line
 
@@ -163,6 +164,8 @@ def _prompt(options: Namespace) -> str:
     """
     if options.n < 1:
         raise ValueError(f"n is {options.n}: it must be at least 1")
+    if options.n > MOST_RESPONSES:
+        raise ValueError(f"n is {options.n}: it must be at most {MOST_RESPONSES}")
     if (options.prompt is None) == (options.prompt_file is None):
         raise ValueError("prompt, prompt_file: give exactly one of them")
     if options.prompt_file is not None:

@@ -7,8 +7,9 @@ import random
 from collections.abc import Callable
 
 from threadweaver.data import DataError, Example, columns_note, load_examples
+from threadweaver.grading.judge import Judge
+from threadweaver.grading.mathematics import build_math_grader
 from threadweaver.tasks.boxed import boxed_answer, boxes_number
-from threadweaver.tasks.judge import Judge
 from threadweaver.tasks.task import Problem, Split, check_count, check_settings, is_held_out
 from threadweaver.trajectory import Prompt
 
@@ -18,13 +19,14 @@ class DataFile:
     pattern matches; see `threadweaver.data` for their columns.
 
     A response, where a row has one, is the demonstration. An answer is right if its box holds the
-    same text as the row's ground truth or what math-verify takes for the same: `\\frac{1}{2}`, 0.5.
+    same text as the row's ground truth or means the same (threadweaver.grading.mathematics):
+    `\\frac{1}{2}`, 0.5.
 
     Args:
         path: of the file or folder, or the pattern.
         held_out: share of the prompts that make up the validation split; which ones depends on
             their text alone. 1: the whole file is for evaluation.
-        seconds: most time to grade one answer; one that takes longer is wrong.
+        seconds: most CPU time to grade one answer; one that takes longer is wrong.
         whole_numbers: an answer is right if its box holds decimal digits alone and they equal the
             ground truth as a whole number; needs no math-verify.
 
@@ -80,15 +82,20 @@ class DataFile:
         return list(rows) if n is None else random.Random(seed).sample(rows, n)
 
     def is_correct(self, response: str, problem: Problem) -> bool:
+        return self.submit(response, problem)()
+
+    def submit(self, response: str, problem: Problem) -> Callable[[], bool]:
+        """See `Task`."""
         if self._whole_numbers:
-            return any(boxes_number(response, truth) for truth in _answers(problem))
-        answer = boxed_answer(response)
-        if answer is None:
-            return False
-        truths = _answers(problem)
-        return answer in truths or any(
-            self._judge(answer, truth, source=problem.source) for truth in truths
-        )
+            right = any(boxes_number(response, truth) for truth in _answers(problem))
+            return lambda: right
+        answer, truths = boxed_answer(response), _answers(problem)
+        if not answer or answer in truths:
+            right = bool(answer)
+            return lambda: right
+        # A ground truth may be a sentence or a whole solution with the answer in its box.
+        truths = (boxed_answer(truth) or truth for truth in truths)
+        return self._judge.submit(answer, *truths, source=problem.source)
 
     def demonstration(self, problem: Problem, parallel: bool) -> str | None:
         """The row's own response, if it has one and of that kind."""
@@ -117,19 +124,3 @@ def _asked(prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n\n".join(turn["content"] for turn in prompt if turn["role"] == "user")
-
-
-def build_math_grader() -> Callable[[str, str], bool]:
-    """A function (answer, ground truth) -> whether they are the same, for a `Judge` to call."""
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    def parsed(text: str) -> list:
-        # Without a time limit of its own, which would need signals: the judge has one.
-        return parse(f"\\boxed{{{text}}}", [LatexExtractionConfig()], parsing_timeout=0)
-
-    def grade(answer: str, ground_truth: str) -> bool:
-        truth = boxed_answer(f"</think>{ground_truth}") or ground_truth
-        return verify(parsed(truth), parsed(answer), timeout_seconds=None)
-
-    grade("1/2", "0.5")  # imports what math-verify imports at first use
-    return grade

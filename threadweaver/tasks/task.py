@@ -1,13 +1,15 @@
 """The interface of a task: problems, a check of answers, and demonstrations if it has them.
 
-Evaluation, self-training, P-GRPO and the writing of data use a task through this alone.
+Evaluation, self-training, P-GRPO and the writing of data use a task through this alone. A task that
+grades in processes of its own also has `submit`, see `GradesInBackground`.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from threadweaver.trajectory import Prompt
 
@@ -60,6 +62,16 @@ class Task(Protocol):
 
     def demonstration(self, problem: Problem, parallel: bool) -> str | None:
         """A right and well-formed response, with or without blocks; None if the task has none."""
+        ...
+
+
+@runtime_checkable
+class GradesInBackground(Protocol):
+    """A task whose answers are graded while the engine decodes on."""
+
+    def submit(self, response: str, problem: Problem) -> Callable[[], bool]:
+        """Starts to grade, and returns at once: what it returns gives `is_correct` when that is
+        known, and is called once."""
         ...
 
 

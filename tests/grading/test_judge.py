@@ -1,7 +1,7 @@
 import logging
 import math
-import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from threadweaver.tasks.judge import Judge
+from threadweaver.grading.judge import Judge
 
 
 def evaluate(answer: str) -> bool:
-    scope = {"math": math, "os": os, "socket": socket, "subprocess": subprocess, "sys": sys}
-    return eval(answer, scope)
+    modules = math, os, signal, socket, subprocess, sys, time
+    return eval(answer, {module.__name__: module for module in modules})
 
 
 def build(grader=evaluate):
@@ -111,41 +111,82 @@ def test_a_grader_that_cannot_be_built_is_an_error():
         Judge(build_nothing)("1", source="")
 
 
+def children() -> set[int]:
+    """Ids of the processes that this one started and that run."""
+    tasks = Path("/proc/self/task").iterdir()
+    found = {int(pid) for task in tasks for pid in (task / "children").read_text().split()}
+    return {pid for pid in found if runs(pid)}
+
+
+def runs(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "\nState:\tZ" not in status.read_text()
+
+
+def wait_until(condition, seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_an_idle_grader_ends_with_its_judge():
-    before = set(multiprocessing.active_children())
+    before = children()
     judge = Judge(build)
     assert judge("True", source="") is True
-    (child,) = set(multiprocessing.active_children()) - before
+    (child,) = children() - before
     del judge
-    child.join(5)
-    assert child.exitcode == 0
+    wait_until(lambda: not runs(child))
 
 
-def test_a_grading_without_end_ends_though_the_run_was_killed(tmp_path):
-    started = tmp_path / "pid"
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import multiprocessing\n"
-        "from tests.tasks.test_judge import build\n"
-        "from threadweaver.tasks.judge import Judge\n"
-        "if __name__ == '__main__':\n"
-        "    judge = Judge(build, seconds=1.0)\n"
-        "    judge('True', source='')\n"
-        f"    open({str(started)!r}, 'w').write(str(multiprocessing.active_children()[0].pid))\n"
-        "    judge('9**9**9 > 0', source='')\n"
-    )
-    root = Path(__file__).parents[2]
+SCRIPT = """
+import sys
+from tests.grading.test_judge import build, children
+from threadweaver.grading.judge import Judge
+print("imported", file=sys.stderr)
+judge = Judge(build, seconds=60.0)
+assert judge('True', source='') and not judge('False', source='')
+print(*children(), flush=True)
+{then}
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "stdin", "module"])
+def test_a_plain_script_grades_and_runs_once(tmp_path, kind):
+    path = tmp_path / "plain_script.py"
+    path.write_text(SCRIPT.format(then=""))
+    command = {"file": [str(path)], "stdin": ["-"], "module": ["-m", "plain_script"]}[kind]
+    search = os.pathsep.join((str(Path(__file__).parents[2]), str(tmp_path)))
+    with path.open() as script:
+        done = subprocess.run(
+            [sys.executable, *command],
+            stdin=script,
+            env={**os.environ, "PYTHONPATH": search},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert (done.returncode, done.stderr) == (0, "imported\n")
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_grading_outlives_a_run_that_is_stopped(sign):
+    # Two that never end, in Python and in C; one that sleeps; one that waits for its turn.
+    endless = ["all(True for _ in iter(int, 1))", "9**9**9 > 0", "time.sleep(1000)", "True"]
+    then = f"waits = [judge.submit(a, source='') for a in {endless}]; print('ready', flush=True)"
     run = subprocess.Popen(
-        [sys.executable, str(script)], env={**os.environ, "PYTHONPATH": str(root)}
+        [sys.executable, "-c", SCRIPT.format(then=f"{then}; waits[0]()")],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
     )
-    while not started.exists() or not started.read_text():
-        assert run.poll() is None
-        time.sleep(0.05)
-    time.sleep(0.3)
-    run.kill()
-    run.wait()
-    grader = Path(f"/proc/{started.read_text()}")
-    deadline = time.monotonic() + 10
-    while grader.exists() and "\nState:\tZ" not in (grader / "status").read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    assert run.stdout is not None
+    server = int(run.stdout.readline())
+    assert run.stdout.readline() == "ready\n"
+    children_of_server = Path(f"/proc/{server}/task/{server}/children")
+    wait_until(lambda: children_of_server.read_text())
+    graders = [int(pid) for pid in children_of_server.read_text().split()]
+    run.send_signal(sign)
+    run.wait(10)
+    wait_until(lambda: not any(map(runs, (server, *graders))))
