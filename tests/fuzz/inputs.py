@@ -82,6 +82,11 @@ def _decoded(n: int, out: Path | None = None) -> Callable[[Outcome], str | None]
 # Settings, one at a time.
 
 
+def _below(folder: Path, name: str) -> str:
+    """A path that ends in this name; without it one of the system's may be written."""
+    return str(folder / "deep" / name.strip("/"))
+
+
 @cache
 def _train_defaults(kind: str) -> dict[str, Any]:
     defaults = parser_of(KINDS[kind]).get_defaults()
@@ -110,6 +115,8 @@ def train_settings(rng: Random, place: Place, folder: Path) -> Input:
     given, must = value(rng, defaults[name])
     if name.startswith("model.") or name == "run_dir":
         must = None
+    if name == "run_dir":
+        given = _below(folder, given)
     config = folder / "settings.yaml"
     config.write_text(yaml.safe_dump(place.settings(kind, run_dir)))
     arguments = [kind, f"--config={config}"]
@@ -130,7 +137,8 @@ def train_settings(rng: Random, place: Place, folder: Path) -> Input:
         "train",
         arguments,
         must=must,
-        names=(name.rpartition(".")[2], name.split(".")[0]),
+        # Self-training may find nothing to keep, whatever else it was told.
+        names=(name.rpartition(".")[2], name.split(".")[0], "kept none"),
         endless=is_large(given) or name.endswith("generation.max_tokens"),
         effect=effect if name != "run_dir" else lambda outcome: None,
         unbegun=run_dir / "config.yaml",
@@ -197,8 +205,8 @@ def task_settings(rng: Random, place: Place, folder: Path) -> Input:
     given, must = value(rng, defaults[name])
     if name == "format":
         must = "refuse" if given not in ("jsonl", "parquet") else None
-    if name == "out" and (given in ("", ".", "..") or not given.startswith("/")):
-        given = str(folder / "out" / "deep" / given.replace("/", "_").replace("\0", ""))[:4000]
+    if name == "out":
+        given = _below(folder, given)
     arguments.append(f"--{name}={given}")
 
     def effect(outcome: Outcome) -> str | None:
@@ -348,7 +356,7 @@ def config_files(rng: Random, place: Place, folder: Path) -> Input:
         )
         kind_of_change = f"{key}: {new!a}"
         owner[key] = new
-        names = (str(key), *(str(k) for k in settings))
+        names = (str(key), *(str(k) for k in settings), "kept none")
         endless = isinstance(new, int) or is_large(str(new))
         path.write_text(yaml.safe_dump(settings, allow_unicode=True), errors="surrogatepass")
     elif what == "keys":
@@ -508,8 +516,7 @@ def data_files(rng: Random, place: Place, folder: Path) -> Input:
         *(f"data of {reader}: {made.name}", "train", [reader, f"--config={config}"], must),
         names=(*names, "task", "kept"),
         effect=_trained(folder / "run"),
-        # Self-training may find at its end that nothing is right.
-        unbegun=folder / "run" / "config.yaml" if reader == "rl" else None,
+        unbegun=folder / "run" / "config.yaml",
     )
 
 

@@ -3,6 +3,7 @@ each made once."""
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from functools import cached_property
@@ -58,7 +59,10 @@ class Place:
         return self.root / "chat-model"
 
     def settings(self, kind: str, run_dir: Path) -> dict[str, Any]:
-        """Of a run of one step."""
+        """Of a run of one step; to be changed at will."""
+        return copy.deepcopy(self._settings(kind, run_dir))
+
+    def _settings(self, kind: str, run_dir: Path) -> dict[str, Any]:
         shared = {
             "run_dir": str(run_dir),
             "model": {"path": str(self.model)},
