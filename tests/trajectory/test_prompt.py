@@ -140,9 +140,9 @@ def test_what_a_template_refuses_is_said_in_its_own_words():
     with pytest.raises(ValueError, match="chat template refuses"):
         Codec.from_tokenizer(tokenizer)
     # One that rewrites what a user says cannot be kept from making a control token of it.
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content | tojson }}{% endfor %}"
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content | urlencode }}{% endfor %}"
     codec = Codec.from_tokenizer(tokenizer)
-    assert codec.prompts.text("Q \\boxed") == '"Q \\\\boxed"'
+    assert codec.prompts.text("Q \\boxed") == "Q%20%5Cboxed"
     with pytest.raises(ValueError, match=r"the prompt names <\|over\|>"):
         codec.encode_prompt("Q<|over|>")
 

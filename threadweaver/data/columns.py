@@ -147,12 +147,13 @@ def _example(
         if "response" not in row:
             return Example(prompt, "", truth, source, (prompt_column, None, answered))
         response, response_column = _text(row, "response", source), "response"
-    if not response.strip():
+    body = _CONTROL_END.sub("", response)
+    if not body.strip():
         raise DataError(
             f"{source}: field '{response_column}': the response is empty; fill it in or remove "
             "the row"
         )
-    if control := CONTROL.search(_CONTROL_END.sub("", response)):
+    if control := CONTROL.search(body):
         raise DataError(
             f"{source}: field '{response_column}': the response holds {control[0]}, a control "
             "token: give the last turn alone in a field 'response'"
@@ -298,7 +299,7 @@ def _answer(field: str, value: Any, expected: str, source: str) -> str:
         raise _wrong_type(field, expected, value, source)
     if isinstance(value, str):
         _check_text(field, value, source)
-    elif not math.isfinite(value):
+    elif not isinstance(value, int) and not math.isfinite(value):
         raise DataError(
             f"{source}: field '{field}' is {value}, which no answer can equal; correct it"
         )
