@@ -10,8 +10,8 @@ import torch
 from threadweaver.generate.sampler import SamplingParams, sample
 
 COLD = (1e-2, 1e-4, 1e-6, 1e-8, 1e-12, 1e-30, 1e-37, 1e-38, 1e-40, 1e-45, 5e-324)
-TRUNCATIONS: list[dict[str, Any]] = ({}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1})
-ENDS: list[dict[str, Any]] = (
+TRUNCATIONS: tuple[dict[str, Any], ...] = ({}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1})
+ENDS: tuple[dict[str, Any], ...] = (
     {"top_p": 1e-300},
     {"top_k": 10**9},
     {"top_k": 10**30},
