@@ -63,6 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
         config = config_of(KINDS[kind], settings)
     except ArgumentError as error:
         return fail(explain(str(error), parsers[kind].get_defaults()), 2)
+    except UnicodeDecodeError as error:
+        return fail(f"config: the file is not UTF-8 ({error})", 2)
     except (ValueError, OSError) as error:
         return fail(error, 2)
     # After the arguments are known to be good: these take seconds to import.
