@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 
@@ -176,6 +177,19 @@ def test_figures_that_cannot_be_written_are_shown_all_the_same(solve, known, cap
     assert "accuracy" in shown.out
     assert shown.err.startswith("error: ") and shown.err.count("\n") == 1
     assert "/dev/full: No space left on device" in shown.err
+
+
+def test_files_are_written_though_nobody_reads_what_is_shown(
+    solve, known, monkeypatch, capsys, tmp_path
+):
+    figures = tmp_path / "e.json"
+    reader, writer = os.pipe()
+    with monkeypatch.context() as patch, os.fdopen(writer, "w") as output:
+        patch.setattr(sys, "stdout", output)
+        os.close(reader)
+        assert solve(*known, "--json", str(figures)) == 141
+    assert capsys.readouterr().err == ""
+    assert json.loads(figures.read_text())["parallel"]["problems"] == 2
 
 
 def test_one_file_for_figures_and_responses_is_refused(refused, tmp_path):

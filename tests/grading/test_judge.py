@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from threadweaver.grading.judge import Judge
+from threadweaver.grading.judge import MOST_CHARACTERS, Judge
 
 
 def evaluate(answer: str) -> bool:
@@ -97,6 +97,85 @@ def test_what_an_answer_returns_never_reaches_the_run(judge, tmp_path):
     answer = f"type('Trap', (), {{'__reduce__': lambda self: (open, ({str(trap)!r}, 'w'))}})()"
     assert judge(answer, source="") is True
     assert not trap.exists()
+
+
+SEEN: list[str] = []
+
+
+def evaluate_or_count(answer: str) -> bool:
+    if answer != "state":
+        return evaluate(answer)
+    SEEN.append(answer)  # which another answer must not find
+    return len(SEEN) == 1
+
+
+HOSTILE = [
+    "True",
+    "False",
+    "9**9**9 > 0",
+    "state",
+    "all(True for _ in iter(int, 1))",
+    "os._exit(0)",
+    "[0] * 10**10",
+    "os.abort()",
+    "'(' * 10**10 and False",
+    "(lambda f: f(f))(lambda f: f(f))",
+    "state",
+    "1 < 2",
+]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_verdicts_depend_neither_on_the_number_of_processes_nor_on_the_order(order):
+    found = {}
+    for processes in (1, 3):
+        judge = Judge(build, evaluate_or_count, seconds=0.3, processes=processes)
+        waiting = [judge.submit(a, source="") for a in HOSTILE[::order]]
+        found[processes] = [verdict() for verdict in waiting][::order]
+        assert judge.ungraded == 4
+    assert found[1] == found[3]
+    assert [i for i, right in enumerate(found[1]) if right] == [0, 3, 10, 11]
+
+
+def test_answers_are_graded_side_by_side_and_verdicts_wait_for_who_asks():
+    judge = Judge(build, seconds=10.0, processes=4)
+    assert judge("True", source="")  # it has started
+    start = time.monotonic()
+    waiting = [judge.submit(f"time.sleep(0.5) or {i} == 2", source="") for i in range(4)]
+    assert time.monotonic() - start < 0.4
+    assert [verdict() for verdict in reversed(waiting)] == [False, True, False, False]
+    assert time.monotonic() - start < 1.9
+
+
+def test_a_grading_that_sleeps_ends_by_the_clock(caplog):
+    judge = Judge(build, seconds=0.1)
+    assert_ungraded(judge, "time.sleep(1000)", "did not end within 0.1 s", caplog)
+
+
+def test_an_answer_that_is_too_long_is_wrong_and_counted(judge, caplog):
+    assert_ungraded(judge, "1" * (MOST_CHARACTERS + 1), "of 10,001 characters takes", caplog)
+    before = judge.ungraded
+    assert judge("1" * 4000, source="") is True and judge.ungraded == before
+
+
+def test_a_server_that_was_killed_is_replaced(caplog):
+    before = children()
+    judge = Judge(build, seconds=10.0)
+    assert judge("True", source="")
+    (server,) = children() - before
+    waiting = [judge.submit("time.sleep(1000)", source="file:1") for _ in range(2)]
+    os.kill(server, signal.SIGKILL)
+    assert [verdict() for verdict in waiting] == [False, False] and judge.ungraded == 2
+    assert "file:1: grading an answer crashed" in caplog.text
+    assert judge("True", source="") is True
+    assert not runs(server)
+
+
+def test_more_answers_than_the_pipes_hold_are_graded():
+    judge = Judge(build, seconds=10.0)
+    text = "'" + "x" * 9000 + "' and {} < 0"
+    waiting = [judge.submit(text.format(i - 1), source="") for i in range(300)]
+    assert sum(verdict() for verdict in waiting) == 1
 
 
 def test_threads_take_turns(judge):

@@ -1,11 +1,12 @@
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from threadweaver.data import DataError, load_examples, save_rows, trajectory_row
-from threadweaver.tasks import load_task
+from threadweaver.tasks import GradesInBackground, load_task
 from threadweaver.tasks.data_file import DataFile
 from threadweaver.tasks.multiplication import Multiplication
 
@@ -80,6 +81,45 @@ def test_an_answer_that_never_ends_is_wrong_and_counted(tmp_path):
     assert task.ungraded == 1
     assert task.is_correct("</think>\\boxed{42}", problem) is True
     assert task.is_correct("</think>\\boxed{41+1}", problem) is True
+
+
+# Each takes longer than anyone waits, at another place in the parser and in the comparison.
+BOMBS = [
+    "9^{9^{9^{9}}}",
+    "(10^6)!",
+    "((10^3)!)!",
+    "\\sum_{k=1}^{10^9}\\frac{1}{k^2}",
+    "\\prod_{k=1}^{10^7}k",
+    "\\binom{10^9}{10^8}",
+    "(x+y+z+w)^{200}",
+    "\\sin(10^{10^9})",
+    "(" * 400 + "1" + ")" * 400,
+    "\\sqrt{" * 200 + "2" + "}" * 200,
+    "\\frac{" * 2000,
+    "|" * 500,
+    "+".join(f"x_{{{i}}}^{i}" for i in range(300)),
+    "1" * 9999,
+]
+
+
+def test_hostile_answers_are_wrong_and_hold_up_no_other(tmp_path):
+    row = {"question": "?", "ground_truth": "42"}
+    task = task_of(tmp_path / "rows.jsonl", row, held_out=0.0, seconds=0.3)
+    (problem,) = task.problems("train", 1)
+    assert isinstance(task, GradesInBackground)
+    start = time.monotonic()
+    waiting = [task.submit(f"\\boxed{{{answer}}}", problem) for answer in [*BOMBS, "41+1"]]
+    assert time.monotonic() - start < 20  # the start of the server; none is waited for
+    assert [verdict() for verdict in waiting] == [False] * len(BOMBS) + [True]
+    assert 6 <= task.ungraded <= len(BOMBS)
+
+
+def test_any_of_several_ground_truths_is_right(tmp_path):
+    row = {"question": "?", "ground_truth": ["x=3", "\\boxed{\\frac{1}{2}}"]}
+    task = task_of(tmp_path / "rows.jsonl", row, held_out=0.0, seconds=20)
+    (problem,) = task.problems("train", 1)
+    verdicts = [task.is_correct(f"\\boxed{{{a}}}", problem) for a in ("0.5", "3", "x=3", "4")]
+    assert verdicts == [True, True, True, False]
 
 
 def test_a_response_is_the_demonstration_of_its_kind(tmp_path):

@@ -160,3 +160,13 @@ def test_checkpoints_that_will_not_fit_on_the_disk_are_refused(new_run, fails, m
     assert "0.0 GB free, and 3 checkpoints of 0.0 GB are to come" in line
     assert not run.folder.exists()
     assert run("--report.checkpoint_every", "6") == 0  # one, and there is room for that
+
+
+def test_a_stage_that_was_stopped_says_how_to_continue_the_pipeline(
+    start, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(SFTTrainer, "_take_steps", lambda self: 15)
+    assert start() == 143
+    line = capsys.readouterr().out.splitlines()[-1]
+    config = tmp_path / "run" / "config.yaml"
+    assert line.endswith(f"python -m threadweaver.train pipeline --config {config} --resume")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from threadweaver.train.config import ConfigError
 from threadweaver.train.log import MetricsLog
-from threadweaver.train.run_dir import write_whole
+from threadweaver.train.run_dir import read_json, write_whole
 
 from .test_resume import stop_before, stopped  # noqa: F401 (a fixture)
 from .test_self_train import run as self_training  # noqa: F401 (a fixture)
@@ -167,3 +169,22 @@ def test_a_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path, monkeypat
         write_whole(path, "after")
     assert error.value.filename == str(path)
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"] and path.read_text() == "before"
+
+
+def test_a_record_that_cannot_be_written_names_the_file(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    log._file = Path("/dev/full").open("w", buffering=1)  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left") as error:
+        log.write({"step": 1})
+    assert error.value.filename == str(tmp_path / "metrics.jsonl")
+    log.close()
+
+
+def test_a_damaged_evaluation_of_a_pipeline_is_named(tmp_path):
+    path = tmp_path / "rl.json"
+    for text in ("", "[]", "3", '{"parallel": {}}'):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=rf"{path} is not what a run wrote .*delete it"):
+            read_json(path, "parallel", "sequential")
+    path.write_text('{"parallel": {}, "sequential": {}}')
+    assert read_json(path, "parallel", "sequential")["parallel"] == {}

@@ -15,12 +15,13 @@ for anything unexpected, logits that are not finite among it; 130 when stopped b
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from argparse import ArgumentError
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from threadweaver.command import command, explain, fail, is_writable, quiet, train_extra
 
@@ -39,7 +40,8 @@ with train_extra():
     )
     from threadweaver.generate.settings import MOST_RESPONSES
     from threadweaver.generate.weaver import Mode
-    from threadweaver.progress import print_line
+    from threadweaver.output import Output
+    from threadweaver.progress import has_no_reader, print_line
     from threadweaver.tasks import load_task, task_names
 
 if TYPE_CHECKING:
@@ -74,7 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
     from threadweaver.generate.load import check_chat, load_engine, settle_precision
 
     quiet()
-    console = Console()
+    # The files are written also if nobody reads what is shown.
+    console = Console(file=cast(IO[str], Output(sys.stdout)))
     try:
         task = load_task(options.task, **options.task_options or {})
         problems = task.problems("validation", options.n, options.seed)
@@ -100,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
             task,
             problems,
             generation,
-            Console(stderr=True),
+            Console(file=cast(IO[str], Output(sys.stderr))),
             samples=options.samples,
             seed=options.seed,
             at_once=options.at_once,
@@ -138,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
                 file.writelines(lines)
         except OSError as error:
             code = fail(OSError(error.errno, error.strerror, str(path)), 1)
-    return code
+    return code or (128 + signal.SIGPIPE if has_no_reader(console) else 0)
 
 
 def _parser() -> ArgumentParser:

@@ -42,7 +42,7 @@ class DataFile:
         self,
         path: str,
         held_out: float = 0.1,
-        seconds: float = 5.0,
+        seconds: float = 2.0,
         whole_numbers: bool = False,
     ):
         check_settings(held_out, seconds)

@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ArgumentError as error:
         return fail(explain(str(error), parsers[kind].get_defaults()), 2)
     except UnicodeDecodeError as error:
-        return fail(f"config: not UTF-8 (byte {error.start + 1} of the file); re-encode it", 2)
+        return fail(f"config: the file is not UTF-8 ({error})", 2)
     except (ValueError, OSError) as error:
         return fail(error, 2)
     # After the arguments are known to be good: these take seconds to import.

@@ -104,9 +104,11 @@ class Pipeline(Run[PipelineConfig]):
         for stage in self.stages:
             if checkpoint is not None:  # the first stage was prepared by load
                 self.part = self._prepare(stage, ModelConfig(path=checkpoint))
-            with _of_stage(stage):
-                if self.part is not None and (code := self.part.run()):
-                    return code
+            if self.part is not None:
+                self.part.resume_command = self.resume_command
+                with _of_stage(stage):
+                    if code := self.part.run():
+                        return code
             checkpoint = str(self._checkpoint(stage))
             if not self._evaluation_file(stage).exists():
                 self._evaluate(stage, checkpoint)

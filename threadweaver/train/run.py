@@ -76,10 +76,12 @@ class Run(ABC, Generic[C]):
 
     Attributes:
         device: where it computes.
+        resume_command: what to run when it was stopped; of a stage, what continues the whole run.
         lock: on its folder, from `prepare` to the end of `run`.
         state: of the newest checkpoint, for the kinds that have checkpoints; None: at the start.
     """
 
+    resume_command: str
     device: torch.device
     lock: RunLock
     state: dict[str, Any] | None = None
@@ -89,6 +91,10 @@ class Run(ABC, Generic[C]):
         self.console = console
         self.run_dir = Path(config.run_dir)
         self.started = time.perf_counter()
+        path = shlex.quote(str(self.run_dir / "config.yaml"))
+        self.resume_command = (
+            f"python -m threadweaver.train {config.command} --config {path} --resume"
+        )
 
     @classmethod
     def prepare(
@@ -223,9 +229,7 @@ class Trainer(Run[T]):
         """
         stopped_by = self._take_steps()
         if stopped_by is not None:
-            path = shlex.quote(str(self.run_dir / "config.yaml"))
-            command = f"python -m threadweaver.train {self.config.command} --config {path} --resume"
-            print_line(self.console, f"stopped and saved; continue with: {command}")
+            print_line(self.console, f"stopped and saved; continue with: {self.resume_command}")
             return 128 + stopped_by
         self.finish()
         return 0

@@ -94,8 +94,10 @@ class SelfTraining(Run[SelfTrainConfig]):
             seed=config.seed,
         )
         trainer = SFTTrainer.prepare(settings, None, self.console)
-        if trainer is not None and (code := trainer.run()):
-            return code
+        if trainer is not None:
+            trainer.resume_command = self.resume_command
+            if code := trainer.run():
+                return code
         checkpoint = checkpoint_of(folder)
         after = self._roll_out(self._engine(checkpoint), 0, "rolling out after SFT")
         result = {
