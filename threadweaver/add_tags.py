@@ -13,7 +13,7 @@ import sys
 from argparse import ArgumentError
 from pathlib import Path
 
-from threadweaver.command import command, explain, fail, quiet, train_extra
+from threadweaver.command import command, explain, fail, is_writable, quiet, train_extra
 
 with train_extra():
     from jsonargparse import ArgumentParser
@@ -57,11 +57,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def check_new(folder: Path) -> None:
-    """Raises ValueError if a folder holds something, or is none."""
+    """Raises ValueError if a folder holds something, is none, or could not be written."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out: {folder} is a file; name a folder")
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"out: {folder} is not empty; name a new folder")
+    if not is_writable(folder):
+        raise ValueError(f"out: {folder} cannot be written; name another folder")
 
 
 if __name__ == "__main__":

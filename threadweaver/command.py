@@ -69,7 +69,7 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
             drop(sys.stdout)
             return 128 + signal.SIGPIPE
         except OSError as error:
-            code = fail(error, 1)
+            code = fail(error, 2 if error.errno == errno.ENAMETOOLONG else 1)
         return _flush() or code
 
     return run

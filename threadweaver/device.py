@@ -7,6 +7,7 @@ auto    bf16 where the device multiplies bfloat16 itself, else fp32
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from functools import cache
@@ -39,6 +40,13 @@ def find_device(name: str) -> torch.device:
         raise ValueError("device: no CUDA device here; use cpu or auto")
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(auto if name == "auto" else name)
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes that it has in all, used or not."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def choose(device: torch.device) -> Choice:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 
@@ -158,13 +159,65 @@ def test_a_prompt_longer_than_the_context_is_named_with_its_problem(refused, fol
     assert f"{path}:1: the prompt has 1024 tokens" in line
 
 
+def test_prompts_that_do_not_fit_are_skipped_and_counted(solve, known, capsys, tmp_path):
+    path, figures = tmp_path / "products.jsonl", tmp_path / "e.json"
+    with path.open("a") as file:
+        file.write(json.dumps({"question": "1" * 1024, "ground_truth": "1"}) + "\n")
+    assert solve(*known, "--n", "null", "--json", str(figures)) == 0
+    shown = capsys.readouterr().out
+    assert f"1 of 3 prompts are skipped: {path}:3: the prompt has 1024 tokens" in shown
+    record = json.loads(figures.read_text())
+    assert record["skipped_prompts"] == 1 and record["parallel"]["problems"] == 2
+
+
+@pytest.mark.parametrize("option", ["json", "responses"])
+def test_figures_that_cannot_be_written_are_shown_all_the_same(solve, known, capsys, option):
+    assert solve(*known, f"--{option}", "/dev/full") == 1
+    shown = capsys.readouterr()
+    assert "accuracy" in shown.out
+    assert shown.err.startswith("error: ") and shown.err.count("\n") == 1
+    assert "/dev/full: No space left on device" in shown.err
+
+
+def test_files_are_written_though_nobody_reads_what_is_shown(
+    solve, known, monkeypatch, capsys, tmp_path
+):
+    figures = tmp_path / "e.json"
+    reader, writer = os.pipe()
+    with monkeypatch.context() as patch, os.fdopen(writer, "w") as output:
+        patch.setattr(sys, "stdout", output)
+        os.close(reader)
+        assert solve(*known, "--json", str(figures)) == 141
+    assert capsys.readouterr().err == ""
+    assert json.loads(figures.read_text())["parallel"]["problems"] == 2
+
+
+def test_one_file_for_figures_and_responses_is_refused(refused, tmp_path):
+    path = str(tmp_path / "a.json")
+    assert "name another" in refused("--json", path, "--responses", path)
+
+
+@pytest.mark.parametrize("option", ["n", "samples", "at_once"])
+def test_more_responses_than_there_can_be_are_refused(refused, option):
+    assert "at most 1,000,000" in refused(f"--{option}", "1" + 23 * "0")
+
+
 def test_a_pool_too_small_for_one_sequence_is_refused(refused):
     assert "kv_gigabytes" in refused("--kv_gigabytes", "0.00005")
 
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("n", "0"), ("samples", "0"), ("temperature", "-1"), ("top_p", "0"), ("max_tokens", "0")],
+    [
+        ("n", "0"),
+        ("samples", "0"),
+        ("temperature", "-1"),
+        ("top_p", "0"),
+        ("max_tokens", "0"),
+        ("kv_gigabytes", "1e9"),
+        ("kv_gigabytes", "nan"),
+        ("page_size", "1" + 23 * "0"),
+    ],
 )
 def test_a_setting_out_of_range_is_named(refused, option, value):
     assert option in refused(f"--{option}={value}")

@@ -1,5 +1,6 @@
 import json
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,7 @@ GOOD = {"question": "Q", "response": "R"}
             {"question": "Q", "response": f"R<|im_end|>\n{HEADER}R"},
             "field 'response': the response holds <|im_end|>, a control token",
         ),
+        ({"question": "Q", "response": "<|im_end|>\n"}, "field 'response': the response is empty"),
         ({"response": "R", "qwen_text": "R"}, "field 'qwen_text' holds no prompt before the resp"),
         ({"question": "Q", "qwen_text": "other"}, "does not hold the text of 'question'"),
         ({"question": 3, "response": "R"}, "field 'question' must be text or a list of"),
@@ -214,6 +216,10 @@ GOOD = {"question": "Q", "response": "R"}
         ({"question": "Q", "qwen_text": {}}, "field 'qwen_text' must be text, found an object"),
         ({"prompt": " ", "response": "R"}, "field 'prompt' is empty; fill it in"),
         ({"prompt": [], "response": "R"}, "field 'prompt' must be text or a list of"),
+        (
+            {"prompt": [{"role": "human", "content": "Q"}], "response": "R"},
+            "field 'prompt[0].role' is 'human'; use one of system, developer, user, assistant, t",
+        ),
         (
             {"prompt": [{"role": "assistant", "content": "R"}], "response": "R"},
             "field 'prompt' ends with a turn of the assistant",
@@ -445,3 +451,41 @@ def test_what_was_taken_from_where_is_said_in_a_line(tmp_path):
         f"{path}: 2 rows: prompt from problem, response from response, answer from answer; "
         "1 rows: prompt from query, response from response"
     )
+
+
+VALUES = [
+    *("Q", "", " \n", ANSWER, f"Q{ANSWER}", f"Q Q{ANSWER}", f"{ANSWER}<|endoftext|>\n", "a\ud800"),
+    *(f"{CHAT}{HEADER}{ANSWER}<|im_end|>", "<|im_end|>", "<think>", "<Thread>" * 3, "</s>", "\0"),
+    *(None, True, 1, 1.5, 10**400, -1e308, float("nan"), [], {}, ["4"], [None], [[1]]),
+    *([{"role": "user", "content": "Q"}], [{"role": "user"}], [{"role": "no", "content": "Q"}]),
+    *({"ground_truth": "4"}, {"ground_truth": None}, {"ground_truth": ["4", 5]}),
+]
+COLUMNS = [
+    *("question", "prompt", "problem", "query", "input", "response", "qwen_text"),
+    *("reward_model", "reward_model.ground_truth", "ground_truth", "answer", "solution"),
+]
+
+
+def test_a_row_of_anything_is_taken_or_refused_in_one_line_that_names_it(tmp_path):
+    path, rng = tmp_path / "rows.jsonl", random.Random(0)
+    taken = refused = 0
+    for _ in range(400):
+        row = {name: rng.choice(VALUES) for name in rng.sample(COLUMNS, rng.randint(0, 4))}
+        if rng.random() < 0.7:
+            row = {"question": "Q", "response": ANSWER, "answer": "4"} | row
+        line = bytearray(json.dumps(row).encode() + b"\n")
+        for _ in range(rng.choice([0, 0, 0, 1, 2])):
+            line[rng.randrange(len(line))] = rng.randrange(256)
+        path.write_bytes(line)
+        try:
+            built = build_tries(load_examples(path, codec=CODEC), CODEC, DataConfig("f"), 4096)
+            assert all(int((t.tokens == CODEC.eos_id).sum()) == 1 for t in built.tries)
+            task = load_task(str(path), held_out=0.0, whole_numbers=True)
+            for problem in task.problems("train", None):
+                assert CODEC.encode_prompt(problem.prompt)
+                assert task.is_correct(ANSWER, problem) in (True, False)
+            taken += 1
+        except ValueError as error:
+            assert str(error).startswith(str(path)) and "\n" not in str(error)
+            refused += 1
+    assert min(taken, refused) > 40

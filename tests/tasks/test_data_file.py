@@ -5,14 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from threadweaver.data import DataError, save_rows
-from threadweaver.tasks import GradesInBackground, Task, load_task
+from threadweaver.data import DataError, load_examples, save_rows, trajectory_row
+from threadweaver.tasks import GradesInBackground, load_task
+from threadweaver.tasks.data_file import DataFile
 from threadweaver.tasks.multiplication import Multiplication
 
 
-def task_of(path: Path, *rows: object, **options) -> Task:
+def task_of(path: Path, *rows: object, **options) -> DataFile:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return load_task(str(path), **options)
+    task = load_task(str(path), **options)
+    assert isinstance(task, DataFile)
+    return task
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
@@ -173,3 +176,40 @@ def test_whole_numbers_are_graded_as_in_multiplication_without_math_verify(
     response = f"<think>\n</think>\n\\boxed{{{box}}}"
     assert task.is_correct(response, problem) == Multiplication().is_correct(response, problem)
     assert task.is_correct(response, problem) == (box.strip().lstrip("0") == "42")
+
+
+def test_any_answer_of_a_list_is_right(tmp_path):
+    rows = [{"question": f"{i}?", "answer": ["4", 6, "4"]} for i in range(2)]
+    path = tmp_path / "rows.jsonl"
+    task = task_of(path, *rows, held_out=0.0, whole_numbers=True)
+    (problem, _) = task.problems("train", None)
+    assert problem.answer == ("4", "6")
+    grades = [task.is_correct(f"</think>\\boxed{{{n}}}", problem) for n in (4, 5, 6)]
+    assert grades == [True, False, True]
+    # A list is kept as one: self-training writes what it rolled out to a file like this.
+    save_rows([trajectory_row("Q", "R", problem.answer)], path)
+    (example,) = load_examples(path)
+    assert example.ground_truth == ("4", "6")
+
+
+def test_what_a_held_out_share_takes_away_is_said(tmp_path):
+    rows = [{"question": f"{i}?", "answer": 4} for i in range(40)]
+    task = task_of(tmp_path / "rows.jsonl", *rows, held_out=0.5, whole_numbers=True)
+    held = len(task.problems("validation", None))
+    assert 0 < held < 40
+    columns, share = task.notes
+    assert columns.endswith("rows.jsonl: 40 rows: prompt from question, answer from answer")
+    assert f"held_out 0.5 keeps {held} of 40 rows for validation, out of training" in share
+    for none in (0.0, 1.0):
+        task = task_of(tmp_path / "rows.jsonl", *rows, held_out=none, whole_numbers=True)
+        assert len(task.notes) == 1
+
+
+def test_a_question_is_in_one_split_however_it_is_written(tmp_path):
+    rows = [{"question": f"{i}?", "answer": 4} for i in range(20)]
+    rows += [{"prompt": [{"role": "user", "content": f"{i}?"}], "answer": 4} for i in range(20)]
+    task = task_of(tmp_path / "rows.jsonl", *rows, held_out=0.5, whole_numbers=True)
+    for split in ("train", "validation"):
+        prompts = [problem.prompt for problem in task.problems(split, None)]
+        texts = sorted(p for p in prompts if isinstance(p, str))
+        assert texts == sorted(p[0]["content"] for p in prompts if not isinstance(p, str))

@@ -13,7 +13,7 @@ NEEDED = ["--run_dir", "r", "--data.train", "t.jsonl", "--model.path", "m"]
 
 def parse(*arguments: str) -> SFTConfig:
     parser = parser_of(SFTConfig)
-    return config_of(SFTConfig, parser, parser.parse_args([*NEEDED, *arguments]))
+    return config_of(SFTConfig, parser.parse_args([*NEEDED, *arguments]))
 
 
 def test_defaults_are_the_published_ones():
@@ -24,7 +24,7 @@ def test_defaults_are_the_published_ones():
 
 def test_the_defaults_of_rl_are_the_published_ones():
     parser = parser_of(RLConfig)
-    config = config_of(RLConfig, parser, parser.parse_args(["--run_dir", "r", "--model.path", "m"]))
+    config = config_of(RLConfig, parser.parse_args(["--run_dir", "r", "--model.path", "m"]))
     assert (config.rollouts.problems, config.rollouts.samples) == (128, 8)
     o, p = config.optimization, config.policy
     assert (o.steps, o.learning_rate, o.updates) == (350, 1e-6, 1)
@@ -53,7 +53,7 @@ def test_options_win_over_the_file(tmp_path):
 def test_the_files_in_configs_are_valid(name, kind):
     parser = parser_of(kind)
     settings = parser.parse_args(["--config", str(ROOT / "configs" / name)])
-    config = config_of(kind, parser, settings)
+    config = config_of(kind, settings)
     assert Path(config.run_dir).parts[0] == "runs"
     assert (config.model.path is None) != (config.model.arch is None)
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -82,3 +83,25 @@ def test_a_prompt_longer_than_the_context_is_named_before_training(evaluated_run
     line = fails(evaluated_run("--evaluate.data", str(path)), 2)
     assert f"evaluate: {path}:1: the prompt has 1024 tokens" in line
     assert not evaluated_run.folder.exists()
+
+
+def test_evaluation_grades_as_its_task_does(evaluated_run, tmp_path):
+    """Not as products, nor as mathematics: by the options of the file, or by a task of any kind."""
+    path = tmp_path / "halves.jsonl"
+    path.write_text(json.dumps({"question": PROMPTS[0], "ground_truth": "602.0"}) + "\n")
+    evaluated_run.settings["evaluate"]["data"] = str(path)
+    assert evaluated_run() == 0 and evaluated_run.summary()["accuracy"] == 1
+    shutil.rmtree(evaluated_run.folder)
+    evaluated_run.settings["evaluate"]["options"] = {"whole_numbers": True}
+    assert evaluated_run() == 0 and evaluated_run.summary()["accuracy"] == 0
+
+
+def test_evaluation_takes_the_held_out_problems_of_a_task(evaluated_run, fails):
+    evaluated_run.settings["evaluate"] |= {"data": "multiplication", "problems": 3}
+    evaluated_run.settings["evaluate"] |= {"options": {"digits": 1, "validation": 4}}
+    evaluated_run.settings["evaluate"]["max_new_tokens"] = 20
+    assert evaluated_run() == 0
+    assert evaluated_run.summary()["accuracy"] == 0
+    shutil.rmtree(evaluated_run.folder)
+    line = fails(evaluated_run("--evaluate.problems", "9"), 2)
+    assert "evaluate.data: multiplication has 4 validation problems, not 9" in line

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,6 +126,31 @@ def test_the_same_seed_gives_the_same_table(whole, task_file, tmp_path, capsys, 
         assert f"evaluating, {mode} mode: " in shown
     ours, theirs = (read(f / "summary.json")["stages"] for f in (folder, whole[0]))
     assert without_clock(ours) == without_clock(theirs)
+
+
+def test_a_copied_pipeline_goes_on_with_its_own_files(whole, tmp_path, capsys):
+    """From its own config.yaml, though the settings there name the folder that it was."""
+    folder, _ = whole
+    copy, gone = tmp_path / "a [copy]", folder.with_name("moved away")
+    shutil.copytree(folder, copy)
+    for name in ("rl/summary.json", "rl/checkpoints/step-5", "evaluation/rl.json", "rl/rl.png"):
+        path = copy / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    folder.rename(gone)
+    try:
+        assert main(["pipeline", "--config", str(copy / "config.yaml"), "--resume"]) == 0
+    finally:
+        gone.rename(folder)
+    assert f"resuming from {copy / 'rl/checkpoints/step-4'}" in capsys.readouterr().out
+    assert final_weights(copy) == final_weights(folder)
+    assert read(copy / "summary.json")["checkpoint"] == str(copy / "rl/checkpoints/step-5")
+    assert yaml.safe_load((copy / "rl/config.yaml").read_text())["model"]["path"] == str(
+        copy
+        / "self_train/sft"
+        / Path(read(folder / "self_train/summary.json")["checkpoint"]).relative_to(
+            folder / "self_train/sft"
+        )
+    )
 
 
 def test_other_settings_are_refused_on_resume(whole, task_file, capsys):

@@ -261,9 +261,7 @@ def test_the_config_of_a_run_of_version_0_1_0_has_the_settings_of_that_run(kind,
     path = tmp_path / "config.yaml"
     path.write_text((OLD_CONFIGS / f"{kind.command}.yaml").read_text())
     parser = parser_of(kind)
-    config = config_of(
-        kind, parser, parser.parse_args(["--config", str(path), "--run_dir", str(tmp_path)])
-    )
+    config = config_of(kind, parser.parse_args(["--config", str(path), "--run_dir", str(tmp_path)]))
     check_same_config(config)
     assert settings_of(config)["seed"] == 0
     config.seed = 1

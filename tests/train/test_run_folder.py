@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,8 @@ import pytest
 from threadweaver.train.__main__ import main
 from threadweaver.train.lock import RunLock
 from threadweaver.train.sft import SFTTrainer
+
+from .test_resume import stop_before
 
 
 def test_a_run_that_another_process_works_in_is_refused_and_names_it(new_run, fails):
@@ -128,3 +132,16 @@ def test_ctrl_c_while_a_command_imports_ends_it_in_one_line(module):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
+
+
+def test_a_copied_run_goes_on_in_its_own_folder(new_run, monkeypatch, tmp_path):
+    run, copy = new_run(), tmp_path / "copy"
+    stop_before(run, monkeypatch, "finish")
+    before = sorted(run.folder.rglob("*"))
+    shutil.copytree(run.folder, copy)
+    assert main(["sft", "--config", str(copy / "config.yaml"), "--resume"]) == 0
+    assert sorted(run.folder.rglob("*")) == before
+    assert json.loads((copy / "summary.json").read_text())["checkpoint"] == str(
+        copy / "checkpoints/step-6"
+    )
+    assert main(["sft", "--config", str(copy / "config.yaml"), "--resume"]) == 0

@@ -139,6 +139,12 @@ def test_what_a_template_refuses_is_said_in_its_own_words():
     tokenizer.chat_template = "{{ nothing.there.is() }}"
     with pytest.raises(ValueError, match="chat template refuses"):
         Codec.from_tokenizer(tokenizer)
+    # One that rewrites what a user says cannot be kept from making a control token of it.
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content | urlencode }}{% endfor %}"
+    codec = Codec.from_tokenizer(tokenizer)
+    assert codec.prompts.text("Q \\boxed") == "Q%20%5Cboxed"
+    with pytest.raises(ValueError, match=r"the prompt names <\|over\|>"):
+        codec.encode_prompt("Q<|over|>")
 
 
 @pytest.mark.parametrize("settings", [{"system": "S"}, {"instruction": "I"}, {"kwargs": {"a": 1}}])
@@ -159,7 +165,7 @@ def add_tags_to_plain():
 
 def test_a_response_is_encoded_with_one_end_token():
     tokenizer = tokenizer_of("turns")
-    over = tokenizer.convert_tokens_to_ids("<|over|>")
+    over = tokenizer.get_vocab()["<|over|>"]
     codec, chat = Codec.from_tokenizer(tokenizer), Codec.from_tokenizer(tokenizer, [over])
     body = codec.encode("a </think> 4")
     for end in ("", "<|over|>\n", "<|end|>", "<|over|><|end|>\n", "<|other|>\n<|end|>\n"):

@@ -25,6 +25,8 @@ from threadweaver.trajectory.prompt import CONTROL
 # In each row the first of these that is there and not null.
 PROMPTS = ("question", "prompt", "problem", "query", "input")
 ANSWERS = ("ground_truth", "expected_answer", "final_answer", "answer", "solution")
+# A chat template may leave out a turn of a role that it does not know.
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 # What may close a turn, as any vocabulary writes it; to compare texts without it.
 _ANY_END = re.compile(r"(?:<[^<>\s]+>\s*)+\Z")
@@ -145,12 +147,13 @@ def _example(
         if "response" not in row:
             return Example(prompt, "", truth, source, (prompt_column, None, answered))
         response, response_column = _text(row, "response", source), "response"
-    if not response.strip():
+    body = _CONTROL_END.sub("", response)
+    if not body.strip():
         raise DataError(
             f"{source}: field '{response_column}': the response is empty; fill it in or remove "
             "the row"
         )
-    if control := CONTROL.search(_CONTROL_END.sub("", response)):
+    if control := CONTROL.search(body):
         raise DataError(
             f"{source}: field '{response_column}': the response holds {control[0]}, a control "
             "token: give the last turn alone in a field 'response'"
@@ -182,8 +185,10 @@ def _start_of_response(
     text: str, row: dict[str, Any], question: Prompt | None, source: str, codec: Codec | None
 ) -> int:
     if "response" in row:
-        whole = _ANY_END.sub("", text.rstrip()).rstrip()
-        response = _ANY_END.sub("", _text(row, "response", source).rstrip()).rstrip()
+        whole, response = text.rstrip(), _text(row, "response", source).rstrip()
+        if not whole.endswith(response):
+            # But for what may close a turn, in either.
+            whole, response = (_ANY_END.sub("", t).rstrip() for t in (whole, response))
         if not response or not whole.endswith(response):
             raise DataError(
                 f"{source}: field 'qwen_text' does not end with the text of 'response': remove "
@@ -248,6 +253,11 @@ def _prompt(row: dict[str, Any], column: str, source: str) -> Prompt:
             if not isinstance(message.get(key), str):
                 raise _wrong_type(f"{name}.{key}", "text", message.get(key), source)
             _check_text(f"{name}.{key}", message[key], source)
+        if message["role"] not in ROLES:
+            raise DataError(
+                f"{source}: field '{name}.role' is {message['role'][:40]!r}; "
+                f"use one of {', '.join(ROLES)}"
+            )
     if messages[-1]["role"] == "assistant":
         raise DataError(
             f"{source}: field '{column}' ends with a turn of the assistant, so that nothing is "
@@ -280,8 +290,8 @@ def _ground_truth(
     several = (
         _answer(f"{column}[{i}]", one, "text or a number", source) for i, one in enumerate(value)
     )
-    answers = tuple(dict.fromkeys(several))
-    return column, answers if len(answers) > 1 else answers[0]
+    first, *others = dict.fromkeys(several)
+    return column, (first, *others) if others else first
 
 
 def _answer(field: str, value: Any, expected: str, source: str) -> str:
@@ -289,7 +299,7 @@ def _answer(field: str, value: Any, expected: str, source: str) -> str:
         raise _wrong_type(field, expected, value, source)
     if isinstance(value, str):
         _check_text(field, value, source)
-    elif not math.isfinite(value):
+    elif not isinstance(value, int) and not math.isfinite(value):
         raise DataError(
             f"{source}: field '{field}' is {value}, which no answer can equal; correct it"
         )

@@ -15,13 +15,15 @@ for anything unexpected, logits that are not finite among it; 130 when stopped b
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from argparse import ArgumentError
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
-from threadweaver.command import command, explain, fail, quiet, train_extra
+from threadweaver.command import command, explain, fail, is_writable, quiet, train_extra
 
 with train_extra():
     from jsonargparse import ArgumentParser
@@ -36,8 +38,10 @@ with train_extra():
         generation_settings,
         template_config,
     )
+    from threadweaver.generate.settings import MOST_RESPONSES
     from threadweaver.generate.weaver import Mode
-    from threadweaver.progress import print_line
+    from threadweaver.output import Output
+    from threadweaver.progress import has_no_reader, print_line
     from threadweaver.tasks import load_task, task_names
 
 if TYPE_CHECKING:
@@ -67,12 +71,13 @@ def main(arguments: list[str] | None = None) -> int:
     # After the arguments are known to be good: these take seconds to import.
     from threadweaver.evaluate.metrics import compare
     from threadweaver.evaluate.modes import evaluate_modes
-    from threadweaver.evaluate.rollouts import check_prompts, queue
+    from threadweaver.evaluate.rollouts import fitting, queue
     from threadweaver.generate.engine import NonFiniteLogits
     from threadweaver.generate.load import check_chat, load_engine, settle_precision
 
     quiet()
-    console = Console()
+    # The files are written also if nobody reads what is shown.
+    console = Console(file=cast(IO[str], Output(sys.stdout)))
     try:
         task = load_task(options.task, **options.task_options or {})
         problems = task.problems("validation", options.n, options.seed)
@@ -86,7 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
             template=template_config(options),
         )
         check_chat(options.chat, tokenizer)
-        if note := check_prompts(engine, problems, generation):
+        problems, skipped, notes = fitting(engine, problems, generation)
+        for note in notes:
             print_line(console, note)
         # A warm-up that is not timed: the first step takes the memory of the KV pages.
         queue(engine, problems[:1], replace(generation, max_tokens=8))
@@ -97,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
             task,
             problems,
             generation,
-            Console(stderr=True),
+            Console(file=cast(IO[str], Output(sys.stderr))),
             samples=options.samples,
             seed=options.seed,
             at_once=options.at_once,
@@ -109,23 +115,33 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return fail("interrupted; nothing is saved", 130)
     gain = compare(**evaluations) if options.mode == "both" else None
+    print_table(console, f"{options.task}, {len(problems)} problems", evaluations, gain)
+    files: dict[Path, Iterable[str]] = {}
     if options.json:
         record = {
             **{name: options[name] for name in ("model", "task", "task_options", "seed", "chat")},
             "template": asdict(template_config(options)),
             "engine": asdict(engine_options),
             "precision": precision_note,
+            "skipped_prompts": skipped,
             **{mode: evaluation.as_dict() for mode, evaluation in evaluations.items()},
             "comparison": asdict(gain) if gain else None,
         }
-        options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        files[options.json] = [json.dumps(record, indent=2) + "\n"]
     if options.responses:
-        with options.responses.open("w", encoding="utf-8") as file:
-            for mode, evaluation in evaluations.items():
-                for row in _rows(mode, evaluation):
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    print_table(console, f"{options.task}, {len(problems)} problems", evaluations, gain)
-    return 0
+        files[options.responses] = (
+            json.dumps(row, ensure_ascii=False) + "\n"
+            for mode, evaluation in evaluations.items()
+            for row in _rows(mode, evaluation)
+        )
+    code = 0
+    for path, lines in files.items():
+        try:
+            with path.open("w", encoding="utf-8") as file:
+                file.writelines(lines)
+        except OSError as error:
+            code = fail(OSError(error.errno, error.strerror, str(path)), 1)
+    return code or (128 + signal.SIGPIPE if has_no_reader(console) else 0)
 
 
 def _parser() -> ArgumentParser:
@@ -175,8 +191,20 @@ def _check(options) -> None:
             raise ValueError(f"{name} is {options[name]}: it must be at least 1")
     for name in ("json", "responses"):
         path = options[name]
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        if path is None:
+            continue
+        if path.is_dir() or not path.parent.is_dir():
             raise ValueError(f"{name}: {path} cannot be written: no such folder, or one itself")
+        if not is_writable(path):
+            raise ValueError(f"{name}: {path} cannot be written: not allowed, or read-only")
+    if options.json and options.json == options.responses:
+        raise ValueError(f"responses: {options.responses} is the file of --json; name another")
+    at_once = (options.at_once or options.n or 1) * options.samples
+    if at_once > MOST_RESPONSES:
+        raise ValueError(
+            f"n, samples: {at_once:,} responses at once; at most {MOST_RESPONSES:,} can be decoded "
+            "together (--at_once)"
+        )
 
 
 def _rows(mode: str, evaluation: Evaluation) -> list[dict[str, Any]]:

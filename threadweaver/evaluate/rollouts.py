@@ -16,26 +16,6 @@ from threadweaver.tasks import Problem, Task
 from threadweaver.trajectory import Codec
 
 
-def check_prompts(
-    engine: Engine, problems: Sequence[Problem], settings: GenerationSettings
-) -> str | None:
-    """Refuses before anything is decoded what `queue` would refuse.
-
-    Returns:
-        A line to show if the model's context leaves some response less than max_tokens.
-
-    Raises:
-        ValueError: as `queue`.
-    """
-    least = settings.max_tokens
-    for problem in problems:
-        try:
-            least = min(least, engine.check(engine.codec.encode_prompt(problem.prompt), settings))
-        except ValueError as error:
-            raise ValueError(f"{problem.source}: {error}") from error
-    return engine.context_note(settings, least)
-
-
 class Fitting(NamedTuple):
     """The problems whose prompts leave room for a response, in order; how many do not; and lines to
     show: of what is skipped, and of responses that the model's context ends early."""

@@ -41,6 +41,7 @@ with train_extra():
         generation_settings,
         template_config,
     )
+    from threadweaver.generate.settings import MOST_RESPONSES
     from threadweaver.generate.weaver import Mode
     from threadweaver.progress import print_line
 
@@ -150,6 +151,8 @@ def _parser() -> ArgumentParser:
         "--json", action="store_true", help="Print one JSON object, when all is done."
     )
     add_options(parser)
+    # Who asks here says all that is asked.
+    parser.set_defaults({"template.instruction": ""})
     return parser
 
 
@@ -161,6 +164,8 @@ def _prompt(options: Namespace) -> str:
     """
     if options.n < 1:
         raise ValueError(f"n is {options.n}: it must be at least 1")
+    if options.n > MOST_RESPONSES:
+        raise ValueError(f"n is {options.n}: it must be at most {MOST_RESPONSES}")
     if (options.prompt is None) == (options.prompt_file is None):
         raise ValueError("prompt, prompt_file: give exactly one of them")
     if options.prompt_file is not None:

@@ -20,6 +20,7 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from threadweaver.device import memory_of
 from threadweaver.generate.pages import PagePool
 from threadweaver.generate.rollout import Completion, Rollout
 from threadweaver.generate.runner import Runner
@@ -118,6 +119,12 @@ class Engine:
     ):
         if num_pages is None:
             page_bytes = math.prod(kv_shape(model, 1, max(page_size, 1))) * model.dtype.itemsize
+            memory = memory_of(model.device)
+            if kv_gigabytes * 1e9 > memory:
+                raise ValueError(
+                    f"kv_gigabytes is {kv_gigabytes:g}: {model.device.type} has {memory / 1e9:.3g} "
+                    "GB of memory in all"
+                )
             num_pages = int(kv_gigabytes * 1e9 / page_bytes)
             if num_pages < 1:
                 raise ValueError(

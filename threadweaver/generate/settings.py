@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -9,6 +10,9 @@ from threadweaver.generate.sampler import SamplingParams
 from threadweaver.generate.weaver import Mode, Weaver
 from threadweaver.trajectory import Codec, PathLengths, path_lengths
 from threadweaver.trajectory.tags import MAX_OUTLINES
+
+MOST_RESPONSES = 1_000_000  # that are decoded together: each takes a few KB of bookkeeping
+MOST_SIZE = 2**31 - 1
 
 
 class PromptTooLong(ValueError):  # noqa: N818 (named for what was found)
@@ -24,12 +28,25 @@ class EngineSizes:
         page_size: tokens a KV page.
         max_sequences: most threads, of all responses together, that a step advances.
         max_batch_tokens: most new tokens of a step; longer prefills go in chunks.
+
+    Raises:
+        ValueError: a size out of range; names it.
     """
 
     kv_gigabytes: float = 2.0
     page_size: int = 16
     max_sequences: int = 64
     max_batch_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        if not 0 < self.kv_gigabytes < math.inf:
+            raise ValueError(f"kv_gigabytes is {self.kv_gigabytes}: it must be above 0 and finite")
+        for name in ("page_size", "max_sequences", "max_batch_tokens"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1")
+            if value > MOST_SIZE:
+                raise ValueError(f"{name} is {value}: it must be at most {MOST_SIZE}")
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ from itertools import islice
 
 from threadweaver.data import trajectory_row
 from threadweaver.tasks.boxed import boxes_number
-from threadweaver.tasks.task import Problem, Split, check_count
+from threadweaver.tasks.task import MOST_PROBLEMS, Problem, Split, check_count
 from threadweaver.trajectory.tags import MAX_OUTLINES
 
 PLACES = (
@@ -171,6 +171,8 @@ def split_problems(
     ):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, not {value}")
+        if value > MOST_PROBLEMS:
+            raise ValueError(f"{name} must be at most {MOST_PROBLEMS:,}, not {value}")
     if digits > MAX_OUTLINES:
         raise ValueError(
             f"digits must be at most {MAX_OUTLINES}, not {digits}: a block holds one thread a digit"
@@ -291,7 +293,7 @@ class Multiplication:
         ]
 
     def is_correct(self, response: str, problem: Problem) -> bool:
-        return boxes_number(response, problem.answer)
+        return boxes_number(response, str(problem.answer))
 
     def demonstration(self, problem: Problem, parallel: bool) -> str:
         return trajectory(problem.data, parallel)

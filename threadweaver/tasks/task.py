@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from threadweaver.trajectory import Prompt
 
 Split = Literal["train", "validation"]
+MOST_PROBLEMS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,11 @@ def is_held_out(question: str, share: float) -> bool:
 
 
 def check_count(n: int | None) -> None:
-    """Raises ValueError for a number of problems below 0."""
+    """Raises ValueError for a number of problems below 0, or more than fit into memory."""
     if n is not None and n < 0:
         raise ValueError(f"cannot make {n} problems; ask for at least 0")
+    if n is not None and n > MOST_PROBLEMS:
+        raise ValueError(f"cannot make {n} problems; ask for at most {MOST_PROBLEMS:,}")
 
 
 def check_settings(held_out: float, seconds: float) -> None:

@@ -17,8 +17,10 @@ nobody reads any more (141), with all that was done saved.
 
 from __future__ import annotations
 
+import re
 import sys
 from argparse import ArgumentError
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from threadweaver.command import command, explain, fail, quiet, train_extra
@@ -53,9 +55,16 @@ def main(arguments: list[str] | None = None) -> int:
         settings = parser.parse_args(arguments)
         kind = settings.kind
         settings = settings[kind]
-        config = config_of(KINDS[kind], parsers[kind], settings)
+        has_folder = any(re.match(r"--run_dir(=|$)", argument) for argument in arguments)
+        if settings.resume and settings.config and not has_folder:
+            from threadweaver.train.run_dir import in_own_folder
+
+            settings = in_own_folder(settings, Path(str(settings.config[-1])))
+        config = config_of(KINDS[kind], settings)
     except ArgumentError as error:
         return fail(explain(str(error), parsers[kind].get_defaults()), 2)
+    except UnicodeDecodeError as error:
+        return fail(f"config: the file is not UTF-8 ({error})", 2)
     except (ValueError, OSError) as error:
         return fail(error, 2)
     # After the arguments are known to be good: these take seconds to import.

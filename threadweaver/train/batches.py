@@ -76,11 +76,12 @@ def build_tries(
     for example in examples:
         try:
             prompt = codec.encode_prompt(example.prompt)
-            ids = [*prompt, *codec.encode_response(example.response)]
+            response = codec.prompts.after(example.prompt, example.response)
+            ids = [*prompt, *codec.encode_response(response)]
         except ValueError as error:
             raise DataError(f"{example.source}: {error}") from error
         text = codec.prompts.text(example.prompt)
-        if problems := violations(text, example.response, data.max_depth):
+        if problems := violations(text, response, data.max_depth):
             if data.malformed == "error":
                 raise DataError(
                     f"{example.source}: the response breaks the format: {problems[0]}; correct it "

@@ -8,7 +8,6 @@ every folder named step-N is complete, whenever the process is killed.
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import shutil
 from pathlib import Path
@@ -43,16 +42,30 @@ def save_checkpoint(
     Args:
         state: what `load_state` is to give back; tensors, numbers, strings, and lists and
             dictionaries of those.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk; nothing is left of it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover)
     partial = folder / f".step-{step}.partial"
-    save_model(model, tokenizer, partial)
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
-    torch.save({**state, "shapes": shapes}, partial / STATE_FILE)
-    for path in (*partial.rglob("*"), partial):
-        _sync(path)
+    try:
+        save_model(model, tokenizer, partial)
+        torch.save({**state, "shapes": shapes}, partial / STATE_FILE)
+        for path in (*partial.rglob("*"), partial):
+            _sync(path)
+    except Exception as error:
+        # PyTorch and safetensors have errors of their own for a full disk.
+        shutil.rmtree(partial, ignore_errors=True)
+        done = all_checkpoints(folder)
+        before = f"all up to {done[-1].name} is saved" if done else "nothing is saved yet"
+        raise OSError(
+            f"{folder / f'step-{step}'}: cannot be written ({_first_line(error)}; "
+            f"{shutil.disk_usage(folder).free / 1e9:,.1f} GB are free): {before}; make room and "
+            "continue with --resume"
+        ) from error
     target = partial.rename(folder / f"step-{step}")
     _sync(folder)
     for old in all_checkpoints(folder)[:-keep]:
@@ -68,20 +81,45 @@ def _sync(path: Path) -> None:
         os.close(file)
 
 
-def load_state(checkpoint: Path) -> dict[str, Any]:
+def load_state(checkpoint: Path, *keys: str) -> dict[str, Any]:
     """What `save_checkpoint` was given as `state`, tensors on the CPU.
+
+    Args:
+        keys: names that it must have.
 
     Raises:
         ConfigError: the file is missing or damaged.
     """
-    path = checkpoint / STATE_FILE
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        state = torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError("it holds no dictionary")
+        if missing := [key for key in keys if key not in state]:
+            raise KeyError(f"it has no {missing[0]}")
+    except Exception as error:  # whatever damaged bytes make of the reader
+        raise damaged_state(checkpoint, error) from error
+    return state
+
+
+def damaged_state(checkpoint: Path, error: Exception) -> ConfigError:
+    """What to raise where the state of a checkpoint cannot be used."""
+    return ConfigError(
+        f"{checkpoint / STATE_FILE}: cannot be read ({_first_line(error)}); delete the folder "
+        f"{checkpoint.name} to resume from the checkpoint before it"
+    )
+
+
+def check_room(folder: Path, model: nn.Module, count: int) -> None:
+    """Raises ConfigError unless a folder has room for so many checkpoints more: weights and two
+    moments in float32."""
+    size = 12 * sum(p.numel() for p in model.parameters())
+    free = shutil.disk_usage(folder).free
+    if count * size > free:
         raise ConfigError(
-            f"{path}: cannot be read ({_first_line(error)}); delete the folder {checkpoint.name} "
-            "to resume from the checkpoint before it"
-        ) from error
+            f"run_dir: {folder} has {free / 1e9:,.1f} GB free, and {count} checkpoints of "
+            f"{size / 1e9:,.1f} GB are to come: make room, name a folder elsewhere, or keep fewer "
+            "(report.keep_checkpoints, report.checkpoint_every)"
+        )
 
 
 def check_shapes(checkpoint: Path, state: dict[str, Any], model: nn.Module) -> None:

@@ -7,8 +7,9 @@ key of the YAML file given as `--config`; options win. Defaults are the publishe
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, TypeVar, cast
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, ClassVar, Literal, TypeVar, cast, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -16,6 +17,8 @@ from threadweaver.trajectory import TemplateConfig
 from threadweaver.trajectory.loss import Loss
 
 T = TypeVar("T")
+MOST = 2**31 - 1  # of what is counted
+MOST_THREADS = 1024
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
 
@@ -24,11 +27,14 @@ class ConfigError(ValueError):
 
 
 def check_least(least: int, section: str, settings: object, *names: str) -> None:
-    """Raises ConfigError for the first of these settings that is a number less than `least`."""
+    """Raises ConfigError for the first of these settings that is a number less than `least`, or
+    more than any count can be."""
     for name in names:
         value = getattr(settings, name)
         if value is not None and value < least:
             raise ConfigError(f"{section}.{name} is {value}: it must be at least {least}")
+        if value is not None and value > MOST:
+            raise ConfigError(f"{section}.{name} is {value}: it must be at most {MOST}")
 
 
 @dataclass
@@ -92,6 +98,9 @@ class TaskConfig:
     options: dict[str, Any] = field(default_factory=dict)
     problems: int | None = None
 
+    def __post_init__(self):
+        check_least(1, "task", self, "problems")
+
 
 @dataclass
 class AdamWConfig:
@@ -115,10 +124,10 @@ class AdamWConfig:
 
     def __post_init__(self):
         for name, valid, rule in (
-            ("batch_tokens", self.batch_tokens >= 1, "at least 1"),
-            ("learning_rate", self.learning_rate > 0, "above 0"),
+            ("batch_tokens", 1 <= self.batch_tokens <= MOST, f"at least 1 and at most {MOST}"),
+            ("learning_rate", 0 < self.learning_rate < math.inf, "above 0 and finite"),
             ("betas", all(0 <= beta < 1 for beta in self.betas), "in [0, 1)"),
-            ("weight_decay", self.weight_decay >= 0, "at least 0"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0 and finite"),
             ("warmup", 0 <= self.warmup <= 1, "between 0 and 1"),
             ("gradient_clip", self.gradient_clip > 0, "above 0"),
         ):
@@ -170,6 +179,10 @@ class ComputeConfig:
 
     def __post_init__(self):
         check_least(1, "compute", self, "threads")
+        if self.threads is not None and self.threads > MOST_THREADS:
+            raise ConfigError(
+                f"compute.threads is {self.threads}: it must be at most {MOST_THREADS}"
+            )
 
 
 @dataclass
@@ -209,8 +222,9 @@ class RunConfig:
 
     Attributes:
         command: its name on the command line.
-        free_on_resume: settings, by dotted name, that a resumed run may change: none that reaches
-            the weights.
+        free_on_resume: settings and sections of them, by dotted name, that a resumed run may
+            change: none that says what the weights are. (Sizes of an engine and recomputed
+            activations may make a sum round otherwise.)
     """
 
     command: ClassVar[str]
@@ -218,6 +232,7 @@ class RunConfig:
         "run_dir",
         "compute.device",
         "compute.threads",
+        "compute.gradient_checkpointing",
         "report",
         "evaluate",
     )
@@ -228,6 +243,12 @@ class RunConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     seed: int = 0
+
+    def __post_init__(self):
+        if not self.run_dir or "\0" in self.run_dir:
+            raise ConfigError("run_dir: name a folder")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed}: it must be from -2^63 to 2^63 - 1")
 
 
 def parser_of(kind: type) -> ArgumentParser:
@@ -242,7 +263,26 @@ def parser_of(kind: type) -> ArgumentParser:
     return parser
 
 
-def config_of(kind: type[T], parser: ArgumentParser, settings: Namespace) -> T:
-    """What a parser of `parser_of(kind)` read; ValueError for a setting that cannot be used."""
-    made = parser.instantiate(settings)
-    return kind(**{field.name: getattr(made, field.name) for field in fields(cast(Any, kind))})
+def config_of(kind: type[T], settings: Namespace) -> T:
+    """What a parser of `parser_of(kind)` read.
+
+    Raises:
+        ConfigError: a setting that cannot be used, by its whole name (sft.optimization.epochs).
+    """
+    return _made(kind, settings, "")
+
+
+def _made(kind: type[T], settings: Namespace, section: str) -> T:
+    types, values = get_type_hints(kind), {}
+    for name in (f.name for f in fields(cast(Any, kind))):
+        value = settings[name]
+        if is_dataclass(types[name]) and isinstance(value, Namespace):
+            value = _made(cast(type, types[name]), value, f"{section}.{name}".lstrip("."))
+        values[name] = value
+    try:
+        return kind(**values)
+    except ValueError as error:
+        # Messages name the field, and some the last part of the section before it.
+        outer, _, last = section.rpartition(".")
+        prefix = outer if str(error).startswith(f"{last}.") else section
+        raise ConfigError(f"{prefix}.{error}".lstrip(".")) from error

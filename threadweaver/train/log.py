@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from threadweaver.progress import LINE_SECONDS, Bar, Pace, print_line
+from threadweaver.train.config import ConfigError
+from threadweaver.train.run_dir import write_whole
 from threadweaver.train.trackers import Tracker
 
 
@@ -21,24 +24,36 @@ class MetricsLog:
         run_dir: where it goes.
         steps_done: records of later steps are taken out first: the run, killed after its last
             checkpoint, takes these steps again.
+        last: the record of step number `steps_done`, should the file lack it.
+
+    Attributes:
+        last: the record of the last step; empty before the first.
+
+    Raises:
+        ConfigError: what is there is damaged.
     """
 
-    def __init__(self, run_dir: Path, steps_done: int, trackers: Sequence[Tracker] = ()):
+    def __init__(
+        self,
+        run_dir: Path,
+        steps_done: int,
+        trackers: Sequence[Tracker] = (),
+        last: dict[str, Any] | None = None,
+    ):
         path = run_dir / "metrics.jsonl"
-        kept = []
-        if path.exists():
-            # The last line of a killed run may be cut short; it is then of a step to be redone.
-            kept = path.read_text(encoding="utf-8").split("\n")[:steps_done]
-        self.last: dict[str, Any] = json.loads(kept[-1]) if kept else {}
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        partial.replace(path)
+        records = read_metrics(path, steps_done) if path.exists() else []
+        self.last: dict[str, Any] = records[-1] if records else last or {}
+        write_whole(path, "".join(f"{json.dumps(record)}\n" for record in records))
+        self._path = path
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._trackers = trackers
 
     def write(self, record: dict[str, Any]) -> None:
         """Adds the record of the next step; its `step` counts from 1."""
-        self._file.write(json.dumps(record) + "\n")
+        try:
+            self._file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
         figures = {n: v for n, v in record.items() if n not in ("step", "epoch")}
         for tracker in self._trackers:
             tracker.log(figures, record["step"])
@@ -52,9 +67,36 @@ class MetricsLog:
             tracker.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # on a full disk, which was said before
+            self._file.close()
         for tracker in self._trackers:
             tracker.close()
+
+
+def read_metrics(path: Path, steps: int | None = None) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, in order.
+
+    Args:
+        steps: only those up to this one.
+
+    Raises:
+        ConfigError: it is damaged; names the line and says what to do.
+    """
+    records, lines = [], path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            step = int(record["step"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            if number == len(lines):  # cut short by a kill; it is then of a step to be redone
+                break
+            raise ConfigError(
+                f"{path}:{number}: no record of a step: delete the file and resume the run, which "
+                "goes on without the records before"
+            ) from error
+        if steps is None or step <= steps:
+            records.append(record)
+    return records
 
 
 class ProgressLog:

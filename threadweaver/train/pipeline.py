@@ -12,27 +12,65 @@ A stage whose summary.json is there is done, and skipped; one that was killed is
 from __future__ import annotations
 
 import random
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+from transformers import PreTrainedModel
+
 from threadweaver.data import save_rows, trajectory_row
+from threadweaver.device import DTYPES, resolve
 from threadweaver.evaluate.grade import graded_row, summary
 from threadweaver.evaluate.modes import evaluate_modes
+from threadweaver.evaluate.rollouts import fitting
+from threadweaver.generate.engine import Engine
 from threadweaver.generate.load import load_engine
 from threadweaver.generate.options import EngineSettings
-from threadweaver.tasks import load_task
+from threadweaver.generate.settings import EngineSizes
+from threadweaver.model import end_ids
+from threadweaver.progress import print_line
+from threadweaver.tasks import Problem, Split, load_task
 from threadweaver.train.config import ConfigError, DataConfig, ModelConfig, TaskConfig
 from threadweaver.train.plots import plot_rl, plot_stages
 from threadweaver.train.report import print_pipeline_table
 from threadweaver.train.rl import RLTrainer
 from threadweaver.train.run import Run
-from threadweaver.train.run_dir import holds_run, read_json, write_json
+from threadweaver.train.run_dir import (
+    check_same_config,
+    checkpoint_of,
+    has_begun,
+    read_json,
+    write_json,
+)
 from threadweaver.train.self_train import SelfTraining
+from threadweaver.train.setup import build_model
 from threadweaver.train.sft import SFTTrainer
-from threadweaver.train.stages import PipelineConfig, RLConfig, SelfTrainConfig, SFTConfig
+from threadweaver.train.stages import (
+    EvaluationConfig,
+    PipelineConfig,
+    RLConfig,
+    RLRollouts,
+    SelfTrainConfig,
+    SelfTrainRollouts,
+    SFTConfig,
+)
+from threadweaver.trajectory import Codec
 
 Stage = Literal["sft", "self_train", "rl"]
+
+
+@contextmanager
+def _of_stage(stage: Stage) -> Iterator[None]:
+    """Settings that errors name get the name that they have in a pipeline."""
+    try:
+        yield
+    except ConfigError as error:
+        line = re.sub(r"^data\.train\b", "data", str(error)) if stage == "sft" else str(error)
+        own = re.match(r"(data|loss|optimization|policy|reward|rollouts)\b", line)
+        raise ConfigError(f"{stage}.{line}" if own else line) from error
 
 
 class Pipeline(Run[PipelineConfig]):
@@ -42,14 +80,23 @@ class Pipeline(Run[PipelineConfig]):
         """Never: a pipeline whose stages are finished shows its table again."""
         return False
 
+    def find_state(self) -> None:
+        """Settings of a stage that has not begun may change; before the first begins, all may."""
+        if has_begun(self.run_dir / "sft"):
+            later = ("self_train", "rl")
+            check_same_config(self.config, [s for s in later if not has_begun(self.run_dir / s)])
+
     def load(self) -> None:
         config = self.config
         self.task = load_task(config.task.name, **config.task.options)
-        self.held_out = self.task.problems("validation", config.evaluate.problems, config.seed)
+        self.held_out = self._problems("evaluate", "validation", config.evaluate.problems)
         self.stages: list[Stage] = ["sft", "self_train", "rl"]
         if config.self_train.skip:
             self.stages.remove("self_train")
-        self.part = self._prepare("sft", config.model)
+        self.part = self._prepare("sft", config.model, self._check_stages)
+        if self.part is None and not all(self._is_done(stage) for stage in self.stages):
+            model, tokenizer = build_model(config, self._checkpoint("sft"))
+            self._check_stages_of(model, Codec.from_tokenizer(tokenizer, end_ids(model)))
 
     def work(self) -> int:
         """See `Run`; also the exit code of the stage that was stopped."""
@@ -57,16 +104,93 @@ class Pipeline(Run[PipelineConfig]):
         for stage in self.stages:
             if checkpoint is not None:  # the first stage was prepared by load
                 self.part = self._prepare(stage, ModelConfig(path=checkpoint))
-            if self.part is not None and (code := self.part.run()):
-                return code
-            checkpoint = read_json(self.run_dir / stage / "summary.json")["checkpoint"]
+            if self.part is not None:
+                self.part.resume_command = self.resume_command
+                with _of_stage(stage):
+                    if code := self.part.run():
+                        return code
+            checkpoint = str(self._checkpoint(stage))
             if not self._evaluation_file(stage).exists():
                 self._evaluate(stage, checkpoint)
         self._finish()
         return 0
 
-    def _prepare(self, stage: Stage, model: ModelConfig) -> Run[Any] | None:
+    def _problems(self, setting: str, split: Split, count: int | None) -> list[Problem]:
+        """Problems of the task; ConfigError that names the setting if there are not so many."""
+        try:
+            return self.task.problems(split, count, self.config.seed)
+        except ValueError as error:
+            raise ConfigError(f"{setting}.problems: {error}") from error
+
+    def _checkpoint(self, stage: Stage) -> Path:
+        """That a finished stage ended with."""
+        folder = self.run_dir / stage
+        return checkpoint_of(folder / "sft" if stage == "self_train" else folder)
+
+    def _is_done(self, stage: Stage) -> bool:
+        files = self.run_dir / stage / "summary.json", self._evaluation_file(stage)
+        return all(path.exists() for path in files)
+
+    def _check_stages(self, sft: SFTTrainer) -> None:
+        self._check_stages_of(sft.model, sft.codec)
+
+    def _check_stages_of(self, model: PreTrainedModel, codec: Codec) -> None:
+        """Refuses what a later stage or an evaluation would refuse, and says which prompts will be
+        skipped; leaves such out of the held-out problems."""
+        config, own, rl = self.config, self.config.self_train, self.config.rl
+        evaluate = config.evaluate
+        self.held_out = self._fitting(
+            "evaluate", model, codec, self.held_out, evaluate, evaluate.engine
+        )
+        for stage, stage_settings, count, setting in (
+            ("self_train", own, own.problems or config.task.problems, own.problems),
+            ("rl", rl, config.task.problems, None),
+        ):
+            if stage in self.stages and not (self.run_dir / stage / "summary.json").exists():
+                problems = self._problems(stage if setting else "task", "train", count)
+                rollouts = stage_settings.rollouts
+                budget = stage_settings.optimization.batch_tokens
+                self._fitting(stage, model, codec, problems, rollouts, rollouts.engine, budget)
+
+    def _fitting(
+        self,
+        name: str,
+        model: PreTrainedModel,
+        codec: Codec,
+        problems: list[Problem],
+        settings: EvaluationConfig | SelfTrainRollouts | RLRollouts,
+        sizes: EngineSizes,
+        budget: int | None = None,
+    ) -> list[Problem]:
+        section = name if budget is None else f"{name}.rollouts"
+        try:
+            engine = Engine(model, codec, **asdict(sizes))
+            if budget is None:
+                # Evaluations decode in compute.precision, the stages on weights in float32.
+                dtype = DTYPES[resolve(self.config.compute.precision, self.device)]
+                share = model.dtype.itemsize / dtype.itemsize
+                pages = int(engine.pool.num_pages * share)
+                engine = Engine(model, codec, page_size=sizes.page_size, num_pages=pages)
+            fit = fitting(engine, problems, settings.generation, budget)
+        except ValueError as error:
+            raise ConfigError(f"{section}: {error}") from error
+        for note in fit.notes:
+            print_line(self.console, f"{section}: {note}")
+        return fit.problems
+
+    def _prepare(
+        self,
+        stage: Stage,
+        model: ModelConfig,
+        check: Callable[[Any], None] = lambda run: None,
+    ) -> Run[Any] | None:
         """The run of a stage; None if it is finished."""
+        with _of_stage(stage):
+            return self._prepared(stage, model, check)
+
+    def _prepared(
+        self, stage: Stage, model: ModelConfig, check: Callable[[Any], None]
+    ) -> Run[Any] | None:
         self.console.rule(f"{stage.replace('_', '-')}", align="left")
         config = self.config
         shared: dict[str, Any] = {
@@ -83,7 +207,7 @@ class Pipeline(Run[PipelineConfig]):
                 train=sft.data or self._demonstrations(), loss=sft.loss, max_depth=sft.max_depth
             )
             settings = SFTConfig(data=data, optimization=sft.optimization, **shared)
-            return SFTTrainer.prepare(settings, None, self.console)
+            return SFTTrainer.prepare(settings, None, self.console, check)
         if stage == "self_train":
             own = config.self_train
             settings = SelfTrainConfig(
@@ -102,10 +226,10 @@ class Pipeline(Run[PipelineConfig]):
     def _demonstrations(self) -> str:
         """The file of demonstrations, written if this run has not done so."""
         path = self.run_dir / "data.jsonl"
-        if path.exists() and holds_run(self.run_dir):
+        if path.exists() and has_begun(self.run_dir / "sft"):
             return str(path)
         stage, config = self.config.sft, self.config
-        problems = self.task.problems("train", config.task.problems, config.seed)
+        problems = self._problems("task", "train", config.task.problems)
         if len(problems) < stage.demonstrations:
             raise ConfigError(
                 f"sft.demonstrations is {stage.demonstrations}: there are {len(problems)} training "
@@ -155,18 +279,22 @@ class Pipeline(Run[PipelineConfig]):
         write_json(path, result)
 
     def _finish(self) -> None:
-        stages = {stage: read_json(self._evaluation_file(stage)) for stage in self.stages}
+        stages = {
+            stage: read_json(self._evaluation_file(stage), "parallel", "sequential")
+            for stage in self.stages
+        }
         last = stages["rl"]
         total, longest = last["sequential"]["total_tokens"], last["parallel"]["longest_path_tokens"]
         result = {
             "stages": stages,
             "speedup": total / longest,
-            "checkpoint": read_json(self.run_dir / "rl" / "summary.json")["checkpoint"],
+            "checkpoint": str(self._checkpoint("rl")),
         }
+        print_pipeline_table(self.console, result, self.run_dir)
         write_json(self.run_dir / "summary.json", result)
         plot_stages(stages, self.run_dir / "stages.png")
-        plot_rl(self.run_dir / "rl" / "metrics.jsonl", self.run_dir / "rl.png")
-        print_pipeline_table(self.console, result, self.run_dir)
+        if (metrics := self.run_dir / "rl" / "metrics.jsonl").exists():
+            plot_rl(metrics, self.run_dir / "rl.png")
 
     def _evaluation_file(self, stage: Stage) -> Path:
         return self.run_dir / "evaluation" / f"{stage}.json"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from threadweaver.evaluate.grade import METRICS
+from threadweaver.train.log import read_metrics
 
 SHARES = (("accuracy", "accuracy"), ("format", "format correct"), ("activation", "activation"))
 
@@ -57,7 +57,7 @@ def plot_stages(stages: dict[str, Any], path: Path) -> None:
 def plot_rl(metrics: Path, path: Path) -> None:
     """Reward and its parts, shares, and lengths over the steps of a run of P-GRPO; with
     markers, those of held-out problems."""
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    records = read_metrics(metrics)
     steps = [record["step"] for record in records]
     validated = [r for r in records if "validation_parallel_accuracy" in r]
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")

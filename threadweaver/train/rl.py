@@ -257,6 +257,7 @@ class RLTrainer(Trainer[RLConfig]):
         for mode, evaluation in evaluations.items():
             figures = {**summary(evaluation.graded), "ungraded": evaluation.ungraded}
             record |= {f"validation_{mode}_{name}": value for name, value in figures.items()}
+        record["validation_problems"] = len(self.held_out)
         record["validation_speedup"] = (
             record["validation_sequential_total_tokens"]
             / record["validation_parallel_longest_path_tokens"]
@@ -369,5 +370,5 @@ class RLTrainer(Trainer[RLConfig]):
             "seconds": time.perf_counter() - self.origin,
             "checkpoint": str(self.last_checkpoint),
         }
-        write_json(self.run_dir / "summary.json", result)
         print_rl_table(self.console, result, self.run_dir)
+        write_json(self.run_dir / "summary.json", result)

@@ -11,7 +11,7 @@ import shlex
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
@@ -24,7 +24,9 @@ from threadweaver.model import end_ids, parameter_count, save_model
 from threadweaver.progress import has_no_reader, print_line
 from threadweaver.train.checkpoint import (
     all_checkpoints,
+    check_room,
     check_shapes,
+    damaged_state,
     load_state,
     save_checkpoint,
 )
@@ -53,6 +55,17 @@ from threadweaver.train.trackers import check_trackers, start_trackers
 from threadweaver.trajectory import Codec
 from tw_kernels import Trie
 
+STATE_KEYS = (
+    "step",
+    "optimizer",
+    "rng",
+    "cuda_rng",
+    "totals",
+    "settings",
+    "data",
+    "threads",
+    "shapes",
+)
 C = TypeVar("C", bound=RunConfig)
 T = TypeVar("T", bound=SFTConfig | RLConfig)
 Record = dict[str, Any]
@@ -63,10 +76,12 @@ class Run(ABC, Generic[C]):
 
     Attributes:
         device: where it computes.
+        resume_command: what to run when it was stopped; of a stage, what continues the whole run.
         lock: on its folder, from `prepare` to the end of `run`.
         state: of the newest checkpoint, for the kinds that have checkpoints; None: at the start.
     """
 
+    resume_command: str
     device: torch.device
     lock: RunLock
     state: dict[str, Any] | None = None
@@ -76,9 +91,19 @@ class Run(ABC, Generic[C]):
         self.console = console
         self.run_dir = Path(config.run_dir)
         self.started = time.perf_counter()
+        path = shlex.quote(str(self.run_dir / "config.yaml"))
+        self.resume_command = (
+            f"python -m threadweaver.train {config.command} --config {path} --resume"
+        )
 
     @classmethod
-    def prepare(cls, config: C, resume: bool | None, console: Console) -> Self | None:
+    def prepare(
+        cls,
+        config: C,
+        resume: bool | None,
+        console: Console,
+        check: Callable[[Self], None] = lambda run: None,
+    ) -> Self | None:
         """A run ready to go, at its start or where it was stopped; None if it is finished.
 
         config.yaml, which makes the folder that of a run, is not written before all that the run
@@ -86,6 +111,7 @@ class Run(ABC, Generic[C]):
 
         Args:
             resume: whether to continue what is in run_dir; None: if there is something.
+            check: called with the run when all is loaded; may refuse it too.
 
         Raises:
             ValueError: settings or data that cannot be used.
@@ -104,6 +130,7 @@ class Run(ABC, Generic[C]):
             run.find_state()
             run.device = prepare_torch(config, run.state)
             run.load()
+            check(run)
             write_config(config, precision_note)
         except BaseException:
             run.lock.release(undo=not holds_run(run.run_dir))
@@ -142,6 +169,7 @@ class Trainer(Run[T]):
         num_steps: steps of the whole run; set by `load_data`.
         trains_on: the setting that names the data, and its value; set by `load_data`.
         fingerprint: of the data; set by `load_data`.
+        last_record: of the last step that a checkpoint knows of.
         totals: sums over the steps done, by name; they live in checkpoints.
     """
 
@@ -165,7 +193,7 @@ class Trainer(Run[T]):
     def find_state(self) -> None:
         if checkpoints := all_checkpoints(self.run_dir / "checkpoints"):
             checkpoint = checkpoints[-1]
-            self.state = load_state(checkpoint)
+            self.state = load_state(checkpoint, *STATE_KEYS)
             check_same_settings(self.config, self.state["settings"], checkpoint)
             print_line(self.console, f"resuming from {checkpoint}")
 
@@ -177,6 +205,7 @@ class Trainer(Run[T]):
         torch.nn.Module.to(self.model, self.device).train()
         self.codec = Codec.from_tokenizer(self.tokenizer, end_ids(self.model), self.config.template)
         self.totals: dict[str, float] = {"seconds": 0.0}
+        self.last_record: Record = {}
         self.steps_done = 0
         self.load_data()
         if compute.gradient_checkpointing:
@@ -187,6 +216,7 @@ class Trainer(Run[T]):
         if self.state:
             self._restore(self.last_checkpoint, self.state)
             self.state = None  # the moments take twice the memory of the weights
+        self._check_room()
         # So that now - origin is the wall-clock of the whole run, less the time between stop and
         # resume.
         self.origin = self.started - self.totals["seconds"]
@@ -199,9 +229,7 @@ class Trainer(Run[T]):
         """
         stopped_by = self._take_steps()
         if stopped_by is not None:
-            path = shlex.quote(str(self.run_dir / "config.yaml"))
-            command = f"python -m threadweaver.train {self.config.command} --config {path} --resume"
-            print_line(self.console, f"stopped and saved; continue with: {command}")
+            print_line(self.console, f"stopped and saved; continue with: {self.resume_command}")
             return 128 + stopped_by
         self.finish()
         return 0
@@ -212,7 +240,7 @@ class Trainer(Run[T]):
         with ExitStack() as stack:
             interrupts = stack.enter_context(Interrupts())
             trackers = start_trackers(self.config, self.steps_done, self.console)
-            self.metrics = MetricsLog(self.run_dir, self.steps_done, trackers)
+            self.metrics = MetricsLog(self.run_dir, self.steps_done, trackers, self.last_record)
             stack.callback(self.metrics.close)
             progress = stack.enter_context(
                 ProgressLog(self.console, self.steps_done, self.num_steps, report.log_every)
@@ -287,6 +315,7 @@ class Trainer(Run[T]):
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
             "totals": self.totals,
+            "last_record": self.metrics.last,
             "settings": settings_of(self.config),
             "data": self.fingerprint,
             "threads": torch.get_num_threads(),
@@ -307,9 +336,21 @@ class Trainer(Run[T]):
                 f"{self.trains_on} is not what {checkpoint} was trained on; resume with the "
                 "same data or start another run"
             )
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        if self.device.type == "cuda" and state["cuda_rng"]:
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["rng"])
+            if self.device.type == "cuda" and state["cuda_rng"]:
+                torch.cuda.set_rng_state_all(state["cuda_rng"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise damaged_state(checkpoint, error) from error
         self.steps_done = state["step"]
         self.totals = state["totals"]
+        self.last_record = state.get("last_record", {})  # older versions did not save it
+
+    def _check_room(self) -> None:
+        """Raises ConfigError if the checkpoints to come cannot all be written."""
+        report, folder = self.config.report, self.run_dir / "checkpoints"
+        to_come = -(-(self.num_steps - self.steps_done) // report.checkpoint_every)
+        # One more than are kept, until the oldest is deleted.
+        at_once = max(1, report.keep_checkpoints + 1 - len(all_checkpoints(folder)))
+        check_room(self.run_dir, self.model, min(to_come, at_once))

@@ -12,18 +12,22 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from jsonargparse import Namespace
 from rich.console import Console
 
 from threadweaver.device import choose, find_device, resolve
 from threadweaver.progress import print_line
 from threadweaver.train.checkpoint import all_checkpoints
 from threadweaver.train.config import ComputeConfig, ConfigError, RunConfig
+from threadweaver.train.lock import LOCK_FILE
 
 PRECISION_NOTE = "# compute.precision: "
 
@@ -53,15 +57,30 @@ def holds_run(run_dir: Path) -> bool:
     return (run_dir / "config.yaml").exists() or bool(all_checkpoints(run_dir / "checkpoints"))
 
 
+def has_begun(run_dir: Path) -> bool:
+    """Whether it holds something that was computed with its settings."""
+    made = ("checkpoints/step-*", "rollouts/chunk-*.json", "selection.json", "summary.json")
+    return any(True for pattern in made for _ in run_dir.glob(pattern))
+
+
 def write_whole(path: Path, text: str) -> None:
-    """The file appears with all of the text, on disk, or stays as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """The file appears with all of the text, on disk, or stays as it was.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk; names the file.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
@@ -69,8 +88,74 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     write_whole(path, json.dumps(value, indent=indent) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_json(path: Path, *keys: str) -> Any:
+    """What a run wrote to a file of its own.
+
+    Args:
+        keys: names that the object in it must have.
+
+    Raises:
+        ConfigError: it is damaged; names it and says what to do.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        missing = next((key for key in keys if key not in value), None)
+        if missing is None:
+            return value
+        reason = f"it has no '{missing}'"
+    except (OSError, ValueError, RecursionError, TypeError) as error:
+        reason = " ".join(str(error).split())
+    raise ConfigError(
+        f"{path} is not what a run wrote ({reason}): delete it and resume the run, which makes it "
+        "again"
+    )
+
+
+def checkpoint_of(run_dir: Path) -> Path:
+    """The checkpoint that a finished run ended with, in its own folder wherever that is now."""
+    summary = read_json(run_dir / "summary.json", "checkpoint")
+    return run_dir / "checkpoints" / Path(summary["checkpoint"]).name
+
+
+def in_own_folder(settings: Namespace, config_file: Path) -> Namespace:
+    """Settings of a config.yaml that a run wrote, for the run in the folder where it is now: that
+    may be a copy, or have been moved."""
+    folder = config_file.parent
+    is_of_run = config_file.name == "config.yaml" and (
+        (folder / LOCK_FILE).exists() or has_begun(folder)
+    )
+    old = settings.run_dir
+    if not is_of_run or Path(old).absolute() == folder.absolute():
+        return settings
+    settings = settings.clone()
+    settings.run_dir = str(folder)
+    for name in ("model.path", "data.train"):
+        if settings.get(name):
+            settings[name] = relocated(settings[name], old, folder)
+    return settings
+
+
+def run_root(run_dir: Path) -> Path:
+    """The folder of the whole run of which this may be a stage."""
+    while (run_dir.parent / "config.yaml").exists():
+        run_dir = run_dir.parent
+    return run_dir
+
+
+def path_in(path: str, root: Path) -> str | None:
+    """A path relative to a folder that it lies in; None if it lies elsewhere."""
+    relative = os.path.relpath(path, root)
+    return None if relative.startswith(os.pardir) else relative
+
+
+def relocated(path: str, old_run_dir: str, run_dir: Path) -> str:
+    """A path in a run's folder, or in that of the whole run, as it is now that both were copied or
+    moved; others as they are."""
+    root = run_root(run_dir)
+    depth = len(run_dir.parts) - len(root.parts)
+    old_root = [Path(old_run_dir), *Path(old_run_dir).absolute().parents][depth]
+    relative = path_in(path, old_root)
+    return path if relative is None else str(root / relative)
 
 
 def write_config(config: RunConfig, precision_note: str | None) -> None:
@@ -139,8 +224,12 @@ def settings_of(config: RunConfig, settings: dict[str, Any] | None = None) -> di
         settings: others of the same kind of run, instead of those of `config`.
     """
     flat = _flatten(asdict(config) if settings is None else settings, "")
-    free = config.free_on_resume
-    return {n: v for n, v in flat if not any(n == f or n.startswith(f"{f}.") for f in free)}
+    return {name: value for name, value in flat if not is_free(name, config.free_on_resume)}
+
+
+def is_free(name: str, free: Iterable[str]) -> bool:
+    """Whether a setting is among these settings and sections."""
+    return any(name == f or name.startswith(f"{f}.") for f in free)
 
 
 def _flatten(value: Any, name: str) -> list[tuple[str, Any]]:
@@ -151,28 +240,49 @@ def _flatten(value: Any, name: str) -> list[tuple[str, Any]]:
     return [(name, json.loads(json.dumps(value)))]
 
 
-def check_same_config(config: RunConfig) -> None:
-    """Raises ConfigError if run_dir holds a run of other settings, naming the first."""
+def check_same_config(config: RunConfig, unused: Sequence[str] = ()) -> None:
+    """Raises ConfigError if run_dir holds a run of other settings, naming the first.
+
+    Args:
+        unused: settings and sections with which nothing has been made yet.
+    """
     path = Path(config.run_dir) / "config.yaml"
     if path.exists():
-        check_same_settings(config, settings_of(config, saved_config(path)), path)
+        settings = settings_of(config, saved_config(path))
+        check_same_settings(config, settings, path, unused)
 
 
 # What runs did that were started before there was such a setting.
 _ADDED = {"template.use": "auto", "data.max_depth": 1, "sft.max_depth": 1}
 
 
-def check_same_settings(config: RunConfig, saved: dict[str, Any], made: Path) -> None:
+def check_same_settings(
+    config: RunConfig, saved: dict[str, Any], made: Path, unused: Sequence[str] = ()
+) -> None:
     """Raises ConfigError if something was made with other settings, naming the first."""
     ours = settings_of(config)
     saved = {**{name: _ADDED[name] for name in _ADDED if name in ours}, **saved}
-    for name in [*ours, *saved.keys() - ours.keys()]:
+    free = [*config.free_on_resume, *unused]
+    for name in [*ours, *sorted(saved.keys() - ours.keys())]:
         theirs = saved[name] if name in saved else _default(config, name)
-        if ours.get(name) != theirs:
-            raise ConfigError(
-                f"{name} is {ours.get(name)}, but {made} was made with {theirs}; "
-                "resume with the settings of the run or start another in a new run_dir"
-            )
+        if ours.get(name) == theirs or is_free(name, free) or _is_same_place(config, name, theirs):
+            continue
+        raise ConfigError(
+            f"{name} is {ours.get(name)}, but {made} was made with {theirs}, and it reaches the "
+            "weights: resume with the settings of the run or start another in a new run_dir (what "
+            f"may change: {', '.join(free)})"
+        )
+
+
+def _is_same_place(config: RunConfig, name: str, theirs: Any) -> bool:
+    """Whether both are paths that end alike, ours in the folder of this run: it was copied."""
+    if name != "model.path" or not isinstance(theirs, str) or config.model.path is None:
+        return False
+    inside = path_in(config.model.path, run_root(Path(config.run_dir)))
+    if inside is None:
+        return False
+    parts = Path(inside).parts
+    return Path(theirs).parts[-len(parts) :] == parts
 
 
 def _default(config: RunConfig, name: str) -> Any:

@@ -34,11 +34,17 @@ from threadweaver.tasks import load_task
 from threadweaver.train.config import ConfigError, DataConfig
 from threadweaver.train.report import print_self_train_table
 from threadweaver.train.run import Run
-from threadweaver.train.run_dir import read_json, write_json
+from threadweaver.train.run_dir import (
+    check_same_config,
+    checkpoint_of,
+    has_begun,
+    read_json,
+    write_json,
+)
 from threadweaver.train.setup import build_model
 from threadweaver.train.sft import SFTTrainer
 from threadweaver.train.stages import SelfTrainConfig, SFTConfig
-from threadweaver.trajectory import Codec, Rendered
+from threadweaver.trajectory import Codec, Rendered, extract_calls
 
 MOST_REASONS = 10
 Row = dict[str, Any]
@@ -46,6 +52,12 @@ Row = dict[str, Any]
 
 class SelfTraining(Run[SelfTrainConfig]):
     """One run of self-training, up to where it was stopped."""
+
+    def find_state(self) -> None:
+        """Before its first chunk it may have any settings, and those of SFT until SFT begins."""
+        if has_begun(self.run_dir):
+            unused = [] if has_begun(self.run_dir / "sft") else ["optimization", "loss"]
+            check_same_config(self.config, unused)
 
     def load(self) -> None:
         config = self.config
@@ -62,8 +74,10 @@ class SelfTraining(Run[SelfTrainConfig]):
         Raises:
             ConfigError: nothing was kept; says why.
         """
-        if not (self.run_dir / "selection.json").exists():
+        made = [self.run_dir / name for name in ("selection.json", "kept.jsonl")]
+        if not all(path.exists() for path in (*made, self._chunk_file(0))):
             self._select()
+        selection = read_json(self.run_dir / "selection.json", "rollouts", "kept", "rejected")
         config, folder = self.config, self.run_dir / "sft"
         settings = SFTConfig(
             run_dir=str(folder),
@@ -80,18 +94,20 @@ class SelfTraining(Run[SelfTrainConfig]):
             seed=config.seed,
         )
         trainer = SFTTrainer.prepare(settings, None, self.console)
-        if trainer is not None and (code := trainer.run()):
-            return code
-        checkpoint = read_json(folder / "summary.json")["checkpoint"]
-        after = self._roll_out(self._engine(Path(checkpoint)), 0, "rolling out after SFT")
+        if trainer is not None:
+            trainer.resume_command = self.resume_command
+            if code := trainer.run():
+                return code
+        checkpoint = checkpoint_of(folder)
+        after = self._roll_out(self._engine(checkpoint), 0, "rolling out after SFT")
         result = {
-            **read_json(self.run_dir / "selection.json"),
-            "before": read_json(self._chunk_file(0))["means"],
+            **selection,
+            "before": self._chunk(0)["means"],
             "after": summary(after),
-            "checkpoint": checkpoint,
+            "checkpoint": str(checkpoint),
         }
-        write_json(self.run_dir / "summary.json", result)
         print_self_train_table(self.console, result)
+        write_json(self.run_dir / "summary.json", result)
         return 0
 
     def _select(self) -> None:
@@ -111,7 +127,7 @@ class SelfTraining(Run[SelfTrainConfig]):
                 "means": summary(graded),
                 "skipped_prompts": len(self.chunks[n])
                 - len(graded) // self.config.rollouts.samples,
-                "rollouts": [{**graded_row(g), "fits": _fits(g, engine)} for g in graded],
+                "rollouts": [{**graded_row(g), "fits": self._fits(g, engine)} for g in graded],
             }
             write_json(self._chunk_file(n), record, indent=None)
         chunks = [self._chunk(n) for n in numbers]
@@ -134,7 +150,7 @@ class SelfTraining(Run[SelfTrainConfig]):
 
     def _chunk(self, number: int) -> Row:
         """What its file holds."""
-        record = read_json(self._chunk_file(number))
+        record = read_json(self._chunk_file(number), "problems", "means", "rollouts")
         if record["problems"] != fingerprint(self.chunks[number]):
             raise ConfigError(
                 f"task: {self.config.task.name} is not what {self._chunk_file(number)} was rolled "
@@ -177,11 +193,16 @@ class SelfTraining(Run[SelfTrainConfig]):
                 on_graded=progress.graded,
             )
 
-
-def _fits(graded: Graded, engine: Engine) -> bool:
-    """Whether SFT, which writes an end token after the response, can train on it."""
-    room = engine.context_length - len(graded.rollout.prompt)
-    return len(engine.codec.encode(graded.response)) < room
+    def _fits(self, graded: Graded, engine: Engine) -> bool:
+        """Whether SFT, which writes an end token after the response, can train on it: all of it in
+        the context, its first call in the budget."""
+        prompt, response = graded.rollout.prompt, engine.codec.encode(graded.response)
+        if len(prompt) + len(response) >= engine.context_length:
+            return False
+        ids = [*prompt, *response, engine.codec.eos_id]
+        max_depth = self.config.rollouts.generation.max_depth
+        first = extract_calls(ids, engine.codec, len(prompt), max_depth=max_depth)[0]
+        return len(first.path) <= self.config.optimization.batch_tokens
 
 
 def select(rows: Iterable[Row], keep_per_problem: int) -> tuple[list[Row], Row]:

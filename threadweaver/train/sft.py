@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from threadweaver.data import columns_note, read_examples
+from threadweaver.data import columns_note, is_data_path, read_examples
 from threadweaver.evaluate.metrics import compare
 from threadweaver.evaluate.modes import evaluate_modes
-from threadweaver.evaluate.rollouts import check_prompts
+from threadweaver.evaluate.rollouts import fitting
 from threadweaver.generate.engine import Engine
 from threadweaver.model import context_length, load_model, supervised_tokens, trie_loss
 from threadweaver.progress import Progress, print_line
@@ -75,8 +75,8 @@ class SFTTrainer(Trainer[SFTConfig]):
             "seconds": time.perf_counter() - self.origin,
             "checkpoint": str(checkpoint),
         }
-        write_json(self.run_dir / "summary.json", summary)
         print_sft_table(self.console, summary, self.run_dir)
+        write_json(self.run_dir / "summary.json", summary)
 
     def train_step(self) -> Record:
         # The steps are dealt in order; a resumed run takes up where it was.
@@ -180,23 +180,31 @@ class SFTTrainer(Trainer[SFTConfig]):
             field = "model.arch" if self.config.model.arch else "model.path"
             raise ConfigError(f"{field}: {error}") from error
 
-    def _load_problems(self, path: str) -> None:
+    def _load_problems(self, name: str) -> None:
+        config = self.config.evaluate
+        count = config.problems
         try:
-            self.task = load_task(path, held_out=1.0)
-            problems = self.task.problems("validation", None)
+            if is_data_path(name):
+                self.task = load_task(name, **{"held_out": 1.0, **config.options})
+                self.problems = self.task.problems("validation", None)[:count]
+            else:
+                self.task = load_task(name, **config.options)
+                self.problems = self.task.problems("validation", count, self.config.seed)
         except ValueError as error:
             raise ConfigError(f"evaluate.data: {error}") from error
-        self.problems = problems[: self.config.evaluate.problems]
+        for note in getattr(self.task, "notes", ()):
+            print_line(self.console, note)
 
     def _check_evaluation(self) -> None:
-        """Refuses problems that the engine would refuse when all training is done."""
+        """Leaves out prompts that do not fit, and refuses what the engine would refuse when all
+        training is done."""
         try:
             engine, generation = self._engine(self.model), self.config.evaluate.generation
-            note = check_prompts(engine, self.problems, generation)
+            self.problems, self.skipped_prompts, notes = fitting(engine, self.problems, generation)
         except ValueError as error:
             raise ConfigError(f"evaluate: {error}") from error
-        if note:
-            print_line(self.console, note)
+        for note in notes:
+            print_line(self.console, f"evaluate: {note}")
 
     def _evaluate(self, checkpoint: Path) -> dict[str, float]:
         """Solves the problems with the checkpoint as it can be loaded, in both modes."""
@@ -216,6 +224,7 @@ class SFTTrainer(Trainer[SFTConfig]):
         gain = compare(**evaluations)
         alone, threads = (e.metrics() for e in evaluations.values())
         return {
+            "skipped_prompts": self.skipped_prompts,
             "accuracy": alone["accuracy"].value,
             "format": alone["format"].value,
             "parallel_accuracy": threads["accuracy"].value,

@@ -7,11 +7,11 @@ jsonargparse resolves annotations by the module of the first.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from threadweaver.evaluate.reward import RewardConfig
 from threadweaver.generate.sampler import SamplingParams
-from threadweaver.generate.settings import EngineSizes, GenerationSettings
+from threadweaver.generate.settings import MOST_RESPONSES, EngineSizes, GenerationSettings
 from threadweaver.train.config import (
     AdamWConfig,
     ConfigError,
@@ -49,11 +49,12 @@ class EvaluationConfig:
 
 @dataclass
 class SFTEvaluation(EvaluationConfig):
-    """Problems of a file, solved with the trained model at the end, in both modes.
+    """Problems of a file or task, solved with the trained model at the end, in both modes.
 
     Args:
-        data: file of prompts and right answers, of which the first rows are taken; none: no
-            evaluation.
+        data: file of prompts and right answers, of which the first rows are taken, or the name of a
+            task, whose held-out problems are; none: no evaluation.
+        options: of that task or file, by name, as task.options.
         generation: limits and sampling; by default the likeliest tokens.
         max_new_tokens: another name of generation.max_tokens, which it overrides.
         batch_size: another name of engine.max_sequences, which it overrides.
@@ -61,6 +62,7 @@ class SFTEvaluation(EvaluationConfig):
     """
 
     data: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
     generation: GenerationSettings = field(
         default_factory=lambda: GenerationSettings(
             max_tokens=1024, sampling=SamplingParams(temperature=0)
@@ -108,6 +110,14 @@ class SFTConfig(RunConfig):
     evaluate: SFTEvaluation = field(default_factory=SFTEvaluation)
 
 
+def _check_responses(name: str, problems: int, samples: int) -> None:
+    if problems * samples > MOST_RESPONSES:
+        raise ConfigError(
+            f"{name} is {problems}: times {samples} samples are {problems * samples:,} responses "
+            f"at once; at most {MOST_RESPONSES:,} can be decoded together"
+        )
+
+
 @dataclass
 class SelfTrainRollouts:
     """What self-training samples, and what it keeps.
@@ -128,6 +138,7 @@ class SelfTrainRollouts:
 
     def __post_init__(self):
         check_least(1, "rollouts", self, "samples", "keep_per_problem", "chunk")
+        _check_responses("rollouts.chunk", self.chunk, self.samples)
 
 
 @dataclass
@@ -150,6 +161,7 @@ class SelfTrainConfig(RunConfig, SelfTrainSettings):
     """
 
     command: ClassVar[str] = "self-train"
+    free_on_resume: ClassVar[tuple[str, ...]] = (*RunConfig.free_on_resume, "rollouts.engine")
 
     task: TaskConfig = field(default_factory=TaskConfig)
     loss: Loss = "response"
@@ -183,6 +195,7 @@ class RLRollouts:
                 f"rollouts.samples is {self.samples}: it must be at least 2, since a response is "
                 "measured against others to the same prompt"
             )
+        _check_responses("rollouts.problems", self.problems, self.samples)
 
 
 @dataclass
@@ -227,6 +240,7 @@ class RLConfig(RunConfig, RLSettings):
     """
 
     command: ClassVar[str] = "rl"
+    free_on_resume: ClassVar[tuple[str, ...]] = (*RunConfig.free_on_resume, "rollouts.engine")
 
     task: TaskConfig = field(default_factory=TaskConfig)
     evaluate: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -270,6 +284,9 @@ class SelfTrainStage(SelfTrainSettings):
     skip: bool = False
     problems: int | None = None
 
+    def __post_init__(self):
+        check_least(1, "self_train", self, "problems")
+
 
 @dataclass(kw_only=True)
 class PipelineConfig(RunConfig):
@@ -283,6 +300,11 @@ class PipelineConfig(RunConfig):
     """
 
     command: ClassVar[str] = "pipeline"
+    free_on_resume: ClassVar[tuple[str, ...]] = (
+        *RunConfig.free_on_resume,
+        "self_train.rollouts.engine",
+        "rl.rollouts.engine",
+    )
 
     task: TaskConfig = field(default_factory=TaskConfig)
     sft: SFTStage = field(default_factory=SFTStage)

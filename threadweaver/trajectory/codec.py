@@ -240,7 +240,10 @@ class _TokenizerVocabulary:
         self._tokenizer = tokenizer
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        except TypeError as error:
+            raise ValueError("the text holds half of a surrogate pair, which is no text") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         text = self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 INSTRUCTION = "Think step by step, and put the final answer in \\boxed{}."
 # How most vocabularies write their control tokens. No response holds one before its end, whether
 # or not the tokenizer at hand knows it.
-CONTROL = re.compile(r"<[|｜][A-Za-z][^<>|｜\s]{2,}[|｜]>")  # noqa: RUF001 (characters of DeepSeek's)
+CONTROL = re.compile(r"<[|｜][A-Za-z][\w▁.-]{2,}[|｜]>")  # noqa: RUF001 (characters of DeepSeek's)
 _OPEN_THINK = re.compile(r"<think>\s*\Z")
 
 Message = dict[str, str]
@@ -127,6 +127,12 @@ class PromptFormat:
         text = self._apply(marked)
         if not marks:
             return [Piece(text)]
+        if any(mark not in text for mark in marks.values()):
+            named = ", ".join(marks)
+            raise ValueError(
+                f"the prompt names {named}, and the tokenizer's chat template does not pass its "
+                "text on as it is: take that out of the prompt"
+            )
         controls = {mark: control for control, mark in marks.items()}
         parts = re.split(f"({_any_of(marks.values()).pattern})", text)
         return [
@@ -139,6 +145,14 @@ class PromptFormat:
         """Text in pieces, control tokens and tags in it apart."""
         parts = re.split(f"({self._controls.pattern})", text)
         return [Piece(part, i % 2 == 1) for i, part in enumerate(parts) if part]
+
+    def after(self, prompt: Prompt, response: str) -> str:
+        """A response to train on, without a <think> that the prompt's text has opened already."""
+        text, rest = self.text(prompt), response.lstrip()
+        if not rest.startswith("<think>") or not _OPEN_THINK.search(text):
+            return response
+        rest = rest.removeprefix("<think>")
+        return rest.lstrip("\n") if text.endswith("\n") else rest
 
     def control_in(self, response: str) -> str | None:
         """The first control token, tags apart, that stands in a text; None: there is none."""

@@ -1,0 +1,190 @@
+"""A file of a run that is damaged, or a disk that is full: one line that names the file."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from threadweaver.train.config import ConfigError
+from threadweaver.train.log import MetricsLog
+from threadweaver.train.run_dir import read_json, write_whole
+
+from .test_resume import stop_before, stopped  # noqa: F401 (a fixture)
+from .test_self_train import run as self_training  # noqa: F401 (a fixture)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b"no archive"),
+        lambda path: path.write_bytes(b""),
+        lambda path: torch.save([1], path),
+        lambda path: torch.save({"step": 6}, path),
+        lambda path: torch.save({**torch.load(path), "optimizer": {"state": 3}}, path),
+        lambda path: torch.save({**torch.load(path), "rng": torch.zeros(3)}, path),
+    ],
+)
+def test_a_damaged_state_is_named_and_the_checkpoint_before_it_taken(
+    stopped,  # noqa: F811
+    fails,
+    damage,
+):
+    damage(stopped.folder / "checkpoints/step-6/trainer_state.pt")
+    line = fails(stopped("--resume"), 2)
+    assert "step-6/trainer_state.pt" in line and "delete the folder step-6" in line
+
+
+@pytest.mark.parametrize(
+    "text", [b"no record\n", b'{"loss": 1}\n', b"\xff\n", b"[" * 100_000 + b"\n"]
+)
+def test_damaged_metrics_are_named_and_the_run_goes_on_without_them(
+    stopped,  # noqa: F811
+    new_run,
+    fails,
+    text,
+):
+    path = stopped.folder / "metrics.jsonl"
+    path.write_bytes(text + path.read_bytes())
+    line = fails(stopped("--resume"), 2)
+    assert f"{path}:1" in line and "delete the file" in line
+    path.unlink()
+    assert stopped("--resume") == 0
+    assert stopped.summary()["train_loss"] > 0
+
+
+def test_records_of_steps_to_be_redone_go_also_where_earlier_ones_were_deleted(tmp_path):
+    log = MetricsLog(tmp_path, 4, last={"step": 4})
+    assert log.last == {"step": 4}
+    for step in (5, 6):
+        log.write({"step": step})
+    log.close()
+    log = MetricsLog(tmp_path, 5)
+    assert log.last == {"step": 5}
+    log.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 5}\n'
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("rollouts/chunk-0.json", "{"),
+        ("rollouts/chunk-0.json", '{"problems": ""}'),
+        ("rollouts/chunk-1.json", "[" * 100_000),
+        ("selection.json", "null"),
+        ("sft/summary.json", "\0"),
+    ],
+)
+def test_a_damaged_file_of_self_training_is_made_again_once_deleted(
+    self_training,  # noqa: F811
+    monkeypatch,
+    fails,
+    capsys,
+    file,
+    text,
+):
+    run = self_training
+    monkeypatch.setattr("threadweaver.tasks.data_file.DataFile.is_correct", lambda *_: True)
+    for module in ("evaluate.grade", "train.batches"):
+        monkeypatch.setattr(f"threadweaver.{module}.violations", lambda *_: [])
+    run.settings["rollouts"]["generation"] = {"max_tokens": 8, "mode": "sequential"}
+    assert run() == 0
+    weights = run.weights()
+    path = run.folder / file
+    (run.folder / "summary.json").unlink()
+    if "chunk" in file:
+        (run.folder / "selection.json").unlink()
+    path.write_text(text)
+    capsys.readouterr()
+    line = fails(run("--resume"), 2)
+    assert str(path) in line and "delete it" in line
+    path.unlink()
+    assert run("--resume") == 0
+    assert run.weights() == weights
+
+
+class FullDiskError(RuntimeError):
+    """As PyTorch's own, which is no OSError."""
+
+
+def test_a_checkpoint_that_does_not_fit_is_removed_and_the_run_goes_on_later(
+    new_run, monkeypatch, fails
+):
+    whole, run = new_run("whole"), new_run()
+    assert whole() == 0
+    save = torch.save
+
+    def save_until_full(state, path):
+        if state["step"] == 4:
+            path.write_bytes(b"a part")
+            raise FullDiskError("PytorchStreamWriter failed writing file data/3: file write failed")
+        save(state, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save_until_full)
+        line = fails(run(), 1)
+    assert "checkpoints/step-4: cannot be written (Pytorch" in line
+    assert "all up to step-2 is saved" in line and "--resume" in line
+    assert [p.name for p in (run.folder / "checkpoints").iterdir()] == ["step-2"]
+    assert run("--resume") == 0
+    assert run.metrics() == whole.metrics()
+    assert run.weights() == whole.weights()
+
+
+def test_a_summary_that_cannot_be_written_does_not_hide_what_came_out(new_run, monkeypatch, capsys):
+    run = new_run()
+
+    def full(path, value, indent=2):
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("threadweaver.train.sft.write_json", full)
+        assert run() == 1
+    shown = capsys.readouterr()
+    assert "train loss" in shown.out
+    assert shown.err.startswith(f"error: {run.folder}/summary.json: No space left on device")
+    assert shown.err.count("\n") == 1
+    assert run("--resume") == 0
+
+
+def test_an_output_on_a_full_disk_does_not_end_a_run(new_run, monkeypatch):
+    run = new_run()
+    with monkeypatch.context() as patch, open("/dev/full", "w") as full:  # noqa: PTH123
+        patch.setattr(sys, "stdout", full)
+        assert run() == 0
+    assert run.summary()["steps"] == 6
+
+
+def test_a_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    path.write_text("before")
+
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        write_whole(path, "after")
+    assert error.value.filename == str(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"] and path.read_text() == "before"
+
+
+def test_a_record_that_cannot_be_written_names_the_file(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    log._file = Path("/dev/full").open("w", buffering=1)  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left") as error:
+        log.write({"step": 1})
+    assert error.value.filename == str(tmp_path / "metrics.jsonl")
+    log.close()
+
+
+def test_a_damaged_evaluation_of_a_pipeline_is_named(tmp_path):
+    path = tmp_path / "rl.json"
+    for text in ("", "[]", "3", '{"parallel": {}}'):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=rf"{path} is not what a run wrote .*delete it"):
+            read_json(path, "parallel", "sequential")
+    path.write_text('{"parallel": {}, "sequential": {}}')
+    assert read_json(path, "parallel", "sequential")["parallel"] == {}
