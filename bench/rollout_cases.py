@@ -149,7 +149,7 @@ def replayed(path: Path, rows: int) -> Case:
         codec = language.codec
         return [
             Trajectory(
-                codec.encode(example.prompt),
+                codec.encode_prompt(example.prompt),
                 [*codec.encode(example.response), codec.eos_id],
                 f"--replay: {example.source}",
             )

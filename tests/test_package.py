@@ -94,6 +94,21 @@ def test_a_command_without_its_extra_says_so_in_one_line(module):
     assert done.stderr.count("\n") == 1
 
 
+def test_a_model_is_saved_and_loaded_with_the_extra_train_alone(tmp_path):
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys(["accelerate", "gguf", "triton", "math_verify", "reasoning_gym"]))
+from threadweaver.model import build_tokenizer, load_model, new_model, save_model
+tokenizer = build_tokenizer()
+sizes = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1)
+arch = dict(model_type="llama", hidden_size=16, intermediate_size=16, **sizes)
+save_model(new_model(tokenizer, arch), tokenizer, {str(tmp_path)!r})
+load_model({str(tmp_path)!r})
+"""
+    done = run(sys.executable, "-c", code, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+
+
 def test_messages_name_only_extras_that_there_are():
     named = {
         extra

@@ -313,7 +313,9 @@ class TrieLayout:
         if key not in self.memo:
             arrays = _C.block_schedule(self._ends, block_q, block_kv, window)
             tensors = [torch.from_numpy(a).to(self.device, non_blocking=True) for a in arrays]
-            tensors[3] = tensors[3].view(-1, 4)
-            q_starts = None if window is None else tensors.pop().view(-1, 2)
-            self.memo[key] = BlockSchedule(*tensors[:6], q_starts)
+            row_ptr, full_end, kv_blocks, q_range, q_order, kv_order, q_starts = tensors
+            self.memo[key] = BlockSchedule(
+                *(row_ptr, full_end, kv_blocks, q_range.view(-1, 4), q_order, kv_order),
+                None if window is None else q_starts.view(-1, 2),
+            )
         return self.memo[key]

@@ -137,11 +137,13 @@ TW_INLINE Halves load_halves(const char *from, int64_t n) {
 
 // Whether n values, a multiple of kLanes, are all neither NaN nor infinite.
 inline bool all_finite(const float *x, int64_t n) {
-  Ints finite = all(0.0f) == Floats{};
-  for (int64_t i = 0; i < n; i += kLanes) finite &= load(x + i) - load(x + i) == Floats{};
-  for (int l = 0; l < kLanes; ++l)
-    if (!finite[l]) return false;
-  return true;
+  // Of those that are not, all bits of the exponent are set: one more and it carries into the sign.
+  Bits signs = {};
+  for (int64_t i = 0; i < n; i += kLanes)
+    signs |= (load_as<Bits>(x + i) & 0x7f800000u) + 0x00800000u;
+  bool any = false;
+  for (int l = 0; l < kLanes; ++l) any |= signs[l] >> 31;
+  return !any;
 }
 
 // n values of `from` as floats, and zeros up to the next multiple of kLanes.

@@ -339,7 +339,7 @@ template <bool Windowed, bool Capped> struct PieceTask {
     transpose(w.dout_t, w.dout, kRows, width, 1);
     load_delta(head);
     const bool q_finite = all_finite(w.q, rows * width);
-    const bool dout_finite = all_finite(w.dout, rows * width);
+    const bool dout_finite = all_finite(w.delta, kRows); // a term of it that is not, makes it none
     memset(w.lse, 0, kRows * 4);
     memcpy(w.lse, args.lse + head * args.tokens + row, rows * 4);
     Floats lse[kVectors], delta[kVectors];

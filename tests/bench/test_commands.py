@@ -61,8 +61,8 @@ def test_run_writes_a_file_for_each_suite_even_when_a_planted_error_makes_a_row_
 ):
     forward = dense.forward
 
-    def planted(q, k, v, plan, scale):
-        out, lse = forward(q, k, v, plan, scale)
+    def planted(q, k, v, plan, scale, softcap):
+        out, lse = forward(q, k, v, plan, scale, softcap)
         out[-1, -1, 0] += 1  # one number of one head of one row
         return out, lse
 

@@ -56,7 +56,7 @@ def fault() -> str | None:
         if (after[:, :OLD] - before).abs().max() > 1e-5:
             return f"{name}: old logits changed"
         head = output_layer(loaded)
-        tied = loaded.get_input_embeddings().weight is head.weight
+        tied = loaded.get_input_embeddings().weight is head.linear.weight
         if tied != arch.get("tie_word_embeddings", False):
             return f"{name}: tied is {tied}"
         if head.bias is not None and (head.bias[OLD:] - BIAS).abs().max() > 1e-3:

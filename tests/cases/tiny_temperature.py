@@ -2,6 +2,7 @@
 log-probabilities that are numbers; so do the far ends of the other settings."""
 
 import sys
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,8 +10,8 @@ import torch
 from threadweaver.generate.sampler import SamplingParams, sample
 
 COLD = (1e-2, 1e-4, 1e-6, 1e-8, 1e-12, 1e-30, 1e-37, 1e-38, 1e-40, 1e-45, 5e-324)
-TRUNCATIONS = ({}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1})
-ENDS = (
+TRUNCATIONS: tuple[dict[str, Any], ...] = ({}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1})
+ENDS: tuple[dict[str, Any], ...] = (
     {"top_p": 1e-300},
     {"top_k": 10**9},
     {"top_k": 10**30},

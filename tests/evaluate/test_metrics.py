@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from tests.products import CODEC, FACTORS, PROMPTS, RESPONSES, product_model
-from threadweaver.evaluate.grade import grade
+from threadweaver.evaluate.grade import grade, submit
 from threadweaver.evaluate.metrics import Evaluation, compare, evaluate
 from threadweaver.generate import Engine, GenerationSettings, LimitCounts, Rollout
 from threadweaver.generate.sampler import SamplingParams
@@ -42,8 +42,52 @@ def recorded(
     for text in texts:
         ids = [*CODEC.encode(text), CODEC.eos_id]
         rollout = Rollout(CODEC.encode(PROMPTS[0]), ids, [], LimitCounts(response=1), steps)
-        graded.append(grade(PROBLEMS[0], rollout, TASK, CODEC, settings))
+        submitted = submit(PROBLEMS[0], ids, TASK, CODEC)
+        graded.append(grade(PROBLEMS[0], rollout, submitted, CODEC, settings))
     return Evaluation(settings, samples, graded, 0, seconds=2.0)
+
+
+def test_a_wrong_response_without_a_box_has_no_answer():
+    texts = ["4", "\\boxed{4}", "<think>\\boxed{4}", "</think>\\boxed{}", "</think>\\boxed"]
+    evaluation = recorded(texts)
+    assert [g.no_answer for g in evaluation.graded] == [True, False, True, True, True]
+    assert evaluation.as_dict()["no_answer"] == 4
+
+
+class InTheBackground:
+    """A task that notes what is submitted and which verdicts are asked for."""
+
+    def __init__(self):
+        self.events: list[str] = []
+        self.ungraded = 0
+
+    def problems(self, split, n, seed=0):
+        return PROBLEMS
+
+    def is_correct(self, response, problem):
+        raise AssertionError("graded in the foreground")
+
+    def submit(self, response, problem):
+        self.events.append(f"submit {problem.answer}")
+        return lambda: bool(self.events.append(f"verdict {problem.answer}")) or True
+
+    def demonstration(self, problem, parallel):
+        return None
+
+
+def test_responses_are_submitted_while_others_are_decoded_and_graded_in_order():
+    task = InTheBackground()
+    engine = Engine(product_model(), CODEC, kv_gigabytes=0.01, max_sequences=1)
+    settings = GenerationSettings("sequential", max_tokens=300, sampling=GREEDY)
+
+    def on_progress(done: int) -> None:
+        assert sum(event.startswith("submit") for event in task.events) == done
+
+    evaluation = evaluate(engine, task, PROBLEMS, settings, on_progress=on_progress)
+    answers = [problem.answer for problem in PROBLEMS]
+    assert sorted(task.events[: len(answers)]) == sorted(f"submit {a}" for a in answers)
+    assert task.events[len(answers) :] == [f"verdict {a}" for a in answers]
+    assert [g.response for g in evaluation.graded] == RESPONSES
 
 
 def test_known_problems_are_solved_in_both_modes():

@@ -163,6 +163,35 @@ def test_chat_makes_the_prompt_a_turn_of_the_template(generate, capsys, folder, 
     assert json.loads(capsys.readouterr().out)["prompt"] == "<user>hi</user>:"
 
 
+def test_a_template_makes_the_prompt_a_turn_whose_tags_are_text(generate, capsys, folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    )
+    prompt = "a<think><Parallel>"
+    options = ["--prompt", prompt, "--max_tokens", "1", "--json"]
+    read = []
+    for extra in ([], ["--template.use", "none"], ["--template.system", "S"]):
+        assert generate(*options, *extra, model=str(tmp_path)) == 0
+        read.append(json.loads(capsys.readouterr().out)["prompt"])
+    assert read == [f"[{prompt}]", prompt, f"[S][{prompt}]"]
+    # Nothing but what is given, without a template: what was begun is continued.
+    assert generate(*options) == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == prompt
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", "a\udcff"], "prompt: holds bytes that are not UTF-8"),
+        (["--prompt_file", "/dev/zero"], "prompt_file: /dev/zero: is no file"),
+        (["--prompt", "1", "--template.system", "S"], "template.system: the tokenizer has no chat"),
+    ],
+)
+def test_a_prompt_that_is_no_text_is_refused(refused, options, message):
+    assert message in refused(*options)
+
+
 def test_a_model_without_tags_decodes_in_sequential_mode(generate, capsys, tagless):
     options = ["--prompt", "Thread", "--mode", "sequential", "--max_tokens", "5", "--json"]
     assert generate(*options, model=tagless) == 0

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,6 +38,35 @@ def test_braces_are_matched(answer, boxed):
 def test_a_response_that_never_stops_thinking_has_no_answer():
     assert boxed_answer("<think> \\boxed{4}") is None
     assert boxed_answer("\\boxed{4}</think>") is None
+
+
+@pytest.mark.parametrize(
+    ("response", "boxed"),
+    [
+        ("It is \\boxed{4}.", "4"),
+        ("\\boxed{3}, no: \\boxed{4}", "4"),
+        ("\\boxed{3}</think>\\boxed{4}", "4"),
+        ("\\boxed{4}</think>", None),
+        ("\\fbox{4}", "4"),
+        ("\\boxed 4", "4"),
+        ("$\\boxed4$", "4"),
+        ("$\\boxed \\pi$", "\\pi"),
+        ("\\boxed{3} \\fbox {4}", "4"),
+        ("\\boxed{\\frac{1}{2}}\\boxedtext{3}", "\\frac{1}{2}"),
+        ("\\boxed", None),
+        ("\\boxed }", None),
+        ("four", None),
+    ],
+)
+def test_a_model_that_does_not_think_has_its_answer_anywhere(response, boxed):
+    assert boxed_answer(response) == boxed
+
+
+def test_the_answer_of_a_long_response_takes_linear_time():
+    start = time.process_time()
+    for part in ("\\boxed{", "\\boxed", "</think>", "{", "\\boxed ", "\\boxed{}", "<think>"):
+        boxed_answer(part * 200_000)
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(

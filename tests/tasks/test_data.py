@@ -1,4 +1,6 @@
 import json
+import os
+import random
 from pathlib import Path
 
 import pytest
@@ -6,8 +8,22 @@ from datasets import load_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from threadweaver.data import DataError, Example, load_examples, save_rows
+from threadweaver.data import (
+    DataError,
+    Example,
+    columns_note,
+    files,
+    load_examples,
+    save_rows,
+)
+from threadweaver.model import build_tokenizer
+from threadweaver.tasks import load_task
 from threadweaver.tasks.multiplication import make_rows, split_problems
+from threadweaver.train.batches import build_tries
+from threadweaver.train.config import DataConfig
+from threadweaver.trajectory import Codec
+
+CODEC = Codec.from_tokenizer(build_tokenizer())
 
 TASK_ROWS = list(make_rows(split_problems(12, 0)[0], 0.5, 0))
 
@@ -103,11 +119,11 @@ ANSWER = "<think>\nwork</think>\n\\boxed{4}"
             None,
         ),
         ({"question": "Q?", "qwen_text": "Q? It is 4."}, "Q?", " It is 4.", None),
-        # qwen_text wins over response.
+        # Where both are there, qwen_text ends with the response.
         (
-            {"question": "Q?", "qwen_text": "Q?" + ANSWER, "response": "other"},
-            "Q?",
-            ANSWER,
+            {"qwen_text": f"{CHAT}{HEADER}So {ANSWER}<|im_end|>\n", "response": f"So {ANSWER}"},
+            CHAT + HEADER,
+            f"So {ANSWER}",
             None,
         ),
         (
@@ -130,7 +146,10 @@ ANSWER = "<think>\nwork</think>\n\\boxed{4}"
                 "reward_model": {"style": "rule", "ground_truth": "4"},
                 "extra_info": {"index": 0},
             },
-            CHAT + HEADER,
+            [
+                {"role": "system", "content": "S"},
+                {"role": "user", "content": "Q? Box it."},
+            ],
             ANSWER,
             "4",
         ),
@@ -175,13 +194,36 @@ GOOD = {"question": "Q", "response": "R"}
         ({"question": "Q", "response": " \n"}, "field 'response' is empty; fill it in"),
         ({"question": "", "response": "R"}, "field 'question' is empty; fill it in"),
         ({"question": "Q", "qwen_text": "Q\n"}, "field 'qwen_text': the response is empty"),
-        ({"qwen_text": HEADER + "<|im_end|>\n"}, "field 'qwen_text': the response is empty"),
+        ({"qwen_text": HEADER + "<|im_end|>\n"}, "no field 'question' (found: qwen_text); add it"),
+        (
+            {"question": "Q", "qwen_text": "Q" + ANSWER, "response": "other"},
+            "field 'qwen_text' does not end with the text of 'response'",
+        ),
+        ({"question": "Q", "qwen_text": "Q Q it is."}, "holds 2 times the text of 'question'"),
+        (
+            {"question": "Q", "qwen_text": f"Q<|im_end|>\n{HEADER}It is."},
+            "field 'qwen_text': the response holds <|im_end|>, a control token",
+        ),
+        (
+            {"question": "Q", "response": f"R<|im_end|>\n{HEADER}R"},
+            "field 'response': the response holds <|im_end|>, a control token",
+        ),
+        ({"question": "Q", "response": "<|im_end|>\n"}, "field 'response': the response is empty"),
+        ({"response": "R", "qwen_text": "R"}, "field 'qwen_text' holds no prompt before the resp"),
         ({"question": "Q", "qwen_text": "other"}, "does not hold the text of 'question'"),
-        ({"question": 3, "response": "R"}, "field 'question' must be text, found a number (3)"),
+        ({"question": 3, "response": "R"}, "field 'question' must be text or a list of"),
         ({"question": "Q", "response": ["R"]}, "field 'response' must be text, found a list"),
         ({"question": "Q", "qwen_text": {}}, "field 'qwen_text' must be text, found an object"),
-        ({"prompt": "Q", "response": "R"}, "field 'prompt' must be a list of"),
-        ({"prompt": [], "response": "R"}, "field 'prompt' must be a list of"),
+        ({"prompt": " ", "response": "R"}, "field 'prompt' is empty; fill it in"),
+        ({"prompt": [], "response": "R"}, "field 'prompt' must be text or a list of"),
+        (
+            {"prompt": [{"role": "human", "content": "Q"}], "response": "R"},
+            "field 'prompt[0].role' is 'human'; use one of system, developer, user, assistant, t",
+        ),
+        (
+            {"prompt": [{"role": "assistant", "content": "R"}], "response": "R"},
+            "field 'prompt' ends with a turn of the assistant",
+        ),
         ({"prompt": ["Q"], "response": "R"}, "field 'prompt[0]' must be an object"),
         (
             {"prompt": [{"role": "user"}], "response": "R"},
@@ -190,13 +232,18 @@ GOOD = {"question": "Q", "response": "R"}
         ({**GOOD, "reward_model": "4"}, "field 'reward_model' must be an object"),
         ({**GOOD, "reward_model": {"style": "rule"}}, "no field 'reward_model.ground_truth'"),
         (
-            {**GOOD, "reward_model": {"ground_truth": ["4"]}},
-            "field 'reward_model.ground_truth' must be text or a number, found a list",
+            {**GOOD, "reward_model": {"ground_truth": ["4", ["5"]]}},
+            "field 'reward_model.ground_truth[1]' must be text or a number, found a list",
         ),
         (
             {**GOOD, "ground_truth": True},
-            "field 'ground_truth' must be text or a number, found a b",
+            "field 'ground_truth' must be text, a number or a list of these, found a b",
         ),
+        ({**GOOD, "answer": []}, "field 'answer' is an empty list; give the right answer"),
+        ({**GOOD, "answer": float("nan")}, "field 'answer' is nan, which no answer can equal"),
+        ({**GOOD, "answer": float("-inf")}, "field 'answer' is -inf, which no answer can equal"),
+        ({"question": "a\ud800", "response": "R"}, "(U+D800, character 2), which is no text"),
+        ({**GOOD, "ground_truth": ["\udc00"]}, "field 'ground_truth[0]' holds half of a surr"),
         ([1], "found a list where a row should be; write one JSON object a line"),
         (None, "found null where a row should be"),
     ],
@@ -224,6 +271,12 @@ def test_a_bad_parquet_row_is_named_by_file_row_and_field(tmp_path):
         (b"question,response\n", ":2: not JSON ("),
         (b"\n", ":2: empty line; remove it"),
         (b'{"question": "\xff"}\n', ":2: not UTF-8 (byte 15 of the line)"),
+        (b'{"question": "a", "question": "b"}\n', ":2: field 'question' is there twice; keep one"),
+        (b'{"reward_model": {"a": 1, "a": 2}}\n', ":2: field 'a' is there twice; keep one"),
+        (b"[" * 100_000 + b"\n", ":2: nested too deeply; write one flat JSON object"),
+        (b'{"a":' * 100_000 + b"\n", ":2: nested too deeply; write one flat JSON object"),
+        (b'{"answer": ' + b"9" * 5000 + b"}\n", ":2: a whole number has more than 4,300 digits"),
+        (b"\xef\xbb\xbf{}\n", ":2: not JSON ("),
     ],
 )
 def test_a_line_that_is_no_json_is_named(tmp_path, line, message):
@@ -247,9 +300,43 @@ def test_a_missing_file_is_named(tmp_path):
         load_examples(tmp_path / "none.jsonl")
 
 
-def test_a_folder_is_no_file(tmp_path):
-    with pytest.raises(DataError, match=r"is a folder; name one"):
+def test_folders_and_patterns_are_read_in_name_order(tmp_path):
+    for name in ("b.jsonl", "a.jsonl", "sub/c.jsonl", ".hidden.jsonl"):
+        save_rows([{"question": name, "response": "R"}], tmp_path / name)
+    save_rows([{"question": "d.parquet", "response": "R"}], tmp_path / "d.parquet")
+    (tmp_path / "README.md").write_text("of the data")
+
+    def prompts(path) -> list:
+        return [example.prompt for example in load_examples(path)]
+
+    assert prompts(tmp_path) == ["a.jsonl", "b.jsonl", "d.parquet"]
+    assert prompts(tmp_path / "*.jsonl") == ["a.jsonl", "b.jsonl"]
+    assert prompts(tmp_path / "**" / "[a-c].jsonl") == ["a.jsonl", "b.jsonl", "sub/c.jsonl"]
+    # A file whose own name holds brackets is that file.
+    save_rows([{"question": "brackets", "response": "R"}], tmp_path / "[a].jsonl")
+    assert prompts(tmp_path / "[a].jsonl") == ["brackets"]
+
+
+def test_a_folder_without_data_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"the folder holds no \.jsonl, \.json or \.parquet file"):
         load_examples(tmp_path)
+    (tmp_path / "sub.jsonl").mkdir()
+    with pytest.raises(DataError, match=r"sub\.jsonl: is a folder; name files"):
+        load_examples(tmp_path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_file_that_is_no_regular_one_is_refused_and_not_waited_for(tmp_path, make):
+    make(tmp_path / "rows.jsonl")
+    with pytest.raises(DataError, match=r"rows\.jsonl: is a (pipe|socket or device), and data"):
+        load_examples(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("name", ["a\0b.jsonl", f"{'x' * 5000}.jsonl", "none/../none.jsonl"])
+def test_a_path_that_no_file_can_have_is_one_line(name):
+    with pytest.raises(DataError) as error:
+        load_examples(name)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
 def test_an_unknown_extension_is_named(tmp_path):
@@ -285,3 +372,120 @@ def test_without_the_parquet_packages_json_lines_still_work(tmp_path, monkeypatc
             save_rows(TASK_ROWS, tmp_path / "again.parquet")
         else:
             load_examples(tmp_path / "rows.parquet")
+
+
+def test_a_mark_of_utf8_before_the_first_row_is_no_part_of_it(tmp_path):
+    path = write(tmp_path / "rows.jsonl", GOOD)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert [example.prompt for example in load_examples(path)] == ["Q"]
+
+
+def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MOST_BYTES", 100)
+    path = write(tmp_path / "rows.jsonl", GOOD, {"question": "Q" * 100, "response": "R"})
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: the line has more than 100 bytes"):
+        load_examples(path)
+
+
+def test_a_text_of_parquet_that_is_not_utf8_is_named_by_row(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = pyarrow.array([b"Q", b"\xff", b"Q"]).view(pyarrow.string())
+    table = pyarrow.table({"question": texts, "response": ["R"] * 3})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"rows\.parquet, row 2: a text is not UTF-8"):
+        load_examples(tmp_path / "rows.parquet")
+
+
+# Ten layouts: how the prompt and how the answer is named.
+PROMPT_COLUMNS = [
+    {"question": "2+2?"},
+    {"prompt": "2+2?"},
+    {"prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "2+2?"}]},
+    {"problem": "2+2?"},
+    {"query": "2+2?"},
+    {"input": "2+2?"},
+    {"question": [{"role": "user", "content": "2+2?"}]},
+    {"problem": "2+2?", "prompt": None},
+    {"problem": "2+2?", "solution": "The sum of 2 and 2 is \\boxed{4}"},
+    {"prompt": "2+2?", "data_source": "m", "extra_info": {"index": 0}},
+]
+ANSWER_COLUMNS = [
+    {"reward_model": {"ground_truth": "4", "style": "rule"}},
+    {"reward_model.ground_truth": "4"},
+    {"ground_truth": 4},
+    {"answer": "4"},
+    {"expected_answer": "4"},
+    {"final_answer": ["4"]},
+    {"answer": ["5", "4"]},
+    {"solution": "4"},
+    {"answer": "4"},
+    {"final_answer": "4", "solution": "long"},
+]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+@pytest.mark.parametrize(
+    ("asked", "answered"), list(zip(PROMPT_COLUMNS, ANSWER_COLUMNS, strict=True))
+)
+def test_rows_of_ten_layouts_load_for_sft_and_rl(tmp_path, name, asked, answered):
+    path = tmp_path / name
+    save_rows([{**asked, **answered, "response": ANSWER}] * 2, path)
+    built = build_tries(load_examples(path, codec=CODEC), CODEC, DataConfig(str(path)), 4096)
+    messages = isinstance(next(iter(asked.values())), list)
+    system = "S\n\n" if messages and len(next(iter(asked.values()))) == 2 else ""
+    whole = [*CODEC.encode(f"{system}2+2?{ANSWER}"), CODEC.eos_id]
+    assert [trie.tokens.tolist() for trie in built.tries] == [whole] * 2
+    task = load_task(str(path), held_out=0.0, whole_numbers=True)
+    problems = task.problems("train", None)
+    assert [CODEC.encode_prompt(p.prompt) for p in problems] == [CODEC.encode(f"{system}2+2?")] * 2
+    assert all(task.is_correct(ANSWER, problem) for problem in problems)
+    assert not task.is_correct(ANSWER.replace("4", "7"), problems[0])
+
+
+def test_what_was_taken_from_where_is_said_in_a_line(tmp_path):
+    rows = [{"problem": "Q", "response": "R", "answer": 4}, {"query": "Q", "response": "R"}]
+    path = write(tmp_path / "rows.jsonl", rows[0], rows[0], rows[1])
+    assert columns_note(str(path), load_examples(path)) == (
+        f"{path}: 2 rows: prompt from problem, response from response, answer from answer; "
+        "1 rows: prompt from query, response from response"
+    )
+
+
+VALUES = [
+    *("Q", "", " \n", ANSWER, f"Q{ANSWER}", f"Q Q{ANSWER}", f"{ANSWER}<|endoftext|>\n", "a\ud800"),
+    *(f"{CHAT}{HEADER}{ANSWER}<|im_end|>", "<|im_end|>", "<think>", "<Thread>" * 3, "</s>", "\0"),
+    *(None, True, 1, 1.5, 10**400, -1e308, float("nan"), [], {}, ["4"], [None], [[1]]),
+    *([{"role": "user", "content": "Q"}], [{"role": "user"}], [{"role": "no", "content": "Q"}]),
+    *({"ground_truth": "4"}, {"ground_truth": None}, {"ground_truth": ["4", 5]}),
+]
+COLUMNS = [
+    *("question", "prompt", "problem", "query", "input", "response", "qwen_text"),
+    *("reward_model", "reward_model.ground_truth", "ground_truth", "answer", "solution"),
+]
+
+
+def test_a_row_of_anything_is_taken_or_refused_in_one_line_that_names_it(tmp_path):
+    path, rng = tmp_path / "rows.jsonl", random.Random(0)
+    taken = refused = 0
+    for _ in range(400):
+        row = {name: rng.choice(VALUES) for name in rng.sample(COLUMNS, rng.randint(0, 4))}
+        if rng.random() < 0.7:
+            row = {"question": "Q", "response": ANSWER, "answer": "4"} | row
+        line = bytearray(json.dumps(row).encode() + b"\n")
+        for _ in range(rng.choice([0, 0, 0, 1, 2])):
+            line[rng.randrange(len(line))] = rng.randrange(256)
+        path.write_bytes(line)
+        try:
+            built = build_tries(load_examples(path, codec=CODEC), CODEC, DataConfig("f"), 4096)
+            assert all(int((t.tokens == CODEC.eos_id).sum()) == 1 for t in built.tries)
+            task = load_task(str(path), held_out=0.0, whole_numbers=True)
+            for problem in task.problems("train", None):
+                assert CODEC.encode_prompt(problem.prompt)
+                assert task.is_correct(ANSWER, problem) in (True, False)
+            taken += 1
+        except ValueError as error:
+            assert str(error).startswith(str(path)) and "\n" not in str(error)
+            refused += 1
+    assert min(taken, refused) > 40

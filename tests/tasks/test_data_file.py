@@ -1,17 +1,21 @@
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from threadweaver.data import DataError, save_rows
-from threadweaver.tasks import Task, load_task
+from threadweaver.data import DataError, load_examples, save_rows, trajectory_row
+from threadweaver.tasks import GradesInBackground, load_task
+from threadweaver.tasks.data_file import DataFile
 from threadweaver.tasks.multiplication import Multiplication
 
 
-def task_of(path: Path, *rows: object, **options) -> Task:
+def task_of(path: Path, *rows: object, **options) -> DataFile:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return load_task(str(path), **options)
+    task = load_task(str(path), **options)
+    assert isinstance(task, DataFile)
+    return task
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
@@ -27,7 +31,7 @@ def task_of(path: Path, *rows: object, **options) -> Task:
                 "reward_model": {"style": "rule", "ground_truth": "4"},
                 "extra_info": {"index": 0},
             },
-            "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n",
+            [{"role": "user", "content": "2+2?"}],
         ),
         ({"question": "2+2?", "qwen_text": "2+2?</think>\\boxed{4}", "ground_truth": 4}, "2+2?"),
     ],
@@ -77,6 +81,45 @@ def test_an_answer_that_never_ends_is_wrong_and_counted(tmp_path):
     assert task.ungraded == 1
     assert task.is_correct("</think>\\boxed{42}", problem) is True
     assert task.is_correct("</think>\\boxed{41+1}", problem) is True
+
+
+# Each takes longer than anyone waits, at another place in the parser and in the comparison.
+BOMBS = [
+    "9^{9^{9^{9}}}",
+    "(10^6)!",
+    "((10^3)!)!",
+    "\\sum_{k=1}^{10^9}\\frac{1}{k^2}",
+    "\\prod_{k=1}^{10^7}k",
+    "\\binom{10^9}{10^8}",
+    "(x+y+z+w)^{200}",
+    "\\sin(10^{10^9})",
+    "(" * 400 + "1" + ")" * 400,
+    "\\sqrt{" * 200 + "2" + "}" * 200,
+    "\\frac{" * 2000,
+    "|" * 500,
+    "+".join(f"x_{{{i}}}^{i}" for i in range(300)),
+    "1" * 9999,
+]
+
+
+def test_hostile_answers_are_wrong_and_hold_up_no_other(tmp_path):
+    row = {"question": "?", "ground_truth": "42"}
+    task = task_of(tmp_path / "rows.jsonl", row, held_out=0.0, seconds=0.3)
+    (problem,) = task.problems("train", 1)
+    assert isinstance(task, GradesInBackground)
+    start = time.monotonic()
+    waiting = [task.submit(f"\\boxed{{{answer}}}", problem) for answer in [*BOMBS, "41+1"]]
+    assert time.monotonic() - start < 20  # the start of the server; none is waited for
+    assert [verdict() for verdict in waiting] == [False] * len(BOMBS) + [True]
+    assert 6 <= task.ungraded <= len(BOMBS)
+
+
+def test_any_of_several_ground_truths_is_right(tmp_path):
+    row = {"question": "?", "ground_truth": ["x=3", "\\boxed{\\frac{1}{2}}"]}
+    task = task_of(tmp_path / "rows.jsonl", row, held_out=0.0, seconds=20)
+    (problem,) = task.problems("train", 1)
+    verdicts = [task.is_correct(f"\\boxed{{{a}}}", problem) for a in ("0.5", "3", "x=3", "4")]
+    assert verdicts == [True, True, True, False]
 
 
 def test_a_response_is_the_demonstration_of_its_kind(tmp_path):
@@ -133,3 +176,40 @@ def test_whole_numbers_are_graded_as_in_multiplication_without_math_verify(
     response = f"<think>\n</think>\n\\boxed{{{box}}}"
     assert task.is_correct(response, problem) == Multiplication().is_correct(response, problem)
     assert task.is_correct(response, problem) == (box.strip().lstrip("0") == "42")
+
+
+def test_any_answer_of_a_list_is_right(tmp_path):
+    rows = [{"question": f"{i}?", "answer": ["4", 6, "4"]} for i in range(2)]
+    path = tmp_path / "rows.jsonl"
+    task = task_of(path, *rows, held_out=0.0, whole_numbers=True)
+    (problem, _) = task.problems("train", None)
+    assert problem.answer == ("4", "6")
+    grades = [task.is_correct(f"</think>\\boxed{{{n}}}", problem) for n in (4, 5, 6)]
+    assert grades == [True, False, True]
+    # A list is kept as one: self-training writes what it rolled out to a file like this.
+    save_rows([trajectory_row("Q", "R", problem.answer)], path)
+    (example,) = load_examples(path)
+    assert example.ground_truth == ("4", "6")
+
+
+def test_what_a_held_out_share_takes_away_is_said(tmp_path):
+    rows = [{"question": f"{i}?", "answer": 4} for i in range(40)]
+    task = task_of(tmp_path / "rows.jsonl", *rows, held_out=0.5, whole_numbers=True)
+    held = len(task.problems("validation", None))
+    assert 0 < held < 40
+    columns, share = task.notes
+    assert columns.endswith("rows.jsonl: 40 rows: prompt from question, answer from answer")
+    assert f"held_out 0.5 keeps {held} of 40 rows for validation, out of training" in share
+    for none in (0.0, 1.0):
+        task = task_of(tmp_path / "rows.jsonl", *rows, held_out=none, whole_numbers=True)
+        assert len(task.notes) == 1
+
+
+def test_a_question_is_in_one_split_however_it_is_written(tmp_path):
+    rows = [{"question": f"{i}?", "answer": 4} for i in range(20)]
+    rows += [{"prompt": [{"role": "user", "content": f"{i}?"}], "answer": 4} for i in range(20)]
+    task = task_of(tmp_path / "rows.jsonl", *rows, held_out=0.5, whole_numbers=True)
+    for split in ("train", "validation"):
+        prompts = [problem.prompt for problem in task.problems(split, None)]
+        texts = sorted(p for p in prompts if isinstance(p, str))
+        assert texts == sorted(p[0]["content"] for p in prompts if not isinstance(p, str))

@@ -70,7 +70,9 @@ def test_demonstrations_are_right_and_well_formed(tasks, name):
 
 
 @pytest.mark.parametrize("name", ["multiplication", "reasoning_gym", "file"])
-@pytest.mark.parametrize("response", ["", "4", "\\boxed{4}", "</think>4", "</think>\\boxed{"])
+@pytest.mark.parametrize(
+    "response", ["", "4", "<think>\\boxed{4}", "</think>4", "</think>\\boxed{"]
+)
 def test_a_response_without_an_answer_is_wrong(tasks, name, response):
     (problem,) = tasks[name].problems("validation", 1)
     assert tasks[name].is_correct(response, problem) is False

@@ -13,7 +13,7 @@ DATASETS = ["gcd", "arc_1d", "spiral_matrix", "tower_of_hanoi"]
 def test_the_answer_on_record_is_right_and_another_is_not(name):
     task = load_task(f"reasoning_gym:{name}", seconds=20)
     for problem in task.problems("train", 3):
-        assert problem.prompt.endswith(INSTRUCTION)
+        assert str(problem.prompt).endswith(INSTRUCTION)
         assert task.is_correct(f"<think></think>\\boxed{{{problem.answer}}}", problem)
         assert not task.is_correct(f"<think></think>\\boxed{{not {problem.answer}}}", problem)
         assert task.demonstration(problem, parallel=True) is None
@@ -37,7 +37,7 @@ def test_an_answer_that_the_scorer_never_comes_back_from_is_wrong():
 def test_questions_are_different_and_run_out():
     task = load_task("reasoning_gym:chain_sum", max_terms=2, max_digits=1, held_out=0.5)
     problems = task.problems("train", 90)
-    assert len({problem.prompt for problem in problems}) == 90
+    assert len({str(problem.prompt) for problem in problems}) == 90
     with pytest.raises(ValueError, match=r"made only \d+ different train questions, not 400"):
         task.problems("train", 400)
 

@@ -91,7 +91,7 @@ def test_loss_stands_on_the_response_and_its_end_token(loss):
     built = build_tries([example()], CODEC, DataConfig("f", loss=loss), 4096)
     [trie] = built.tries
     with_loss = trie.columns["weights"] > 0
-    prompt_length = len(CODEC.encode(example().prompt))
+    prompt_length = len(CODEC.encode_prompt(example().prompt))
     assert not with_loss[trie.positions < prompt_length].any()
     assert with_loss[trie.tokens == CODEC.eos_id].tolist() == [True]
     # Every thread is a completion; its copy in the joined path carries loss for `response` only.
@@ -102,7 +102,7 @@ def test_loss_stands_on_the_response_and_its_end_token(loss):
 def test_unrolled_tokens_are_those_of_the_maximal_paths():
     [trie] = build_tries([example()], CODEC, DataConfig("f"), 4096).tries
     calls = extract_calls(
-        [*CODEC.encode(example().prompt + example().response), CODEC.eos_id], CODEC
+        [*CODEC.encode(f"{example().prompt}{example().response}"), CODEC.eos_id], CODEC
     )
     paths = [tuple(call.path) for call in calls]
     maximal = {p for p in paths if not any(q != p and q[: len(p)] == p for q in paths)}
@@ -146,9 +146,13 @@ def test_malformed_trajectories_are_dropped_and_counted_if_asked():
 def test_a_think_tag_that_the_prompt_opens_counts_for_the_format():
     whole = example()
     moved = Example(
-        whole.prompt + "<think>\n", whole.response.removeprefix("<think>\n"), "4042", "f:1"
+        f"{whole.prompt}<think>\n", whole.response.removeprefix("<think>\n"), "4042", "f:1"
     )
-    assert len(build_tries([moved], CODEC, DataConfig("f"), 4096).tries) == 1
+    (trie,) = build_tries([moved], CODEC, DataConfig("f"), 4096).tries
+    # Opened twice is opened once.
+    twice = Example(moved.prompt, whole.response, "4042", "f:1")
+    (same,) = build_tries([twice], CODEC, DataConfig("f"), 4096).tries
+    assert same.tokens.tolist() == trie.tokens.tolist()
 
 
 def test_the_fingerprint_tells_data_and_loss_apart():
@@ -158,3 +162,27 @@ def test_the_fingerprint_tells_data_and_loss_apart():
     assert prints([example()]) == prints([example(line=9)])
     different = {prints([example()]), prints([example(False)]), prints([example()] * 2)}
     assert len(different | {prints([example()], "completions")}) == 4
+
+
+def test_blocks_nest_as_deep_as_the_settings_say():
+    def block(*threads: str) -> str:
+        outlines = "".join(f"<Outline>{n}: o</Outline>\n" for n, _ in enumerate(threads, 1))
+        bodies = "".join(f"<Thread>\n{n}: {text}</Thread>" for n, text in enumerate(threads, 1))
+        return f"<Parallel>\n<Outlines>\n{outlines}</Outlines>\n{bodies}\n</Parallel>\n"
+
+    text = f"<think>\n{block('a', block('b', 'c') + 'd')}</think>\n\\boxed{{7}}"
+    nested = Example("1?\n", text, "7", "data.jsonl:1")
+    with pytest.raises(DataError, match=r"^data\.jsonl:1: the response breaks the format"):
+        build_tries([nested], CODEC, DataConfig("f"), 4096)
+    (trie,) = build_tries([nested], CODEC, DataConfig("f", max_depth=2), 4096).tries
+    ids = [*CODEC.encode(f"{nested.prompt}{text}"), CODEC.eos_id]
+    paths = [call.path for call in extract_calls(ids, CODEC, 3, max_depth=2)]
+    assert [trie.tokens[trie.path_nodes(i)].tolist() for i in range(trie.num_paths)] == paths
+    assert len(paths) == 7  # of two blocks: before, each of four threads, between, after
+
+
+def test_a_control_token_within_a_response_is_named_by_file_and_line():
+    whole = example(line=3)
+    text = whole.response.replace("</think>", "<|endoftext|></think>")
+    with pytest.raises(DataError, match=r"^data\.jsonl:3: the response holds the control token <"):
+        build_tries([Example(whole.prompt, text, None, whole.source)], CODEC, DataConfig("f"), 4096)

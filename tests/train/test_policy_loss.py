@@ -17,6 +17,7 @@ from threadweaver.generate.rollout import Completion, Rollout
 from threadweaver.generate.weaver import LimitCounts
 from threadweaver.model import (
     ATTENTION,
+    OutputLayer,
     TokenLogprobs,
     token_logprobs,
     trie_hidden_states,
@@ -351,7 +352,9 @@ def test_token_logprobs_in_pieces_equal_those_of_whole_logits(bias, entropy_grad
     want, want_grads = run(whole)
     for many in (2**24, 500):
         monkeypatch.setitem(model_loss.LOGITS_AT_ONCE, "cpu", many)
-        got, grads = run(lambda: token_logprobs(hidden, head, targets, entropy_gradient))
+        got, grads = run(
+            lambda: token_logprobs(hidden, OutputLayer(head), targets, entropy_gradient)
+        )
         torch.testing.assert_close(got, want)
         torch.testing.assert_close(grads, want_grads)
         assert got.entropies.requires_grad == entropy_gradient
@@ -359,7 +362,8 @@ def test_token_logprobs_in_pieces_equal_those_of_whole_logits(bias, entropy_grad
 
 def test_token_logprobs_under_autocast_are_float32_and_close():
     torch.manual_seed(0)
-    hidden, head, targets = torch.randn(30, 24), torch.nn.Linear(24, 90), torch.arange(30)
+    hidden, targets = torch.randn(30, 24), torch.arange(30)
+    head = OutputLayer(torch.nn.Linear(24, 90))
     want = token_logprobs(hidden, head, targets)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = token_logprobs(hidden, head, targets)

@@ -243,6 +243,7 @@ def test_validation_comes_every_so_many_steps_and_at_the_end_and_changes_nothing
     found = validations(watched)
     assert list(found) == [3, 6, 8] and not validations(plain)
     for figures in found.values():
+        assert figures["validation_problems"] == 5
         for mode in ("parallel", "sequential"):
             assert 0 <= figures[f"validation_{mode}_accuracy"] <= 1
             assert figures[f"validation_{mode}_total_tokens"] > 0

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from threadweaver.data import load_examples
+from threadweaver.data import load_examples, save_rows
 from threadweaver.train.self_train import select
+from threadweaver.trajectory import Rendered
 
 from .conftest import ARCH, Run
 from .easy_task import write_task
@@ -95,11 +96,43 @@ def test_rollouts_of_other_problems_are_not_taken_over(run, capsys):
     assert "is not what" in capsys.readouterr().err
 
 
-def test_what_is_kept_is_what_sft_reads(run, monkeypatch):
+def test_sft_allows_the_depth_of_blocks_that_rollouts_may_have(run, monkeypatch):
     monkeypatch.setattr("threadweaver.tasks.data_file.DataFile.is_correct", lambda *_: True)
+    seen = []
+
+    def no_violations(prompt, response, max_depth):
+        seen.append(max_depth)
+        return []
+
+    for module in ("evaluate.grade", "train.batches"):  # random bytes are no trajectory
+        monkeypatch.setattr(f"threadweaver.{module}.violations", no_violations)
+    run.settings["rollouts"]["generation"] = {"max_tokens": 2, "mode": "sequential", "max_depth": 3}
+    run.settings["rollouts"]["samples"] = 8
+    run.settings["optimization"]["max_steps"] = 1
+    assert run() == 0 and set(seen) == {3}
+
+
+def test_prompts_keep_what_they_are_through_rollouts_and_sft(tmp_path):
+    messages = [{"role": "user", "content": "a <think> b"}]
+    rows = [row("Q", "x"), row("P", "y"), row("M", "z")]
+    rows[1]["rendered"] = True
+    rows[2] |= {"question": messages, "ground_truth": ["7", "8"]}
+    kept, _ = select(rows, keep_per_problem=1)
+    save_rows(kept, tmp_path / "kept.jsonl")
+    examples = load_examples(tmp_path / "kept.jsonl")
+    assert [example.prompt for example in examples] == ["Q", "P", messages]
+    assert [isinstance(example.prompt, Rendered) for example in examples] == [False, True, False]
+    assert [example.response for example in examples] == ["x", "y", "z"]
+    assert examples[2].ground_truth == ("7", "8")
+
+
+def test_what_is_kept_is_what_sft_reads(run, monkeypatch):
+    right = "threadweaver.tasks.data_file.DataFile.submit"
+    monkeypatch.setattr(right, lambda *_: lambda: True)
     for module in ("evaluate.grade", "train.batches"):  # random bytes are no trajectory
         monkeypatch.setattr(f"threadweaver.{module}.violations", lambda *_: [])
     run.settings["rollouts"]["generation"] = {"max_tokens": 8, "mode": "sequential"}
+    run.settings["rollouts"]["samples"] = 16  # one without a control token for each problem
     assert run() == 0
     assert len(load_examples(run.folder / "kept.jsonl")) == run.summary()["kept"] == 6
 

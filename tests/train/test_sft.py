@@ -243,8 +243,10 @@ def test_a_trajectory_that_breaks_the_format_is_named_with_the_rule(
     def break_third(i, row):
         if i != 2:
             return row
-        text = row["qwen_text"].replace("</think>", "<Parallel></think>")
-        return {**row, "qwen_text": text}
+        texts = {name: row[name] for name in ("qwen_text", "response")}
+        return row | {
+            name: text.replace("</think>", "<Parallel></think>") for name, text in texts.items()
+        }
 
     bad = rewritten(data_files[0], tmp_path / "bad.jsonl", break_third)
     run = new_run()

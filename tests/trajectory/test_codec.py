@@ -111,6 +111,12 @@ def test_without_tags_a_tag_is_text_like_any_other(plain_tokenizer, t: Trajector
     assert path_lengths(ids, codec) == PathLengths(len(ids), len(ids), 0, 0.0)
 
 
+def test_half_a_surrogate_pair_is_no_text():
+    codec = Codec.without_tags(byte_tokenizer())
+    with pytest.raises(ValueError, match="half of a surrogate pair"):
+        codec.encode("a\ud800")
+
+
 def test_without_tags_there_is_no_parallel_mode():
     codec = Codec.without_tags(byte_tokenizer())
     with pytest.raises(ValueError, match='use mode="sequential"'):

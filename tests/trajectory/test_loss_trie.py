@@ -48,6 +48,15 @@ def test_every_token_with_loss_weighs_one_and_no_other(t: Trajectory, loss):
 
 @unhurried
 @given(unrollable)
+def test_sequential_is_one_ordinary_sequence_after_the_prompt(t: Trajectory):
+    trie, dropped_calls = loss_trie(t.ids, CODEC, t.prompt_length, "sequential", max_depth=2)
+    assert (trie.tokens.tolist(), trie.num_paths, dropped_calls) == (t.ids, 1, 0)
+    num_with_loss = len(t.ids) - t.prompt_length
+    assert trie.columns["weights"].tolist() == [0.0] * t.prompt_length + [1.0] * num_with_loss
+
+
+@unhurried
+@given(unrollable)
 def test_forced_and_prompt_tokens_carry_no_loss_as_completions(t: Trajectory):
     trie, _ = loss_trie(t.ids, CODEC, t.prompt_length, "completions", max_depth=2)
     completed = {

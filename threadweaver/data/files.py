@@ -1,4 +1,5 @@
-"""Files of rows: JSON lines (`.jsonl`, or `.json` with one object a line) and parquet.
+"""Files of rows: JSON lines (`.jsonl`, or `.json` with one object a line) and parquet; folders and
+patterns of them.
 
 A file is written whole or not at all. No row is ever dropped: one that cannot be read stops the
 read with a `DataError` that names file and row.
@@ -6,8 +7,11 @@ read with a `DataError` that names file and row.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import stat
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,60 +55,136 @@ def save_rows(rows: Sequence[dict], path: str | Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row of a file, in order, and its source: "file:line", or "file, row n" for parquet, both
-    counted from 1.
+# A row is a line: one of more bytes is no row.
+MOST_BYTES = 2**28
+KINDS = (".jsonl", ".json", ".parquet")
+
+
+def data_files(path: str | Path) -> list[Path]:
+    """The files that a path names, in the order of their names: itself, those in a folder, or those
+    that match a pattern such as `data/train-*.parquet` (`**` for folders in between).
 
     Raises:
-        DataError: a file that is missing, empty, unreadable or of unknown kind, or a line that is
-            no JSON object.
+        DataError: there is none, or one that is no regular file or of another kind.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise DataError(f"{path}: is a folder; name one .jsonl or .parquet file in it")
-    if not path.exists():
-        raise DataError(f"{path}: no such file; check the path")
-    if path.suffix in (".jsonl", ".json"):
-        rows = _json_rows(path)
-    elif path.suffix == ".parquet":
-        rows = _parquet_rows(path)
-    else:
+    name = str(path)
+    try:
+        if Path(path).is_dir():
+            found = [p for p in Path(path).iterdir() if p.suffix in KINDS and p.name[0] != "."]
+            if not found:
+                raise DataError(f"{name}: the folder holds no .jsonl, .json or .parquet file")
+        elif Path(path).exists():
+            found = [Path(path)]
+        else:
+            # Of any root, which Path.glob is not.
+            found = [Path(match) for match in glob.glob(name, recursive=True)]  # noqa: PTH207
+            if not found:
+                raise DataError(f"{name}: no such file; check the path")
+        found.sort()
+        for file in found:
+            _check_file(file)
+    except (OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{name[:200]!r}: cannot be read: {reason}; check the path") from error
+    return found
+
+
+def is_data_path(name: str) -> bool:
+    """Whether a name is that of a data file, a pattern of them, or a folder (with a slash)."""
+    if Path(name).suffix in KINDS or glob.has_magic(name):
+        return True
+    return "/" in name and Path(name).is_dir()
+
+
+def _check_file(path: Path) -> None:
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise DataError(f"{path}: is a folder; name files, or one folder alone")
+    if path.suffix not in KINDS:
         raise DataError(
             f"{path}: unknown extension '{path.suffix}'; use .jsonl (or .json, one object a line) "
             f"or .parquet"
         )
-    empty = True
-    for row in rows:
-        empty = False
-        yield row
-    if empty:
-        raise DataError(f"{path}: holds no rows; write at least one")
+    if not stat.S_ISREG(mode):
+        kind = "a pipe" if stat.S_ISFIFO(mode) else "a socket or device"
+        raise DataError(f"{path}: is {kind}, and data is read more than once: write it to a file")
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row of the files that a path names (`data_files`), in order, and its source:
+    "file:line", or "file, row n" for parquet, both counted from 1.
+
+    Raises:
+        DataError: as `data_files`; a file that is empty or cannot be read, or a line that is no
+            JSON object.
+    """
+    for file in data_files(path):
+        empty = True
+        for row in _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file):
+            empty = False
+            yield row
+        if empty:
+            raise DataError(f"{file}: holds no rows; write at least one")
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    # Bytes, so that only a newline ends a line: text may hold other separators (U+2028, form feed).
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            source = f"{path}:{number}"
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{source}: not UTF-8 (byte {error.start + 1} of the line); re-encode the file"
-                ) from error
-            except json.JSONDecodeError as error:
-                if not line.strip():
-                    raise DataError(f"{source}: empty line; remove it") from error
-                raise DataError(
-                    f"{source}: not JSON ({error.msg}, column {error.colno}); "
-                    f"write one JSON object a line"
-                ) from error
-            if not isinstance(row, dict):
-                raise DataError(
-                    f"{source}: found {kind_of(row)} where a row should be; "
-                    f"write one JSON object a line"
-                )
-            yield source, row
+    try:
+        # Bytes, so that only a newline ends a line: text may hold other separators (U+2028, form
+        # feed).
+        with path.open("rb") as file:
+            number = 0
+            while line := file.readline(MOST_BYTES + 1):
+                number += 1
+                yield f"{path}:{number}", _json_row(line, f"{path}:{number}", first=number == 1)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _json_row(line: bytes, source: str, first: bool) -> dict[str, Any]:
+    if len(line) > MOST_BYTES:
+        raise DataError(
+            f"{source}: the line has more than {MOST_BYTES:,} bytes; write one JSON object a line"
+        )
+    try:
+        # Some editors mark UTF-8 at the start of a file.
+        text = line.decode("utf-8-sig" if first else "utf-8")
+        row = json.loads(text, object_pairs_hook=_object)
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{source}: not UTF-8 (byte {error.start + 1} of the line); re-encode the file"
+        ) from error
+    except json.JSONDecodeError as error:
+        if not line.strip():
+            raise DataError(f"{source}: empty line; remove it") from error
+        raise DataError(
+            f"{source}: not JSON ({error.msg}, column {error.colno}); write one JSON object a line"
+        ) from error
+    except ValueError as error:
+        raise DataError(
+            f"{source}: a whole number has more than {sys.get_int_max_str_digits():,} digits; "
+            "write it as text"
+        ) from error
+    except RecursionError as error:
+        raise DataError(
+            f"{source}: nested too deeply; write one flat JSON object a line"
+        ) from error
+    if not isinstance(row, dict):
+        raise DataError(
+            f"{source}: found {kind_of(row)} where a row should be; write one JSON object a line"
+        )
+    return row
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+        raise DataError(f"field {twice[:80]!r} is there twice; keep one")
+    return found
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -120,15 +200,34 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             number = 0
             for batch in file.iter_batches():
-                for row in batch.to_pylist():
+                try:
+                    rows = batch.to_pylist()
+                except (ValueError, OverflowError):
+                    rows = None  # one by one, to say which
+                for i in range(len(batch)):
                     number += 1
-                    yield f"{path}, row {number}", row
+                    source = f"{path}, row {number}"
+                    yield source, rows[i] if rows else _parquet_row(batch.slice(i, 1), source)
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path}: not a readable parquet file ({reason}); rewrite it") from error
 
 
+def _parquet_row(batch: Any, source: str) -> dict[str, Any]:
+    try:
+        (row,) = batch.to_pylist()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source}: a text is not UTF-8; re-encode the file") from error
+    except (ValueError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{source}: a value cannot be read ({reason}); correct it") from error
+    return row
+
+
 def kind_of(value: Any) -> str:
     """What a JSON value is, for messages: "an object", "a number (3)"."""
     names = {dict: "an object", list: "a list", str: "text", type(None): "null", bool: "a boolean"}
-    return names.get(type(value), f"a number ({value})")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        text = str(value)
+        return f"a number ({text if len(text) <= 40 else text[:37] + '...'})"
+    return names.get(type(value), f"a value of type {type(value).__name__}")

@@ -5,7 +5,8 @@ with 95 % confidence intervals: Wilson's for shares, by bootstrap over problems 
 ratios. With --mode both, also the gain over decoding one token after another. --json writes the
 figures to a file, --responses every response with its grade. Progress goes to stderr.
 
-Prompts are taken as they stand; --chat makes them the user's turn of the tokenizer's chat template.
+Prompts are the user's turn of the tokenizer's chat template, if it has one; with --template.use
+none they are taken as they stand.
 
 Exit codes: 0; 2 for arguments, a task or a model that cannot be used, with one line on stderr; 1
 for anything unexpected, logits that are not finite among it; 130 when stopped by Ctrl-C.
@@ -31,7 +32,12 @@ with train_extra():
     from rich.text import Text
 
     from threadweaver.evaluate.grade import graded_row
-    from threadweaver.generate.options import add_options, engine_settings, generation_settings
+    from threadweaver.generate.options import (
+        add_options,
+        engine_settings,
+        generation_settings,
+        template_config,
+    )
     from threadweaver.generate.settings import MOST_RESPONSES
     from threadweaver.generate.weaver import Mode
     from threadweaver.output import Output
@@ -63,12 +69,11 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         return fail(error, 2)
     # After the arguments are known to be good: these take seconds to import.
-    from threadweaver.data.chat import chat_prompt
     from threadweaver.evaluate.metrics import compare
     from threadweaver.evaluate.modes import evaluate_modes
     from threadweaver.evaluate.rollouts import fitting, queue
     from threadweaver.generate.engine import NonFiniteLogits
-    from threadweaver.generate.load import load_engine, settle_precision
+    from threadweaver.generate.load import check_chat, load_engine, settle_precision
 
     quiet()
     # The files are written also if nobody reads what is shown.
@@ -77,11 +82,15 @@ def main(arguments: list[str] | None = None) -> int:
         task = load_task(options.task, **options.task_options or {})
         problems = task.problems("validation", options.n, options.seed)
         engine_options, precision_note = settle_precision(engine_settings(options))
-        if precision_note:
-            print_line(console, precision_note)
-        engine, tokenizer = load_engine(options.model, engine_options, parallel="parallel" in modes)
-        if options.chat:
-            problems = [replace(p, prompt=chat_prompt(tokenizer, p.prompt)) for p in problems]
+        for note in filter(None, (*getattr(task, "notes", ()), precision_note)):
+            print_line(console, note)
+        engine, tokenizer = load_engine(
+            options.model,
+            engine_options,
+            parallel="parallel" in modes,
+            template=template_config(options),
+        )
+        check_chat(options.chat, tokenizer)
         problems, skipped, notes = fitting(engine, problems, generation)
         for note in notes:
             print_line(console, note)
@@ -111,6 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         record = {
             **{name: options[name] for name in ("model", "task", "task_options", "seed", "chat")},
+            "template": asdict(template_config(options)),
             "engine": asdict(engine_options),
             "precision": precision_note,
             "skipped_prompts": skipped,
@@ -225,6 +235,7 @@ def print_table(
     for name, cell in (
         ("max speedup", lambda e: f"{e.max_speedup:.2f}x" if e.max_speedup else ""),
         ("ended by a limit", lambda e: f"{sum(e.limits.values()):,}"),
+        ("no answer", lambda e: f"{e.no_answer:,}"),
         ("not graded", lambda e: f"{e.ungraded:,}"),
         ("wall-clock", lambda e: f"{e.seconds:,.1f} s"),
         ("tokens per second", lambda e: f"{e.tokens_per_second:,.0f}"),

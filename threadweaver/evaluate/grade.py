@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from math import fsum
 from typing import Any, NamedTuple
 
 from threadweaver.generate.rollout import Rollout
 from threadweaver.generate.settings import GenerationSettings
-from threadweaver.tasks import Problem, Task
-from threadweaver.trajectory import Codec, PathLengths, violations
+from threadweaver.tasks import GradesInBackground, Problem, Task
+from threadweaver.tasks.boxed import boxed_answer
+from threadweaver.trajectory import Codec, PathLengths, Rendered, violations
 
 
 @dataclass(frozen=True)
@@ -31,18 +33,51 @@ class Graded:
     violations: list[str]
     lengths: PathLengths
 
+    @property
+    def no_answer(self) -> bool:
+        """Whether it is wrong because it boxes nothing."""
+        return not self.correct and not boxed_answer(self.response)
+
+
+class Submitted(NamedTuple):
+    """A response that is being graded.
+
+    Attributes:
+        text: of it, without the end token.
+        is_correct: waits for the verdict; called once.
+    """
+
+    text: str
+    is_correct: Callable[[], bool]
+
+
+def submit(problem: Problem, response: Sequence[int], task: Task, codec: Codec) -> Submitted:
+    """Starts to grade the ids of a response if the task can do so in the background; else it is
+    graded in the caller's thread, when the verdict is asked for."""
+    text = codec.decode([id for id in response if id not in codec.end_ids])
+    if isinstance(task, GradesInBackground):
+        return Submitted(text, task.submit(text, problem))
+    return Submitted(text, partial(task.is_correct, text, problem))
+
 
 def grade(
-    problem: Problem, rollout: Rollout, task: Task, codec: Codec, settings: GenerationSettings
+    problem: Problem,
+    rollout: Rollout,
+    submitted: Submitted,
+    codec: Codec,
+    settings: GenerationSettings,
 ) -> Graded:
-    """Grades a rollout that was decoded with these settings."""
-    response = codec.decode([id for id in rollout.response if id not in codec.end_ids])
+    """The grade of a rollout that was decoded with these settings, and submitted."""
+    response = submitted.text
+    breaches = violations(codec.prompts.text(problem.prompt), response, settings.max_depth)
+    if control := codec.prompts.control_in(response):
+        breaches.append(f"line 1: the response holds the control token {control}")
     return Graded(
         problem,
         rollout,
         response,
-        task.is_correct(response, problem),
-        violations(problem.prompt, response, settings.max_depth),
+        submitted.is_correct(),
+        breaches,
         settings.path_lengths(rollout.response, codec),
     )
 
@@ -51,6 +86,7 @@ def graded_row(graded: Graded) -> dict[str, Any]:
     """A rollout and its grade, for JSON."""
     return {
         "question": graded.problem.prompt,
+        **({"rendered": True} if isinstance(graded.problem.prompt, Rendered) else {}),
         "ground_truth": graded.problem.answer,
         "response": graded.response,
         "correct": graded.correct,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from threadweaver.evaluate.grade import METRICS, Graded, Metric
 from threadweaver.evaluate.intervals import Estimate, ratio, share
-from threadweaver.evaluate.rollouts import decode, grade_all
+from threadweaver.evaluate.rollouts import Grading, decode
 from threadweaver.generate.engine import Engine
 from threadweaver.generate.settings import GenerationSettings
 from threadweaver.tasks import Problem, Task
@@ -95,6 +95,11 @@ class Evaluation:
             counts.update(asdict(g.rollout.limits))
         return dict(counts)
 
+    @property
+    def no_answer(self) -> int:
+        """Responses that are wrong because they box nothing."""
+        return sum(g.no_answer for g in self.graded)
+
     def by_problem(self, value: Callable[[Graded], float]) -> NDArray[np.float64]:
         """Means over the samples of each problem, [P]."""
         return self._per_response(value).mean(1)
@@ -108,6 +113,7 @@ class Evaluation:
             **{name: asdict(estimate) for name, estimate in self.metrics().items()},
             "max_speedup": self.max_speedup,
             "limits": self.limits,
+            "no_answer": self.no_answer,
             "ungraded": self.ungraded,
             "seconds": self.seconds,
             "tokens_per_second": self.tokens_per_second,
@@ -187,6 +193,7 @@ def evaluate(
         NonFiniteLogits: from the engine.
     """
     ungraded, start = task.ungraded, time.perf_counter()
+    grading = Grading(problems, samples, task, engine.codec)
     rollouts = decode(
         engine,
         problems,
@@ -195,7 +202,8 @@ def evaluate(
         seed=(seed,),
         at_once=at_once,
         on_progress=on_progress,
+        on_response=grading.submit,
     )
     seconds = time.perf_counter() - start
-    graded = grade_all(problems, rollouts, task, engine.codec, settings, on_graded)
+    graded = grading.finish(rollouts, settings, on_graded)
     return Evaluation(settings, samples, graded, task.ungraded - ungraded, seconds)

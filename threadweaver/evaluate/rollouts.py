@@ -1,4 +1,4 @@
-"""Responses to the problems of a task: queued on an engine, decoded, graded."""
+"""Responses to the problems of a task: queued on an engine, decoded, and graded meanwhile."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import json
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from threadweaver.evaluate.grade import Graded, grade
-from threadweaver.generate.engine import Engine, Generation
+from threadweaver.evaluate.grade import Graded, Submitted, grade, submit
+from threadweaver.generate.engine import Engine, Generation, Token
 from threadweaver.generate.rollout import Rollout
 from threadweaver.generate.sampler import stream_key
 from threadweaver.generate.settings import GenerationSettings, PromptTooLong
@@ -44,7 +44,7 @@ def fitting(
     first: str | None = None
     least = settings.max_tokens
     for problem in problems:
-        prompt = engine.codec.encode(problem.prompt)
+        prompt = engine.codec.encode_prompt(problem.prompt)
         try:
             room = engine.check(prompt, settings)
             if most_tokens is not None and len(prompt) >= most_tokens:
@@ -91,8 +91,8 @@ def queue(
     """
     generations = []
     for i, problem in enumerate(problems, first):
-        prompt = engine.codec.encode(problem.prompt)
         try:
+            prompt = engine.codec.encode_prompt(problem.prompt)
             for j in range(samples):
                 key = stream_key((*seed, i, j))
                 generations.append(engine.add(prompt, settings, key))
@@ -110,24 +110,69 @@ def decode(
     seed: Sequence[int] = (0,),
     at_once: int | None = None,
     on_progress: Callable[[int], None] = lambda done: None,
+    on_response: Callable[[int, list[int]], None] = lambda number, ids: None,
 ) -> list[Rollout]:
     """Decodes `samples` responses to each problem, in the order of `queue`.
 
     Args:
         at_once: problems decoded at the same time; None: as many as the engine takes.
         on_progress: gets the number of responses that are decoded, after every step.
+        on_response: gets each response, and its number in that order, when it is done.
 
     Raises:
         ValueError: as `queue`.
         NonFiniteLogits: from the engine.
     """
-    queued, rollouts = 0, []
+    rollouts: list[Rollout] = []
     size = at_once or max(len(problems), 1)
     for first in range(0, len(problems), size):
         part = problems[first : first + size]
-        queued += len(queue(engine, part, settings, samples=samples, seed=seed, first=first))
-        rollouts += engine.run(lambda _, queued=queued: on_progress(queued - engine.unfinished))
+        added = queue(engine, part, settings, samples=samples, seed=seed, first=first)
+        decoding = dict(enumerate(added, len(rollouts)))
+        queued = len(rollouts) + len(added)
+
+        def on_step(_: list[Token], decoding=decoding, queued=queued) -> None:
+            if engine.unfinished < len(decoding):
+                done = [n for n, generation in decoding.items() if generation.weaver.done]
+                for number in done:
+                    on_response(number, decoding.pop(number).weaver.response)
+            on_progress(queued - engine.unfinished)
+
+        rollouts += engine.run(on_step)
     return rollouts
+
+
+class Grading:
+    """The grading of responses, which a task that can does while the engine decodes on.
+
+    Args:
+        problems: of the responses; `samples` of the first, then of the second, and so on.
+    """
+
+    def __init__(self, problems: Sequence[Problem], samples: int, task: Task, codec: Codec):
+        self._problems = [problem for problem in problems for _ in range(samples)]
+        self._task, self._codec = task, codec
+        self._submitted: dict[int, Submitted] = {}
+
+    def submit(self, number: int, response: list[int]) -> None:
+        """Takes a response; for `decode`."""
+        problem = self._problems[number]
+        self._submitted[number] = submit(problem, response, self._task, self._codec)
+
+    def finish(
+        self,
+        rollouts: Sequence[Rollout],
+        settings: GenerationSettings,
+        on_graded: Callable[[int], None],
+    ) -> list[Graded]:
+        """The grades of the rollouts of all responses, in order; `on_graded` gets the number of
+        graded ones after each."""
+        graded: list[Graded] = []
+        for number, (problem, rollout) in enumerate(zip(self._problems, rollouts, strict=True)):
+            submitted = self._submitted.pop(number)
+            graded.append(grade(problem, rollout, submitted, self._codec, settings))
+            on_graded(len(graded))
+        return graded
 
 
 def roll_out(
@@ -141,29 +186,18 @@ def roll_out(
     on_progress: Callable[[int], None] = lambda done: None,
     on_graded: Callable[[int], None] = lambda count: None,
 ) -> list[Graded]:
-    """`decode`, then `grade_all`."""
+    """Decodes and grades `samples` responses to each problem, in the order of `queue`."""
+    grading = Grading(problems, samples, task, engine.codec)
     rollouts = decode(
-        engine, problems, settings, samples=samples, seed=seed, on_progress=on_progress
+        engine,
+        problems,
+        settings,
+        samples=samples,
+        seed=seed,
+        on_progress=on_progress,
+        on_response=grading.submit,
     )
-    return grade_all(problems, rollouts, task, engine.codec, settings, on_graded)
-
-
-def grade_all(
-    problems: Sequence[Problem],
-    rollouts: Sequence[Rollout],
-    task: Task,
-    codec: Codec,
-    settings: GenerationSettings,
-    on_graded: Callable[[int], None],
-) -> list[Graded]:
-    """Grades rollouts, equally many a problem and in the order of the problems; `on_graded` gets
-    the number of graded ones after each."""
-    samples = len(rollouts) // max(len(problems), 1)
-    graded: list[Graded] = []
-    for i, rollout in enumerate(rollouts):
-        graded.append(grade(problems[i // samples], rollout, task, codec, settings))
-        on_graded(len(graded))
-    return graded
+    return grading.finish(rollouts, settings, on_graded)
 
 
 def fingerprint(problems: Sequence[Problem]) -> str:

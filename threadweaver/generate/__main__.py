@@ -5,9 +5,10 @@ critical path, time. Without a terminal the text goes to stdout as it comes, a s
 its final order, and the figures to stderr; with --json there is one JSON object on stdout. How
 many of several responses are done, or of those for JSON, goes to stderr while they decode.
 
-The model gets the prompt as it stands, as it was trained on a row's `question`: nothing is added,
-nothing stripped. --chat makes it the user's turn of the tokenizer's chat template; --escapes reads
-\n, \t and \\ in it, so that --escapes --prompt '47*86=?\n' ends in a newline.
+The prompt is the user's turn of the tokenizer's chat template; control tokens and tags in it are
+text. Where the tokenizer has no template, or with --template.use none, the model gets it as it
+stands: nothing is added, nothing stripped, control tokens and tags are those tokens. --escapes
+reads \n, \t and \\ in it, so that --escapes --prompt '47*86=?\n' ends in a newline.
 
 Exit codes: 0; 2 for arguments or a model that cannot be used, with one line on stderr; 1 for
 anything unexpected, logits that are not finite among it; 130 when stopped by Ctrl-C, after what was
@@ -19,6 +20,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import stat
 import sys
 import time
 from argparse import ArgumentError
@@ -33,7 +35,12 @@ with train_extra():
     from jsonargparse import ArgumentParser, Namespace
     from rich.console import Console
 
-    from threadweaver.generate.options import add_options, engine_settings, generation_settings
+    from threadweaver.generate.options import (
+        add_options,
+        engine_settings,
+        generation_settings,
+        template_config,
+    )
     from threadweaver.generate.settings import MOST_RESPONSES
     from threadweaver.generate.weaver import Mode
     from threadweaver.progress import print_line
@@ -52,22 +59,28 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         return fail(error, 2)
     # After the arguments are known to be good: these take seconds to import.
-    from threadweaver.data.chat import chat_prompt
     from threadweaver.generate.display import CountView, LiveView, PlainView
     from threadweaver.generate.engine import NonFiniteLogits, Token
-    from threadweaver.generate.load import load_engine, settle_precision
+    from threadweaver.generate.load import check_chat, load_engine, settle_precision
     from threadweaver.generate.outcome import Outcome
     from threadweaver.generate.sampler import stream_key
+    from threadweaver.trajectory import Rendered
 
     quiet()
     try:
         engine_options, precision_note = settle_precision(engine_settings(options))
         engine, tokenizer = load_engine(
-            options.model, engine_options, parallel=settings.mode == "parallel"
+            options.model,
+            engine_options,
+            parallel=settings.mode == "parallel",
+            template=template_config(options),
         )
-        if options.chat:
-            prompt = chat_prompt(tokenizer, prompt)
-        ids = engine.codec.encode(prompt)
+        check_chat(options.chat, tokenizer)
+        if not tokenizer.chat_template:
+            # Nothing but what is given: what was begun can be continued, tags and all.
+            prompt = Rendered(prompt)
+        ids = engine.codec.encode_prompt(prompt)
+        prompt = engine.codec.prompts.text(prompt)
         context_note = engine.context_note(settings, engine.check(ids, settings))
         generations = [
             engine.add(ids, settings, stream_key((options.seed, i))) for i in range(options.n)
@@ -121,7 +134,7 @@ def _parser() -> ArgumentParser:
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument("--prompt", type=str, help="What to continue, taken as it stands.")
+    parser.add_argument("--prompt", type=str, help="What to answer or to continue.")
     parser.add_argument("--prompt_file", type=Path, help="File that holds the prompt instead.")
     parser.add_argument(
         "--escapes", action="store_true", help=r"Read \n, \t and \\ in --prompt as in a program."
@@ -138,6 +151,8 @@ def _parser() -> ArgumentParser:
         "--json", action="store_true", help="Print one JSON object, when all is done."
     )
     add_options(parser)
+    # Who asks here says all that is asked.
+    parser.set_defaults({"template.instruction": ""})
     return parser
 
 
@@ -155,9 +170,14 @@ def _prompt(options: Namespace) -> str:
         raise ValueError("prompt, prompt_file: give exactly one of them")
     if options.prompt_file is not None:
         try:
+            mode = options.prompt_file.stat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
+                raise ValueError("is no file")
             return options.prompt_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"prompt_file: {options.prompt_file}: {error}") from error
+    if re.search(r"[\ud800-\udfff]", options.prompt):
+        raise ValueError("prompt: holds bytes that are not UTF-8; encode it as UTF-8")
     if options.escapes:
         meanings = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
         return re.sub(r"\\[nt\\]", lambda m: meanings[m[0]], options.prompt)

@@ -23,12 +23,12 @@ from transformers import PreTrainedModel
 from threadweaver.device import memory_of
 from threadweaver.generate.pages import PagePool
 from threadweaver.generate.rollout import Completion, Rollout
-from threadweaver.generate.runner import Runner, kv_shape
+from threadweaver.generate.runner import Runner
 from threadweaver.generate.sampler import sample, stream_key, uniforms
 from threadweaver.generate.scheduler import Branch, Family, Scheduler, Sequence
 from threadweaver.generate.settings import GenerationSettings
 from threadweaver.generate.weaver import Reason, RequestId, Weaver
-from threadweaver.model import context_length
+from threadweaver.model import context_length, kv_shape
 from threadweaver.trajectory import Codec
 from threadweaver.trajectory.ids import MOST_IDS, token_ids
 

@@ -12,18 +12,22 @@ from threadweaver.generate.engine import Engine
 from threadweaver.generate.options import EngineSettings
 from threadweaver.generate.settings import EngineSizes
 from threadweaver.model import end_ids, load_model, load_tokenizer
-from threadweaver.trajectory import Codec
+from threadweaver.trajectory import Codec, TemplateConfig
 from threadweaver.trajectory.codec import missing_tags
 
 
 def load_engine(
-    model: str, settings: EngineSettings, parallel: bool
+    model: str,
+    settings: EngineSettings,
+    parallel: bool,
+    template: TemplateConfig | None = None,
 ) -> tuple[Engine, PreTrainedTokenizerBase]:
     """The engine of a model, and its tokenizer.
 
     Args:
         model: a Hugging Face folder, a .gguf file, or smollm2.
         parallel: whether it is to decode threads, which needs a tokenizer with the tags.
+        template: how prompts become text; default: by the tokenizer's chat template, if any.
 
     Raises:
         ValueError: no model there, one that cannot be used, or settings out of range.
@@ -32,10 +36,11 @@ def load_engine(
     dtype = DTYPES[resolve(settings.precision, device)]
     if parallel:
         # Before the weights, which take long to load.
-        Codec.from_tokenizer(load_tokenizer(model))
+        Codec.from_tokenizer(load_tokenizer(model), template=template)
     weights, tokenizer = load_model(model, dtype)
     with_tags = parallel or not missing_tags(tokenizer)
-    codec = (Codec.from_tokenizer if with_tags else Codec.without_tags)(tokenizer, end_ids(weights))
+    make = Codec.from_tokenizer if with_tags else Codec.without_tags
+    codec = make(tokenizer, end_ids(weights), template)
     rows = weights.config.get_text_config().vocab_size
     if len(tokenizer) > rows:
         raise ValueError(
@@ -45,6 +50,12 @@ def load_engine(
     torch.nn.Module.to(weights, device)
     sizes = {field.name: getattr(settings, field.name) for field in fields(EngineSizes)}
     return Engine(weights, codec, **sizes), tokenizer
+
+
+def check_chat(asked: bool, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError for --chat and a tokenizer that has no template."""
+    if asked and not tokenizer.chat_template:
+        raise ValueError("chat: the tokenizer has no chat template; leave the option out")
 
 
 def settle_precision(settings: EngineSettings) -> tuple[EngineSettings, str | None]:

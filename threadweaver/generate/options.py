@@ -11,6 +11,7 @@ from threadweaver.device import Precision
 from threadweaver.generate.sampler import SamplingParams
 from threadweaver.generate.settings import EngineSizes, GenerationSettings
 from threadweaver.generate.weaver import Mode
+from threadweaver.trajectory import TemplateConfig
 
 # Values of the option --dtype, the other name of --precision.
 _PRECISIONS: dict[str, Precision] = {"auto": "auto", "bfloat16": "bf16", "float32": "fp32"}
@@ -39,10 +40,11 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--model", type=str, required=True, help="Hugging Face folder, .gguf file, or smollm2."
     )
+    parser.add_class_arguments(TemplateConfig, "template")
     parser.add_argument(
         "--chat",
         action="store_true",
-        help="Make prompts the user's turn of the tokenizer's chat template.",
+        help="Short for --template.use auto; refuses a tokenizer without a chat template.",
     )
     parser.add_class_arguments(GenerationSettings, skip={"mode", "sampling"})
     parser.add_class_arguments(SamplingParams)
@@ -60,6 +62,11 @@ def generation_settings(options: Namespace, mode: Mode) -> GenerationSettings:
     limits = {name: options[name] for name in _LIMITS}
     sampling = SamplingParams(**{f.name: options[f.name] for f in fields(SamplingParams)})
     return GenerationSettings(mode=mode, sampling=sampling, **limits)
+
+
+def template_config(options: Namespace) -> TemplateConfig:
+    config = TemplateConfig(**vars(options.template))
+    return replace(config, use="auto") if options.chat else config
 
 
 def engine_settings(options: Namespace) -> EngineSettings:

@@ -16,7 +16,7 @@ from threadweaver.generate.graphs import Capture, DecodeGraphs, cuda_capture, pa
 from threadweaver.generate.pages import Copy
 from threadweaver.generate.scheduler import Batch
 from threadweaver.generate.weights import EngineWeights
-from threadweaver.model import PagedStep, output_layer, paged_hidden_states
+from threadweaver.model import PagedStep, kv_shape, output_layer, paged_hidden_states
 from tw_kernels import DecodePlan, PagedKV
 from tw_kernels.decode.plan import default_workers
 
@@ -56,6 +56,7 @@ class Runner:
         autocast: bool = False,
     ):
         self._weights = EngineWeights(model, torch.bfloat16 if autocast else None)
+        self._output = output_layer(self._weights.model)
         self.page_size = page_size
         self.seconds = {"plan": 0.0, "model": 0.0, "attention": 0.0}
         self._num_pages = num_pages
@@ -104,7 +105,7 @@ class Runner:
         step, model = PagedStep(self._caches, plan), self._weights.model
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
             hidden = paged_hidden_states(model, ids, positions, step)
-            logits = output_layer(model)(hidden if last is None else hidden[last])
+            logits = self._output(hidden if last is None else hidden[last])
         self.seconds["attention"] += step.attention_seconds
         return logits
 
@@ -155,14 +156,6 @@ class Runner:
         workers = default_workers(self._device)
         size = DecodePlan.build(*sequences, num_workers=workers).size
         return DecodePlan.build(*sequences, self._device, workers, capacity=padded(size))
-
-
-def kv_shape(model: PreTrainedModel, num_pages: int, page_size: int) -> tuple[int, ...]:
-    """[layers, 2 (keys, values), num_pages, page_size, Hkv, D]."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_hidden_layers, 2, num_pages, page_size, heads, head_dim
 
 
 def _inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

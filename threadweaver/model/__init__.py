@@ -3,17 +3,14 @@
 from threadweaver.model.attention import (
     ATTENTION,
     PagedStep,
-    output_layer,
+    kv_shape,
     paged_hidden_states,
     trie_hidden_states,
 )
 from threadweaver.model.context import context_length
 from threadweaver.model.end_tokens import end_ids
-from threadweaver.model.load import (
-    check_supported,
-    load_model,
-    load_tokenizer,
-)
+from threadweaver.model.load import load_model, load_tokenizer
+from threadweaver.model.logits import OutputLayer, mask_unknown_ids, output_layer
 from threadweaver.model.loss import (
     TokenLogprobs,
     cross_entropy_sum,
@@ -23,12 +20,15 @@ from threadweaver.model.loss import (
     trie_loss,
 )
 from threadweaver.model.new import new_model, parameter_count
+from threadweaver.model.probe import probe
 from threadweaver.model.save import save_model
+from threadweaver.model.supported import check_supported
 from threadweaver.model.tokenizer import build_tokenizer
 from threadweaver.model.vocabulary import add_tags
 
 __all__ = [
     "ATTENTION",
+    "OutputLayer",
     "PagedStep",
     "TokenLogprobs",
     "add_tags",
@@ -37,12 +37,15 @@ __all__ = [
     "context_length",
     "cross_entropy_sum",
     "end_ids",
+    "kv_shape",
     "load_model",
     "load_tokenizer",
+    "mask_unknown_ids",
     "new_model",
     "output_layer",
     "paged_hidden_states",
     "parameter_count",
+    "probe",
     "save_model",
     "supervised_tokens",
     "token_logprobs",

@@ -24,30 +24,11 @@ from threadweaver.model.files import (
     read_object,
     reading,
 )
+from threadweaver.model.logits import mask_unknown_ids
+from threadweaver.model.probe import probe
 from threadweaver.model.sizes import check_heads, check_sizes
+from threadweaver.model.supported import check_supported
 from threadweaver.model.weights import load_weights
-
-
-def check_supported(config: PretrainedConfig) -> None:
-    """Raises ValueError, naming the reason, unless every layer is plain full causal attention."""
-    kind = config.model_type
-    layers = getattr(config, "layer_types", None)
-    if layers is None and getattr(config, "sliding_window", None):
-        layers = ["sliding_attention"]
-    for layer in layers or []:
-        if layer != "full_attention":
-            raise ValueError(
-                f"{kind}: layer type {layer!r} is not supported; a trie needs full attention in "
-                "every layer, since a thread must see its whole path"
-            )
-    # These models scale their logits after the output layer, which the loss applies directly.
-    for field in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        if getattr(config, field, None) not in (None, 1, 1.0):
-            raise ValueError(f"{kind}: config.{field} is not supported")
-    if getattr(config, "attention_dropout", 0):
-        raise ValueError(f"{kind}: config.attention_dropout must be 0 for trie attention")
-    if config.is_encoder_decoder:
-        raise ValueError(f"{kind}: encoder-decoder models are not supported")
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -88,6 +69,9 @@ def load_model(
     # A GGUF file is dequantised as it is loaded: the model is saved as an ordinary one.
     model.__dict__["hf_quantizer"] = None
     model.config.__dict__.pop("quantization_config", None)
+    mask_unknown_ids(model, tokenizer)
+    with reading(source.config):
+        probe(model)
     return model, tokenizer
 
 

@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from threadweaver.model.attention import output_layer, trie_hidden_states
+from threadweaver.model.attention import trie_hidden_states
+from threadweaver.model.logits import OutputLayer, output_layer
 from tw_kernels import Trie, TrieLayout
 
 # Above this many logits the loss works in pieces and never holds them all. Every piece reads and
@@ -47,7 +48,7 @@ def trie_loss(model: PreTrainedModel, trie: Trie, layout: TrieLayout | None = No
     )
 
 
-def cross_entropy_sum(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
+def cross_entropy_sum(hidden: Tensor, head: OutputLayer, targets: Tensor) -> Tensor:
     """Sum of -log softmax(head(hidden))[target]; a float32 scalar.
 
     hidden [n, hidden size], targets int64 [n]. Large vocabularies go in pieces, so that the
@@ -57,28 +58,30 @@ def cross_entropy_sum(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tenso
     if targets.numel() <= rows:
         return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
     hidden, weight = _in_compute_dtype(hidden, head.weight)
-    if head.bias is None and hasattr(F, "linear_cross_entropy"):
+    if head.bias is None and head.is_linear and hasattr(F, "linear_cross_entropy"):
         from torch.nn import LinearCrossEntropyOptions
 
         # Left to itself it takes far smaller pieces, 3 to 7 times slower on a CPU.
         options = LinearCrossEntropyOptions(batch_chunk_size=rows)
+        hidden = hidden if head.scale == 1 else hidden * head.scale
         loss = F.linear_cross_entropy(hidden, weight, targets, reduction="sum", options=options)
         return loss.float()
     pieces = [
-        checkpoint(_cross_entropy_piece, h, weight, head.bias, t, use_reentrant=False)
+        checkpoint(_cross_entropy_piece, h, weight, head, t, use_reentrant=False)
         for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
     ]
     return torch.stack(pieces).sum()
 
 
-def _rows_at_once(head: nn.Linear) -> int:
+def _rows_at_once(head: OutputLayer) -> int:
     """Most tokens whose logits are held at a time."""
-    most = LOGITS_AT_ONCE.get(head.weight.device.type, LOGITS_AT_ONCE["cpu"])
-    return max(1, most // head.out_features)
+    weight = head.linear.weight
+    return max(1, LOGITS_AT_ONCE.get(weight.device.type, LOGITS_AT_ONCE["cpu"]) // weight.shape[0])
 
 
-def _cross_entropy_piece(h: Tensor, weight: Tensor, bias: Tensor | None, t: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(h, weight, bias).float(), t, reduction="sum")
+def _cross_entropy_piece(h: Tensor, weight: Tensor, head: OutputLayer, t: Tensor) -> Tensor:
+    logits = head.finish(F.linear(h, weight, head.bias))
+    return F.cross_entropy(logits.float(), t, reduction="sum")
 
 
 def _in_compute_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,7 +126,7 @@ def trie_logprobs(
 
 
 def token_logprobs(
-    hidden: Tensor, head: nn.Linear, targets: Tensor, entropy_gradient: bool = False
+    hidden: Tensor, head: OutputLayer, targets: Tensor, entropy_gradient: bool = False
 ) -> TokenLogprobs:
     """log softmax(head(hidden))[target], and the entropy of each softmax.
 
@@ -132,18 +135,18 @@ def token_logprobs(
     hidden, weight = _in_compute_dtype(hidden, head.weight)
     rows = _rows_at_once(head)
     if targets.numel() <= rows:
-        return _logprobs_piece(hidden, weight, head.bias, targets, entropy_gradient)
+        return _logprobs_piece(hidden, weight, head, targets, entropy_gradient)
     pieces = [
-        checkpoint(_logprobs_piece, h, weight, head.bias, t, entropy_gradient, use_reentrant=False)
+        checkpoint(_logprobs_piece, h, weight, head, t, entropy_gradient, use_reentrant=False)
         for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
     ]
     return TokenLogprobs(*map(torch.cat, zip(*pieces, strict=True)))
 
 
 def _logprobs_piece(
-    h: Tensor, weight: Tensor, bias: Tensor | None, t: Tensor, entropy_gradient: bool
+    h: Tensor, weight: Tensor, head: OutputLayer, t: Tensor, entropy_gradient: bool
 ) -> TokenLogprobs:
-    logprobs = F.linear(h, weight, bias).float().log_softmax(-1)
+    logprobs = head.finish(F.linear(h, weight, head.bias)).float().log_softmax(-1)
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropies = -(logprobs.exp() * logprobs).sum(-1)
     return TokenLogprobs(logprobs.gather(-1, t.unsqueeze(-1)).squeeze(-1), entropies)

@@ -17,8 +17,10 @@ from transformers import (
 
 from threadweaver.model.attention import ATTENTION
 from threadweaver.model.files import reading
-from threadweaver.model.load import check_supported
+from threadweaver.model.logits import mask_unknown_ids
+from threadweaver.model.probe import probe
 from threadweaver.model.sizes import check_heads, check_sizes
+from threadweaver.model.supported import check_supported
 
 # Where a config class has one of these, its default is that of a model of billions of parameters.
 _SIZES = (
@@ -62,9 +64,12 @@ def new_model(
         check_supported(config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return AutoModelForCausalLM.from_config(
+            model = AutoModelForCausalLM.from_config(
                 config, attn_implementation=ATTENTION, trust_remote_code=False
             )
+        mask_unknown_ids(model, tokenizer)
+        probe(model)
+        return model
 
 
 def parameter_count(model: torch.nn.Module) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
+from threadweaver.model.logits import mask_unknown_ids
 from threadweaver.trajectory import TAGS
 from threadweaver.trajectory.codec import missing_tags
 
@@ -33,6 +34,7 @@ def add_tags(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None =
     tokenizer.add_tokens(tokens, special_tokens=True)
     if model is not None:
         _extend_model(model, tokenizer, missing)
+        mask_unknown_ids(model, tokenizer)
     return missing
 
 

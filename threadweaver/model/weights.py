@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from threadweaver.model.attention import ATTENTION
 from threadweaver.model.files import LOCAL, ModelSource, check_headers, reading, weight_files
+
+# Parameters that cost nothing to build.
+_SMALL = 2**26
 
 
 def load_weights(
@@ -21,11 +28,11 @@ def load_weights(
             names them.
     """
     if not source.gguf:
-        check_headers(weight_files(source.folder, getattr(config, "transformers_weights", None)))
+        files = weight_files(source.folder, getattr(config, "transformers_weights", None))
+        check_headers(files)
         _check_generation_config(source)
-    if not source.gguf and getattr(config, "quantization_config", None) is None:
-        # By names and shapes alone: sizes far from those of the weights take no memory.
-        _from_pretrained(source, device_map="meta")
+        if getattr(config, "quantization_config", None) is None:
+            _check_sizes(source, config, files)
     return _from_pretrained(source, dtype=dtype)
 
 
@@ -46,7 +53,32 @@ def _from_pretrained(source: ModelSource, **options: Any) -> PreTrainedModel:
     return model
 
 
-def _check_found(source: ModelSource, model: PreTrainedModel, found: dict[str, set[Any]]) -> None:
+def _check_sizes(source: ModelSource, config: PretrainedConfig, files: list[Path]) -> None:
+    """Raises ValueError if a model of this config is far larger than its weights, before it takes
+    any memory. What is not that far off, `_check_found` says more exactly."""
+    with reading(source.config), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
+    stored: dict[str, list[int]] = {}
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 (no mapping)
+                stored[name] = weights.get_slice(name).get_shape()
+    wanted = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    if sum(map(math.prod, wanted.values())) <= 2 * sum(map(math.prod, stored.values())) + _SMALL:
+        return
+    misfits = [
+        (name, shape, wanted[name])
+        for name, shape in stored.items()
+        if wanted.get(name, shape) != shape
+    ]
+    missing = wanted.keys() - stored.keys()
+    found = {"mismatched_keys": misfits, "missing_keys": missing}
+    _check_found(source, model, {"unexpected_keys": [], "error_msgs": [], **found})
+
+
+def _check_found(
+    source: ModelSource, model: PreTrainedModel, found: Mapping[str, Collection[Any]]
+) -> None:
     """Raises ValueError if weights would be random, or stored ones left out; names them."""
     for name, stored, expected in sorted(found["mismatched_keys"])[:1]:
         raise ValueError(

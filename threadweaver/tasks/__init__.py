@@ -5,6 +5,6 @@ load_task("prompts.jsonl")
 """
 
 from threadweaver.tasks.registry import load_task, task_names
-from threadweaver.tasks.task import Problem, Split, Task
+from threadweaver.tasks.task import GradesInBackground, Problem, Split, Task
 
-__all__ = ["Problem", "Split", "Task", "load_task", "task_names"]
+__all__ = ["GradesInBackground", "Problem", "Split", "Task", "load_task", "task_names"]

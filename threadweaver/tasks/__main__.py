@@ -80,6 +80,8 @@ def write(
     """
     _check_out(out, format, overwrite)
     source = load_task(task, **(options or {}))
+    for note in getattr(source, "notes", ()):
+        print_line(Console(stderr=True), note)
     halves = {
         "train": source.problems("train", train, seed),
         "validation": source.problems("validation", validation, seed),

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import re
 
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
+_BARE = re.compile(r"\\[a-zA-Z]+|[^\s{}$]")  # what a command takes that no brace follows
+
 
 def boxed_answer(response: str) -> str | None:
-    """The text in the last `\\boxed{...}` after the last `</think>`, without spaces around it.
+    """The text in the last `\\boxed{...}` or `\\fbox{...}`, without spaces around it.
 
-    Braces inside a box are matched; a brace after a backslash is a character like any other. None
-    for a response that never closes its thinking, boxes nothing or never closes its last box.
+    After the last `</think>` where there is one, else anywhere. Braces inside a box are matched; a
+    brace after a backslash is a character like any other. `\\boxed 7` boxes a character or command.
+    None for a response that opens its thinking and never closes it, boxes nothing or never closes
+    its last box. Takes time in proportion to the response's length.
     """
     _, closed, answer = response.rpartition("</think>")
-    _, boxed, content = answer.rpartition("\\boxed{")
-    if not closed or not boxed:
+    if not closed and "<think>" in answer:
         return None
-    depth, escaped = 1, False
-    for i, character in enumerate(content):
+    start = None
+    for box in _BOX.finditer(answer):
+        start = box.end()
+    if start is None:
+        return None
+    if answer[start : start + 1] != "{":
+        bare = _BARE.match(answer, start)
+        return bare[0] if bare else None
+    depth, escaped = 0, False
+    for i in range(start, len(answer)):
+        character = answer[i]
         if escaped or character == "\\":
             escaped = not escaped
         elif character == "{":
@@ -24,7 +37,7 @@ def boxed_answer(response: str) -> str | None:
         elif character == "}":
             depth -= 1
             if depth == 0:
-                return content[:i].strip()
+                return answer[start + 1 : i].strip()
     return None
 
 

@@ -6,36 +6,43 @@ import importlib.util
 import random
 from collections.abc import Callable
 
-from threadweaver.data import DataError, Example, load_examples
+from threadweaver.data import DataError, Example, columns_note, load_examples
+from threadweaver.grading.judge import Judge
+from threadweaver.grading.mathematics import build_math_grader
 from threadweaver.tasks.boxed import boxed_answer, boxes_number
-from threadweaver.tasks.judge import Judge
 from threadweaver.tasks.task import Problem, Split, check_count, check_settings, is_held_out
+from threadweaver.trajectory import Prompt
 
 
 class DataFile:
-    """Prompts and answers of a JSON lines or parquet file; see `threadweaver.data` for its columns.
+    """Prompts and answers of a JSON lines or parquet file, of a folder of them or of those that a
+    pattern matches; see `threadweaver.data` for their columns.
 
     A response, where a row has one, is the demonstration. An answer is right if its box holds the
-    same text as the row's ground truth or what math-verify takes for the same: `\\frac{1}{2}`, 0.5.
+    same text as the row's ground truth or means the same (threadweaver.grading.mathematics):
+    `\\frac{1}{2}`, 0.5.
 
     Args:
-        path: of the file.
+        path: of the file or folder, or the pattern.
         held_out: share of the prompts that make up the validation split; which ones depends on
             their text alone. 1: the whole file is for evaluation.
-        seconds: most time to grade one answer; one that takes longer is wrong.
+        seconds: most CPU time to grade one answer; one that takes longer is wrong.
         whole_numbers: an answer is right if its box holds decimal digits alone and they equal the
             ground truth as a whole number; needs no math-verify.
 
     Raises:
         DataError: a row that cannot be used, or one without an answer; names file, row and field.
         ValueError: a setting out of range, or math-verify is not installed.
+
+    Attributes:
+        notes: lines to show: what was taken from which columns, and what is held out.
     """
 
     def __init__(
         self,
         path: str,
         held_out: float = 0.1,
-        seconds: float = 5.0,
+        seconds: float = 2.0,
         whole_numbers: bool = False,
     ):
         check_settings(held_out, seconds)
@@ -46,9 +53,17 @@ class DataFile:
             )
         self._path, self._whole_numbers = path, whole_numbers
         self._splits: dict[Split, list[Problem]] = {"train": [], "validation": []}
-        for example in load_examples(path, responses=False):
-            held = is_held_out(example.prompt, held_out)
+        examples = load_examples(path, responses=False)
+        for example in examples:
+            held = is_held_out(_asked(example.prompt), held_out)
             self._splits["validation" if held else "train"].append(_problem(example))
+        self.notes = [columns_note(path, examples)]
+        if 0 < held_out < 1:
+            held = len(self._splits["validation"])
+            self.notes.append(
+                f"{path}: held_out {held_out} keeps {held:,} of {len(examples):,} rows for "
+                "validation, out of training"
+            )
         self._judge = Judge(build_math_grader, seconds=seconds)
 
     @property
@@ -67,14 +82,20 @@ class DataFile:
         return list(rows) if n is None else random.Random(seed).sample(rows, n)
 
     def is_correct(self, response: str, problem: Problem) -> bool:
+        return self.submit(response, problem)()
+
+    def submit(self, response: str, problem: Problem) -> Callable[[], bool]:
+        """See `Task`."""
         if self._whole_numbers:
-            return boxes_number(response, problem.answer)
-        answer = boxed_answer(response)
-        if answer is None:
-            return False
-        return answer == problem.answer or self._judge(
-            answer, problem.answer, source=problem.source
-        )
+            right = any(boxes_number(response, truth) for truth in _answers(problem))
+            return lambda: right
+        answer, truths = boxed_answer(response), _answers(problem)
+        if not answer or answer in truths:
+            right = bool(answer)
+            return lambda: right
+        # A ground truth may be a sentence or a whole solution with the answer in its box.
+        truths = (boxed_answer(truth) or truth for truth in truths)
+        return self._judge.submit(answer, *truths, source=problem.source)
 
     def demonstration(self, problem: Problem, parallel: bool) -> str | None:
         """The row's own response, if it has one and of that kind."""
@@ -83,26 +104,23 @@ class DataFile:
 
 
 def _problem(example: Example) -> Problem:
-    answer = (example.ground_truth or "").strip()
-    if not answer:
+    truth = example.ground_truth or ""
+    several = [one.strip() for one in ([truth] if isinstance(truth, str) else truth)]
+    if not all(several):
         raise DataError(
             f"{example.source}: no field 'reward_model.ground_truth', or it is empty; "
             "add the right answer"
         )
+    answer = tuple(several) if len(several) > 1 else several[0]
     return Problem(example.prompt, answer, example.source, data=example.response)
 
 
-def build_math_grader() -> Callable[[str, str], bool]:
-    """A function (answer, ground truth) -> whether they are the same, for a `Judge` to call."""
-    from math_verify import LatexExtractionConfig, parse, verify
+def _answers(problem: Problem) -> tuple[str, ...]:
+    return (problem.answer,) if isinstance(problem.answer, str) else problem.answer
 
-    def parsed(text: str) -> list:
-        # Without a time limit of its own, which would need signals: the judge has one.
-        return parse(f"\\boxed{{{text}}}", [LatexExtractionConfig()], parsing_timeout=0)
 
-    def grade(answer: str, ground_truth: str) -> bool:
-        truth = boxed_answer(f"</think>{ground_truth}") or ground_truth
-        return verify(parsed(truth), parsed(answer), timeout_seconds=None)
-
-    grade("1/2", "0.5")  # imports what math-verify imports at first use
-    return grade
+def _asked(prompt: Prompt) -> str:
+    """What a prompt asks: the same for a question and for a message of it."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(turn["content"] for turn in prompt if turn["role"] == "user")

@@ -293,7 +293,7 @@ class Multiplication:
         ]
 
     def is_correct(self, response: str, problem: Problem) -> bool:
-        return boxes_number(response, problem.answer)
+        return boxes_number(response, str(problem.answer))
 
     def demonstration(self, problem: Problem, parallel: bool) -> str:
         return trajectory(problem.data, parallel)

@@ -10,8 +10,9 @@ from dataclasses import fields
 from itertools import count
 from typing import Any
 
+from threadweaver.grading.gym import build_scorer
+from threadweaver.grading.judge import Judge
 from threadweaver.tasks.boxed import boxed_answer
-from threadweaver.tasks.judge import Judge
 from threadweaver.tasks.task import Problem, Split, check_count, check_settings, is_held_out
 
 INSTRUCTION = "\n\nPut the final answer, as plain text, in \\boxed{}.\n"
@@ -42,7 +43,7 @@ class ReasoningGym:
         dataset: its name in reasoning-gym, one of `dataset_names()`.
         held_out: share of the questions that make up the validation split; which ones depends on
             their text alone, so the questions of the other split are made too.
-        seconds: most time to grade one answer; one that takes longer is wrong.
+        seconds: most CPU time to grade one answer; one that takes longer is wrong.
         options: of the dataset.
 
     Raises:
@@ -98,10 +99,14 @@ class ReasoningGym:
         return problems
 
     def is_correct(self, response: str, problem: Problem) -> bool:
+        return self.submit(response, problem)()
+
+    def submit(self, response: str, problem: Problem) -> Callable[[], bool]:
+        """See `Task`."""
         answer = boxed_answer(response)
         if answer is None:
-            return False
-        return self._judge(answer, problem.data, source=problem.source)
+            return lambda: False
+        return self._judge.submit(answer, problem.data, source=problem.source)
 
     def demonstration(self, problem: Problem, parallel: bool) -> None:
         """None: reasoning-gym has answers without reasoning."""
@@ -145,12 +150,6 @@ def dataset_names() -> list[str]:
     from reasoning_gym.factory import DATASETS
 
     return sorted(set(DATASETS) - {"composite"})  # which is a mixture of the others
-
-
-def build_scorer(dataset: str, options: dict[str, Any]) -> Callable[[str, dict[str, Any]], bool]:
-    """A function (answer, problem) -> whether it gets the full mark, for a `Judge` to call."""
-    scorer = _create(dataset, seed=0, size=1, **options)
-    return lambda answer, entry: scorer.score_answer(answer, entry) >= 1
 
 
 def _create(dataset: str, **options: Any) -> Any:

@@ -7,9 +7,9 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 from typing import Any
 
+from threadweaver.data import is_data_path
 from threadweaver.tasks.data_file import DataFile
 from threadweaver.tasks.multiplication import Multiplication
 from threadweaver.tasks.reasoning_gym import ReasoningGym, dataset_names
@@ -25,7 +25,8 @@ def load_task(name: str, **options: Any) -> Task:
 
     Args:
         name: `multiplication`, `reasoning_gym:<dataset>`, the path of a data file (.jsonl, .json,
-            .parquet), or the name of an entry point of the group `threadweaver.tasks`.
+            .parquet), a folder or a pattern of such files, or the name of an entry point of the
+            group `threadweaver.tasks`.
         options: those of `Multiplication`, `ReasoningGym`, `DataFile` or the entry point's.
 
     Raises:
@@ -35,7 +36,7 @@ def load_task(name: str, **options: Any) -> Task:
     """
     family, _, dataset = name.partition(":")
     make: Callable[..., Task]
-    if is_data_file(name):
+    if is_data_path(name):
         make = partial(DataFile, name)
     elif name == "multiplication":
         make = Multiplication
@@ -59,11 +60,6 @@ def load_task(name: str, **options: Any) -> Task:
     if missing := [part for part in parts if not hasattr(task, part)]:
         raise ValueError(f"{name}: {type(task).__name__} is no task: it lacks {', '.join(missing)}")
     return task
-
-
-def is_data_file(name: str) -> bool:
-    """Whether `load_task` takes it for the path of a data file."""
-    return Path(name).suffix in (".jsonl", ".json", ".parquet")
 
 
 def task_names() -> str:

@@ -1,13 +1,17 @@
 """The interface of a task: problems, a check of answers, and demonstrations if it has them.
 
-Evaluation, self-training, P-GRPO and the writing of data use a task through this alone.
+Evaluation, self-training, P-GRPO and the writing of data use a task through this alone. A task that
+grades in processes of its own also has `submit`, see `GradesInBackground`.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from threadweaver.trajectory import Prompt
 
 Split = Literal["train", "validation"]
 MOST_PROBLEMS = 10_000_000
@@ -18,14 +22,15 @@ class Problem:
     """One prompt with what its task needs to grade a response.
 
     Attributes:
-        prompt: the text before the response.
-        answer: the right answer as text; empty where many are right and none is on record.
+        prompt: what is asked: a question or messages, which the model's chat template makes text.
+        answer: the right answer as text, or several of which any is right; empty where many are
+            right and none is on record.
         source: where it came from, for messages: file and line, or how it was made.
         data: what else the task needs to grade or demonstrate it; read by the task alone.
     """
 
-    prompt: str
-    answer: str
+    prompt: Prompt
+    answer: str | tuple[str, ...]
     source: str
     data: Any = None
 
@@ -58,6 +63,16 @@ class Task(Protocol):
 
     def demonstration(self, problem: Problem, parallel: bool) -> str | None:
         """A right and well-formed response, with or without blocks; None if the task has none."""
+        ...
+
+
+@runtime_checkable
+class GradesInBackground(Protocol):
+    """A task whose answers are graded while the engine decodes on."""
+
+    def submit(self, response: str, problem: Problem) -> Callable[[], bool]:
+        """Starts to grade, and returns at once: what it returns gives `is_correct` when that is
+        known, and is called once."""
         ...
 
 

@@ -63,17 +63,25 @@ def build_tries(
     batch_tokens: int,
     context_length: int | None = None,
 ) -> TrieSet:
-    """Examples as tries, with an end token after each response that does not end in one.
+    """Examples as tries, each response with one end token (`Codec.encode_response`).
 
     Raises:
-        DataError: naming file and line: a response that breaks the format (unless they are to be
-            dropped), one whose first call alone is over the budget of `batch_tokens`, or one that
-            is longer than the model's context.
+        DataError: naming file and line: a prompt that the chat template refuses; a response that
+            holds a control token, breaks the format (unless they are to be dropped), has a first
+            call that alone is over the budget of `batch_tokens`, or is longer than the model's
+            context.
     """
     tries, sources = [], []
     dropped_calls = dropped_trajectories = 0
     for example in examples:
-        if problems := violations(example.prompt, example.response):
+        try:
+            prompt = codec.encode_prompt(example.prompt)
+            response = codec.prompts.after(example.prompt, example.response)
+            ids = [*prompt, *codec.encode_response(response)]
+        except ValueError as error:
+            raise DataError(f"{example.source}: {error}") from error
+        text = codec.prompts.text(example.prompt)
+        if problems := violations(text, response, data.max_depth):
             if data.malformed == "error":
                 raise DataError(
                     f"{example.source}: the response breaks the format: {problems[0]}; correct it "
@@ -81,12 +89,15 @@ def build_tries(
                 )
             dropped_trajectories += 1
             continue
-        prompt = codec.encode(example.prompt)
-        ids = [*prompt, *codec.encode(example.response)]
-        if ids[-1] not in codec.end_ids:
-            ids.append(codec.eos_id)
         try:
-            built = loss_trie(ids, codec, len(prompt), data.loss, max_tokens=batch_tokens)
+            built = loss_trie(
+                ids,
+                codec,
+                len(prompt),
+                data.loss,
+                max_tokens=batch_tokens,
+                max_depth=data.max_depth,
+            )
         except ValueError as error:
             raise DataError(f"{example.source}: {error} (optimization.batch_tokens)") from error
         longest = int(built.trie.positions.max()) + 1

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, TypeVar, cast, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
 
+from threadweaver.trajectory import TemplateConfig
 from threadweaver.trajectory.loss import Loss
 
 T = TypeVar("T")
@@ -63,10 +64,12 @@ class DataConfig:
     """What it is trained on.
 
     Args:
-        train: JSON lines or parquet file of trajectories.
+        train: JSON lines or parquet file of trajectories, a folder or a pattern of such files.
         validation: a file like it, for the validation loss.
         loss: response: every response token but forced headers; completions: only what the model
-            itself would sample (docs/semantics.md, "Calls, tries, loss").
+            itself would sample; sequential: the whole text as one ordinary sequence
+            (docs/semantics.md, "Calls, tries, loss").
+        max_depth: how deep blocks nest; a block that is deeper breaks the format.
         malformed: what to do with a trajectory that breaks the format: error, or drop and count.
     """
 
@@ -74,6 +77,10 @@ class DataConfig:
     validation: str | None = None
     loss: Loss = "response"
     malformed: Literal["error", "drop"] = "error"
+    max_depth: int = 1
+
+    def __post_init__(self):
+        check_least(1, "data", self, "max_depth")
 
 
 @dataclass
@@ -81,7 +88,8 @@ class TaskConfig:
     """Where prompts come from and what grades the answers (threadweaver.tasks).
 
     Args:
-        name: multiplication, reasoning_gym:<dataset>, or the path of a data file.
+        name: multiplication, reasoning_gym:<dataset>, or the path of a data file, a folder or a
+            pattern of such files.
         options: of that task, by name.
         problems: how many training problems are drawn; default: all there are.
     """
@@ -209,6 +217,7 @@ class RunConfig:
 
     Args:
         run_dir: folder of this run.
+        template: how prompts become text.
         seed: of all that is drawn.
 
     Attributes:
@@ -230,6 +239,7 @@ class RunConfig:
 
     run_dir: str
     model: ModelConfig
+    template: TemplateConfig = field(default_factory=TemplateConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     seed: int = 0

@@ -196,13 +196,16 @@ class Pipeline(Run[PipelineConfig]):
         shared: dict[str, Any] = {
             "run_dir": str(self.run_dir / stage),
             "model": model,
+            "template": config.template,
             "compute": config.compute,
             "report": config.report,
             "seed": config.seed,
         }
         if stage == "sft":
             sft = config.sft
-            data = DataConfig(train=sft.data or self._demonstrations(), loss=sft.loss)
+            data = DataConfig(
+                train=sft.data or self._demonstrations(), loss=sft.loss, max_depth=sft.max_depth
+            )
             settings = SFTConfig(data=data, optimization=sft.optimization, **shared)
             return SFTTrainer.prepare(settings, None, self.console, check)
         if stage == "self_train":
@@ -255,7 +258,7 @@ class Pipeline(Run[PipelineConfig]):
             device=config.compute.device,
             precision=config.compute.precision,
         )
-        engine, _ = load_engine(checkpoint, settings, parallel=True)
+        engine, _ = load_engine(checkpoint, settings, parallel=True, template=config.template)
         evaluations = evaluate_modes(
             ("parallel", "sequential"),
             engine,

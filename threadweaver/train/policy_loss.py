@@ -31,7 +31,8 @@ class PolicyConfig:
         clip_high: and as at most 1 + clip_high for positive ones.
         importance_cap: weigh each token by its probability under the trainer over that under the
             generator, at most this; none: all tokens alike.
-        kl: coefficient of the divergence from a reference model; 0: no reference model.
+        kl: coefficient of the divergence from a reference model; 0: no reference model. Groups
+            without a signal are left out of it, and of the entropy.
         entropy: coefficient of the entropy, as a bonus.
     """
 

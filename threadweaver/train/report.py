@@ -43,6 +43,10 @@ def print_sft_table(console: Console, summary: dict[str, Any], run_dir: Path) ->
 
 def print_rl_table(console: Console, summary: dict[str, Any], run_dir: Path) -> None:
     """Shows the summary of a P-GRPO run; means are those of the last batch."""
+
+    def held_out(mode: str) -> float | None:
+        return summary.get(f"validation_{mode}_accuracy")
+
     rows = [
         ("reward", f"{summary['reward']:.3f}"),
         ("accuracy", f"{summary['accuracy']:.1%}"),
@@ -51,7 +55,13 @@ def print_rl_table(console: Console, summary: dict[str, Any], run_dir: Path) -> 
         ("longest path", f"{summary['longest_path_tokens']:,.0f} tokens"),
         ("all tokens", f"{summary['total_tokens']:,.0f}"),
         ("steps", f"{summary['steps']:,}"),
-        ("groups without signal", f"{summary['no_signal_groups']:,}"),
+        ("groups without signal", f"{summary['no_signal_groups']:,} of {summary['groups']:,}"),
+        (
+            "prompts skipped",
+            f"{summary['skipped_prompts']:,}" if summary["skipped_prompts"] else None,
+        ),
+        ("held out, parallel", _number(held_out("parallel"), "{:.1%}")),
+        ("held out, sequential", _number(held_out("sequential"), "{:.1%}")),
         ("rollout", f"{summary['rollout_tokens_per_second']:,.0f} tokens/s"),
         ("update", f"{summary['update_tokens_per_second']:,.0f} trie tokens/s"),
         ("unrolled / trie tokens", f"{summary['unrolled_per_trie_token']:.2f}"),

@@ -50,6 +50,8 @@ class RLTrainer(Trainer[RLConfig]):
         # kind (docs/semantics.md, "P-GRPO").
         self.model.eval()
         self.task = load_task(config.task.name, **config.task.options)
+        for note in getattr(self.task, "notes", ()):
+            print_line(self.console, note)
         problems = self.task.problems("train", config.task.problems, config.seed)
         self.trains_on = f"task: {config.task.name}"
         self.fingerprint = fingerprint(problems)
@@ -134,6 +136,7 @@ class RLTrainer(Trainer[RLConfig]):
             **learnt,
             **summary(graded),
             "reached_limits": sum(any(asdict(g.rollout.limits).values()) for g in graded),
+            "no_answer": sum(g.no_answer for g in graded),
             "ungraded": self.task.ungraded - ungraded,
             "decode_steps": fmean(g.rollout.decode_steps for g in graded),
             "preemptions": self.engine.preemptions - preempted,
@@ -254,6 +257,7 @@ class RLTrainer(Trainer[RLConfig]):
         for mode, evaluation in evaluations.items():
             figures = {**summary(evaluation.graded), "ungraded": evaluation.ungraded}
             record |= {f"validation_{mode}_{name}": value for name, value in figures.items()}
+        record["validation_problems"] = len(self.held_out)
         record["validation_speedup"] = (
             record["validation_sequential_total_tokens"]
             / record["validation_parallel_longest_path_tokens"]

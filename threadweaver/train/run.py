@@ -203,7 +203,7 @@ class Trainer(Run[T]):
         self.model, self.tokenizer = build_model(self.config, checkpoint)
         print_line(self.console, f"model: {parameter_count(self.model)}")
         torch.nn.Module.to(self.model, self.device).train()
-        self.codec = Codec.from_tokenizer(self.tokenizer, end_ids(self.model))
+        self.codec = Codec.from_tokenizer(self.tokenizer, end_ids(self.model), self.config.template)
         self.totals: dict[str, float] = {"seconds": 0.0}
         self.last_record: Record = {}
         self.steps_done = 0

@@ -13,6 +13,7 @@ itself, so a resumed run gets the same rollouts.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -43,7 +44,7 @@ from threadweaver.train.run_dir import (
 from threadweaver.train.setup import build_model
 from threadweaver.train.sft import SFTTrainer
 from threadweaver.train.stages import SelfTrainConfig, SFTConfig
-from threadweaver.trajectory import Codec, extract_calls
+from threadweaver.trajectory import Codec, Rendered, extract_calls
 
 MOST_REASONS = 10
 Row = dict[str, Any]
@@ -61,6 +62,8 @@ class SelfTraining(Run[SelfTrainConfig]):
     def load(self) -> None:
         config = self.config
         self.task = load_task(config.task.name, **config.task.options)
+        for note in getattr(self.task, "notes", ()):
+            print_line(self.console, note)
         problems = self.task.problems("train", config.task.problems, config.seed)
         size = config.rollouts.chunk
         self.chunks = [problems[i : i + size] for i in range(0, len(problems), size)]
@@ -78,8 +81,13 @@ class SelfTraining(Run[SelfTrainConfig]):
         config, folder = self.config, self.run_dir / "sft"
         settings = SFTConfig(
             run_dir=str(folder),
-            data=DataConfig(train=str(self.run_dir / "kept.jsonl"), loss=config.loss),
+            data=DataConfig(
+                train=str(self.run_dir / "kept.jsonl"),
+                loss=config.loss,
+                max_depth=config.rollouts.generation.max_depth,
+            ),
             model=config.model,
+            template=config.template,
             optimization=config.optimization,
             compute=config.compute,
             report=config.report,
@@ -160,7 +168,7 @@ class SelfTraining(Run[SelfTrainConfig]):
         torch.nn.Module.to(model, self.device)
         return Engine(
             model.eval(),
-            Codec.from_tokenizer(tokenizer, end_ids(model)),
+            Codec.from_tokenizer(tokenizer, end_ids(model), config.template),
             **asdict(config.rollouts.engine),
             autocast=config.compute.precision == "bf16",
         )
@@ -188,12 +196,12 @@ class SelfTraining(Run[SelfTrainConfig]):
     def _fits(self, graded: Graded, engine: Engine) -> bool:
         """Whether SFT, which writes an end token after the response, can train on it: all of it in
         the context, its first call in the budget."""
-        texts = graded.problem.prompt, graded.response
-        prompt, response = (engine.codec.encode(text) for text in texts)
+        prompt, response = graded.rollout.prompt, engine.codec.encode(graded.response)
         if len(prompt) + len(response) >= engine.context_length:
             return False
         ids = [*prompt, *response, engine.codec.eos_id]
-        first = extract_calls(ids, engine.codec, len(prompt))[0]
+        max_depth = self.config.rollouts.generation.max_depth
+        first = extract_calls(ids, engine.codec, len(prompt), max_depth=max_depth)[0]
         return len(first.path) <= self.config.optimization.batch_tokens
 
 
@@ -207,7 +215,7 @@ def select(rows: Iterable[Row], keep_per_problem: int) -> tuple[list[Row], Row]:
     kept: list[Row] = []
     rejected = dict.fromkeys(("wrong", "malformed", "too long", "duplicate", "over the cap"), 0)
     breaches: Counter[str] = Counter()
-    responses: dict[tuple[str, str], set[str]] = {}
+    responses: dict[str, set[str]] = {}
     count = right = well_formed = 0
     for row in rows:
         question, response, answer = row["question"], row["response"], row["ground_truth"]
@@ -215,7 +223,7 @@ def select(rows: Iterable[Row], keep_per_problem: int) -> tuple[list[Row], Row]:
         right += row["correct"]
         well_formed += not row["violations"]
         breaches.update(re.sub(r"[0-9]+", "n", v.partition(": ")[2]) for v in row["violations"][:1])
-        seen = responses.setdefault((question, answer), set())
+        seen = responses.setdefault(json.dumps([question, answer]), set())
         if not row["correct"]:
             rejected["wrong"] += 1
         elif row["violations"]:
@@ -228,7 +236,8 @@ def select(rows: Iterable[Row], keep_per_problem: int) -> tuple[list[Row], Row]:
             rejected["over the cap"] += 1
         else:
             seen.add(response)
-            kept.append(trajectory_row(question, response, answer))
+            prompt = Rendered(question) if row.get("rendered") else question
+            kept.append(trajectory_row(prompt, response, answer))
     report = {
         "rollouts": count,
         "kept": len(kept),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from threadweaver.data import read_examples
+from threadweaver.data import columns_note, is_data_path, read_examples
 from threadweaver.evaluate.metrics import compare
 from threadweaver.evaluate.modes import evaluate_modes
 from threadweaver.evaluate.rollouts import fitting
@@ -19,7 +19,6 @@ from threadweaver.generate.engine import Engine
 from threadweaver.model import context_length, load_model, supervised_tokens, trie_loss
 from threadweaver.progress import Progress, print_line
 from threadweaver.tasks import load_task
-from threadweaver.tasks.registry import is_data_file
 from threadweaver.train.batches import (
     Step,
     TrieSet,
@@ -152,7 +151,8 @@ class SFTTrainer(Trainer[SFTConfig]):
 
     def _load_tries(self, path: str) -> TrieSet:
         with Progress(self.console, f"reading {path}", None, "rows") as progress:
-            examples = list(progress.track(read_examples(path)))
+            examples = list(progress.track(read_examples(path, codec=self.codec)))
+        print_line(self.console, columns_note(path, examples))
         budget = self.config.optimization.batch_tokens
         with Progress(self.console, f"building tries of {path}", len(examples), "rows") as progress:
             data = build_tries(
@@ -184,7 +184,7 @@ class SFTTrainer(Trainer[SFTConfig]):
         config = self.config.evaluate
         count = config.problems
         try:
-            if is_data_file(name):
+            if is_data_path(name):
                 self.task = load_task(name, **{"held_out": 1.0, **config.options})
                 self.problems = self.task.problems("validation", None)[:count]
             else:
@@ -192,6 +192,8 @@ class SFTTrainer(Trainer[SFTConfig]):
                 self.problems = self.task.problems("validation", count, self.config.seed)
         except ValueError as error:
             raise ConfigError(f"evaluate.data: {error}") from error
+        for note in getattr(self.task, "notes", ()):
+            print_line(self.console, note)
 
     def _check_evaluation(self) -> None:
         """Leaves out prompts that do not fit, and refuses what the engine would refuse when all

@@ -254,16 +254,18 @@ class SFTStage:
         data: file of trajectories; default: demonstrations.
         demonstrations: how many.
         parallel_share: share of them with blocks.
+        max_depth: how deep the blocks of trajectories nest.
     """
 
     data: str | None = None
     demonstrations: int = 1000
     parallel_share: float = 1.0
     loss: Loss = "response"
+    max_depth: int = 1
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
 
     def __post_init__(self):
-        check_least(1, "sft", self, "demonstrations")
+        check_least(1, "sft", self, "demonstrations", "max_depth")
         if not 0 <= self.parallel_share <= 1:
             raise ConfigError(
                 f"sft.parallel_share is {self.parallel_share}: it must be between 0 and 1"

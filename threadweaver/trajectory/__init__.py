@@ -8,6 +8,7 @@ from threadweaver.trajectory.codec import Codec
 from threadweaver.trajectory.format import check_format, violations
 from threadweaver.trajectory.loss import LossTrie, loss_trie
 from threadweaver.trajectory.paths import PathLengths, path_lengths
+from threadweaver.trajectory.prompt import Message, Prompt, Rendered, TemplateConfig
 from threadweaver.trajectory.tags import TAGS
 
 __all__ = [
@@ -15,7 +16,11 @@ __all__ = [
     "Call",
     "Codec",
     "LossTrie",
+    "Message",
     "PathLengths",
+    "Prompt",
+    "Rendered",
+    "TemplateConfig",
     "check_format",
     "extract_calls",
     "loss_trie",

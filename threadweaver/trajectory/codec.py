@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from threadweaver.trajectory.ids import token_ids
+from threadweaver.trajectory.prompt import Piece, Prompt, PromptFormat, TemplateConfig
 from threadweaver.trajectory.tags import BLOCK_TAGS, TAGS, THREAD_HEADER
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Codec:
         end_ids: all ids that end one, eos_id first, then ascending.
         newline_ids: ids of the newline that the state machine writes after a join; empty for a
             character vocabulary without a newline, and for a vocabulary without tags.
+        prompts: the text of prompts.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Codec:
         eos_id: int,
         newline_ids: Sequence[int],
         end_ids: Iterable[int] = (),
+        prompts: PromptFormat | None = None,
     ):
         missing = [tag for tag in BLOCK_TAGS if tag not in tag_ids]
         if missing:
@@ -53,21 +56,26 @@ class Codec:
         others = set(token_ids(end_ids, "end_ids")) - {self.eos_id}
         self.end_ids = (self.eos_id, *sorted(others))
         self.newline_ids = tuple(token_ids(newline_ids, "newline_ids"))
+        self.prompts = prompts or PromptFormat()
         self._vocabulary = vocabulary
         self._texts: dict[int, str] = {}
 
     @classmethod
     def from_tokenizer(
-        cls, tokenizer: PreTrainedTokenizerBase, end_ids: Iterable[int] = ()
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        end_ids: Iterable[int] = (),
+        template: TemplateConfig | None = None,
     ) -> Codec:
         """Codec of a Hugging Face tokenizer in which every tag is one token.
 
         Args:
             end_ids: that end a response besides its eos_token: `threadweaver.model.end_ids`.
+            template: how prompts become text; default: by the tokenizer's chat template, if any.
 
         Raises:
-            ValueError: a tag is missing or is split up, there is no end-of-sequence token, or
-                decoding does not give back the text.
+            ValueError: a tag is missing or is split up, there is no end-of-sequence token,
+                decoding does not give back the text, or the chat template fails.
         """
         missing = missing_tags(tokenizer)
         if missing:
@@ -78,7 +86,8 @@ class Codec:
         vocab = tokenizer.get_vocab()
         text = _TokenizerVocabulary(tokenizer)
         tag_ids = {tag: vocab[tag] for tag in TAGS}
-        codec = cls(text, tag_ids, _eos_id(tokenizer), text.encode("\n"), end_ids)
+        prompts = PromptFormat(_controls(tokenizer), tokenizer, template)
+        codec = cls(text, tag_ids, _eos_id(tokenizer), text.encode("\n"), end_ids, prompts)
         decoded = codec.decode(codec.encode(_ROUND_TRIP))
         if decoded != _ROUND_TRIP:
             raise ValueError(
@@ -88,17 +97,24 @@ class Codec:
         return codec
 
     @classmethod
-    def without_tags(cls, tokenizer: PreTrainedTokenizerBase, end_ids: Iterable[int] = ()) -> Codec:
+    def without_tags(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        end_ids: Iterable[int] = (),
+        template: TemplateConfig | None = None,
+    ) -> Codec:
         """Codec of a Hugging Face tokenizer, for sequential mode alone: tags are mere text.
 
         The ids of tags are negative, so that no token is one, and there is no newline to write
         around threads.
 
         Raises:
-            ValueError: there is no end-of-sequence token.
+            ValueError: there is no end-of-sequence token, or the chat template fails.
         """
         tag_ids = {tag: -1 - i for i, tag in enumerate(TAGS)}
-        return cls(_TokenizerVocabulary(tokenizer), tag_ids, _eos_id(tokenizer), (), end_ids)
+        text = _TokenizerVocabulary(tokenizer)
+        prompts = PromptFormat(_controls(tokenizer), tokenizer, template)
+        return cls(text, tag_ids, _eos_id(tokenizer), (), end_ids, prompts)
 
     @classmethod
     def from_vocab(
@@ -127,6 +143,46 @@ class Codec:
         ends = [header.end() for header in _FORCED_HEADER.finditer(text)]
         pieces = [text[i:j] for i, j in zip([0, *ends], [*ends, len(text)], strict=True)]
         return [id for piece in pieces if piece for id in self._vocabulary.encode(piece)]
+
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """Ids of a prompt. What a user wrote is text: where it names a control token or a tag, the
+        name is encoded in parts, so that it is none.
+
+        Raises:
+            ValueError: the chat template refuses the prompt.
+        """
+        return self._encode_pieces(self.prompts.pieces(prompt))
+
+    def encode_response(self, response: str) -> list[int]:
+        """Ids of a response to train on, with one end token: the first that it ends in, or else
+        eos_id. Other control tokens at its end, such as one that closes a chat turn, are left out.
+
+        Raises:
+            ValueError: a control token stands before the end; names it.
+        """
+        body, closing = self.prompts.split_end(response)
+        if control := self.prompts.control_in(body):
+            raise ValueError(
+                f"the response holds the control token {control} before its end: a response is "
+                "one turn alone"
+            )
+        ids = self.encode(body)
+        ends = [id for id in self._vocabulary.encode(closing) if id in self.end_ids]
+        # One that the vocabulary does not mark as a control token may end the body itself.
+        if ends or not ids or ids[-1] not in self.end_ids:
+            ids.append(ends[0] if ends else self.eos_id)
+        return ids
+
+    def _encode_pieces(self, pieces: Iterable[Piece]) -> list[int]:
+        ids = []
+        for text, literal in pieces:
+            if literal:
+                # No token of the name is one of the whole: parted after its first character.
+                ids += self._vocabulary.encode(text[0])
+                ids += self._encode_pieces(self.prompts.literal(text[1:]))
+            else:
+                ids += self.encode(text)
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, tags and special tokens included."""
@@ -166,6 +222,13 @@ def missing_tags(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     ]
 
 
+def _controls(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Special tokens and tags, as they are written."""
+    added = tokenizer.added_tokens_decoder.values()
+    special = {token.content for token in added if token.special}
+    return {*special, *map(str, tokenizer.all_special_tokens), *TAGS}
+
+
 def _eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     if not isinstance(tokenizer.eos_token_id, int):
         raise ValueError("the tokenizer has no eos_token: set it to the token that ends a turn")
@@ -177,7 +240,10 @@ class _TokenizerVocabulary:
         self._tokenizer = tokenizer
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        except TypeError as error:
+            raise ValueError("the text holds half of a surrogate pair, which is no text") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         text = self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)

@@ -9,7 +9,7 @@ from threadweaver.trajectory.calls import extract_calls
 from threadweaver.trajectory.codec import Codec
 from tw_kernels import Trie, TrieBuilder
 
-Loss = Literal["completions", "response"]
+Loss = Literal["completions", "response", "sequential"]
 
 
 class LossTrie(NamedTuple):
@@ -41,15 +41,18 @@ def loss_trie(
         prompt_length: how many of them are the prompt; they never carry loss.
         loss: "completions": the tokens that calls completed. "response": those, and all tokens
             after the prompt on the joined path, as far as the last sequential call that is kept.
+            "sequential": one path, the joined text as an ordinary sequence.
         max_tokens: budget for the trie; calls are dropped from the end until it fits.
         max_depth: how deep blocks nest.
 
     Raises:
         ValueError: nothing follows the prompt, the first call alone is over the budget, or `loss`
-            is neither of the two.
+            is none of the three.
     """
     if loss not in get_args(Loss):
         raise ValueError(f"loss is {loss!r}: it must be one of {', '.join(get_args(Loss))}")
+    if loss == "sequential":
+        max_depth = 0
     calls = extract_calls(ids, codec, prompt_length, max_depth=max_depth)
     if not calls:
         raise ValueError(f"no token follows the {prompt_length} tokens of the prompt")

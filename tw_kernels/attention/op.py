@@ -32,7 +32,6 @@ cuda, experimental, is only ever asked for by name.
 
 from __future__ import annotations
 
-import math
 import os
 from types import ModuleType
 from typing import Any, Literal, overload
@@ -42,7 +41,8 @@ from torch import Tensor
 
 from tw_kernels.attention import cuda, dense, native, segments, triton
 from tw_kernels.cpu import bfloat16_instructions
-from tw_kernels.trie import INT32_MAX, TrieLayout
+from tw_kernels.scores import check_number, check_sinks, check_window
+from tw_kernels.trie import TrieLayout
 
 TRIE_ATTENTION: dict[str, ModuleType] = {
     "native": native,
@@ -120,23 +120,16 @@ def trie_attention(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, nothing to attend (no token,
-            head or head dim), a scale or softcap that is not above 0 and finite, a window that is
-            no integer above 0, or a backend that cannot run the call, with the reason.
+            head or head dim), a scale, softcap, window or sinks out of range, or a backend that
+            cannot run the call, with the reason.
         RuntimeError: a gradient of the gradients is asked for.
     """
     _check(q, k, v, layout)
-    if scale is None:
-        scale = 1 / math.sqrt(q.shape[-1])
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale must be above 0 and finite, got {scale}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be above 0 and finite, got {softcap}")
-    if window is not None:
-        if not isinstance(window, int) or window < 1:
-            raise ValueError(f"window must be an integer, at least 1, got {window!r}")
-        window = min(window, INT32_MAX)  # no trie has more tokens
+    scale = q.shape[-1] ** -0.5 if scale is None else check_number("scale", scale)
+    softcap = None if softcap is None else check_number("softcap", softcap)
+    window = check_window(window)
     if sinks is not None:
-        _check_sinks(sinks, q)
+        check_sinks(sinks, q)
     name = backend or os.environ.get("TW_BACKEND") or ""
     out, lse = torch.ops.tw_kernels.trie_attention(
         q, k, v, layout.subtree_ends, scale, name, window, softcap, sinks
@@ -161,16 +154,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: TrieLayout) -> None:
             f"q, k, v and the layout must share a device; got {q.device}, {k.device}, {v.device}, "
             f"{layout.subtree_ends.device}: use trie.layout(q.device)"
         )
-
-
-def _check_sinks(sinks: Tensor, q: Tensor) -> None:
-    if sinks.shape != q.shape[1:2] or not sinks.is_floating_point():
-        raise ValueError(
-            f"sinks must be floating numbers, one a head of q, [{q.shape[1]}]; "
-            f"got {sinks.dtype} {list(sinks.shape)}"
-        )
-    if sinks.device != q.device:
-        raise ValueError(f"sinks must be on q's device, {q.device}; got {sinks.device}")
 
 
 def choose_backend(

@@ -13,8 +13,8 @@ A backend is a module of two functions:
             window, softcap, sinks)               written to their pages first
 
 Shapes: q, out [Q, Hq, D]; new_k, new_v [Q, Hkv, D]; sinks [Hq], float32 (float64 for a float64 q),
-contiguous. window is in [1, 2^31), scale and softcap are in NUMBERS; window, softcap and sinks are
-None where a call has none.
+contiguous. window, softcap and sinks are None where a call has none; their ranges and that of scale
+are those of scores.py.
 
 Which backend runs, unless `backend` or the environment variable TW_DECODE_BACKEND names one: the
 first of TRIE_DECODE that can run the call: triton on CUDA, native on a CPU, reference otherwise.
@@ -25,7 +25,6 @@ run in Triton's interpreter.
 from __future__ import annotations
 
 import os
-from numbers import Integral, Real
 from types import ModuleType
 
 import torch
@@ -33,6 +32,7 @@ from torch import Tensor
 
 from tw_kernels.decode import cuda, native, reference, triton
 from tw_kernels.decode.plan import DecodePlan, PagedKV
+from tw_kernels.scores import check_number, check_sinks, check_window
 
 TRIE_DECODE: dict[str, ModuleType] = {
     "triton": triton,
@@ -40,11 +40,6 @@ TRIE_DECODE: dict[str, ModuleType] = {
     "reference": reference,
     "cuda": cuda,
 }
-
-# What a scale and a soft cap can be, so that neither they nor their quotient leave float32.
-NUMBERS = 1e-18, 1e18
-# No sequence is longer (DecodePlan.build), so no window can be.
-LONGEST = 2**31
 
 
 def trie_decode(
@@ -90,9 +85,9 @@ def trie_decode(
             with the reason.
     """
     _check(q, kv, plan, new_k, new_v)
-    scale = q.shape[-1] ** -0.5 if scale is None else _number("scale", scale)
-    softcap = None if softcap is None else _number("softcap", softcap)
-    window, sinks = _window(window), _sinks(sinks, q)
+    scale = q.shape[-1] ** -0.5 if scale is None else check_number("scale", scale)
+    softcap = None if softcap is None else check_number("softcap", softcap)
+    window, sinks = check_window(window), _sinks(sinks, q)
     name = backend or os.environ.get("TW_DECODE_BACKEND")
     run = TRIE_DECODE[choose_backend(q, kv, name, window, softcap, sinks)]
     return run.forward(q, kv, plan, scale, new_k, new_v, window, softcap, sinks)
@@ -131,33 +126,11 @@ def _check(
         raise ValueError(f"q, the pages, new_k, new_v and plan must share a device; got {devices}")
 
 
-def _number(name: str, value: float) -> float:
-    least, most = NUMBERS
-    if isinstance(value, bool) or not isinstance(value, Real) or not least <= value <= most:
-        raise ValueError(f"{name} must be a number in [{least:g}, {most:g}], got {value!r}")
-    return float(value)
-
-
-def _window(window: int | None) -> int | None:
-    """None if no sequence can be longer."""
-    if window is None:
-        return None
-    if isinstance(window, bool) or not isinstance(window, Integral) or window < 1:
-        raise ValueError(f"window must be an integer of at least 1, or None; got {window!r}")
-    return int(window) if window < LONGEST else None
-
-
 def _sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:
     """As backends take them."""
     if sinks is None:
         return None
-    if not isinstance(sinks, Tensor):
-        raise ValueError(f"sinks must be a tensor or None, got {type(sinks).__name__}")
-    if sinks.shape != q.shape[1:2] or not sinks.is_floating_point() or sinks.device != q.device:
-        raise ValueError(
-            f"sinks must be floating-point numbers [Hq], here [{q.shape[1]}], on {q.device}; "
-            f"got {sinks.dtype} {list(sinks.shape)} on {sinks.device}"
-        )
+    check_sinks(sinks, q)
     return sinks.detach().to(torch.promote_types(q.dtype, torch.float32)).contiguous()
 
 
