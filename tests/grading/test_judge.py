@@ -141,10 +141,10 @@ def test_answers_are_graded_side_by_side_and_verdicts_wait_for_who_asks():
     judge = Judge(build, seconds=10.0, processes=4)
     assert judge("True", source="")  # it has started
     start = time.monotonic()
-    waiting = [judge.submit(f"time.sleep(0.5) or {i} == 2", source="") for i in range(4)]
-    assert time.monotonic() - start < 0.4
+    waiting = [judge.submit(f"time.sleep(2) or {i} == 2", source="") for i in range(4)]
+    assert time.monotonic() - start < 2
     assert [verdict() for verdict in reversed(waiting)] == [False, True, False, False]
-    assert time.monotonic() - start < 1.9
+    assert time.monotonic() - start < 7  # not 8
 
 
 def test_a_grading_that_sleeps_ends_by_the_clock(caplog):
@@ -202,7 +202,7 @@ def runs(pid: int) -> bool:
     return status.exists() and "\nState:\tZ" not in status.read_text()
 
 
-def wait_until(condition, seconds: float = 10.0) -> None:
+def wait_until(condition, seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -267,5 +267,5 @@ def test_no_grading_outlives_a_run_that_is_stopped(sign):
     wait_until(lambda: children_of_server.read_text())
     graders = [int(pid) for pid in children_of_server.read_text().split()]
     run.send_signal(sign)
-    run.wait(10)
+    run.wait(30)
     wait_until(lambda: not any(map(runs, (server, *graders))))

@@ -81,8 +81,18 @@ def test_a_prompt_longer_than_the_context_is_named_before_training(evaluated_run
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"question": "1" * 1024, "ground_truth": "1"}) + "\n")
     line = fails(evaluated_run("--evaluate.data", str(path)), 2)
-    assert f"evaluate: {path}:1: the prompt has 1024 tokens" in line
+    assert line.startswith("error: evaluate: none of 1 prompts leaves room for a response: ")
+    assert f"{path}:1: the prompt has 1024 tokens" in line
     assert not evaluated_run.folder.exists()
+
+
+def test_prompts_longer_than_the_context_are_skipped_and_counted(evaluated_run, tmp_path, capsys):
+    path = tmp_path / "long.jsonl"
+    rows = [{"question": q, "ground_truth": "1"} for q in ("1" * 1024, PROMPTS[0])]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluated_run("--evaluate.data", str(path), "--evaluate.max_new_tokens", "8") == 0
+    assert f"evaluate: 1 of 2 prompts are skipped: {path}:1: " in capsys.readouterr().out
+    assert evaluated_run.summary()["skipped_prompts"] == 1
 
 
 def test_evaluation_grades_as_its_task_does(evaluated_run, tmp_path):

@@ -59,7 +59,8 @@ class Judge:
     Args:
         build: called with `arguments` in the server; returns the grader. A function of a module, so
             that it can be pickled; that module should import little.
-        seconds: CPU time of one grading. Ten times as long by the clock ends one that sleeps.
+        seconds: CPU time of one grading. Ten times as long by the clock, at least 5 s, ends one
+            that sleeps.
         processes: answers that are graded at the same time; default: one a CPU.
 
     Attributes:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 MEMORY_BYTES = 2**30  # that a grading may take beyond the memory of the server
-CLOCK_PER_CPU_TIME = 10  # a grading that waits gets as long by the clock
+CLOCK_PER_CPU_TIME = 10  # a grading that waits, or has to wait, gets as long by the clock
+LEAST_CLOCK = 5.0  # and this many seconds at least
 NICENESS = 5  # decoding goes first
 
 Grader = Callable[..., bool]
@@ -92,7 +93,7 @@ def _fork(
             os.close(descriptor)
         # Nothing handles the signals: they end even what never comes back to Python.
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        signal.setitimer(signal.ITIMER_REAL, CLOCK_PER_CPU_TIME * seconds)
+        signal.setitimer(signal.ITIMER_REAL, max(LEAST_CLOCK, CLOCK_PER_CPU_TIME * seconds))
         _limit_memory()
         sys.addaudithook(_refuse)
         try:
