@@ -100,15 +100,27 @@ def test_a_choice_that_does_not_exist_lists_those_that_do(new_run, fails):
     ("text", "named"),
     [
         ("compute: true", "compute is True: it must be a section"),
+        ("evaluate: {generation: {max_tokens: null}}", "evaluate.generation.max_tokens is null"),
         ("evaluate: {generation: .nan}", "evaluate.generation is nan: it must be a section"),
     ],
 )
-def test_a_section_that_is_one_value_is_named(new_run, fails, text, named):
+def test_a_section_that_is_one_value_and_a_setting_that_is_none_are_named(
+    new_run, fails, text, named
+):
     run = new_run()
     arguments = run.arguments()
     path = Path(arguments[-1])
     path.write_text(yaml.safe_dump({**run.settings, **yaml.safe_load(text)}))
     assert named in fails(main(arguments), 2)
+
+
+def test_aliases_that_multiply_a_config_file_are_refused(new_run, fails):
+    arguments = new_run().arguments()
+    lines = ["x0: &x0 lol"]
+    lines += [f"x{n}: &x{n} [{', '.join([f'*x{n - 1}'] * 9)}]" for n in range(1, 12)]
+    path = Path(arguments[-1])
+    path.write_text(path.read_text() + "\n".join(lines) + "\n")
+    assert "aliases stand for more than" in fails(main(arguments), 2)
 
 
 def test_a_config_file_that_is_not_utf_8_is_an_error_in_one_line(new_run, fails):

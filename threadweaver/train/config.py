@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, ClassVar, Literal, TypeVar, cast, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, cast, get_args, get_type_hints
 
-from jsonargparse import ArgumentParser, Namespace
+import yaml
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
 from threadweaver.trajectory import TemplateConfig
 from threadweaver.trajectory.loss import Loss
@@ -251,6 +252,27 @@ class RunConfig:
             raise ConfigError(f"seed is {self.seed}: it must be from -2^63 to 2^63 - 1")
 
 
+MOST_VALUES = 100_000  # of a config file, aliases written out
+
+
+def _load_yaml(text: str) -> Any:
+    """As jsonargparse loads it, unless aliases of aliases make it endless."""
+    value = _load_any_yaml(text)
+    count, left = 0, [value] if "*" in text else []
+    while left:
+        inner = left.pop()
+        count += 1
+        if count > MOST_VALUES:
+            raise yaml.YAMLError(f"its aliases stand for more than {MOST_VALUES:,} values")
+        if isinstance(inner, dict | list):
+            left += inner.values() if isinstance(inner, dict) else inner
+    return value
+
+
+_load_any_yaml = get_loader("yaml")
+set_loader("yaml", _load_yaml, (yaml.YAMLError,))
+
+
 def parser_of(kind: type) -> ArgumentParser:
     """Parser of the settings of one kind of training; raises argparse.ArgumentError instead of
     leaving the process."""
@@ -275,9 +297,10 @@ def config_of(kind: type[T], settings: Namespace) -> T:
 def _made(kind: type[T], settings: Namespace, section: str) -> T:
     types, values = get_type_hints(kind), {}
     for name in (f.name for f in fields(cast(Any, kind))):
-        value = settings[name]
+        value, whole_name = settings[name], f"{section}.{name}".lstrip(".")
+        if value is None and type(None) not in get_args(types[name]):
+            raise ConfigError(f"{whole_name} is null: give it a value or leave it out")
         if is_dataclass(types[name]):
-            whole_name = f"{section}.{name}".lstrip(".")
             if not isinstance(value, Namespace):
                 raise ConfigError(f"{whole_name} is {value!r}: it must be a section of settings")
             value = _made(cast(type, types[name]), value, whole_name)
