@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import random
 import time
 from dataclasses import replace
@@ -180,6 +181,8 @@ def test_the_command_says_the_verdict_last_and_exits_with_it(tmp_path, capsys, m
         ("none.json", "a.json", "none.json: No such file"),
         ("none", ".", "none: No such file or folder"),
         ("a.json", "broken.json", "broken.json: not JSON"),
+        ("a.json", "deep.json", "deep.json: not a result: nested too deeply"),
+        ("a.json", "pipe.json", "pipe.json: is a pipe"),
         ("a.json", "other.json", "other.json: not a result"),
         ("a.json", "decode.json", "holds decode: not comparable"),
         ("a.json", ".", "give two files or two folders"),
@@ -192,6 +195,8 @@ def test_what_cannot_be_compared_exits_2_with_one_line(tmp_path, capsys, before,
     write(a, tmp_path / "a.json")
     write(a._replace(env={**a.env, "benchmark": "decode"}), tmp_path / "decode.json")
     (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    os.mkfifo(tmp_path / "pipe.json")
     (tmp_path / "other.json").write_text('{"steps": []}')
     (tmp_path / "empty").mkdir()
     assert main(["compare", str(tmp_path / before), str(tmp_path / after)]) == 2

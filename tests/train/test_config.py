@@ -104,7 +104,7 @@ def test_a_choice_that_does_not_exist_lists_those_that_do(new_run, fails):
         ("evaluate: {generation: .nan}", "evaluate.generation is nan: it must be a section"),
     ],
 )
-def test_a_section_that_is_one_value_and_a_setting_that_is_none_are_named(
+def test_a_section_that_is_one_value_or_a_setting_that_is_null_is_named(
     new_run, fails, text, named
 ):
     run = new_run()
@@ -127,7 +127,7 @@ def test_a_config_file_that_is_not_utf_8_is_an_error_in_one_line(new_run, fails)
     arguments = new_run().arguments()
     path = Path(arguments[-1])
     path.write_bytes(path.read_bytes() + b"seed: \xff\n")
-    assert "config: not UTF-8" in fails(main(arguments), 2)
+    assert "not UTF-8" in fails(main(arguments), 2)
 
 
 def test_a_missing_config_file_is_named(fails, tmp_path):
