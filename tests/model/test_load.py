@@ -73,16 +73,19 @@ def without(name: str):
 Q_NORM = "model.layers.1.self_attn.q_norm.weight"
 
 
+WEIGHTS = [
+    (lambda ws: {f"module.{n}": w for n, w in ws.items()}, ["25 of 25", "24 have no place"]),
+    (without(Q_NORM), ["1 of 25 are missing", Q_NORM]),
+    (without("model.embed_tokens.weight"), ["2 of 25", "lm_head.weight"]),
+    (lambda ws: {**ws, "v_head.weight": torch.zeros(3)}, ["1 have no place", "v_head.weight"]),
+    (lambda ws: {**ws, Q_NORM: torch.ones(8)}, [Q_NORM, "[8] in the weights", "[16] by"]),
+    (lambda ws: {"x": torch.zeros(1)}, ["25 of 25 are missing", "1 have no place"]),
+]
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
-    [
-        (lambda ws: {f"module.{n}": w for n, w in ws.items()}, ["25 of 25", "24 have no place"]),
-        (without(Q_NORM), ["1 of 25 are missing", Q_NORM]),
-        (without("model.embed_tokens.weight"), ["2 of 25", "lm_head.weight"]),
-        (lambda ws: {**ws, "v_head.weight": torch.zeros(3)}, ["1 have no place", "v_head.weight"]),
-        (lambda ws: {**ws, Q_NORM: torch.ones(8)}, [Q_NORM, "[8] in the weights", "[16] by"]),
-        (lambda ws: {"x": torch.zeros(1)}, ["25 of 25 are missing", "1 have no place"]),
-    ],
+    WEIGHTS,
     ids=["prefixed", "one-missing", "table-missing", "one-more", "other-shape", "another-model"],
 )
 def test_weights_other_than_those_of_the_config_are_refused_by_name(folder, damage, words):
@@ -211,46 +214,49 @@ def test_a_file_that_may_not_be_read_is_named(folder, name):
     assert refusal(folder).startswith(f"{folder / name}: ")
 
 
+FIELDS = [
+    ("config.json", {"model_type": None}, "model_type is missing"),
+    ("config.json", {"model_type": ["qwen3"]}, "model_type is missing"),
+    ("config.json", {"model_type": "qwen33"}, "qwen33"),
+    ("config.json", {"hidden_size": None}, "hidden_size"),
+    ("config.json", {"hidden_size": "32"}, "hidden_size"),
+    ("config.json", {"hidden_size": [32]}, "hidden_size"),
+    ("config.json", {"hidden_size": -32}, "hidden_size is -32"),
+    ("config.json", {"hidden_size": 0}, "hidden_size is 0"),
+    ("config.json", {"hidden_size": 10**30}, "hidden_size is 1000"),
+    ("config.json", {"head_dim": 10**9}, "head_dim is 1000"),
+    ("config.json", {"intermediate_size": 1.5}, "intermediate_size"),
+    ("config.json", {"vocab_size": 0}, "vocab_size is 0"),
+    ("config.json", {"num_hidden_layers": 10**9, "layer_types": None}, "num_hidden_layers is"),
+    ("config.json", {"num_attention_heads": 0}, "num_attention_heads is 0"),
+    ("config.json", {"num_attention_heads": 3, "num_key_value_heads": 2}, "a multiple of"),
+    ("config.json", {"num_key_value_heads": -1}, "num_key_value_heads is -1"),
+    ("config.json", {"hidden_act": "gelu_of_mine"}, "gelu_of_mine"),
+    ("config.json", {"hidden_act": None}, "hidden_act"),
+    ("config.json", {"rms_norm_eps": "small"}, "rms_norm_eps"),
+    ("config.json", {"rope_parameters": "default"}, "rope_parameters"),
+    ("config.json", {"rope_parameters": {"rope_type": "spiral"}}, "spiral"),
+    ("config.json", {"layer_types": ["full_attention"]}, "layer_types"),
+    ("config.json", {"layer_types": 2}, "layer_types"),
+    ("config.json", {"pad_token_id": 10**6}, "adding_idx"),
+    ("config.json", {"eos_token_id": "end"}, "eos_token_id"),
+    ("config.json", {"dtype": "float31"}, "float31"),
+    ("config.json", {"architectures": 3}, "architectures"),
+    ("tokenizer.json", {"model": None}, "model"),
+    ("tokenizer.json", {"model": {"type": "BPE", "vocab": 3}}, "expected a map"),
+    ("tokenizer.json", {"added_tokens": 3}, ""),
+    ("tokenizer.json", {"version": "7"}, "version"),
+    ("tokenizer.json", {"pre_tokenizer": {"type": "mine"}}, "did not match"),
+    ("tokenizer_config.json", {"eos_token": 3}, "eos_token"),
+    ("tokenizer_config.json", {"tokenizer_class": []}, ""),
+    ("generation_config.json", {"eos_token_id": "end"}, "eos_token_id is 'end'"),
+    ("generation_config.json", {"pad_token_id": []}, ""),
+]
+
+
 @pytest.mark.parametrize(
     ("name", "fields", "words"),
-    [
-        ("config.json", {"model_type": None}, "model_type is missing"),
-        ("config.json", {"model_type": ["qwen3"]}, "model_type is missing"),
-        ("config.json", {"model_type": "qwen33"}, "qwen33"),
-        ("config.json", {"hidden_size": None}, "hidden_size"),
-        ("config.json", {"hidden_size": "32"}, "hidden_size"),
-        ("config.json", {"hidden_size": [32]}, "hidden_size"),
-        ("config.json", {"hidden_size": -32}, "hidden_size is -32"),
-        ("config.json", {"hidden_size": 0}, "hidden_size is 0"),
-        ("config.json", {"hidden_size": 10**30}, "hidden_size is 1000"),
-        ("config.json", {"head_dim": 10**9}, "head_dim is 1000"),
-        ("config.json", {"intermediate_size": 1.5}, "intermediate_size"),
-        ("config.json", {"vocab_size": 0}, "vocab_size is 0"),
-        ("config.json", {"num_hidden_layers": 10**9, "layer_types": None}, "num_hidden_layers is"),
-        ("config.json", {"num_attention_heads": 0}, "num_attention_heads is 0"),
-        ("config.json", {"num_attention_heads": 3, "num_key_value_heads": 2}, "a multiple of"),
-        ("config.json", {"num_key_value_heads": -1}, "num_key_value_heads is -1"),
-        ("config.json", {"hidden_act": "gelu_of_mine"}, "gelu_of_mine"),
-        ("config.json", {"hidden_act": None}, "hidden_act"),
-        ("config.json", {"rms_norm_eps": "small"}, "rms_norm_eps"),
-        ("config.json", {"rope_parameters": "default"}, "rope_parameters"),
-        ("config.json", {"rope_parameters": {"rope_type": "spiral"}}, "spiral"),
-        ("config.json", {"layer_types": ["full_attention"]}, "layer_types"),
-        ("config.json", {"layer_types": 2}, "layer_types"),
-        ("config.json", {"pad_token_id": 10**6}, "adding_idx"),
-        ("config.json", {"eos_token_id": "end"}, "eos_token_id"),
-        ("config.json", {"dtype": "float31"}, "float31"),
-        ("config.json", {"architectures": 3}, "architectures"),
-        ("tokenizer.json", {"model": None}, "model"),
-        ("tokenizer.json", {"model": {"type": "BPE", "vocab": 3}}, "expected a map"),
-        ("tokenizer.json", {"added_tokens": 3}, ""),
-        ("tokenizer.json", {"version": "7"}, "version"),
-        ("tokenizer.json", {"pre_tokenizer": {"type": "mine"}}, "did not match"),
-        ("tokenizer_config.json", {"eos_token": 3}, "eos_token"),
-        ("tokenizer_config.json", {"tokenizer_class": []}, ""),
-        ("generation_config.json", {"eos_token_id": "end"}, "eos_token_id is 'end'"),
-        ("generation_config.json", {"pad_token_id": []}, ""),
-    ],
+    FIELDS,
 )
 def test_a_field_out_of_range_or_of_another_type_is_named(folder, name, fields, words):
     change(folder / name, **fields)
@@ -258,16 +264,19 @@ def test_a_field_out_of_range_or_of_another_type_is_named(folder, name, fields, 
     assert line.startswith(f"{folder / name}: ") and words in line, line
 
 
+INDICES = [
+    ({"weight_map": {"a": "shard-1.safetensors"}}, "names shard-1.safetensors"),
+    ({"weight_map": {"a": 3}}, "weight_map"),
+    ({"weight_map": []}, "weight_map"),
+    ({"weight_map": {}}, "no file"),
+    ({}, "weight_map"),
+    ([], "not a JSON object"),
+]
+
+
 @pytest.mark.parametrize(
     ("index", "words"),
-    [
-        ({"weight_map": {"a": "shard-1.safetensors"}}, "names shard-1.safetensors"),
-        ({"weight_map": {"a": 3}}, "weight_map"),
-        ({"weight_map": []}, "weight_map"),
-        ({"weight_map": {}}, "no file"),
-        ({}, "weight_map"),
-        ([], "not a JSON object"),
-    ],
+    INDICES,
 )
 def test_a_damaged_index_is_named(folder, index, words):
     (folder / "model.safetensors").unlink()

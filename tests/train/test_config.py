@@ -2,8 +2,10 @@ from argparse import ArgumentError
 from pathlib import Path
 
 import pytest
+import yaml
 
 from threadweaver.command import explain
+from threadweaver.train.__main__ import main
 from threadweaver.train.config import ConfigError, config_of, parser_of
 from threadweaver.train.stages import PipelineConfig, RLConfig, SFTConfig
 
@@ -92,6 +94,28 @@ def test_a_value_of_the_wrong_type_names_the_setting(new_run, fails):
 def test_a_choice_that_does_not_exist_lists_those_that_do(new_run, fails):
     line = fails(new_run()("--data.loss", "all"), 2)
     assert "data.loss" in line and "completions" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("compute: true", "compute is True: it must be a section"),
+        ("evaluate: {generation: .nan}", "evaluate.generation is nan: it must be a section"),
+    ],
+)
+def test_a_section_that_is_one_value_is_named(new_run, fails, text, named):
+    run = new_run()
+    arguments = run.arguments()
+    path = Path(arguments[-1])
+    path.write_text(yaml.safe_dump({**run.settings, **yaml.safe_load(text)}))
+    assert named in fails(main(arguments), 2)
+
+
+def test_a_config_file_that_is_not_utf_8_is_an_error_in_one_line(new_run, fails):
+    arguments = new_run().arguments()
+    path = Path(arguments[-1])
+    path.write_bytes(path.read_bytes() + b"seed: \xff\n")
+    assert "config: not UTF-8" in fails(main(arguments), 2)
 
 
 def test_a_missing_config_file_is_named(fails, tmp_path):

@@ -276,8 +276,11 @@ def _made(kind: type[T], settings: Namespace, section: str) -> T:
     types, values = get_type_hints(kind), {}
     for name in (f.name for f in fields(cast(Any, kind))):
         value = settings[name]
-        if is_dataclass(types[name]) and isinstance(value, Namespace):
-            value = _made(cast(type, types[name]), value, f"{section}.{name}".lstrip("."))
+        if is_dataclass(types[name]):
+            whole_name = f"{section}.{name}".lstrip(".")
+            if not isinstance(value, Namespace):
+                raise ConfigError(f"{whole_name} is {value!r}: it must be a section of settings")
+            value = _made(cast(type, types[name]), value, whole_name)
         values[name] = value
     try:
         return kind(**values)
