@@ -69,9 +69,13 @@ def read_record(path: Path) -> Record:
         RecordError: it is missing, not JSON or not a result file; says which.
     """
     try:
+        if path.is_fifo():
+            raise OSError("is a pipe; name a file")
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecordError(f"{path}: {error.strerror or error}") from error
+    except RecursionError as error:
+        raise RecordError(f"{path}: not a result: nested too deeply") from error
     except ValueError as error:
         raise RecordError(f"{path}: not JSON: {error}") from error
     if not is_record(content):

@@ -372,7 +372,7 @@ def config_files(rng: Random, place: Place, folder: Path) -> Input:
         name, damaged, must = _damaged_text(rng, text)
         kind_of_change = f"text: {name}"
         path.write_bytes(damaged)
-        names = ("settings.yaml", "config", *settings)
+        names = ("settings.yaml", "config", "seed", *settings)
     else:
         name = rng.choice(
             ["missing", "folder", "empty", "null", "list", "binary", "loop", "number"]

@@ -164,3 +164,13 @@ def test_a_run_without_a_prompt_that_fits_is_refused(run, capsys):
     error = capsys.readouterr().err
     assert "none of 6 prompts leaves room for a response" in error and error.count("\n") == 1
     assert not list(run.folder.glob("rollouts/*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"model": {"path": "/dev/null"}}, "model.path"), ({"template": {"system": "x"}}, "template")],
+)
+def test_a_model_that_cannot_be_used_is_refused_before_the_run_begins(run, fails, settings, named):
+    run.settings |= settings
+    assert named in fails(run(), 2)
+    assert not run.folder.exists()

@@ -52,6 +52,9 @@ def load_task(name: str, **options: Any) -> Task:
             if option not in parameters:
                 known = ", ".join(parameters) or "none"
                 raise ValueError(f"{name} has no option '{option}'; it has {known}")
+    for option, value in options.items():
+        if option in parameters:
+            _check_type(f"{name}: option '{option}'", value, parameters[option].annotation)
     try:
         task = make(**options)
     except TypeError as error:
@@ -60,6 +63,16 @@ def load_task(name: str, **options: Any) -> Task:
     if missing := [part for part in parts if not hasattr(task, part)]:
         raise ValueError(f"{name}: {type(task).__name__} is no task: it lacks {', '.join(missing)}")
     return task
+
+
+def _check_type(what: str, value: Any, annotation: Any) -> None:
+    """Raises ValueError for a value of another type than a plain one that is annotated."""
+    kinds = {"int": int, "float": int | float, "bool": bool, "str": str}
+    kind = kinds.get(getattr(annotation, "__name__", annotation))
+    is_number_as_bool = isinstance(value, bool) and kind is not bool
+    if kind is not None and (not isinstance(value, kind) or is_number_as_bool):
+        name = getattr(annotation, "__name__", annotation)
+        raise ValueError(f"{what} is {str(value)[:60]!r}: it must be of type {name}")
 
 
 def task_names() -> str:

@@ -43,14 +43,16 @@ KINDS = {kind.command: kind for kind in (SFTConfig, SelfTrainConfig, RLConfig, P
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line (default: the process's own) and returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parsers = {name: parser_of(kind) for name, kind in KINDS.items()}
+    # Of the kind asked for alone, if it is known: each takes a while to make.
+    asked = [a for a in arguments[:1] if a in KINDS] or KINDS
+    parsers = {name: parser_of(KINDS[name]) for name in asked}
     parser = ArgumentParser(
         prog="python -m threadweaver.train", exit_on_error=False, allow_abbrev=False
     )
     subcommands = parser.add_subcommands(required=True, dest="kind")
     for name, of_kind in parsers.items():
         subcommands.add_subcommand(name, of_kind)
-    kind = next((a for a in arguments if a in KINDS), "sft")
+    kind = next((a for a in arguments if a in parsers), "sft")
     try:
         settings = parser.parse_args(arguments)
         kind = settings.kind

@@ -67,6 +67,15 @@ class SelfTraining(Run[SelfTrainConfig]):
         problems = self.task.problems("train", config.task.problems, config.seed)
         size = config.rollouts.chunk
         self.chunks = [problems[i : i + size] for i in range(0, len(problems), size)]
+        made = [self.run_dir / name for name in ("selection.json", "kept.jsonl")]
+        self.is_selected = all(path.exists() for path in (*made, self._chunk_file(0)))
+        numbers = range(len(self.chunks))
+        self.missing = [n for n in numbers if not self._chunk_file(n).exists()]
+        self.engine = None
+        if self.missing and not self.is_selected:
+            self.engine = self._engine(None)
+            for note in fitting(self.engine, problems, config.rollouts.generation).notes:
+                print_line(self.console, f"training problems: {note}")
 
     def work(self) -> int:
         """See `Run`.
@@ -74,9 +83,9 @@ class SelfTraining(Run[SelfTrainConfig]):
         Raises:
             ConfigError: nothing was kept; says why.
         """
-        made = [self.run_dir / name for name in ("selection.json", "kept.jsonl")]
-        if not all(path.exists() for path in (*made, self._chunk_file(0))):
+        if not self.is_selected:
             self._select()
+        self.engine = None  # SFT needs the memory
         selection = read_json(self.run_dir / "selection.json", "rollouts", "kept", "rejected")
         config, folder = self.config, self.run_dir / "sft"
         settings = SFTConfig(
@@ -112,16 +121,10 @@ class SelfTraining(Run[SelfTrainConfig]):
 
     def _select(self) -> None:
         """Rolls out what is missing, and writes what is kept."""
-        numbers = range(len(self.chunks))
-        missing = [n for n in numbers if not self._chunk_file(n).exists()]
-        engine = self._engine(None) if missing else None
-        if engine is not None:
-            problems = [problem for chunk in self.chunks for problem in chunk]
-            for note in fitting(engine, problems, self.config.rollouts.generation).notes:
-                print_line(self.console, f"training problems: {note}")
-        for n in missing:
+        engine, count = self.engine, len(self.chunks)
+        for n in self.missing:
             assert engine is not None
-            graded = self._roll_out(engine, n, f"rolling out {n + 1}/{len(numbers)}")
+            graded = self._roll_out(engine, n, f"rolling out {n + 1}/{count}")
             record = {
                 "problems": fingerprint(self.chunks[n]),
                 "means": summary(graded),
@@ -130,7 +133,7 @@ class SelfTraining(Run[SelfTrainConfig]):
                 "rollouts": [{**graded_row(g), "fits": self._fits(g, engine)} for g in graded],
             }
             write_json(self._chunk_file(n), record, indent=None)
-        chunks = [self._chunk(n) for n in numbers]
+        chunks = [self._chunk(n) for n in range(count)]
         rows = [row for chunk in chunks for row in chunk["rollouts"]]
         kept, selection = select(rows, self.config.rollouts.keep_per_problem)
         # Older chunks have none: there such a prompt was an error.
