@@ -1,6 +1,6 @@
-"""A row that is longer than the model's context: in SFT a demonstration, in evaluation a prompt is
-an error that names file and line; in P-GRPO and self-training a prompt is skipped, with file and
-line in what they show. Rotary and learned positions."""
+"""A row that is longer than the model's context: in SFT a demonstration is an error that names file
+and line; in P-GRPO, self-training and evaluation a prompt is skipped, with file and line in what
+they show. Rotary and learned positions."""
 
 import io
 import json
@@ -57,13 +57,12 @@ def fault() -> str | None:
             with redirect_stderr(errors), redirect_stdout(shown):
                 code = run({"run_dir": root / f"{name}-{kind}", "model.path": base})
             line = errors.getvalue()
-            file = responses if kind == "sft" else prompts
-            if kind in ("rl", "self-train"):
-                want = f"1 of 2 prompts are skipped: {file}:2: the prompt has 128 tokens"
+            if kind == "sft":
+                right = code == 2 and f"{responses}:2: " in line and "128" in line
+            else:
+                want = f"1 of 2 prompts are skipped: {prompts}:2: the prompt has 128 tokens"
                 # A model that knows nothing gives self-training nothing to keep.
                 right = want in shown.getvalue() and (code == 0 or "kept none of 2" in line)
-            else:
-                right = code == 2 and f"{file}:2: " in line and "128" in line
             if not right or line.count("\n") > 1:
                 return f"{kind}, {name} positions: ended with {code}: {line}"
     return None

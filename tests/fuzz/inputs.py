@@ -361,7 +361,7 @@ def config_files(rng: Random, place: Place, folder: Path) -> Input:
         path.write_text(yaml.safe_dump(settings, allow_unicode=True), errors="surrogatepass")
     elif what == "keys":
         owner, key = rng.choice(_owners(settings))
-        new = rng.choice(
+        new: Any = rng.choice(
             ["", "no_such", 3, None, True, "é", "a.b", "__class__", f"{key}x", "init_args"]
         )
         owner[new] = rng.choice([1, {}, None, "x"])

@@ -86,10 +86,12 @@ def test_a_damaged_file_of_self_training_is_made_again_once_deleted(
     text,
 ):
     run = self_training
-    monkeypatch.setattr("threadweaver.tasks.data_file.DataFile.is_correct", lambda *_: True)
+    right = "threadweaver.tasks.data_file.DataFile.submit"
+    monkeypatch.setattr(right, lambda *_: lambda: True)
     for module in ("evaluate.grade", "train.batches"):
         monkeypatch.setattr(f"threadweaver.{module}.violations", lambda *_: [])
     run.settings["rollouts"]["generation"] = {"max_tokens": 8, "mode": "sequential"}
+    run.settings["rollouts"]["samples"] = 16  # one without a control token for each problem
     assert run() == 0
     weights = run.weights()
     path = run.folder / file

@@ -97,7 +97,8 @@ def test_rollouts_of_other_problems_are_not_taken_over(run, capsys):
 
 
 def test_sft_allows_the_depth_of_blocks_that_rollouts_may_have(run, monkeypatch):
-    monkeypatch.setattr("threadweaver.tasks.data_file.DataFile.is_correct", lambda *_: True)
+    right = "threadweaver.tasks.data_file.DataFile.submit"
+    monkeypatch.setattr(right, lambda *_: lambda: True)
     seen = []
 
     def no_violations(prompt, response, max_depth):
