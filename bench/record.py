@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 Row = dict[str, Any]
 Setup = tuple[tuple[str, Any], ...]
@@ -19,6 +20,10 @@ Setup = tuple[tuple[str, Any], ...]
 
 class RecordError(ValueError):
     """A file or folder without results; the message names it."""
+
+
+class DamagedRecordError(RecordError):
+    """A result file with a row that cannot be read."""
 
 
 class Record(NamedTuple):
@@ -80,6 +85,9 @@ def read_record(path: Path) -> Record:
         raise RecordError(f"{path}: not JSON: {error}") from error
     if not is_record(content):
         raise RecordError(f"{path}: not a result of python -m bench run: no env.benchmark, or rows")
+    for number, row in enumerate(content["rows"], 1):
+        if fault := _fault(row):
+            raise DamagedRecordError(f"{path}: row {number}: {fault}; run the benchmark again")
     return Record(path, content["env"], content["rows"])
 
 
@@ -88,7 +96,7 @@ def read_records(folder: Path) -> list[Record]:
     JSON files are ignored.
 
     Raises:
-        RecordError: there is none.
+        RecordError: there is none, or a damaged one.
     """
     records = [r for path in sorted(folder.rglob("*.json")) if (r := _record_or_none(path))]
     if not records:
@@ -111,5 +119,28 @@ def is_record(content: Any) -> bool:
 def _record_or_none(path: Path) -> Record | None:
     try:
         return read_record(path)
+    except DamagedRecordError:
+        raise
     except RecordError:
         return None
+
+
+def _fault(row: Row) -> str | None:
+    """What is wrong with a row, as a clause: names are texts, times positive numbers."""
+    for name in ("peer", "status"):
+        if not isinstance(row[name], str):
+            return f"{name} is {row[name]!r:.40}, not a text"
+    if row["status"] != "ok":
+        return None
+    for name, least in (("ms", 0), ("iqr_ms", None), ("repeats", 0)):
+        value = row.get(name)
+        if not _is_number(value) or value < 0 or value == least:
+            return f"{name} is {value!r:.40}, not a positive number"
+    samples = row.get("samples_ms") or []
+    if not isinstance(samples, list) or not all(_is_number(x) and x > 0 for x in samples):
+        return "samples_ms holds something other than positive numbers"
+    return None
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

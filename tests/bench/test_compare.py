@@ -204,8 +204,36 @@ def test_what_cannot_be_compared_exits_2_with_one_line(tmp_path, capsys, before,
     assert message in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("ms", 0),
+        ("ms", None),
+        ("ms", float("nan")),
+        ("iqr_ms", []),
+        ("repeats", ""),
+        ("repeats", [1]),
+        ("samples_ms", [1.0, "2"]),
+        ("peer", -1),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_named(tmp_path, capsys, field, value):
+    record = run(tmp_path, TIMES)
+    write(record, tmp_path / "a.json")
+    record.rows[3][field] = value
+    write(record, tmp_path / "b.json")
+    for arguments in (
+        ["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")],
+        ["report", str(tmp_path), "--out", str(tmp_path / "report.md")],
+    ):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert f"b.json: row 4: {field} " in error and error.count("\n") == 1
+
+
 def test_a_key_is_read_from_old_files_too(tmp_path):
-    row = {"case": "a", "n": 4, "peer": "ours", "ours": True, "status": "ok", "ms": 1.0}
+    row = {"case": "a", "n": 4, "peer": "ours", "ours": True, "status": "ok"}
+    row |= {"ms": 1.0, "iqr_ms": 0.0, "repeats": 1}
     env = {"benchmark": "decode", "device": "x"}
     path = tmp_path / "old.json"
     path.write_text(json.dumps({"env": env, "rows": [row]}))

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -138,7 +139,7 @@ def train_settings(rng: Random, place: Place, folder: Path) -> Input:
         arguments,
         must=must,
         # Self-training may find nothing to keep, whatever else it was told.
-        names=(name.rpartition(".")[2], name.split(".")[0], "kept none"),
+        names=(*name.split("."), "option", "evaluate", given[:30], "kept none"),
         endless=is_large(given) or name.endswith("generation.max_tokens"),
         effect=effect if name != "run_dir" else lambda outcome: None,
         unbegun=run_dir / "config.yaml",
@@ -179,7 +180,8 @@ def decode_settings(rng: Random, place: Place, folder: Path) -> Input:
         command,
         arguments,
         must=must,
-        names=(*names, "unrecognized") if name in flags else names,
+        names=(*names, given[:30], *(["unrecognized"] if name in flags else [])),
+        writes=given if name in ("json", "responses") else "",
         endless=is_large(given),
         effect=effect,
     )
@@ -224,7 +226,7 @@ def task_settings(rng: Random, place: Place, folder: Path) -> Input:
         "tasks",
         arguments,
         must=must,
-        names=(name, given[:30]),
+        names=(name, "option", given[:30]),
         endless=is_large(given),
         effect=effect,
         unbegun=out / "train.jsonl",
@@ -373,6 +375,8 @@ def config_files(rng: Random, place: Place, folder: Path) -> Input:
         kind_of_change = f"text: {name}"
         path.write_bytes(damaged)
         names = ("settings.yaml", "config", "seed", "no_such", *settings)
+        with suppress(Exception):  # what is damaged may be where the run goes
+            run_dir = Path(yaml.safe_load(damaged)["run_dir"])
     else:
         name = rng.choice(
             ["missing", "folder", "empty", "null", "list", "binary", "loop", "number"]

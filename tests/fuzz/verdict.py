@@ -52,6 +52,7 @@ class Input:
         effect: of what was accepted: what is not as documented, or None.
         unbegun: what must not be there after a refusal.
         exit_codes: further ones of a command that did its work.
+        writes: a file that it may leave in the current folder.
     """
 
     kind: str
@@ -63,6 +64,7 @@ class Input:
     effect: Callable[[Outcome], str | None] = lambda outcome: None
     unbegun: Path | None = None
     exit_codes: tuple[int, ...] = ()
+    writes: str = ""
 
 
 @dataclass
@@ -106,7 +108,7 @@ def fault(given: Input, outcome: Outcome, folder: Path) -> str | None:
         return f"an exception: {code}"
     if "Traceback" in err or "Traceback" in outcome.stdout:
         return "a traceback in its output"
-    if leftover := sorted(p.name for p in folder.iterdir()):
+    if leftover := sorted({p.name for p in folder.iterdir()} - {given.writes}):
         return f"left in the current folder: {leftover}"
     if code == 2:
         if len(err.splitlines()) != 1 or not errors:

@@ -68,6 +68,7 @@ def test_problems_without_demonstrations_become_prompts(tmp_path):
         (["--task", "multiplicaton"], "did you mean 'multiplication'"),
         (["--task", "multiplication", "--options.digit", "3"], "no option 'digit'"),
         (["--task", "multiplication", "--train", "99999"], "train problems, not 99999"),
+        (["--task", "multiplication", "--train", "0"], "train is 0: it must be at least 1"),
         (["--task", "reasoning_gym:graph_color"], "no right answer is on record"),
     ],
 )

@@ -127,7 +127,21 @@ def test_a_config_file_that_is_not_utf_8_is_an_error_in_one_line(new_run, fails)
     arguments = new_run().arguments()
     path = Path(arguments[-1])
     path.write_bytes(path.read_bytes() + b"seed: \xff\n")
-    assert "not UTF-8" in fails(main(arguments), 2)
+    assert f"{path}: not UTF-8" in fails(main(arguments), 2)
+
+
+@pytest.mark.parametrize("text", ["seed: [", f"seed: {'9' * 10_000}"])
+def test_a_config_file_that_cannot_be_parsed_is_named(new_run, fails, text):
+    arguments = new_run().arguments()
+    path = Path(arguments[-1])
+    path.write_text(f"{path.read_text()}{text}\n")
+    assert str(path) in fails(main(arguments), 2)
+
+
+def test_an_option_whose_name_is_no_text_is_refused(new_run, fails):
+    run = new_run()
+    run.settings["evaluate"] = {"data": "multiplication", "options": {1: 2}}
+    assert "evaluate.options: an option is called 1" in fails(run(), 2)
 
 
 def test_a_missing_config_file_is_named(fails, tmp_path):

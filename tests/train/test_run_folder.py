@@ -72,6 +72,12 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(new_run, mon
     assert str(run.folder / "below") in line and "cannot be written" in line
 
 
+def test_a_lock_that_is_a_folder_is_named(new_run, fails):
+    run = new_run()
+    (run.folder / ".lock").mkdir(parents=True)
+    assert f"{run.folder / '.lock'} cannot be written" in fails(run(), 2)
+
+
 def test_a_lock_that_was_given_back_can_be_had(tmp_path):
     RunLock(tmp_path / "a" / "b").release(undo=True)
     assert list(tmp_path.iterdir()) == []

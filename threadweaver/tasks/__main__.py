@@ -45,6 +45,7 @@ def multiplication(
         format: jsonl (JSON lines) or parquet.
         overwrite: write over files that are there already, without being asked.
     """
+    _check_counts(train, validation)
     _check_out(out, format, overwrite)
     halves = split_problems(train, validation, digits, factors, seed)
     rows = ((len(problems), make_rows(problems, parallel_share, seed)) for problems in halves)
@@ -78,6 +79,7 @@ def write(
         format: jsonl (JSON lines) or parquet.
         overwrite: write over files that are there already, without being asked.
     """
+    _check_counts(train, validation)
     _check_out(out, format, overwrite)
     source = load_task(task, **(options or {}))
     for note in getattr(source, "notes", ()):
@@ -88,6 +90,13 @@ def write(
     }
     rows = {name: (len(half), _rows(source, half, parallel)) for name, half in halves.items()}
     _save(out, format, rows)
+
+
+def _check_counts(train: int, validation: int) -> None:
+    """Raises ValueError for a file without rows, which no command reads."""
+    for name, count in (("train", train), ("validation", validation)):
+        if count < 1:
+            raise ValueError(f"{name} is {count}: it must be at least 1")
 
 
 def _check_out(out: Path, format: str, overwrite: bool) -> None:

@@ -17,6 +17,7 @@ nobody reads any more (141), with all that was done saved.
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from argparse import ArgumentError
@@ -30,7 +31,7 @@ with train_extra():
     from rich.console import Console
 
     from threadweaver.output import Output
-    from threadweaver.train.config import config_of, parser_of
+    from threadweaver.train.config import ConfigError, config_of, parser_of
     from threadweaver.train.stages import PipelineConfig, RLConfig, SelfTrainConfig, SFTConfig
 
 if TYPE_CHECKING:
@@ -64,10 +65,14 @@ def main(arguments: list[str] | None = None) -> int:
             settings = in_own_folder(settings, Path(str(settings.config[-1])))
         config = config_of(KINDS[kind], settings)
     except ArgumentError as error:
-        return fail(explain(str(error), parsers[kind].get_defaults()), 2)
-    except UnicodeDecodeError as error:
-        return fail(f"config: the file is not UTF-8 ({error})", 2)
-    except (ValueError, OSError) as error:
+        line = explain(str(error), parsers[kind].get_defaults())
+        return fail(line.replace("Problems parsing config", _config_file(arguments)), 2)
+    except ConfigError as error:
+        return fail(error, 2)
+    except ValueError as error:  # the parser's own are of the file: its bytes and its numbers
+        what = "not UTF-8: " if isinstance(error, UnicodeDecodeError) else ""
+        return fail(f"{_config_file(arguments)}: {what}{error}", 2)
+    except OSError as error:
         return fail(error, 2)
     # After the arguments are known to be good: these take seconds to import.
     from threadweaver.generate.engine import NonFiniteLogits
@@ -93,6 +98,13 @@ def main(arguments: list[str] | None = None) -> int:
         return fail(error, 1)
     except KeyboardInterrupt:
         return fail("interrupted; continue from the last checkpoint with --resume", 130)
+
+
+def _config_file(arguments: list[str]) -> str:
+    """The last file that --config names, as errors name it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", default="config")
+    return parser.parse_known_args(arguments)[0].config
 
 
 def _kind_of_run(kind: str) -> type[Run[Any]]:

@@ -27,6 +27,13 @@ class ConfigError(ValueError):
     """A setting that cannot be used; the message names the field and says what to do."""
 
 
+def check_names(setting: str, options: dict[Any, Any]) -> None:
+    """Raises ConfigError for an option whose name is no text, as YAML may have it."""
+    for name in options:
+        if not isinstance(name, str):
+            raise ConfigError(f"{setting}: an option is called {name!r}: names are texts")
+
+
 def check_least(least: int, section: str, settings: object, *names: str) -> None:
     """Raises ConfigError for the first of these settings that is a number less than `least`, or
     more than any count can be."""
@@ -101,6 +108,7 @@ class TaskConfig:
 
     def __post_init__(self):
         check_least(1, "task", self, "problems")
+        check_names("task.options", self.options)
 
 
 @dataclass

@@ -37,7 +37,8 @@ class RunLock:
             self._file.flush()
         except OSError as error:
             raise ConfigError(
-                f"run_dir: {run_dir} cannot be written ({error.strerror}); name another folder"
+                f"run_dir: {error.filename or run_dir} cannot be written ({error.strerror}); name "
+                "another folder"
             ) from error
 
     def release(self, undo: bool = False) -> None:

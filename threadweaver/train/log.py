@@ -82,7 +82,11 @@ def read_metrics(path: Path, steps: int | None = None) -> list[dict[str, Any]]:
     Raises:
         ConfigError: it is damaged; names the line and says what to do.
     """
-    records, lines = [], path.read_bytes().split(b"\n")
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}: delete it and resume the run") from error
+    records = []
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)

@@ -20,6 +20,7 @@ from threadweaver.train.config import (
     RunConfig,
     TaskConfig,
     check_least,
+    check_names,
 )
 from threadweaver.train.policy_loss import PolicyConfig
 from threadweaver.trajectory.loss import Loss
@@ -75,6 +76,7 @@ class SFTEvaluation(EvaluationConfig):
     def __post_init__(self):
         super().__post_init__()
         check_least(1, "evaluate", self, "max_new_tokens", "batch_size")
+        check_names("evaluate.options", self.options)
         # Cleared, so that in a resumed run the settings themselves can be changed.
         if self.max_new_tokens is not None:
             self.generation = replace(self.generation, max_tokens=self.max_new_tokens)
