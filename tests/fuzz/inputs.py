@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -370,13 +369,12 @@ def config_files(rng: Random, place: Place, folder: Path) -> Input:
         kind_of_change = f"key {new!a} beside {key}"
         path.write_text(yaml.safe_dump(settings))
     elif what == "text":
-        text = yaml.safe_dump(settings)
+        # Where the run goes is not to be damaged: another run may be there.
+        text = yaml.safe_dump({**settings, "run_dir": None})
         name, damaged, must = _damaged_text(rng, text)
         kind_of_change = f"text: {name}"
         path.write_bytes(damaged)
-        names = ("settings.yaml", "config", "seed", "no_such", *settings)
-        with suppress(Exception):  # what is damaged may be where the run goes
-            run_dir = Path(yaml.safe_load(damaged)["run_dir"])
+        names = ("settings.yaml", "config", "seed", "no_such", place.data.name, "folder", *settings)
     else:
         name = rng.choice(
             ["missing", "folder", "empty", "null", "list", "binary", "loop", "number"]
@@ -393,7 +391,7 @@ def config_files(rng: Random, place: Place, folder: Path) -> Input:
     return Input(
         f"config of {kind}: {kind_of_change}"[:300],
         "train",
-        [kind, f"--config={path}"],
+        [kind, f"--config={path}", *([f"--run_dir={run_dir}"] if what == "text" else [])],
         must=must,
         names=names,
         endless=endless,
