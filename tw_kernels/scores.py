@@ -1,8 +1,9 @@
-"""What both ops may do to scores, checked once for both: scale, soft cap, window and sinks."""
+"""What a call of either op may do to its scores, and in which ranges."""
 
 from __future__ import annotations
 
 from numbers import Integral, Real
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -10,6 +11,17 @@ from torch import Tensor
 NUMBERS = 1e-18, 1e18
 # No path or sequence is longer, so no window need be.
 LONGEST = 2**31
+
+
+class ScoreOptions(NamedTuple):
+    """None where a call has none; see `trie_attention` and `trie_decode`."""
+
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None  # [Hq]
+
+
+NO_OPTIONS = ScoreOptions()
 
 
 def check_number(name: str, value: float) -> float:
@@ -20,21 +32,27 @@ def check_number(name: str, value: float) -> float:
     return float(value)
 
 
-def check_window(window: int | None) -> int | None:
-    """None if nothing can be longer than the window.
+def check_options(
+    q: Tensor, window: int | None, softcap: float | None, sinks: Tensor | None
+) -> ScoreOptions:
+    """The options of a call with q [N, Hq, D]; a window that nothing can exceed is None.
 
     Raises:
-        ValueError: it is no integer of at least 1.
+        ValueError: a window that is no integer of at least 1, a soft cap out of range, or sinks
+            that are not floating-point numbers [Hq] where q is.
     """
-    if window is None:
-        return None
-    if isinstance(window, bool) or not isinstance(window, Integral) or window < 1:
-        raise ValueError(f"window must be an integer of at least 1, or None; got {window!r}")
-    return int(window) if window < LONGEST else None
+    if window is not None:
+        if isinstance(window, bool) or not isinstance(window, Integral) or window < 1:
+            raise ValueError(f"window must be an integer of at least 1, or None; got {window!r}")
+        window = int(window) if window < LONGEST else None
+    if softcap is not None:
+        softcap = check_number("softcap", softcap)
+    if sinks is not None:
+        _check_sinks(sinks, q)
+    return ScoreOptions(window, softcap, sinks)
 
 
-def check_sinks(sinks: Tensor, q: Tensor) -> None:
-    """Raises ValueError unless they are floating-point numbers [Hq] where q [N, Hq, D] is."""
+def _check_sinks(sinks: Tensor, q: Tensor) -> None:
     if not isinstance(sinks, Tensor):
         raise ValueError(f"sinks must be a tensor or None, got {type(sinks).__name__}")
     if sinks.shape != q.shape[1:2] or not sinks.is_floating_point() or sinks.device != q.device:

@@ -137,7 +137,7 @@ TW_INLINE Halves load_halves(const char *from, int64_t n) {
 
 // Whether n values, a multiple of kLanes, are all neither NaN nor infinite.
 inline bool all_finite(const float *x, int64_t n) {
-  // Of those that are not, all bits of the exponent are set: one more and it carries into the sign.
+  // Those that are not have all exponent bits set: adding one carries into the sign bit.
   Bits signs = {};
   for (int64_t i = 0; i < n; i += kLanes)
     signs |= (load_as<Bits>(x + i) & 0x7f800000u) + 0x00800000u;

@@ -56,7 +56,7 @@ Plan make_plan(const TrieAttentionArgs &a, int64_t tile_rows) {
   const auto first_seen = [&](int64_t row, int64_t end) {
     return a.window_starts ? *std::min_element(a.window_starts + row, a.window_starts + end) : 0;
   };
-  // Strict ancestors of `row` before `column`, which is one, or one of a later row, or 0.
+  // Number of strict ancestors of `row` before `column`: an ancestor of it or of a later row, or 0.
   const auto skipped = [&](int64_t row, int64_t column) {
     return plan.depths[std::min(row, column)];
   };

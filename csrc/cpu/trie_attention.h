@@ -5,8 +5,8 @@
 // (docs/architecture.md, facts 1 and 3). Tokens being in preorder, those ancestors are a stack: going down the tiles, a
 // task keeps the K and V of the current path packed in float32, pushes each tile's own rows and
 // drops columns once their subtree is over. Backward keeps dK and dV on the same stack, and a
-// column's gradient is complete when it is dropped. Under a window the first columns of the stack may
-// lie before all that a tile sees: it starts after them. A piece of the rows leaves out those that
+// column's gradient is complete when it is dropped. Under a window a tile skips the first columns
+// of the stack, those that none of its rows sees, and a piece of the rows never pushes those that
 // none of its rows sees.
 //
 // A value that is not finite reaches only what it should: rows that see it in forward, and in

@@ -30,7 +30,7 @@ template <bool Windowed, bool Capped> struct PieceTask {
   int64_t size = 0, path = 0;      // the stack: all, and before the tile's own columns
   int64_t near = 0;                // no row sees a column of the stack before it
   int64_t full_first = 0, full = 0; // every row sees columns [full_first, full) of the path
-  bool finite = true;              // all values that the products below weigh, so far
+  bool finite = true; // all V (backward: K) pushed so far; else by_rows takes only what rows see
 
   PieceTask(const void *context, int64_t index, int worker)
       : job(*static_cast<const TrieAttentionJob *>(context)), args(job.args),
@@ -339,7 +339,7 @@ template <bool Windowed, bool Capped> struct PieceTask {
     transpose(w.dout_t, w.dout, kRows, width, 1);
     load_delta(head);
     const bool q_finite = all_finite(w.q, rows * width);
-    const bool dout_finite = all_finite(w.delta, kRows); // a term of it that is not, makes it none
+    const bool dout_finite = all_finite(w.delta, kRows); // else its row's delta is not finite
     memset(w.lse, 0, kRows * 4);
     memcpy(w.lse, args.lse + head * args.tokens + row, rows * 4);
     Floats lse[kVectors], delta[kVectors];

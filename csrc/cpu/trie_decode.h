@@ -36,8 +36,8 @@ struct TrieDecodeArgs {
 };
 
 // On at most `threads` threads. Results do not depend on `threads`, bit for bit. Keys and values
-// that a row does not see may hold anything, NaN too, without an effect on it. Keys that lie before
-// the windows of all rows of an item, or are in no item, are not read.
+// that a row does not see may hold anything, NaN too, without an effect on it. Pages before the
+// windows of all rows of an item, and those in no item, are not read.
 void trie_decode(const TrieDecodeArgs &args, int threads);
 
 } // namespace tw

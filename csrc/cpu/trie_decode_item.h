@@ -139,9 +139,9 @@ struct ItemTask {
     prefetch_first(); // the rest as keys are read
   }
 
-  // Whether a value of keys [c0, c1) is NaN or infinite and some row does not see one of them. Such
-  // a row weighs it with 0, and the product would be NaN: the product then gets 0 instead of those
-  // values, and add_nonfinite brings them to the rows that see them.
+  // Whether a value of keys [c0, c1) is NaN or infinite while some row does not see all of them. A
+  // row that does not see it weighs it with 0, which makes NaN. The product then takes 0 in place
+  // of such values, and add_nonfinite adds them to the rows that see them.
   bool hides_nonfinite(int64_t c0, int64_t c1) const {
     if (c0 >= full_begin && c1 <= full_end) return false;
     Floats sum = {}; // NaN as soon as one is not finite

@@ -16,11 +16,12 @@ import torch
 from tests.kernels.compile_for_sm90 import compile_instead_of_launching, figures
 from tw_kernels import DecodePlan, PagedKV
 from tw_kernels.decode import triton_kernels as kernels
+from tw_kernels.scores import NO_OPTIONS, ScoreOptions
 
 # Window, soft cap and sinks: with none of them, and with all.
 VARIANTS = {
-    "plain": (None, None, None),
-    "window, softcap, sinks": (50, 30.0, torch.zeros(8)),
+    "plain": NO_OPTIONS,
+    "window, softcap, sinks": ScoreOptions(50, 30.0, torch.zeros(8)),
 }
 CALLS = [(16, "plain"), (64, "plain"), (16, "window, softcap, sinks")]  # page size, variant
 
@@ -30,7 +31,6 @@ def launches(dtype: torch.dtype, head_dim: int, page_size: int, variant: str) ->
 
     All for 8 query heads on 2 KV heads, one sequence of one new token (narrow) or 32 (wide).
     """
-    window, softcap, sinks = VARIANTS[variant]
     pages = torch.zeros(4, page_size, 2, head_dim, dtype=dtype)
     kv = PagedKV(pages, pages.clone())
     for new in (1, 32):
@@ -38,13 +38,13 @@ def launches(dtype: torch.dtype, head_dim: int, page_size: int, variant: str) ->
         q = torch.zeros(new, 8, head_dim, dtype=dtype)
         new_kv = torch.zeros(new, 2, head_dim, dtype=dtype)
         config = kernels.config_for(q, kv, plan)
-        out, lse = kernels.partial(q, kv, plan, 0.1, window, softcap, config)
+        out, lse = kernels.partial(q, kv, plan, 0.1, VARIANTS[variant], config)
         yield config
         if new > 1:
             continue
         kernels.write(kv, plan, new_kv, new_kv)
         yield None
-        kernels.merge(plan, out, lse, window, sinks, q)
+        kernels.merge(plan, out, lse, VARIANTS[variant], q)
         yield None
 
 

@@ -18,6 +18,7 @@ from tests.kernels.decode_batches import (
 from tests.kernels.tries import random_paths, relative_error, visible
 from tw_kernels import DecodePlan, PagedKV, PlanSizes, Trie, backends, trie_decode
 from tw_kernels.decode.op import TRIE_DECODE
+from tw_kernels.scores import ScoreOptions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = [torch.bfloat16, torch.float16]
@@ -47,7 +48,8 @@ def run(
 
 def supported(inputs: Inputs, backend: str, variant: dict | None = None) -> bool:
     on_device = PagedKV(inputs.kv.k_pages.to(DEVICE), inputs.kv.v_pages.to(DEVICE))
-    return TRIE_DECODE[backend].why_not(inputs.q.to(DEVICE), on_device, **variant or {}) is None
+    options = ScoreOptions(**variant or {})
+    return TRIE_DECODE[backend].why_not(inputs.q.to(DEVICE), on_device, options) is None
 
 
 def unshared_sdpa(batch: Batch, inputs: Inputs, scale: float) -> torch.Tensor:
@@ -252,6 +254,17 @@ def test_a_window_larger_than_every_sequence_changes_no_bit(window, backend):
         pytest.skip(f"{backend} does not run it")
     got = run(batch, inputs, backend, {"window": window})
     assert torch.equal(got, run(batch, inputs, backend))
+
+
+@pytest.mark.parametrize("backend", RUNNABLE)
+def test_a_sink_that_is_nan_makes_its_head_nan_and_no_other(backend):
+    batch = random_batch(14, sequences=2, page_size=8, longest=20, most_new=2)
+    inputs = random_inputs(batch, (2, 2, 32), torch.float32)
+    sinks = {"sinks": torch.tensor([torch.nan, 0.0])}
+    if not supported(inputs, backend, sinks):
+        pytest.skip(f"{backend} does not run it")
+    got = run(batch, inputs, backend, sinks)
+    assert got[:, 0].isnan().all() and got[:, 1].isfinite().all()
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])

@@ -14,32 +14,20 @@ from tests.kernels.decode_batches import (
     random_batch,
     random_inputs,
 )
+from tests.kernels.test_decode import RUNNABLE, run
 from tests.kernels.tries import relative_error
-from tw_kernels import DecodePlan, PagedKV, PlanSizes, backends, trie_decode
+from tw_kernels import DecodePlan, PlanSizes
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
-    pytest.mark.skipif(
-        backends("trie_decode")["triton"] is not None, reason="triton cannot run here"
-    ),
+    pytest.mark.skipif("triton" not in RUNNABLE, reason="triton cannot run here"),
     pytest.mark.usefixtures("poisoned_outputs"),
 ]
-
-
-def run(inputs: Inputs, plan: DecodePlan, **variant) -> torch.Tensor:
-    """On fresh copies of the pages, from and to the CPU."""
-    kv = PagedKV(inputs.kv.k_pages.clone().to(DEVICE), inputs.kv.v_pages.clone().to(DEVICE))
-    new = {"new_k": inputs.new_k.to(DEVICE), "new_v": inputs.new_v.to(DEVICE)}
-    if variant.get("sinks") is not None:
-        variant["sinks"] = variant["sinks"].to(DEVICE)
-    q = inputs.q.to(DEVICE)
-    return trie_decode(q, kv, plan, backend="triton", **new, **variant).cpu()
 
 
 def readable(plan: DecodePlan, window: int) -> torch.Tensor:
     """[pages, page_size] bool: keys between the first and the last that rows of an item see."""
     found = torch.zeros(plan.num_pages, plan.page_size, dtype=torch.bool)
-    pages, positions = plan.pages.cpu().long(), plan.positions.cpu()
+    pages, positions = plan.pages.long(), plan.positions
     for first_page, num_keys, start, first_row, end_row, _ in plan.items.tolist():
         at = start + torch.arange(num_keys)
         p = positions[first_row:end_row, None]
@@ -79,11 +67,12 @@ def test_nothing_out_of_the_windows_of_an_items_rows_is_read(name, variant):
     options = variant_of(variant, heads[0])
     inputs = random_inputs(batch, heads, torch.float32)
     want = oracle(batch, inputs, heads[2] ** -0.5, **options)
-    plan = batch.plan(device=DEVICE, num_workers=6)
+    plan = batch.plan(num_workers=6)
     unread = ~readable(plan, options["window"])
     inputs.kv.k_pages[: plan.num_pages][unread] = torch.nan
     inputs.kv.v_pages[: plan.num_pages][unread] = torch.nan
-    assert relative_error(run(inputs, plan, **options), want) <= 1e-5
+    got = run(batch, inputs, "triton", options, num_workers=6)
+    assert relative_error(got, want) <= 1e-5
 
 
 def test_the_batches_hold_items_that_no_row_sees_and_rows_that_see_nothing_of_an_item():
@@ -102,33 +91,31 @@ def test_the_batches_hold_items_that_no_row_sees_and_rows_that_see_nothing_of_an
 def test_a_sink_that_weighs_nothing_changes_no_bit():
     batch, heads = BATCHES["decode"]
     inputs = random_inputs(batch, heads, torch.float32)
-    plan = batch.plan(device=DEVICE)
-    sinks = torch.full((heads[0],), -torch.inf)
-    assert torch.equal(run(inputs, plan, sinks=sinks), run(inputs, plan))
+    sinks = {"sinks": torch.full((heads[0],), -torch.inf)}
+    assert torch.equal(run(batch, inputs, "triton", sinks), run(batch, inputs, "triton"))
 
 
 def test_large_scores_saturate_at_the_soft_cap_and_large_sinks_take_all():
     batch, heads = BATCHES["decode"]
     inputs = random_inputs(batch, heads, torch.float32)
     inputs.q *= 1e30
-    plan = batch.plan(device=DEVICE)
     want = oracle(batch, inputs, heads[2] ** -0.5, softcap=5.0)
-    assert relative_error(run(inputs, plan, softcap=5.0), want) <= 1e-5
-    sinks = torch.full((heads[0],), 1e4)
-    assert (run(inputs, plan, softcap=5.0, sinks=sinks) == 0).all()
+    assert relative_error(run(batch, inputs, "triton", {"softcap": 5.0}), want) <= 1e-5
+    variant = {"softcap": 5.0, "sinks": torch.full((heads[0],), 1e4)}
+    assert (run(batch, inputs, "triton", variant) == 0).all()
 
 
 def test_padding_rows_are_zero_with_a_window_and_sinks():
     batch, heads = BATCHES["decode"]
     inputs = random_inputs(batch, heads, torch.float32)
     options = variant_of("all", heads[0])
-    want = run(inputs, batch.plan(device=DEVICE), **options)
+    want = run(batch, inputs, "triton", options)
 
     def padded(x: torch.Tensor) -> torch.Tensor:
         return torch.cat([x, torch.full((3, *x.shape[1:]), 7.0)])
 
     wide = Inputs(padded(inputs.q), inputs.kv, padded(inputs.new_k), padded(inputs.new_v))
     room = PlanSizes(*(n + 3 for n in batch.plan().size))
-    got = run(wide, batch.plan(device=DEVICE, capacity=room), **options)
+    got = run(batch, wide, "triton", options, capacity=room)
     assert torch.equal(got[: batch.num_rows], want)
     assert (got[batch.num_rows :] == 0).all()

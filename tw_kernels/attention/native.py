@@ -17,9 +17,6 @@ from tw_kernels import _C, native
 from tw_kernels.native import DTYPES, Strided, dense_rows, strided
 from tw_kernels.trie import TrieLayout
 
-NO_SOFTCAP = 0.0
-LEAST_SOFTCAP = 1e-30  # far above float32's least, far below what moves a softmax
-
 Sizes = tuple[int, int, int, int]  # tokens, heads, KV heads, head dim
 
 
@@ -92,7 +89,7 @@ def _arguments(
         (n, heads, k.shape[1], head_dim),
         DTYPES[q.dtype],
         scale,
-        NO_SOFTCAP if softcap is None else max(softcap, LEAST_SOFTCAP),
+        softcap or 0.0,
         torch.get_num_threads(),
         (plan.subtree_ends.data_ptr(), 0 if starts is None else starts.data_ptr()),
         strided(q),

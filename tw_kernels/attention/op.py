@@ -41,7 +41,7 @@ from torch import Tensor
 
 from tw_kernels.attention import cuda, dense, native, segments, triton
 from tw_kernels.cpu import bfloat16_instructions
-from tw_kernels.scores import check_number, check_sinks, check_window
+from tw_kernels.scores import check_number, check_options
 from tw_kernels.trie import TrieLayout
 
 TRIE_ATTENTION: dict[str, ModuleType] = {
@@ -102,6 +102,10 @@ def trie_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * q k^T) v over each token's path, differentiable once in q, k, v and sinks.
 
+    A token that does not see a finite key or value is the same whatever it holds, to the last bit.
+    How far a NaN or infinity reaches, the backends say in their docstrings: on native no further
+    than what sees it, on native, segments and dense never into another trie of a pack.
+
     Args:
         q: [N, Hq, D], one row per trie token; float32, bfloat16 or float16 (float64 on the CPU).
         k, v: [N, Hkv, D], Hq a multiple of Hkv (grouped heads).
@@ -126,13 +130,10 @@ def trie_attention(
     """
     _check(q, k, v, layout)
     scale = q.shape[-1] ** -0.5 if scale is None else check_number("scale", scale)
-    softcap = None if softcap is None else check_number("softcap", softcap)
-    window = check_window(window)
-    if sinks is not None:
-        check_sinks(sinks, q)
+    options = check_options(q, window, softcap, sinks)
     name = backend or os.environ.get("TW_BACKEND") or ""
     out, lse = torch.ops.tw_kernels.trie_attention(
-        q, k, v, layout.subtree_ends, scale, name, window, softcap, sinks
+        q, k, v, layout.subtree_ends, scale, name, *options
     )
     return (out, lse) if return_lse else out
 
@@ -269,7 +270,7 @@ def _differentiate(ctx, dout, _dlse):
         *(ctx.scale, ctx.backend, ctx.window, ctx.softcap),
     )
     dsinks = None
-    if sinks is not None:
+    if ctx.needs_input_grad[-1]:
         dsinks = torch.ops.tw_kernels.trie_attention_sinks_backward(dout, out, lse, sinks)
     return *grads, None, None, None, None, None, dsinks
 

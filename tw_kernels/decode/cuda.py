@@ -15,20 +15,14 @@ from torch import Tensor
 from tw_kernels import _C, cuda_build, cuda_device
 from tw_kernels.decode.plan import DecodePlan, PagedKV
 from tw_kernels.native import DTYPES, pages, plan_arrays, strided
+from tw_kernels.scores import NO_OPTIONS, ScoreOptions
 
 CUBIN = cuda_build.CUBINS / "trie_decode.cubin"
 
 
-def why_not(
-    q: Tensor,
-    kv: PagedKV,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> str | None:
+def why_not(q: Tensor, kv: PagedKV, options: ScoreOptions = NO_OPTIONS) -> str | None:
     """None if this call can run, else the reason in one line."""
-    given = {"window": window, "softcap": softcap, "sinks": sinks}
-    if lacking := [name for name, value in given.items() if value is not None]:
+    if lacking := [name for name, value in options._asdict().items() if value is not None]:
         return f"the CUDA kernels have no {' and no '.join(lacking)}"
     if reason := cuda_device.why_not(q):
         return reason
@@ -45,9 +39,7 @@ def forward(
     scale: float,
     new_k: Tensor | None,
     new_v: Tensor | None,
-    window: None = None,
-    softcap: None = None,
-    sinks: None = None,
+    options: ScoreOptions,
 ) -> Tensor:
     """out [Q, Hq, D] in q's dtype; writes new_k and new_v to their slots first."""
     q = _with_aligned_rows(q)

@@ -15,15 +15,10 @@ from torch import Tensor
 from tw_kernels import _C, native
 from tw_kernels.decode.plan import DecodePlan, PagedKV
 from tw_kernels.native import DTYPES, dense_rows, pages, plan_arrays, strided
+from tw_kernels.scores import NO_OPTIONS, ScoreOptions
 
 
-def why_not(
-    q: Tensor,
-    kv: PagedKV,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> str | None:
+def why_not(q: Tensor, kv: PagedKV, options: ScoreOptions = NO_OPTIONS) -> str | None:
     """None if this call can run, else the reason in one line."""
     return native.why_not(q)
 
@@ -35,9 +30,7 @@ def forward(
     scale: float,
     new_k: Tensor | None,
     new_v: Tensor | None,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    options: ScoreOptions,
 ) -> Tensor:
     """out [Q, Hq, D] in q's dtype; writes new_k and new_v to their slots first."""
     q = dense_rows(q)
@@ -50,9 +43,9 @@ def forward(
         (rows, plan.size.items, slots, heads, kv_heads, head_dim, plan.page_size),
         DTYPES[q.dtype],
         scale,
-        window or 0,
-        softcap or 0.0,
-        0 if sinks is None else sinks.data_ptr(),
+        options.window or 0,
+        options.softcap or 0.0,
+        0 if options.sinks is None else options.sinks.data_ptr(),
         torch.get_num_threads(),
         plan_arrays(plan),
         strided(q),

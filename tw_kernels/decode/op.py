@@ -8,13 +8,13 @@ prefill in one piece or in chunks, and all of them in one batch.
 
 A backend is a module of two functions:
 
-    why_not(q, kv, window, softcap, sinks)        None if it can run this call, else the reason
-    forward(q, kv, plan, scale, new_k, new_v,     -> out; new_k and new_v, tensors or None, are
-            window, softcap, sinks)               written to their pages first
+    why_not(q, kv, options)                             None if it can run this call, else the
+                                                        reason
+    forward(q, kv, plan, scale, new_k, new_v, options)  -> out; new_k and new_v, tensors or None,
+                                                        are written to their pages first
 
-Shapes: q, out [Q, Hq, D]; new_k, new_v [Q, Hkv, D]; sinks [Hq], float32 (float64 for a float64 q),
-contiguous. window, softcap and sinks are None where a call has none; their ranges and that of scale
-are those of scores.py.
+Shapes: q, out [Q, Hq, D]; new_k, new_v [Q, Hkv, D]. options: ScoreOptions, whose sinks are float32
+(float64 for a float64 q) and contiguous.
 
 Which backend runs, unless `backend` or the environment variable TW_DECODE_BACKEND names one: the
 first of TRIE_DECODE that can run the call: triton on CUDA, native on a CPU, reference otherwise.
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from tw_kernels.decode import cuda, native, reference, triton
 from tw_kernels.decode.plan import DecodePlan, PagedKV
-from tw_kernels.scores import check_number, check_sinks, check_window
+from tw_kernels.scores import NO_OPTIONS, ScoreOptions, check_number, check_options
 
 TRIE_DECODE: dict[str, ModuleType] = {
     "triton": triton,
@@ -86,11 +86,13 @@ def trie_decode(
     """
     _check(q, kv, plan, new_k, new_v)
     scale = q.shape[-1] ** -0.5 if scale is None else check_number("scale", scale)
-    softcap = None if softcap is None else check_number("softcap", softcap)
-    window, sinks = check_window(window), _sinks(sinks, q)
+    options = check_options(q, window, softcap, sinks)
+    if sinks is not None:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        options = options._replace(sinks=sinks.detach().to(wide).contiguous())
     name = backend or os.environ.get("TW_DECODE_BACKEND")
-    run = TRIE_DECODE[choose_backend(q, kv, name, window, softcap, sinks)]
-    return run.forward(q, kv, plan, scale, new_k, new_v, window, softcap, sinks)
+    run = TRIE_DECODE[choose_backend(q, kv, name, options)]
+    return run.forward(q, kv, plan, scale, new_k, new_v, options)
 
 
 def _check(
@@ -126,21 +128,8 @@ def _check(
         raise ValueError(f"q, the pages, new_k, new_v and plan must share a device; got {devices}")
 
 
-def _sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:
-    """As backends take them."""
-    if sinks is None:
-        return None
-    check_sinks(sinks, q)
-    return sinks.detach().to(torch.promote_types(q.dtype, torch.float32)).contiguous()
-
-
 def choose_backend(
-    q: Tensor,
-    kv: PagedKV,
-    name: str | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
+    q: Tensor, kv: PagedKV, name: str | None = None, options: ScoreOptions = NO_OPTIONS
 ) -> str:
     """The backend that runs this call: `name` if given, else by the module docstring's rule."""
     if name and name not in TRIE_DECODE:
@@ -149,7 +138,7 @@ def choose_backend(
     usual = [n for n in TRIE_DECODE if n not in named]
     reasons = {}
     for candidate in [name] if name else usual:
-        reasons[candidate] = TRIE_DECODE[candidate].why_not(q, kv, window, softcap, sinks)
+        reasons[candidate] = TRIE_DECODE[candidate].why_not(q, kv, options)
         if reasons[candidate] is None:
             return candidate
     why = "; ".join(f"{n}: {reason}" for n, reason in reasons.items())

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tw_kernels.decode.plan import DecodePlan, PagedKV
+from tw_kernels.scores import NO_OPTIONS, ScoreOptions
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -27,13 +28,7 @@ class Gather(NamedTuple):
     visible: Tensor  # bool [R, K]
 
 
-def why_not(
-    q: Tensor,
-    kv: PagedKV,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> str | None:
+def why_not(q: Tensor, kv: PagedKV, options: ScoreOptions = NO_OPTIONS) -> str | None:
     """None if this call can run, else the reason in one line."""
     return None if q.dtype in DTYPES else f"{q.dtype} is not one of {', '.join(map(str, DTYPES))}"
 
@@ -46,13 +41,12 @@ def forward(
     scale: float,
     new_k: Tensor | None,
     new_v: Tensor | None,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    options: ScoreOptions,
 ) -> Tensor:
     """out [Q, Hq, D]; writes new_k and new_v to their slots first."""
     if new_k is not None and new_v is not None:
         write(kv, plan, new_k, new_v)
+    window, softcap, sinks = options
     memo_key = "reference", window
     if memo_key not in plan.memo:
         plan.memo[memo_key] = _gathers(plan, window)

@@ -18,17 +18,12 @@ from torch import Tensor
 from tw_kernels import triton_device
 from tw_kernels.decode.plan import DecodePlan, PagedKV
 from tw_kernels.native import dense_rows
+from tw_kernels.scores import NO_OPTIONS, ScoreOptions
 
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
 
 
-def why_not(
-    q: Tensor,
-    kv: PagedKV,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> str | None:
+def why_not(q: Tensor, kv: PagedKV, options: ScoreOptions = NO_OPTIONS) -> str | None:
     """None if this call can run, else the reason in one line."""
     if kv.page_size not in PAGE_SIZES:
         return f"page size {kv.page_size} is not one of {', '.join(map(str, PAGE_SIZES))}"
@@ -42,9 +37,7 @@ def forward(
     scale: float,
     new_k: Tensor | None,
     new_v: Tensor | None,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    options: ScoreOptions,
 ) -> Tensor:
     """out [Q, Hq, D] in q's dtype; writes new_k and new_v to their slots first."""
     from tw_kernels.decode import triton_kernels as kernels
@@ -55,6 +48,6 @@ def forward(
     if new_k is not None and new_v is not None:
         kernels.write(kv, plan, dense_rows(new_k), dense_rows(new_v))
     config = kernels.config_for(q, kv, plan)
-    parts = kernels.partial(dense_rows(q), kv, plan, scale, window, softcap, config)
-    kernels.merge(plan, *parts, window, sinks, out)
+    parts = kernels.partial(dense_rows(q), kv, plan, scale, options, config)
+    kernels.merge(plan, *parts, options, out)
     return out

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tw_kernels import triton_interpreter
 from tw_kernels.decode.plan import DecodePlan, PagedKV
+from tw_kernels.scores import ScoreOptions
 from tw_kernels.triton_softcap import tanh
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -274,8 +275,7 @@ def partial(
     kv: PagedKV,
     plan: DecodePlan,
     scale: float,
-    window: int | None,
-    softcap: float | None,
+    options: ScoreOptions,
     config: Config,
 ) -> tuple[Tensor, Tensor]:
     """Attention of every item: outputs [slots, Hq, D] and base-2 log-sum-exps [slots, Hq], float32.
@@ -292,7 +292,7 @@ def partial(
     _launch(
         partial_kernel, plan.capacity.items * num_kv_heads * row_tiles,
         q, kv.k_pages, kv.v_pages, out, lse, plan.rows, plan.positions, plan.pages, plan.items,
-        window, scale, softcap, *q.stride()[:2], *kv.k_pages.stride()[:3],
+        options.window, scale, options.softcap, *q.stride()[:2], *kv.k_pages.stride()[:3],
         HKV=num_kv_heads, GROUP=num_heads // num_kv_heads, ROW_TILES=row_tiles, PAGE=page_size,
         BLOCK_M=config.block_m, BLOCK_KV=config.block_kv, D=head_dim,
         num_warps=config.num_warps, num_stages=config.num_stages,
@@ -334,7 +334,7 @@ def merge_kernel(
         acc = acc * alpha + tl.sum(weights[:, None] * parts, 0)
         total = total * alpha + tl.sum(weights, 0)
         max_lse = new_max
-    merged = acc / tl.where(total > 0, total, 1.0)  # padding rows have nothing to merge
+    merged = acc / tl.where(total == 0, 1.0, total)  # padding rows have nothing to merge
     to = out + tl.load(rows + row).to(tl.int64) * stride_on + head * stride_oh + dims
     tl.store(to, merged.to(out.dtype.element_ty))
 
@@ -343,18 +343,17 @@ def merge(
     plan: DecodePlan,
     partial_out: Tensor,
     partial_lse: Tensor,
-    window: int | None,
-    sinks: Tensor | None,
+    options: ScoreOptions,
     out: Tensor,
 ) -> None:
     """Fills out [Q, Hq, D] from the partial results; each row goes to its caller's place.
 
-    window: as in `partial`. sinks: float32 [Hq].
+    options: as in `partial`; its sinks are float32.
     """
     num_rows, num_heads, head_dim = out.shape
     _launch(
         merge_kernel, num_rows * num_heads,
-        partial_out, partial_lse, sinks, out, plan.rows, plan.merge_ptr, plan.merge_slots,
-        *out.stride()[:2], HQ=num_heads, D=head_dim, BLOCK_S=16, GAPS=window is not None,
-        num_warps=2,
+        partial_out, partial_lse, options.sinks, out, plan.rows, plan.merge_ptr, plan.merge_slots,
+        *out.stride()[:2], HQ=num_heads, D=head_dim, BLOCK_S=16,
+        GAPS=options.window is not None, num_warps=2,
     )  # fmt: skip
