@@ -10,9 +10,9 @@ Trains a model; see configs/ for settings to start from and `KIND --help` for al
 Knows nothing about training: it turns arguments into settings and errors into exit codes.
 
 Exit codes: 0; 2 for arguments, settings or data that cannot be used, with one line on stderr; 1 for
-anything unexpected, a loss that is not finite or a full disk among it; 128 and the number of the
-signal when stopped by Ctrl-C (130), SIGTERM (143), a terminal that closes (129) or an output that
-nobody reads any more (141), with all that was done saved.
+anything unexpected, among it a loss that is not finite, a full disk and too little memory; 128 and
+the number of the signal when stopped by Ctrl-C (130), SIGTERM (143), a terminal that closes (129)
+or an output that nobody reads any more (141), with all that was done saved.
 """
 
 from __future__ import annotations
