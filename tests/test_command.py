@@ -4,8 +4,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from threadweaver.command import TRAIN_MODULES
+from threadweaver.command import TRAIN_MODULES, command
 
 COMMANDS = ["add_tags", "eval", "evaluate", "generate", "tasks", "train"]
 
@@ -42,3 +43,33 @@ def test_a_command_without_the_extra_names_it_in_one_line(command, missing, argu
     assert done.stderr.count("\n") == 1 and done.stdout == ""
     assert done.stderr.startswith("error: this command needs the package '")
     assert done.stderr.endswith("': pip install 'threadweaver[train]'\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "asked"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0"), "2.50 G"),
+        (None, "400000000000000 bytes"),  # by PyTorch on the CPU
+        (MemoryError(), ""),
+    ],
+)
+def test_too_little_memory_ends_a_command_in_one_line(error, asked, capsys):
+    @command
+    def main() -> int:
+        if error is not None:
+            raise error
+        return len(torch.empty(10**14))
+
+    assert main() == 1
+    line = capsys.readouterr().err
+    assert line.startswith("error: out of memory") and asked in line and "kv_gigabytes" in line
+    assert line.count("\n") == 1
+
+
+def test_other_errors_of_a_command_are_not_hidden():
+    @command
+    def main() -> int:
+        raise RuntimeError("a fault of ours")
+
+    with pytest.raises(RuntimeError, match="of ours"):
+        main()

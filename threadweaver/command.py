@@ -58,7 +58,7 @@ P = ParamSpec("P")
 def command(main: Callable[P, int]) -> Callable[P, int]:
     """The function of a command, which returns an exit code, with an end in one line also for what
     it does not foresee: a missing package (2), Ctrl-C (130), a file that cannot be read or written
-    (1), and without one where nobody reads its output any more (141)."""
+    (1), too little memory (1), and without one where nobody reads its output any more (141)."""
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
@@ -70,9 +70,21 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
             return 128 + signal.SIGPIPE
         except OSError as error:
             code = fail(error, 2 if error.errno == errno.ENAMETOOLONG else 1)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            asked = re.search(r"[Tt]ried to allocate (\S+ \w+)", str(error))
+            what = f"out of memory{f' when {asked[1]} were asked for' if asked else ''}"
+            code = fail(f"{what}: lower kv_gigabytes or batch_tokens, or end what else uses it", 1)
         return _flush() or code
 
     return run
+
+
+def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Of the device or the host; PyTorch's errors are told without importing it."""
+    name = type(error).__name__
+    return name in ("MemoryError", "OutOfMemoryError") or "DefaultCPUAllocator" in str(error)
 
 
 def _flush() -> int:

@@ -10,12 +10,16 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import yaml
 
+from threadweaver.train import pipeline
 from threadweaver.train.__main__ import main
+from threadweaver.train.run import Trainer
+from threadweaver.train.self_train import SelfTraining
 
 from .easy_task import pipeline_settings, write_task
 
@@ -30,8 +34,27 @@ def whole(tmp_path_factory, task_file) -> tuple[Path, float]:
     """The folder of a pipeline that nobody disturbed, and the seconds it took."""
     folder = tmp_path_factory.mktemp("pipeline") / "whole"
     start = time.perf_counter()
-    assert main(arguments(folder, task_file)) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        watch_memory(patch)
+        assert main(arguments(folder, task_file)) == 0
     return folder, time.perf_counter() - start
+
+
+def watch_memory(patch: pytest.MonkeyPatch) -> None:
+    """Fails if a trainer of a finished stage is still held when the next model is loaded."""
+    trainers: weakref.WeakSet[Trainer] = weakref.WeakSet()
+
+    def alone(load):
+        def watched(*arguments, **options):
+            assert not trainers
+            if isinstance(arguments[0], Trainer):
+                trainers.add(arguments[0])
+            return load(*arguments, **options)
+
+        return watched
+
+    for owner, name in ((Trainer, "load"), (SelfTraining, "_engine"), (pipeline, "load_engine")):
+        patch.setattr(owner, name, alone(getattr(owner, name)))
 
 
 def arguments(folder: Path, task_file: Path, *options: str) -> list[str]:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from threadweaver.train import setup
 from threadweaver.train.__main__ import main
 from threadweaver.train.config import ConfigError, config_of, parser_of
-from threadweaver.train.run_dir import check_same_config, settings_of
+from threadweaver.train.run_dir import check_same_config, check_same_settings, settings_of
 from threadweaver.train.sft import SFTTrainer
 from threadweaver.train.stages import PipelineConfig, RLConfig, SelfTrainConfig, SFTConfig
 
@@ -69,6 +69,14 @@ def test_a_run_killed_at_random_times_ends_bit_for_bit_like_one_that_was_not(new
     for i, moments in optimizers[0].items():
         for name, value in moments.items():
             assert torch.equal(value, optimizers[1][i][name])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_the_first_step_leaves_nothing(new_run, monkeypatch, fails, number):
+    run = new_run()
+    monkeypatch.setattr(SFTTrainer, "load_data", lambda self: os.kill(os.getpid(), number))
+    assert "nothing is lost" in fails(run(), 128 + number)
+    assert not run.folder.exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -193,6 +201,19 @@ def stopped(new_run, monkeypatch, capsys):
 def test_a_setting_that_reaches_the_weights_cannot_change(stopped, fails):
     line = fails(stopped("--resume", "--optimization.learning_rate", "1e-3"), 2)
     assert "optimization.learning_rate is 0.001" in line and "0.003" in line
+
+
+@pytest.mark.parametrize(("name", "other"), [("template.use", "none"), ("data.max_depth", "2")])
+def test_a_setting_that_a_run_of_an_older_version_lacks_counts_as_its_default(new_run, name, other):
+    def config(*options: str) -> SFTConfig:
+        arguments = new_run().arguments(*options)[1:]
+        return config_of(SFTConfig, parser_of(SFTConfig).parse_args(arguments))
+
+    saved = settings_of(config())
+    del saved[name]
+    check_same_settings(config(), saved, Path("made"))
+    with pytest.raises(ConfigError, match=f"{name} is {other}, but made was made with"):
+        check_same_settings(config(f"--{name}", other), saved, Path("made"))
 
 
 def test_a_setting_that_does_not_reach_the_weights_may_change(stopped):

@@ -248,6 +248,8 @@ def test_validation_comes_every_so_many_steps_and_at_the_end_and_changes_nothing
             assert 0 <= figures[f"validation_{mode}_accuracy"] <= 1
             assert figures[f"validation_{mode}_total_tokens"] > 0
             assert figures[f"validation_{mode}_ungraded"] == 0
+            wrong = 1 - figures[f"validation_{mode}_accuracy"]  # and none of them boxes anything
+            assert figures[f"validation_{mode}_no_answer"] == round(5 * wrong) > 0
     assert (
         watched.summary()["validation_parallel_accuracy"]
         == (found[8]["validation_parallel_accuracy"])
@@ -255,6 +257,28 @@ def test_validation_comes_every_so_many_steps_and_at_the_end_and_changes_nothing
     assert " mode" in next(
         line for line in capsys.readouterr().out.splitlines() if line.startswith("step 3/8: ")
     )
+
+
+def test_validation_and_rollouts_take_their_kv_pages_in_turn(new_run, monkeypatch):
+    run = validated(new_run())
+    forward, update = Runner.forward, RLTrainer.update
+    runners, held = [], []
+
+    def watch_forward(self, batch):
+        if self not in runners:
+            runners.append(self)
+        logits = forward(self, batch)
+        held.append([runner._pages is not None for runner in runners].count(True))
+        return logits
+
+    def watch_update(self, *arguments):
+        assert all(runner._pages is None for runner in runners)
+        return update(self, *arguments)
+
+    monkeypatch.setattr(Runner, "forward", watch_forward)
+    monkeypatch.setattr(RLTrainer, "update", watch_update)
+    assert run() == 0
+    assert len(runners) == 2 and set(held) == {1}
 
 
 def test_validation_asks_the_same_problems_with_the_same_draws_each_time(new_run):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
 
 from threadweaver.data import load_examples, save_rows
-from threadweaver.train.self_train import select
+from threadweaver.train.self_train import SelfTraining, select
 from threadweaver.trajectory import Rendered
 
 from .conftest import ARCH, Run
@@ -86,6 +88,28 @@ def test_each_chunk_says_how_far_it_is(run, capsys, ticking_clock):
         of_chunk = [line for line in lines if line.startswith(f"rolling out {chunk}/2: ")]
         assert re.search(rf"^rolling out {chunk}/2: \d/{total} responses, .* tokens/s", of_chunk[0])
         assert f" {total} graded, in " in of_chunk[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_among_rollouts_keeps_the_chunks_done_and_sets_the_exit_code(
+    run, monkeypatch, fails, number
+):
+    roll_out = SelfTraining._roll_out
+
+    def send_in_second(self, engine, chunk, title):
+        if chunk == 1:
+            os.kill(os.getpid(), number)
+        return roll_out(self, engine, chunk, title)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(SelfTraining, "_roll_out", send_in_second)
+        assert "--resume" in fails(run(), 128 + number)
+    assert signal.getsignal(number) == before
+    [chunk] = (run.folder / "rollouts").iterdir()
+    saved = chunk.stat().st_mtime_ns
+    assert "kept none of 12 rollouts" in fails(run("--resume"), 2)
+    assert chunk.stat().st_mtime_ns == saved
 
 
 def test_rollouts_of_other_problems_are_not_taken_over(run, capsys):

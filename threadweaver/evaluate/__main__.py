@@ -3,7 +3,8 @@
 Solves held-out problems of a task and prints every metric of docs/semantics.md, "Path metrics",
 with 95 % confidence intervals: Wilson's for shares, by bootstrap over problems for means and
 ratios. With --mode both, also the gain over decoding one token after another. --json writes the
-figures to a file, --responses every response with its grade. Progress goes to stderr.
+figures to a file, --responses every response with its grade; files that exist are overwritten.
+Progress goes to stderr.
 
 Prompts are the user's turn of the tokenizer's chat template, if it has one; with --template.use
 none they are taken as they stand.
@@ -178,8 +179,10 @@ def _parser() -> ArgumentParser:
         help="parallel: threads are decoded at the same time; sequential: one token after another.",
     )
     parser.add_argument("--seed", type=int, default=0, help="Of the problems and of the draws.")
-    parser.add_argument("--json", type=Path, help="File for all figures.")
-    parser.add_argument("--responses", type=Path, help="File for all responses, as JSON lines.")
+    parser.add_argument("--json", type=Path, help="File for all figures; overwritten.")
+    parser.add_argument(
+        "--responses", type=Path, help="File for all responses, as JSON lines; overwritten."
+    )
     add_options(parser)
     return parser
 

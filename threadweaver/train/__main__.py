@@ -10,9 +10,9 @@ Trains a model; see configs/ for settings to start from and `KIND --help` for al
 Knows nothing about training: it turns arguments into settings and errors into exit codes.
 
 Exit codes: 0; 2 for arguments, settings or data that cannot be used, with one line on stderr; 1 for
-anything unexpected, a loss that is not finite or a full disk among it; 128 and the number of the
-signal when stopped by Ctrl-C (130), SIGTERM (143), a terminal that closes (129) or an output that
-nobody reads any more (141), with all that was done saved.
+anything unexpected, among it a loss that is not finite, a full disk and too little memory; 128 and
+the number of the signal when stopped by Ctrl-C (130), SIGTERM (143), a terminal that closes (129)
+or an output that nobody reads any more (141), with all that was done saved.
 """
 
 from __future__ import annotations
@@ -76,28 +76,32 @@ def main(arguments: list[str] | None = None) -> int:
         return fail(error, 2)
     # After the arguments are known to be good: these take seconds to import.
     from threadweaver.generate.engine import NonFiniteLogits
+    from threadweaver.train.interrupt import Interrupts, exit_code
     from threadweaver.train.not_finite import NotFiniteError
 
     quiet()
-    try:
-        # Tables in a file are wide enough for most paths.
-        width = None if sys.stdout.isatty() else 160
-        console = Console(file=cast(IO[str], Output(sys.stdout)), width=width)
-        run = _kind_of_run(kind).prepare(config, settings.resume, console)
-    except (ValueError, OSError) as error:
-        return fail(error, 2)
-    except KeyboardInterrupt:
-        return fail("interrupted before the first step; nothing is lost", 130)
-    if run is None:
-        return 0
-    try:
-        return run.run()
-    except ValueError as error:
-        return fail(error, 2)
-    except (NotFiniteError, NonFiniteLogits) as error:
-        return fail(error, 1)
-    except KeyboardInterrupt:
-        return fail("interrupted; continue from the last checkpoint with --resume", 130)
+    # Tables in a file are wide enough for most paths.
+    width = None if sys.stdout.isatty() else 160
+    console = Console(file=cast(IO[str], Output(sys.stdout)), width=width)
+    # Optimizer steps end before a run stops; all else is done again when it is resumed.
+    with Interrupts(at_once=True):
+        try:
+            run = _kind_of_run(kind).prepare(config, settings.resume, console)
+        except (ValueError, OSError) as error:
+            return fail(error, 2)
+        except KeyboardInterrupt as error:
+            return fail("interrupted before the first step; nothing is lost", exit_code(error))
+        if run is None:
+            return 0
+        try:
+            return run.run()
+        except ValueError as error:
+            return fail(error, 2)
+        except (NotFiniteError, NonFiniteLogits) as error:
+            return fail(error, 1)
+        except KeyboardInterrupt as error:
+            message = "interrupted; continue from what was saved with --resume"
+            return fail(message, exit_code(error))
 
 
 def _config_file(arguments: list[str]) -> str:

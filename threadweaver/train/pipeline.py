@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from transformers import PreTrainedModel
 
 from threadweaver.data import save_rows, trajectory_row
@@ -96,6 +97,7 @@ class Pipeline(Run[PipelineConfig]):
         self.part = self._prepare("sft", config.model, self._check_stages)
         if self.part is None and not all(self._is_done(stage) for stage in self.stages):
             model, tokenizer = build_model(config, self._checkpoint("sft"))
+            torch.nn.Module.to(model, self.device)  # of whose memory the pools are a part
             self._check_stages_of(model, Codec.from_tokenizer(tokenizer, end_ids(model)))
 
     def work(self) -> int:
@@ -109,6 +111,7 @@ class Pipeline(Run[PipelineConfig]):
                 with _of_stage(stage):
                     if code := self.part.run():
                         return code
+                self.part = None  # what follows needs the memory
             checkpoint = str(self._checkpoint(stage))
             if not self._evaluation_file(stage).exists():
                 self._evaluate(stage, checkpoint)

@@ -87,8 +87,8 @@ class RLTrainer(Trainer[RLConfig]):
         return fit, skipped
 
     def _load_held_out(self) -> None:
-        """The problems of validation, and an engine of its own, so that nothing of it reaches the
-        rollouts that are learnt from."""
+        """The problems of validation, and an engine of its sizes. Its KV pages and copied weights
+        are there only while it validates, when those of the rollouts are not."""
         config = self.config.evaluate
         self.validator = self._engine(config.engine)
         try:
@@ -255,7 +255,8 @@ class RLTrainer(Trainer[RLConfig]):
         self.validator.free()
         record: Record = {}
         for mode, evaluation in evaluations.items():
-            figures = {**summary(evaluation.graded), "ungraded": evaluation.ungraded}
+            figures = summary(evaluation.graded)
+            figures |= {"no_answer": evaluation.no_answer, "ungraded": evaluation.ungraded}
             record |= {f"validation_{mode}_{name}": value for name, value in figures.items()}
         record["validation_problems"] = len(self.held_out)
         record["validation_speedup"] = (

@@ -252,16 +252,11 @@ def check_same_config(config: RunConfig, unused: Sequence[str] = ()) -> None:
         check_same_settings(config, settings, path, unused)
 
 
-# What runs did that were started before there was such a setting.
-_ADDED = {"template.use": "auto", "data.max_depth": 1, "sft.max_depth": 1}
-
-
 def check_same_settings(
     config: RunConfig, saved: dict[str, Any], made: Path, unused: Sequence[str] = ()
 ) -> None:
     """Raises ConfigError if something was made with other settings, naming the first."""
     ours = settings_of(config)
-    saved = {**{name: _ADDED[name] for name in _ADDED if name in ours}, **saved}
     free = [*config.free_on_resume, *unused]
     for name in [*ours, *sorted(saved.keys() - ours.keys())]:
         theirs = saved[name] if name in saved else _default(config, name)

@@ -107,6 +107,7 @@ class SelfTraining(Run[SelfTrainConfig]):
             trainer.resume_command = self.resume_command
             if code := trainer.run():
                 return code
+        del trainer  # the evaluation needs the memory
         checkpoint = checkpoint_of(folder)
         after = self._roll_out(self._engine(checkpoint), 0, "rolling out after SFT")
         result = {
