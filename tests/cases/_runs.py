@@ -4,19 +4,11 @@ import json
 from pathlib import Path
 from unittest.mock import patch
 
+from tests.architecture import SMALL
 from threadweaver.tasks import Problem
 from threadweaver.train.__main__ import main
 
-ARCH = {
-    "model_type": "qwen3",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-}
+ARCH = {**SMALL, "max_position_embeddings": 256}
 COMPUTE = {"compute.device": "cpu", "compute.precision": "fp32", "compute.threads": 1}
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.architecture import SMALL
 from tests.model.families import VOCABULARY, large_weights
 from threadweaver.generate import Engine, GenerationSettings
 from threadweaver.model import (
@@ -19,21 +20,12 @@ from threadweaver.model import (
     token_logprobs,
     trie_logprobs,
 )
+from threadweaver.model import logits as model_logits
 from threadweaver.model import loss as model_loss
 from threadweaver.trajectory import Codec
 from tw_kernels import Trie
 
-ARCH = {
-    "model_type": "qwen3",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": False,
-}
+ARCH = {**SMALL, "tie_word_embeddings": False}
 VARIANTS = {
     "plain": {},
     "scale": {"scale": 0.3},
@@ -63,9 +55,11 @@ def reference(linear, hidden, targets, scale=1.0, softcap=None, rows=None, unkno
 
 @pytest.mark.parametrize("at_once", [2**24, 500], ids=["whole", "pieces"])
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("multiple", [1, 8, 64])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_losses_and_gradients_equal_those_in_float64(variant, bias, at_once, monkeypatch):
+def test_losses_and_gradients_equal_those_in_float64(variant, multiple, bias, at_once, monkeypatch):
     monkeypatch.setitem(model_loss.LOGITS_AT_ONCE, "cpu", at_once)
+    monkeypatch.setitem(model_logits._ROWS_MULTIPLE, "cpu", multiple)
     torch.manual_seed(0)
     hidden = torch.randn(40, 24, requires_grad=True)
     linear = torch.nn.Linear(24, 90, bias=bias)

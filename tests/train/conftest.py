@@ -9,20 +9,12 @@ import pytest
 import torch
 import yaml
 
+from tests.architecture import SMALL
 from threadweaver.data import save_rows
 from threadweaver.tasks.multiplication import make_rows, split_problems
 from threadweaver.train.__main__ import main
 
-ARCH = {
-    "model_type": "qwen3",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "tie_word_embeddings": True,
-}
+ARCH = {**SMALL, "tie_word_embeddings": True}
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from transformers import AddedToken
 from tests.trajectory.byte_tokenizer import byte_tokenizer
 from threadweaver.model import add_tags
 from threadweaver.trajectory import TAGS, Codec, Rendered, TemplateConfig
-from threadweaver.trajectory.prompt import INSTRUCTION
+from threadweaver.trajectory.prompt import INSTRUCTION, PromptFormat
 
 # Three ways of writing turns, with the tokens that they need: one that opens and closes each turn,
 # one with headers of two tokens and trimmed contents, one that writes a system's turn into the
@@ -175,3 +175,17 @@ def test_a_response_is_encoded_with_one_end_token():
     for inner in ("<|turn|>", "<|over|>", "<|end|>", "<|other|>"):
         with pytest.raises(ValueError, match=rf"control token {inner}".replace("|", r"\|")):
             codec.encode_response(f"a{inner}b")
+
+
+def test_a_template_that_needs_a_system_turn_gets_the_one_that_is_set():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0].role != 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    prompts = PromptFormat((), tokenizer, TemplateConfig(system="Be short.", instruction=""))
+    assert prompts.text("1+1?") == "[system]Be short.[user]1+1?[assistant]"
+    assert prompts.header == "[assistant]"
+    with pytest.raises(ValueError, match="no system turn"):
+        PromptFormat((), tokenizer)

@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
         for note in notes:
             print_line(console, note)
         # A warm-up that is not timed: the first step takes the memory of the KV pages.
-        queue(engine, problems[:1], replace(generation, max_tokens=8))
+        queue(engine, problems[:1], replace(generation, max_tokens=min(8, generation.max_tokens)))
         engine.run()
         evaluations = evaluate_modes(
             modes,

@@ -194,13 +194,12 @@ class Engine:
                 path.
         """
         ids = token_ids(prompt, "prompt", self._rows)
-        self.check(ids, settings)
+        weaver, _ = self._checked(ids, settings)
         if script is not None:
             script = {
                 request: token_ids(tokens, f"script, request {request}", self._rows)
                 for request, tokens in script.items()
             }
-        weaver = settings.weaver(ids, self.codec, self.context_length)
         family = self._families.setdefault(tuple(ids), Family(len(ids)))
         family.unfinished += 1
         generation = Generation(self._count, ids, settings, seed, weaver, family, script)
@@ -215,8 +214,11 @@ class Engine:
         Raises:
             ValueError: what `add` refuses.
         """
-        ids = token_ids(prompt, "prompt", self._rows)
-        settings.weaver(ids, self.codec, self.context_length)
+        return self._checked(token_ids(prompt, "prompt", self._rows), settings)[1]
+
+    def _checked(self, ids: list[int], settings: GenerationSettings) -> tuple[Weaver, int]:
+        """The state machine of a response, and most tokens that it may have."""
+        weaver = settings.weaver(ids, self.codec, self.context_length)
         room = min(settings.max_tokens, self.context_length - len(ids))
         pages = -(-(len(ids) + room) // self.pool.page_size)
         if pages > self.pool.num_pages:
@@ -225,7 +227,7 @@ class Engine:
                 f"{pages} KV pages of {self.pool.page_size} tokens, and the pool has "
                 f"{self.pool.num_pages}: lower max_tokens, or give more kv_gigabytes"
             )
-        return room
+        return weaver, room
 
     def context_note(self, settings: GenerationSettings, room: int) -> str | None:
         """A line to show if the least room of some prompts, by `check`, is not max_tokens."""

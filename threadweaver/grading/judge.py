@@ -79,7 +79,6 @@ class Judge:
         self._processes = processes or min(_num_cpus(), MOST_PROCESSES)
         self._target = (build, arguments, seconds, self._processes)
         self._server: _Server | None = None
-        self._end_server = lambda: None
         self._lock = threading.Lock()
         self._count = 0
         self._sources: dict[int, str] = {}  # of answers that are being graded, by number
@@ -152,7 +151,7 @@ class Judge:
             if self._server is not None:
                 self._lose(self._server)
             self._server = _start(self._target)
-            self._end_server = weakref.finalize(self, _Server.end, self._server)
+            weakref.finalize(self, _Server.end, self._server)
         return self._server
 
 

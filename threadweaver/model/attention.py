@@ -68,7 +68,7 @@ def attend(module, query, key, value, attention_mask, scaling, dropout=0.0, **kw
     # Under autocast, norms and rotary embeddings leave queries and keys in float32.
     q, k, v = (x.squeeze(0).transpose(0, 1).to(value.dtype) for x in (query, key, value))
     variant = {
-        ours: value for name, ours in _VARIANT.items() if (value := kwargs.get(name)) is not None
+        ours: kwargs[name] for name, ours in _VARIANT.items() if kwargs.get(name) is not None
     }
     if (layout := kwargs.get("trie_layout")) is not None:
         return trie_attention(q, k, v, layout, scaling, **variant).unsqueeze(0), None

@@ -145,13 +145,20 @@ def weight_files(folder: Path, name: str | None = None) -> list[Path]:
     raise ValueError(f"{folder}: no weights here; expected {_WEIGHTS} or {_WEIGHTS}.index.json")
 
 
-def check_headers(files: list[Path]) -> None:
-    """Raises ValueError, naming the first, if a safetensors file is damaged or cut short."""
+def stored_shapes(files: list[Path]) -> dict[str, list[int]]:
+    """The shape of each weight in safetensors files, by their headers alone.
+
+    Raises:
+        ValueError: a file is damaged or cut short; names the first.
+    """
+    shapes: dict[str, list[int]] = {}
     for file in files:
         with reading(file):
             file.open("rb").close()  # whose errors say why; safetensors takes all for absence
-            with safe_open(file, "pt"):
-                pass
+            with safe_open(file, "pt") as weights:
+                for name in weights.keys():  # noqa: SIM118 (no mapping)
+                    shapes[name] = weights.get_slice(name).get_shape()
+    return shapes
 
 
 def damaged_tokenizer_file(folder: Path) -> Path:

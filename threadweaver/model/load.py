@@ -1,4 +1,4 @@
-"""Hugging Face decoders that attend over tries: load and save."""
+"""Hugging Face decoders that attend over tries, and their tokenizers, from disk."""
 
 from __future__ import annotations
 
@@ -34,13 +34,16 @@ from threadweaver.model.weights import load_weights
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model; same paths and errors as `load_model`."""
     source = model_source(path)
-    config = _load_config(source)
+    return _load_tokenizer(source, _load_config(source))
+
+
+def _load_tokenizer(source: ModelSource, config: PretrainedConfig) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, **LOCAL, **source.gguf)
     except Exception as error:
         with reading(source.config if source.gguf else damaged_tokenizer_file(source.folder)):
             raise error
-    if source.gguf:
+    if source.gguf and config.eos_token_id is not None:
         # transformers sets eos_token to the first special token of a .gguf file.
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
     return tokenizer
@@ -60,8 +63,8 @@ def load_model(
             or layers a trie cannot use; names the file and what is wrong.
     """
     source = model_source(path)
-    tokenizer = load_tokenizer(path)
     config = _load_config(source)
+    tokenizer = _load_tokenizer(source, config)
     with reading(source.config):
         check_supported(config)
     model = load_weights(source, config, dtype)

@@ -103,7 +103,7 @@ def _paths(model: PreTrainedModel) -> list[list[int]]:
         for name, value in source.items():
             if name.endswith(("_id", "_ids", "_index")):
                 special |= set(value if isinstance(value, list) else [value])
-    known = torch.ones(len(head.weight), dtype=torch.bool)
+    known = torch.ones(head.rows or len(head.weight), dtype=torch.bool)
     if head.unknown is not None:
         known &= ~head.unknown.cpu()
     plain = [id for id in known.nonzero()[:_IDS, 0].tolist() if id not in special]

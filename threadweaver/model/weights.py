@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from threadweaver.model.attention import ATTENTION
-from threadweaver.model.files import LOCAL, ModelSource, check_headers, reading, weight_files
+from threadweaver.model.files import LOCAL, ModelSource, reading, stored_shapes, weight_files
 
 # Parameters that cost nothing to build.
 _SMALL = 2**26
@@ -29,10 +27,10 @@ def load_weights(
     """
     if not source.gguf:
         files = weight_files(source.folder, getattr(config, "transformers_weights", None))
-        check_headers(files)
+        stored = stored_shapes(files)
         _check_generation_config(source)
         if getattr(config, "quantization_config", None) is None:
-            _check_sizes(source, config, files)
+            _check_sizes(source, config, stored)
     return _from_pretrained(source, dtype=dtype)
 
 
@@ -53,16 +51,13 @@ def _from_pretrained(source: ModelSource, **options: Any) -> PreTrainedModel:
     return model
 
 
-def _check_sizes(source: ModelSource, config: PretrainedConfig, files: list[Path]) -> None:
+def _check_sizes(
+    source: ModelSource, config: PretrainedConfig, stored: dict[str, list[int]]
+) -> None:
     """Raises ValueError if a model of this config is far larger than its weights, before it takes
     any memory. What is not that far off, `_check_found` says more exactly."""
     with reading(source.config), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
-    stored: dict[str, list[int]] = {}
-    for file in files:
-        with safe_open(file, "pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 (no mapping)
-                stored[name] = weights.get_slice(name).get_shape()
     wanted = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     if sum(map(math.prod, wanted.values())) <= 2 * sum(map(math.prod, stored.values())) + _SMALL:
         return

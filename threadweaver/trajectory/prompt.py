@@ -87,7 +87,7 @@ class PromptFormat:
         self._tokenizer = tokenizer if has_template and config.use == "auto" else None
         self.header = ""
         if self._tokenizer is not None:
-            turn = [{"role": "user", "content": "question"}]
+            turn = self._messages("question")
             whole, without = self._apply(turn), self._apply(turn, add_generation_prompt=False)
             if whole.startswith(without):
                 self.header = whole[len(without) :]
