@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -62,6 +64,18 @@ def installed(tmp_path_factory):
         cwd=folder,
     )
     return folder / "installed"
+
+
+def test_the_command_of_the_guide_writes_the_own_task(tmp_path, installed):
+    guide = (ROOT / "docs" / "guide.md").read_text()
+    (line,) = re.findall(r"^threadweaver tasks write --task letters .*$", guide, re.M)
+    assert line in (EXAMPLES / "own_task" / "letters.py").read_text()
+    run("-m", *shlex.split(line), cwd=tmp_path, path=[installed])
+    folder = tmp_path / "data" / "letters"
+    assert [
+        len((folder / name).read_text().splitlines())
+        for name in ("train.jsonl", "validation.jsonl")
+    ] == [1000, 200]
 
 
 def test_own_task_is_found_by_its_entry_point(tmp_path, installed):

@@ -31,8 +31,12 @@ class Letters:
     def problems(self, split: Split, n: int | None, seed: int = 0) -> list[Problem]:
         """`n` different problems; those whose text is held out make up the validation split."""
         words = 3**self.length
-        if n is None or n > words * HELD_OUT / 2:
-            raise ValueError(f"letters: {words} words of length {self.length}, too few for n: {n}")
+        share = HELD_OUT if split == "validation" else 1 - HELD_OUT
+        if n is None or n > words * share / 2:
+            raise ValueError(
+                f"letters: length {self.length} has {words} words, too few for n: {n} of "
+                f"{split}; give a greater length or ask for fewer"
+            )
         draw = random.Random(seed)
         found: dict[str, Problem] = {}
         while len(found) < n:

@@ -170,3 +170,15 @@ def test_a_stage_that_was_stopped_says_how_to_continue_the_pipeline(
     line = capsys.readouterr().out.splitlines()[-1]
     config = tmp_path / "run" / "config.yaml"
     assert line.endswith(f"python -m threadweaver.train pipeline --config {config} --resume")
+
+
+def test_data_that_is_not_there_is_refused_before_the_model_is_loaded(
+    new_run, fails, tmp_path, monkeypatch
+):
+    def never(*_):
+        raise AssertionError("it made a model")
+
+    monkeypatch.setattr("threadweaver.train.run.build_model", never)
+    gone = str(tmp_path / "gone.jsonl")
+    for option in ("--data.train", "--data.validation", "--evaluate.data"):
+        assert f"{gone}: no such file" in fails(new_run("sft")(option, gone), 2)

@@ -196,8 +196,10 @@ def _check(options) -> None:
         path = options[name]
         if path is None:
             continue
-        if path.is_dir() or not path.parent.is_dir():
-            raise ValueError(f"{name}: {path} cannot be written: no such folder, or one itself")
+        if path.is_dir():
+            raise ValueError(f"{name}: {path} is a folder; name a file in it")
+        if not path.parent.is_dir():
+            raise ValueError(f"{name}: {path.parent}: no such folder; make it, or name another")
         if not is_writable(path):
             raise ValueError(f"{name}: {path} cannot be written: not allowed, or read-only")
     if options.json and options.json == options.responses:

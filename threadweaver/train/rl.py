@@ -44,14 +44,18 @@ from threadweaver.train.stages import RLConfig
 class RLTrainer(Trainer[RLConfig]):
     """Reinforcement learning on the problems of a task."""
 
+    def load(self) -> None:
+        task = self.config.task
+        self.task = load_task(task.name, **task.options)  # first: it needs no model
+        for note in getattr(self.task, "notes", ()):
+            print_line(self.console, note)
+        super().load()
+
     def load_data(self) -> None:
         config = self.config
         # The generator runs the whole network, so the trainer must too: no dropout, no noise of any
         # kind (docs/semantics.md, "P-GRPO").
         self.model.eval()
-        self.task = load_task(config.task.name, **config.task.options)
-        for note in getattr(self.task, "notes", ()):
-            print_line(self.console, note)
         problems = self.task.problems("train", config.task.problems, config.seed)
         self.trains_on = f"task: {config.task.name}"
         self.fingerprint = fingerprint(problems)

@@ -146,8 +146,9 @@ class SelfTraining(Run[SelfTrainConfig]):
             seen = "; ".join(list(selection["violations"])[:3])
             raise ConfigError(
                 f"self-training kept none of {len(rows)} rollouts ({reasons}"
-                f"{'; ' + seen if seen else ''}): start from a model that is right more often, or "
-                f"raise rollouts.samples; they are all in {self.run_dir / 'rollouts'}"
+                f"{'; ' + seen if seen else ''}): they are all in {self.run_dir / 'rollouts'}; "
+                "in a new run_dir start from a model that is right more often, or raise "
+                "rollouts.samples"
             )
         save_rows(kept, self.run_dir / "kept.jsonl")
         write_json(self.run_dir / "selection.json", selection)

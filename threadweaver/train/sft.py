@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from threadweaver.data import columns_note, is_data_path, read_examples
+from threadweaver.data.files import data_files
 from threadweaver.evaluate.metrics import compare
 from threadweaver.evaluate.modes import evaluate_modes
 from threadweaver.evaluate.rollouts import fitting
@@ -39,10 +40,17 @@ from tw_kernels import Trie
 class SFTTrainer(Trainer[SFTConfig]):
     """Supervised fine-tuning on the tries of a data file."""
 
-    def load_data(self) -> None:
+    def load(self) -> None:
         config = self.config
+        # What needs no model is checked first: a large one takes minutes to load.
+        for path in filter(None, (config.data.train, config.data.validation)):
+            data_files(path)
         if config.evaluate.data is not None:
             self._load_problems(config.evaluate.data)
+        super().load()
+
+    def load_data(self) -> None:
+        config = self.config
         self.data = self._load_tries(config.data.train)
         if not self.data.tries:
             raise ConfigError(f"data.train: {config.data.train} holds no well-formed trajectory")
