@@ -195,7 +195,7 @@ def test_files_are_written_though_nobody_reads_what_is_shown(
 def test_one_file_for_figures_and_responses_is_refused(refused, tmp_path):
     path = str(tmp_path / "a.json")
     assert "name another" in refused("--json", path, "--responses", path)
-    folder = str(Path(path).parent)
+    folder = str(tmp_path)
     assert f"json: {folder} is a folder; name a file in it" in refused("--json", folder)
     assert "none: no such folder; make it" in refused("--json", f"{folder}/none/a.json")
 
