@@ -269,7 +269,7 @@ def _cell(name: str, estimate: Estimate | None) -> str:
     return f"{estimate.value:,.{digits}f}{unit} [{low}, {high}]"
 
 
-_SHARES = ("accuracy", "format", "activation", "acceleration")
+_SHARES = ("accuracy", "format", "activation", "acceleration", "redundancy")
 
 
 if __name__ == "__main__":
