@@ -4,6 +4,7 @@
     generate    continue a prompt, its threads at the same time
     evaluate    solve held-out problems of a task and report every metric; also: eval
     tasks       write a task's data
+    view        pages to look at: trajectories, the trie of one, a run
     add-tags    add the tags of the trajectory format to a model and its tokenizer
 
 `threadweaver COMMAND --help` lists the settings of a command.
@@ -22,6 +23,7 @@ MODULES = {
     "evaluate": "threadweaver.evaluate",
     "eval": "threadweaver.evaluate",
     "tasks": "threadweaver.tasks",
+    "view": "threadweaver.view",
     "add-tags": "threadweaver.add_tags",
 }
 

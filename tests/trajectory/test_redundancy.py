@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from trajectories import EXAMPLE, unhurried
 
 from threadweaver.trajectory import redundancy
-from threadweaver.trajectory.redundancy import block_redundancy, count_words, parse_text
+from threadweaver.trajectory.parser import parse
+from threadweaver.trajectory.redundancy import block_redundancy, count_words, find_tags
 
 EIGHT = "one two three four five six seven eight"
 
@@ -68,6 +69,6 @@ def test_counts_equal_those_of_every_pair_of_positions(threads: list[str]):
         for i, own in enumerate(grams)
     ]
     text = block(*bodies)
-    [found] = parse_text(text, 1).blocks
+    [found] = parse(find_tags(text), 0, len(text), 1).blocks
     assert block_redundancy(text, found.threads) == expected
     assert redundancy(text) == (sum(r for r, _ in expected), sum(n for _, n in expected))

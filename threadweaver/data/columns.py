@@ -110,7 +110,7 @@ def read_examples(
             or texts that contradict each other; names file, row and field.
     """
     for source, row in read_rows(path):
-        yield _example(row, source, responses, codec)
+        yield example_of(row, source, responses, codec)
 
 
 def columns_note(path: str, examples: Iterable[Example]) -> str:
@@ -124,9 +124,10 @@ def columns_note(path: str, examples: Iterable[Example]) -> str:
     return f"{path}: {'; '.join(parts)}"
 
 
-def _example(
+def example_of(
     row: dict[str, Any], source: str, needs_response: bool, codec: Codec | None
 ) -> Example:
+    """One row, as `read_examples` takes it."""
     # A column that only other rows fill reads as None in parquet: None is the same as missing.
     row = {name: value for name, value in row.items() if value is not None}
     asked = _asked_by(row)

@@ -33,7 +33,7 @@ class Violation(NamedTuple):
     """A breach of the format.
 
     Attributes:
-        line: where and what, "line n: ..."; without the number where the whole text lacks something.
+        line: where and what, "line n: ..."; without the number where the whole text lacks it.
         at: the character of the text that it was found at.
     """
 

@@ -47,8 +47,8 @@ def redundancy(text: str, *, max_depth: int = 1) -> Redundancy:
         max_depth: how deep blocks nest. What stands in a nested block is a part of the thread
             around it too.
     """
-    blocks = list(_blocks(parse_text(text, max_depth)))
-    found = [one for threads in blocks for one in block_redundancy(text, threads)]
+    main = parse(find_tags(text), 0, len(text), max_depth)
+    found = [one for threads in _blocks(main) for one in block_redundancy(text, threads)]
     return Redundancy(sum(one.repeated for one in found), sum(one.grams for one in found))
 
 
@@ -62,10 +62,9 @@ def block_redundancy(text: str, threads: Sequence[Thread]) -> list[Redundancy]:
     ]
 
 
-def parse_text(text: str, max_depth: int) -> Thread:
-    """The main line of a response; positions are characters."""
-    tags = [Tag(m[0], m.start(), m.end()) for m in _TAG.finditer(text)]
-    return parse(tags, 0, len(text), max_depth)
+def find_tags(text: str) -> list[Tag]:
+    """The tags of a response, for `parse`; positions are characters."""
+    return [Tag(m[0], m.start(), m.end()) for m in _TAG.finditer(text)]
 
 
 def count_words(text: str) -> int:
