@@ -14,7 +14,6 @@ that cannot be written; 130 when stopped by Ctrl-C.
 
 from __future__ import annotations
 
-import math
 import sys
 from argparse import ArgumentError
 from itertools import islice
@@ -37,7 +36,9 @@ if TYPE_CHECKING:
 @command
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line (default: the process's own) and returns the exit code."""
-    parser = _parser()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser, pages = _parsers()
+    known = pages.get(arguments[0], parser) if arguments else parser
     try:
         given = parser.parse_args(arguments)
         options = given[given.subcommand]
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         check_out(options.out, options.overwrite)
         {"trajectory": _trajectory, "trie": _trie, "run": _run}[given.subcommand](options)
     except ArgumentError as error:
-        return fail(explain(str(error), parser.get_defaults()), 2)
+        return fail(explain(str(error), known.get_defaults()), 2)
     except ValueError as error:
         return fail(error, 2)
     except KeyboardInterrupt:
@@ -114,19 +115,21 @@ def _check(page: str, options: Namespace) -> None:
     for name in least.get(page, ()):
         if options[name] < 1:
             raise ValueError(f"{name} is {options[name]}: it must be at least 1")
-    if page == "run" and options.watch is not None:
-        if not (math.isfinite(options.watch) and 0.1 <= options.watch <= 86400):
-            raise ValueError(f"watch is {options.watch:g}: it must be 0.1 to 86,400 seconds")
+    seconds = options.get("watch")
+    if seconds is not None and not 0.1 <= seconds <= 86400:
+        raise ValueError(f"watch is {seconds:g}: it must be 0.1 to 86,400 seconds")
 
 
-def _parser() -> ArgumentParser:
+def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
+    """Of the command, and of each page."""
     parser = ArgumentParser(
         prog="python -m threadweaver.view",
         description="Write a page to look at.",
         exit_on_error=False,
         allow_abbrev=False,
     )
-    pages = parser.add_subcommands(required=True, metavar="trajectory|trie|run")
+    commands = parser.add_subcommands(required=True, metavar="trajectory|trie|run")
+    pages = {}
     of_rows = "Data file, responses of an evaluation, rollouts of self-training; or a folder."
     for name, shows in (
         ("trajectory", "Rows of trajectories, threads side by side."),
@@ -161,8 +164,9 @@ def _parser() -> ArgumentParser:
         page.add_argument(
             "--overwrite", action="store_true", help="Overwrite any file without a question."
         )
-        pages.add_subcommand(name, page, help=shows)
-    return parser
+        commands.add_subcommand(name, page, help=shows)
+        pages[name] = page
+    return parser, pages
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ The length of a line is that of its own longest path (docs/semantics.md, "Path m
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -125,12 +126,11 @@ class _Parts:
         length = self._length(start, end)
         self._total += length
         pieces: list[str | int] = []
-        for at, number in self._marks:
-            if start <= at < end:
-                done = start + sum(len(p) for p in pieces if isinstance(p, str))
-                pieces += [self._text[done:at], number] if at > done else [number]
-        done = start + sum(len(p) for p in pieces if isinstance(p, str))
-        return [{"s": [*pieces, self._text[done:end]], "n": length}]
+        first, last = (bisect_left(self._marks, (at, -1)) for at in (start, end))
+        for at, number in self._marks[first:last]:
+            pieces += [self._text[start:at], number] if at > start else [number]
+            start = at
+        return [{"s": [*pieces, self._text[start:end]], "n": length}]
 
     def _length(self, start: int, end: int) -> int:
         """A header is parted from what follows it by the tag before it alone."""

@@ -28,13 +28,13 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 
 
-def build_page(name: str, title: str, data: Mapping[str, Any]) -> str:
+def build_page(name: str, title: str, data: Mapping[str, str]) -> str:
     """The text of a page.
 
     Args:
         name: of the template, pages/NAME.html with .css and .js.
         title: of the window.
-        data: by the id of the element that holds it.
+        data: by name, as `as_json` makes it; `read` of page.js gives it to the script.
     """
     style = _template("page.css") + _template(f"{name}.css")
     script = _template("page.js") + _template(f"{name}.js")
@@ -102,9 +102,9 @@ def _is_page(path: Path) -> bool:
         return GENERATOR.encode() in file.read(500)
 
 
-def _data_elements(data: Mapping[str, Any]) -> Iterable[str]:
-    for name, value in data.items():
-        yield f'<script type="application/json" id="{name}">{as_json(value)}</script>'
+def _data_elements(data: Mapping[str, str]) -> Iterable[str]:
+    for name, text in data.items():
+        yield f'<script type="application/json" id="data-{name}">{text}</script>'
 
 
 def _template(name: str) -> str:

@@ -1,7 +1,7 @@
-"""Trajectories out of files: data files, the responses of an evaluation, rollouts of self-training.
+"""Trajectories out of files: data, responses of an evaluation, rollouts of self-training.
 
-What a file says of a row (its grade, violations and lengths) is taken as it stands; what it does not
-say is left out. A response may be empty or hold anything: it is shown, not trained on.
+What a file says of a row (its grade, violations and lengths) is taken as it stands; what it does
+not say is left out. A response may be empty or hold anything: it is shown, not trained on.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from threadweaver.view.page import build_page, write_page
+from threadweaver.view.page import as_json, build_page, write_page
 from threadweaver.view.run_files import is_run, read_run
 
 MAX_POINTS = 2000  # of a curve: more than a screen has columns
@@ -38,7 +38,8 @@ def run_page(folder: Path, reload_seconds: float | None = None) -> str:
         "written": time.strftime("%Y-%m-%d %H:%M:%S"),
         "reload": reload_seconds,
     }
-    return build_page("run", f"{about['name']}: run", {"about": about, "run": data})
+    texts = {"about": as_json(about), "run": as_json(data)}
+    return build_page("run", f"{about['name']}: run", texts)
 
 
 def watch(folder: Path, out: Path, seconds: float) -> None:
@@ -56,8 +57,7 @@ def _thin(stage: dict) -> None:
     """Leaves MAX_POINTS of the steps, evenly, and all that have a figure few steps have."""
     steps, figures = stage["steps"], stage["figures"]
     stage["last"] = {
-        name: next(v for v in reversed(column) if v is not None)
-        for name, column in figures.items()
+        name: next(v for v in reversed(column) if v is not None) for name, column in figures.items()
     }
     stage["done"] = steps[-1] if steps else 0
     if len(steps) <= MAX_POINTS:

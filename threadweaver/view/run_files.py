@@ -150,32 +150,37 @@ def _rejects(root: Path, damage: Damage) -> Json | None:
 
 
 def _samples(root: Path, damage: Damage) -> list[Json]:
-    """Responses of the newest evaluation and of the newest chunk: right, wrong and malformed."""
-    evaluations = (root / "evaluation").glob("*-*.json")
-    files = [max(group, key=_age) for group in ([*evaluations], _chunks(_self_training(root))) if group]
-    samples = []
-    for path in files:
-        taken: Counter[str] = Counter()
-        for number, row in enumerate(_rollouts(damage.read(path, root)), 1):
-            kind = (
-                "malformed" if row.get("violations") else "right" if row.get("correct") else "wrong"
-            )
-            if taken[kind] == MOST_SAMPLES or not isinstance(row.get("response"), str):
-                continue
-            taken[kind] += 1
-            ask = row.get("question")
-            samples.append(
-                {
-                    "file": str(path.relative_to(root)),
-                    "row": number,
-                    "kind": kind,
-                    "ask": ask if isinstance(ask, str) else json.dumps(ask, ensure_ascii=False),
-                    "response": row["response"][:MOST_CHARACTERS],
-                    "cut": len(row["response"]) > MOST_CHARACTERS,
-                    "breaches": [str(line) for line in row.get("violations") or []],
-                }
-            )
-    return samples
+    """Responses of the newest evaluation and of the newest chunk; what went wrong comes first."""
+    evaluations = list((root / "evaluation").glob("*-parallel.json"))
+    groups = evaluations, _chunks(_self_training(root))
+    return [
+        sample
+        for group in groups
+        if group
+        for sample in _samples_of(max(group, key=_age), root, damage)
+    ]
+
+
+def _samples_of(path: Path, root: Path, damage: Damage) -> list[Json]:
+    taken: dict[str, list[Json]] = {"malformed": [], "wrong": [], "right": []}
+    for number, row in enumerate(_rollouts(damage.read(path, root)), 1):
+        breaches, response = row.get("violations"), row.get("response")
+        kind = "malformed" if breaches else "right" if row.get("correct") else "wrong"
+        if len(taken[kind]) == MOST_SAMPLES or not isinstance(response, str):
+            continue
+        ask = row.get("question")
+        taken[kind].append(
+            {
+                "file": str(path.relative_to(root)),
+                "row": number,
+                "kind": kind,
+                "ask": ask if isinstance(ask, str) else json.dumps(ask, ensure_ascii=False),
+                "response": response[:MOST_CHARACTERS],
+                "cut": len(response) > MOST_CHARACTERS,
+                "breaches": list(map(str, breaches)) if isinstance(breaches, list) else [],
+            }
+        )
+    return [sample for samples in taken.values() for sample in samples]
 
 
 def _self_training(root: Path) -> Path:

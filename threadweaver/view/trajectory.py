@@ -11,7 +11,7 @@ from typing import Any
 from threadweaver.trajectory import Codec, Prompt, find_violations
 from threadweaver.trajectory.format import opened_thinking
 from threadweaver.view.lanes import Lanes, count_words, lanes, tokens_of
-from threadweaver.view.page import build_page
+from threadweaver.view.page import as_json, build_page
 from threadweaver.view.rows import Row
 
 CHUNK = 64
@@ -37,15 +37,19 @@ def trajectory_page(
     """
     measure = count_words if codec is None else tokens_of(codec)
     index: list[list[Any]] = []
-    chunks: list[list[Json]] = []
-    for number, row in enumerate(rows):
+    chunks: list[str] = []
+    part: list[Json] = []
+    for row in rows:
         breaches = _breaches(row, max_depth)
         found = lanes(row.response, [at for _, at in breaches], measure)
-        if number % CHUNK == 0:
-            chunks.append([])
-        chunks[-1].append(_detail(row, found, [line for line, _ in breaches]))
         index.append(_entry(row, found, len(breaches)))
-        on_row(number + 1)
+        part.append(_detail(row, found, [line for line, _ in breaches]))
+        if len(part) == CHUNK:
+            chunks.append(as_json(part))
+            part = []
+        on_row(len(index))
+    if part:
+        chunks.append(as_json(part))
     about = {
         "file": Path(title).name,
         "path": title,
@@ -55,7 +59,7 @@ def trajectory_page(
     }
     # Columns are parsed faster, and take less room, than a list of rows.
     columns = dict(zip(_COLUMNS, map(list, zip(*index, strict=True)), strict=False))
-    data = {"about": about, "index": columns}
+    data = {"about": as_json(about), "index": as_json(columns)}
     return build_page(
         "trajectory",
         f"{about['file']}: trajectories",

@@ -9,7 +9,7 @@ import numpy as np
 
 from threadweaver.data import DataError
 from threadweaver.trajectory import Codec, loss_trie
-from threadweaver.view.page import build_page, packed
+from threadweaver.view.page import as_json, build_page, packed
 from threadweaver.view.rows import Row
 from tw_kernels import Trie, TrieLayout
 
@@ -18,8 +18,7 @@ class Blocks(NamedTuple):
     """The schedule of a trie, as the kernels walk it.
 
     Attributes:
-        full, partial: (query block, KV block) pairs, without and with a mask.
-        computed_pairs: (query, key) pairs in those blocks, what lies outside the trie not counted.
+        full, partial: how many (query block, KV block) pairs there are without and with a mask.
     """
 
     row_ptr: np.ndarray
@@ -27,19 +26,14 @@ class Blocks(NamedTuple):
     kv_blocks: np.ndarray
     full: int
     partial: int
-    computed_pairs: int
 
 
 def blocks_of(layout: TrieLayout, block_q: int, block_kv: int) -> Blocks:
     """The schedule for these block sizes."""
     schedule = layout.block_schedule(block_q, block_kv)
     row_ptr, full_end, kv_blocks = (t.cpu().numpy() for t in schedule[:3])
-    tokens = layout.num_tokens
-    rows = np.minimum(block_q, tokens - block_q * np.arange(len(full_end), dtype=np.int64))
-    columns = np.minimum(block_kv, tokens - block_kv * kv_blocks.astype(np.int64))
-    computed = int((np.repeat(rows, np.diff(row_ptr)) * columns).sum())
     full = int((full_end - row_ptr[:-1]).sum())
-    return Blocks(row_ptr, full_end, kv_blocks, full, len(kv_blocks) - full, computed)
+    return Blocks(row_ptr, full_end, kv_blocks, full, len(kv_blocks) - full)
 
 
 def trie_of(row: Row, codec: Codec, max_depth: int) -> Trie:
@@ -85,7 +79,8 @@ def trie_page(
         "block_kv": block_kv,
         "full": blocks.full,
         "partial": blocks.partial,
-        "computed": blocks.computed_pairs,
+        # Whole blocks, also where they reach beyond the trie.
+        "computed": len(blocks.kv_blocks) * block_q * block_kv,
     }
     data = {
         "about": about,
@@ -98,4 +93,4 @@ def trie_page(
         "full_end": packed(blocks.full_end),
         "kv_blocks": packed(blocks.kv_blocks),
     }
-    return build_page("trie", f"{title}: trie", data)
+    return build_page("trie", f"{title}: trie", {n: as_json(v) for n, v in data.items()})

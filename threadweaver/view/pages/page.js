@@ -2,7 +2,7 @@
 // What all pages share. Text from files is only ever set as text.
 
 const $ = (id) => document.getElementById(id);
-const read = (id) => JSON.parse($(id).textContent);
+const read = (name) => JSON.parse($(`data-${name}`).textContent);
 
 /** An element with a class, text and children. */
 function make(tag, className, text, ...children) {

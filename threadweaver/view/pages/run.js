@@ -9,7 +9,7 @@ const figure = (name, value) => {
   if (value === null || value === undefined) return "–";
   if (SHARES.has(name)) return percent(value);
   if (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e7)) return value.toExponential(2);
-  return Number.isInteger(value) ? count(value) : value.toLocaleString("en", { maximumSignificantDigits: 5 });
+  return Number.isInteger(value) ? count(value) : value.toLocaleString("en", { maximumSignificantDigits: 4 });
 };
 
 // What a person chose outlives a reload.
@@ -40,6 +40,7 @@ for (const stage of run.stages) {
   for (const name of ["loss", "validation_loss", "reward", "accuracy", "longest_path_tokens", "tokens_per_second"]) {
     if (name in stage.last && !(name === "loss" && "reward" in stage.last)) list.append(make("dt", "", name.replaceAll("_", " ")), make("dd", "", figure(name, stage.last[name])));
   }
+  if (run.rejects && stage.name === "self_train") list.append(make("dt", "", "kept"), make("dd", "", `${count(run.rejects.kept)} of ${count(run.rejects.rollouts)}`));
   card.append(list);
   for (const folder of stage.not_finite) card.append(make("div", "bad", `not finite: ${folder}`));
   $("stages").append(card);
@@ -98,19 +99,19 @@ function chart(stage, name, series) {
       path += `${command}${x(steps[i]).toFixed(1)} ${y(v).toFixed(1)}`;
       if (held || steps.length === 1) path += "m-.1 0h.2"; // a dot, by the round ends
     });
-    svg.append(draw("path", { d: path, stroke: `var(--${tone})`, ...(held ? { "stroke-linecap": "round", style: "stroke-width:2.4" } : steps.length === 1 ? { "stroke-linecap": "round", style: "stroke-width:5" } : {}) }));
+    svg.append(draw("path", { d: path, stroke: `var(--${tone})`, class: steps.length === 1 ? "dot" : held ? "held" : "" }));
   }
-  const cursor = draw("line", { class: "cursor", y1: 0, y2: 100, x1: -10, x2: -10 });
+  const cursor = draw("line", { class: "cursor", y1: 0, y2: 100, visibility: "hidden" });
   svg.append(cursor);
-  const plot = make("div", "plot", null, svg, make("span", "most", figure(name, high)));
-  if (!flat) plot.append(make("span", "least", figure(name, low)));
+  const scale = make("div", "scale", null, make("span", "", figure(name, high)), make("span", "", flat ? "" : figure(name, low)));
+  const plot = make("div", "plot", null, svg, scale);
   box.append(plot, make("div", "ends", null, make("span", "", `step ${count(from)}`), make("span", "", count(to))));
   const rest = () => {
     value.replaceChildren(make("span", "", figure(name, stage.last[name])));
-    cursor.setAttribute("x1", -10), cursor.setAttribute("x2", -10);
+    cursor.setAttribute("visibility", "hidden");
   };
   const at = (i) => {
-    cursor.setAttribute("x1", x(steps[i])), cursor.setAttribute("x2", x(steps[i]));
+    for (const [name, value] of [["x1", x(steps[i])], ["x2", x(steps[i])], ["visibility", "visible"]]) cursor.setAttribute(name, value);
     const shown = series.filter(({ name }) => stage.figures[name][i] !== null);
     value.replaceChildren(...shown.map(({ name: of, tone }) => {
       const span = make("span", "", ` ${figure(name, stage.figures[of][i])}`);

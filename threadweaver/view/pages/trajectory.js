@@ -39,12 +39,12 @@ const list = new VirtualList($("list"), 56, (element, i) => {
   element.setAttribute("aria-posinset", i + 1);
   element.onclick = () => show(row);
   const bar = make("span", "length", null, make("i"));
-  bar.style.width = `${Math.max(3, 90 * (index.total[row] / longestRow))}px`;
+  bar.style.width = `${Math.max(3, 44 * (index.total[row] / longestRow))}px`;
   bar.firstChild.style.width = `${100 * (index.total[row] ? index.longest[row] / index.total[row] : 0)}%`;
   const facts = make("span", "facts", null, verdict(row));
   if (index.breaches[row]) facts.append(make("span", "bad", "malformed"));
-  facts.append(make("span", "muted", index.threads[row] ? plural(index.threads[row], "thread") : "sequential"), bar);
-  element.append(make("span", "muted number", count(row + 1)), make("span", "ask", index.ask[row]), make("span"), facts);
+  facts.append(make("span", "muted", index.threads[row] ? plural(index.threads[row], "thread") : "sequential"));
+  element.append(make("span", "muted number", count(row + 1)), make("span", "ask", index.ask[row]), bar, facts);
 });
 
 function filter() {
@@ -108,8 +108,10 @@ async function search() {
 
 // ---- one row
 
-/** Text with tags set apart, and what is searched for marked. */
+/** Text with tags set apart, and what is searched for marked. Empty lines at its top are not worth
+ * their room. */
 function appendText(box, text) {
+  if (!box.hasChildNodes() || (box.childNodes.length === 1 && box.firstChild.className === "join")) text = text.replace(/^\n+/, "");
   for (const piece of text.split(TAG)) {
     if (!piece) continue;
     if (TAG.test(piece)) {
@@ -206,13 +208,8 @@ function threadElement(part, block, shown, path, number) {
   twice.title = grams ? `${count(repeated)} of its ${count(grams)} 8-grams stand in a sibling` : "It has no eight words in a row";
   line.append(twice);
   const head = make("header", "", null, line, bar);
-  const open = make("div", "text");
-  for (const piece of part.open) appendPart(open, piece, shown.breaches);
-  box.append(head, open);
-  fillLine(box, part.t, shown, onPath);
-  const close = make("div", "text");
-  for (const piece of part.close) appendPart(close, piece, shown.breaches);
-  box.append(close);
+  box.append(head);
+  fillLine(box, [...part.open, ...part.t, ...part.close], shown, onPath);
   return box;
 }
 
@@ -289,7 +286,7 @@ function show(row) {
   facts.append(fact("acceleration", percent(saved(row))));
   const twice = redundancy(row);
   if (twice !== null) facts.append(fact("redundancy", percent(twice)));
-  if (data.recorded) facts.append(fact("tokens, longest path (file)", data.recorded.map(count).join(", ")));
+  if (data.recorded) facts.append(fact("tokens, critical path in the file", data.recorded.map(count).join(", ")));
   if (data.mode) facts.append(fact("decoded", data.mode));
   box.replaceChildren(facts);
 

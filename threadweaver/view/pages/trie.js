@@ -17,17 +17,38 @@ const NONE = 0, FULL = 1, PARTIAL = 2;
 
 const depth = new Int32Array(N);
 const parent = new Int32Array(N);
-const lines = []; // of the list: first token, its end, level of branching, whether a node begins
 {
-  const path = [], branches = [];
+  const path = [];
   for (let i = 0; i < N; i++) {
     while (path.length && ends[path.at(-1)] <= i) path.pop();
     parent[i] = path.length ? path.at(-1) : -1;
     depth[i] = path.length;
     path.push(i);
   }
-  const WIDE = 96;
-  let width = 0, line = null;
+}
+
+// ---- lines of the list: first token, its end, level of branching, whether a node begins
+
+const INDENT = 14, MOST_LEVELS = 24, GUTTER = 100;
+let lines = [];
+
+/** Breaks the tokens into lines for a width in pixels. */
+function breakLines(width) {
+  const probe = make("span", "t", "0".repeat(100));
+  const row = make("div", "row", null, probe);
+  row.style.cssText = "position:absolute;visibility:hidden";
+  $("tokens").append(row);
+  const letter = probe.getBoundingClientRect().width / 100 || 7.5;
+  row.remove();
+  const widths = texts.map((text) => {
+    let n = 0;
+    for (const sign of text) n += sign.codePointAt(0) > 0x2e7f ? 2 : 1;
+    return n || 1;
+  });
+  const ended = texts.map((text) => text.endsWith("\n"));
+  const branches = [];
+  let used = 0, line = null;
+  lines = [];
   for (let i = 0; i < N; i++) {
     // A node is a run in which every token is the only child of the one before it.
     const begins = i === 0 || ends[i] !== ends[i - 1];
@@ -35,14 +56,15 @@ const lines = []; // of the list: first token, its end, level of branching, whet
       while (branches.length && ends[branches.at(-1)] <= i) branches.pop();
       branches.push(i);
     }
-    const text = texts[tokens[i]];
-    if (begins || width + text.length > WIDE || (line && texts[tokens[i - 1]].endsWith("\n"))) {
-      line = { from: i, to: i, level: branches.length - 1, begins };
+    const level = branches.length - 1;
+    const room = Math.max(16, Math.floor((width - GUTTER - INDENT * Math.min(level, MOST_LEVELS)) / letter));
+    if (begins || used + widths[tokens[i]] > room || ended[tokens[i - 1]]) {
+      line = { from: i, to: i, level, begins };
       lines.push(line);
-      width = 0;
+      used = 0;
     }
     line.to = i + 1;
-    width += text.length;
+    used += widths[tokens[i]];
   }
 }
 const lineOf = (i) => {
@@ -78,7 +100,7 @@ const list = new VirtualList($("tokens"), 20, (row, number) => {
   if (begins) row.classList.add("first");
   row.append(make("span", "at", count(from)));
   const line = make("span", "line");
-  line.style.marginLeft = `${Math.min(level, 24) * 14}px`;
+  line.style.marginLeft = `${INDENT * Math.min(level, MOST_LEVELS)}px`;
   for (let i = from; i < to; i++) {
     const text = texts[tokens[i]];
     const span = make("span", "t");
@@ -122,7 +144,7 @@ function describe() {
   }
   const q = Math.floor(self / about.block_q);
   const full = fullEnd[q] - rowPtr[q], partial = rowPtr[q + 1] - fullEnd[q];
-  const facts = [`depth ${count(depth[self])}`, `sees ${plural(lit.length, "token")}`, `seen by ${count(self)} to ${count(ends[self] - 1)}`];
+  const facts = [`depth ${count(depth[self])}`, `sees ${plural(lit.length, "token")}`, `seen by tokens ${count(self)} to ${count(ends[self] - 1)}`];
   if (sampled) facts.push(sampled[self] ? "completed by a call" : "context only");
   box.replaceChildren(
     make("strong", "", `Token ${count(self)} `),
@@ -169,7 +191,7 @@ function paintMask() {
     }
   }
   const image = new ImageData(size, size);
-  const tones = { [NONE]: [parts("paper"), parts("ink")], [FULL]: [parts("accent-soft"), parts("accent")], [PARTIAL]: [parts("critical-soft"), parts("critical")] };
+  const tones = { [NONE]: [parts("paper"), parts("ink")], [FULL]: [parts("paper"), parts("bar")], [PARTIAL]: [parts("critical-soft"), parts("critical")] };
   const outside = parts("raised");
   for (let x = 0; x < size; x++) {
     const k = Math.floor(view.k + (x + 0.5) / scale);
@@ -257,7 +279,12 @@ function schedule() {
 
 // ---- what is pointed at
 
+// A browser also says so when the page moves beneath a pointer at rest: keys would then do nothing.
+let pointer = "";
 $("tokens").addEventListener("mouseover", (event) => {
+  const place = `${event.clientX} ${event.clientY}`;
+  if (place === pointer) return;
+  pointer = place;
   const span = event.target.closest(".t");
   if (span) light(Number(span.dataset.i));
 });
@@ -319,13 +346,18 @@ for (const [name, value] of [
   ["computed pairs", `${count(about.computed)} (${(about.computed / about.visible).toFixed(2)} for each visible one)`],
   ["blocks", `${about.block_q} × ${about.block_kv}: ${count(about.full)} full, ${count(about.partial)} partial, ${count(queryBlocks * keyBlocks - about.full - about.partial)} skipped`],
 ]) $("figures").append(make("dt", "", name), make("dd", "", value));
-for (const [name, text] of [["accent", "full block: no mask needed"], ["critical", "partial block: visible"], ["critical-soft", "partial block: computed, hidden"], ["paper", "skipped"]]) {
+for (const [name, text] of [["bar", "full block: no mask needed"], ["critical", "partial block: visible"], ["critical-soft", "partial block: computed, hidden"], ["paper", "skipped"]]) {
   const swatch = make("i");
   swatch.style.background = `var(--${name})`;
   $("legend").append(make("li", "", null, swatch, text));
 }
 describe();
-list.reset(lines.length);
+new ResizeObserver(([{ contentRect }]) => {
+  const top = lines.length ? lines[Math.min(lines.length - 1, Math.floor(list.box.scrollTop / list.height))].from : 0;
+  breakLines(contentRect.width);
+  list.reset(lines.length);
+  list.box.scrollTop = lineOf(top) * list.height;
+}).observe($("tokens"));
 new ResizeObserver(schedule).observe(canvas);
 startTheme(paintMask);
 ready();
