@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.trajectory.trajectories import CODEC, EXAMPLE, Trajectory, trajectories, unhurried
+from tests.trajectory.trajectories import CODEC, EXAMPLE, Trajectory, trajectories
 from threadweaver.trajectory import TAGS, path_lengths, redundancy
 from threadweaver.view.lanes import MOST_LEVELS, Lanes, lanes, tokens_of
 
 IN_TOKENS = tokens_of(CODEC)
+unhurried = settings(deadline=None, max_examples=30)
 
 
 def text_and_marks(parts: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:

@@ -109,9 +109,17 @@ def test_files_of_other_shapes_are_no_error(run):
         "evaluation/sft-parallel.json",
         "self_train/selection.json",
     ):
-        for text in ("[]", "3", '{"parallel": 1, "rollouts": 2}', "[1]", "null"):
+        for text in (
+            *("[]", "3", '{"parallel": 1, "rollouts": 2}', "[1]", "null", "[" * 9999),
+            '[{"response": "a", "violations": 3}]',
+            f'{{"parallel": {{"accuracy": 1{"0" * 400}, "format": NaN}}}}',
+            '{"rollouts": 1, "kept": 1, "rejected": {"wrong": NaN}, "violations": {"a": []}}',
+        ):
             (run / name).write_text(text)
             seen(run)
+    (run / "self_train" / "selection.json").unlink()
+    (run / "self_train" / "rollouts" / "chunk-1.json").write_text('[{"violations": 3}]')
+    assert seen(run)["rejects"]["rollouts"] == 4
 
 
 def test_long_curves_are_thinned_and_rare_figures_kept(run):

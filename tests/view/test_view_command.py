@@ -71,3 +71,16 @@ def test_bad_input_ends_in_one_line(rows, model, refused, tmp_path):
     assert "did you mean" in refused("run", tmp_path, "--out", out, "--wach", 1)
     assert refused("pages", tmp_path) and refused()
     assert mine.read_text() == "mine" and not out.exists()
+
+
+def test_watching_is_ended_by_ctrl_c_and_leaves_a_page_at_rest(tmp_path, monkeypatch):
+    out, slept = tmp_path / "page.html", []
+
+    def sleep(seconds: float) -> None:
+        slept.append(data_of(out.read_text())["about"]["reload"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("threadweaver.view.run.time.sleep", sleep)
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    assert main(["run", str(tmp_path), "--watch", "3", "--out", str(out)]) == 0
+    assert slept == [3] and data_of(out.read_text())["about"]["reload"] is None

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentError
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,7 +98,8 @@ def _run(options: Namespace) -> None:
         return
     console = Console(stderr=True)
     print_line(console, f"{options.out}: written every {options.watch:g} s; Ctrl-C ends it")
-    watch(folder, options.out, options.watch)
+    with suppress(KeyboardInterrupt):
+        watch(folder, options.out, options.watch)
 
 
 def _codec(model: str) -> Codec:

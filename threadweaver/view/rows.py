@@ -7,7 +7,6 @@ not say is left out. A response may be empty or hold anything: it is shown, not 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +116,6 @@ def _is_prompt(value: Any) -> TypeGuard[Prompt]:
     )
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[float]:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and 0 <= value < 2**53
+    return number and 0 <= value < 2**53  # neither NaN nor infinite

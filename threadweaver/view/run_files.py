@@ -7,7 +7,6 @@ may be half a line. Anything else that cannot be read is counted and named, neve
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 # What a run's folder holds, in the order in which it is made; each may be a run of its own.
 STAGES = ("", "sft", "self_train", "self_train/sft", "rl")
+MOST = 1e300  # of a figure: a whole number in JSON may be larger than any float
 MOST_SAMPLES = 4  # of each kind
 MOST_CHARACTERS = 6000  # of a sample
 
@@ -131,15 +131,15 @@ def _rejects(root: Path, damage: Damage) -> Json | None:
         kinds = int, int, dict, dict
         found = zip(names, kinds, strict=True)
         if all(isinstance(selection.get(name), kind) for name, kind in found):
-            return {name: selection[name] for name in names} | {"so_far": False}
+            counts = {name: _counts(selection[name]) for name in names[2:]}
+            return {name: selection[name] for name in names} | counts | {"so_far": False}
         damage.add(folder / "selection.json", root, "is not what a run wrote")
     rows = [row for path in _chunks(folder) for row in _rollouts(damage.read(path, root))]
     if not rows:
         return None
     wrong = sum(not row.get("correct") for row in rows)
-    breaches = [row["violations"] for row in rows if row.get("violations")]
-    malformed = sum(bool(row.get("correct") and row.get("violations")) for row in rows)
-    first = Counter(str(lines[0]).partition(": ")[2] for lines in breaches)
+    malformed = sum(bool(row.get("correct") and _breaches(row)) for row in rows)
+    first = Counter(lines[0].partition(": ")[2] for lines in map(_breaches, rows) if lines)
     return {
         "rollouts": len(rows),
         "kept": len(rows) - wrong - malformed,
@@ -164,7 +164,7 @@ def _samples(root: Path, damage: Damage) -> list[Json]:
 def _samples_of(path: Path, root: Path, damage: Damage) -> list[Json]:
     taken: dict[str, list[Json]] = {"malformed": [], "wrong": [], "right": []}
     for number, row in enumerate(_rollouts(damage.read(path, root)), 1):
-        breaches, response = row.get("violations"), row.get("response")
+        breaches, response = _breaches(row), row.get("response")
         kind = "malformed" if breaches else "right" if row.get("correct") else "wrong"
         if len(taken[kind]) == MOST_SAMPLES or not isinstance(response, str):
             continue
@@ -177,7 +177,7 @@ def _samples_of(path: Path, root: Path, damage: Damage) -> list[Json]:
                 "ask": ask if isinstance(ask, str) else json.dumps(ask, ensure_ascii=False),
                 "response": response[:MOST_CHARACTERS],
                 "cut": len(response) > MOST_CHARACTERS,
-                "breaches": list(map(str, breaches)) if isinstance(breaches, list) else [],
+                "breaches": breaches,
             }
         )
     return [sample for samples in taken.values() for sample in samples]
@@ -197,6 +197,15 @@ def _rollouts(value: Any) -> list[Json]:
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
+def _breaches(row: Json) -> list[str]:
+    listed = row.get("violations")
+    return list(map(str, listed)) if isinstance(listed, list) else []
+
+
+def _counts(value: Json) -> Json:
+    return {name: n for name, n in value.items() if _is_number(n)}
+
+
 def _age(path: Path) -> float:
     try:
         return path.stat().st_mtime
@@ -206,4 +215,4 @@ def _age(path: Path) -> float:
 
 def _is_number(value: Any) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value)
+    return number and -MOST < value < MOST  # neither NaN nor infinite

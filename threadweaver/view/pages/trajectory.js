@@ -202,7 +202,7 @@ function threadElement(part, block, shown, path, number) {
   const bar = make("div", "length", null, make("i"));
   bar.firstChild.style.width = `${block.n ? (100 * part.n) / block.n : 0}%`;
   const line = make("div", "line", null, make("h3", "", `Thread ${number}`), make("span", "number", `${plural(part.n, about.unit.slice(0, -1))}`));
-  if (onPath) line.append(make("span", "critical", "critical path"));
+  if (onPath) line.append(make("span", "critical", "critical"));
   const [repeated, grams] = part.r;
   const twice = make("span", "muted number", grams ? `redundancy ${percent(repeated / grams)}` : "redundancy –");
   twice.title = grams ? `${count(repeated)} of its ${count(grams)} 8-grams stand in a sibling` : "It has no eight words in a row";
