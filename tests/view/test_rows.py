@@ -5,6 +5,7 @@ import json
 import pytest
 
 from threadweaver.data import DataError, save_rows, trajectory_row
+from threadweaver.trajectory import Rendered
 from threadweaver.view.rows import read_trajectories
 
 GRADED = {
@@ -35,6 +36,15 @@ def test_a_row_that_is_one_text_is_split_as_training_splits_it(tmp_path):
     path.write_text(json.dumps({"question": "q", "qwen_text": "q<think></think>a"}))
     [row] = read_trajectories(str(path))
     assert (row.prompt, row.response) == ("q", "<think></think>a")
+
+
+def test_a_prompt_that_is_rendered_stays_so(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{**GRADED, "rendered": True}, {"qwen_text": "<|a|>qr", "response": "r"}, GRADED]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = [row.prompt for row in read_trajectories(str(path))]
+    assert prompts == ["1+1?", "<|a|>q", "1+1?"]
+    assert [isinstance(prompt, Rendered) for prompt in prompts] == [True, True, False]
 
 
 def test_rows_of_an_evaluation(tmp_path):

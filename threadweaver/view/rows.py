@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 from threadweaver.data import DataError, read_rows
 from threadweaver.data.columns import ANSWERS, PROMPTS, example_of
 from threadweaver.data.files import data_files
-from threadweaver.trajectory import Prompt
+from threadweaver.trajectory import Prompt, Rendered
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,10 @@ def _row(row: dict[str, Any], source: str) -> Row:
     row = {name: value for name, value in row.items() if value is not None}
     prompt = next((row[name] for name in PROMPTS if name in row), None)
     response = row.get("response")
-    if isinstance(response, str) and _is_prompt(prompt):
+    # Where a `qwen_text` parts into prompt and response is said in one place.
+    if "qwen_text" not in row and isinstance(response, str) and _is_prompt(prompt):
+        if row.get("rendered") is True and isinstance(prompt, str):
+            prompt = Rendered(prompt)
         truth = row.get("reward_model")
         answer = truth.get("ground_truth") if isinstance(truth, dict) else None
         answer = next((row[name] for name in ANSWERS if name in row), answer)

@@ -108,11 +108,12 @@ class VirtualList {
     }
   }
 
-  /** Scrolls no further than needed to have row i in view. */
+  /** Scrolls no further than needed to have row i and its neighbours in view. */
   reveal(i) {
-    const top = i * this.height;
+    const spare = Math.min(2 * this.height, this.box.clientHeight / 4);
+    const top = i * this.height - spare;
     if (top < this.box.scrollTop) this.box.scrollTop = top;
-    const bottom = top + this.height - this.box.clientHeight;
+    const bottom = top + this.height + 2 * spare - this.box.clientHeight;
     if (bottom > this.box.scrollTop) this.box.scrollTop = bottom;
     this.show();
   }
