@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command line (default: the process's own) and returns the exit code."""
     parser = _parser()
     try:
-        given = vars(parser.instantiate_classes(parser.parse_args(arguments)))
+        given = vars(parser.instantiate(parser.parse_args(arguments)))
         given["generation"] = replace(given["generation"], mode="sequential")
         options = AnnotateSettings(**given)
         prompts = Prompts(options.prompts)
