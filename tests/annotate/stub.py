@@ -44,7 +44,7 @@ class StubServer:
     Attributes:
         received: the messages of all requests.
         answered: those whose reply is on its way.
-        before_reply: called with the messages when a reply is about to be sent.
+        before_reply: called with the messages when a reply is about to be sent; whether it is to.
     """
 
     def __init__(self, reply: Callable[[Messages], str | Fault] = right):
@@ -67,9 +67,9 @@ class StubServer:
                 fault = reply if isinstance(reply, Fault) else Fault(text=reply)
                 if fault.seconds:
                     time.sleep(fault.seconds)
-                if not stub.before_reply(messages):
-                    return
                 with stub.lock:
+                    if not stub.before_reply(messages):
+                        return
                     stub.answered.append(messages)
                 content = completion(fault) if fault.body is None else fault.body
                 try:

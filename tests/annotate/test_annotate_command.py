@@ -31,6 +31,13 @@ def rows() -> list[dict[str, Any]]:
     return gym_rows(20)
 
 
+@pytest.fixture(autouse=True)
+def no_plot(request, monkeypatch):
+    """Drawing takes most of the time of a small run."""
+    if "twenty" not in request.node.name:
+        monkeypatch.setattr("threadweaver.annotate.annotation.plot_summary", lambda *_: None)
+
+
 @pytest.fixture
 def annotate(tmp_path, student, rows):
     """Runs the command on some of the rows; returns the exit code."""

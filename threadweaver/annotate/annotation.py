@@ -46,13 +46,14 @@ class Annotation:
         problems: Sequence[Problem],
         prompts: Prompts,
         codec: Codec,
+        server: OpenAITeacher | None,
         store: Store,
         console: Console,
     ):
         self.folder = store.folder
         self._options, self._task, self._problems = options, task, problems
         self._prompts, self._codec, self._store = prompts, codec, store
-        self._console = console
+        self._server, self._console = server, console
         self._results: dict[int, str | LeftOut] = {}
 
     @classmethod
@@ -71,12 +72,13 @@ class Annotation:
         tokenizer = load_tokenizer(options.student)
         add_tags(tokenizer)
         codec = Codec.from_tokenizer(tokenizer, template=options.template)
+        server = None
         if options.teacher.url is None:
-            load_tokenizer(options.teacher.model)
+            load_tokenizer(options.teacher.model)  # the model is loaded when the student is gone
         else:
-            OpenAITeacher(options.teacher)
+            server = OpenAITeacher(options.teacher)
         store = Store(options.out, _made_with(options, task.problems("train", None), prompts))
-        return cls(options, task, problems, prompts, codec, store, console)
+        return cls(options, task, problems, prompts, codec, server, store, console)
 
     def __enter__(self) -> Self:
         return self
@@ -189,9 +191,9 @@ class Annotation:
         return given
 
     def _teacher(self) -> Teacher:
+        if self._server is not None:
+            return self._server
         options = self._options
-        if options.teacher.url is not None:
-            return OpenAITeacher(options.teacher)
         settings, _ = settle_precision(options.engine)
         teacher, note = EngineTeacher.load(options.teacher, settings)
         if note:
