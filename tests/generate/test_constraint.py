@@ -18,9 +18,9 @@ class Alternating:
     def __init__(self):
         self.taken: list[int] = []
 
-    def allowed(self) -> torch.Tensor:
+    def allowed(self, vocabulary: int) -> torch.Tensor:
         choices = [EOS] if len(self.taken) == 6 else ids(["ab", "0123456789"][len(self.taken) % 2])
-        return torch.zeros(128, dtype=torch.bool).index_fill_(0, torch.tensor(choices), True)
+        return torch.zeros(vocabulary, dtype=torch.bool).index_fill_(0, torch.tensor(choices), True)
 
     def accept(self, token: int) -> None:
         self.taken.append(token)

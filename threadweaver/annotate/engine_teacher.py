@@ -53,7 +53,7 @@ class EngineTeacher:
         )
         grammars, note = None, None
         if settings.constrain:
-            grammars, note = Grammars.of(tokenizer, loaded.vocabulary_size, loaded.codec.end_ids)
+            grammars, note = Grammars.of(tokenizer, loaded.codec.end_ids)
         return cls(loaded, settings, grammars), note
 
     async def ask(self, messages: list[Message], grammar: str, seed: int) -> Reply:
@@ -74,6 +74,7 @@ class EngineTeacher:
         return reply_of(
             self._engine.codec.decode([id for id in response if id not in end_ids]),
             "stop" if ended else "length",
+            may_think=constraint is None,
             prompt_tokens=len(prompt),
             completion_tokens=len(response),
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from threadweaver.annotate.map import KINDS, PARALLEL
+
+if TYPE_CHECKING:
+    import xgrammar
 
 MOST_STEPS, MOST_GROUPS, MOST_UNITS = 30, 8, 6
 MOST_REPLACEMENTS, MOST_SOURCE = 6, 160  # characters
@@ -34,7 +38,7 @@ def map_grammar(line_count: int) -> str:
 root ::= "1 [1-" line "] " rest ("\n" step){{0,{MOST_STEPS - 1}}} ("\n" group){{0,{MOST_GROUPS}}}
 step ::= name " [" line "-" line "] " rest
 rest ::= ({kinds}) ": " word (" " word){{0,{MOST_WORDS - 1}}}
-word ::= [^\n\r\t ]{{1,{MOST_LETTERS}}}
+word ::= [^\x00-\x20]{{1,{MOST_LETTERS}}}
 group ::= "{PARALLEL} " unit (" | " unit){{1,{MOST_UNITS - 1}}}
 unit ::= name ("-" name)?
 name ::= count ("." count)?
@@ -58,7 +62,7 @@ def outline_grammar(count: int) -> str:
     return rf"""
 root ::= "<Outlines>\n" {lines} "</Outlines>"
 text ::= word (" " word){{0,{MOST_WORDS - 1}}}
-word ::= [^<>\n\r\t ]{{1,{MOST_LETTERS}}}
+word ::= [^<>\x00-\x20]{{1,{MOST_LETTERS}}}
 """
 
 
@@ -66,28 +70,25 @@ class Grammars:
     """Grammars for one vocabulary.
 
     Args:
-        size: of the vocabulary, as the logits have it.
         end_ids: tokens that end a reply.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int, end_ids: Sequence[int]):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]):
         import xgrammar
 
-        info = xgrammar.TokenizerInfo.from_huggingface(
-            tokenizer, vocab_size=size, stop_token_ids=list(end_ids)
-        )
+        info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, stop_token_ids=list(end_ids))
         self._compiler = xgrammar.GrammarCompiler(info)
-        self._size = size
+        self._size = info.vocab_size
 
     @classmethod
     def of(
-        cls, tokenizer: PreTrainedTokenizerBase, size: int, end_ids: Sequence[int]
+        cls, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]
     ) -> tuple[Grammars | None, str | None]:
         """None, and a line to show, where the package is missing or cannot read the tokenizer."""
         if importlib.util.find_spec("xgrammar") is None:
             return None, MISSING
         try:
-            return cls(tokenizer, size, end_ids), None
+            return cls(tokenizer, end_ids), None
         except (ValueError, RuntimeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
             return None, f"teacher: its replies are not held to their form: {reason}"
@@ -103,14 +104,16 @@ class Grammars:
 class GrammarConstraint:
     """See `threadweaver.generate.constraint.Constraint`."""
 
-    def __init__(self, matcher, size: int):
+    def __init__(self, matcher: xgrammar.GrammarMatcher, size: int):
         self._matcher, self._size = matcher, size
         self._bits = np.full((1, -(-size // 32)), -1, np.int32)
 
-    def allowed(self) -> Tensor:
+    def allowed(self, vocabulary: int) -> Tensor:
+        """See `Constraint`. Ids that the tokenizer does not have are not allowed."""
         self._matcher.fill_next_token_bitmask(self._bits)
         bits = np.unpackbits(self._bits[0].view(np.uint8), bitorder="little")
-        return torch.from_numpy(bits[: self._size]).bool()
+        known = min(self._size, vocabulary)
+        return torch.from_numpy(np.pad(bits[:known], (0, vocabulary - known))).bool()
 
     def accept(self, token: int) -> None:
         if not self._matcher.accept_token(token):

@@ -67,7 +67,7 @@ def read_map(reply: str, line_count: int) -> Map:
     """
     steps: list[Step] = []
     groups: list[str] = []
-    for line in filter(None, map(str.strip, reply.splitlines())):
+    for line in filter(None, (line.strip(" \t\r") for line in reply.split("\n"))):
         if line.startswith("```"):
             continue
         if line.startswith(f"{PARALLEL} "):

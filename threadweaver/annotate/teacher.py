@@ -28,9 +28,11 @@ class Reply:
     retries: int = 0
 
 
-def reply_of(text: str, finish: Finish, **counts: int) -> Reply:
-    """A reply, from the whole text of a response."""
-    text = text.rpartition("</think>")[2].strip()
+def reply_of(text: str, finish: Finish, *, may_think: bool = True, **counts: int) -> Reply:
+    """A reply, from the whole text of a response, which may begin with thinking."""
+    if may_think:
+        text = text.rpartition("</think>")[2]
+    text = text.strip()
     text = text.encode("utf-8", "replace").decode()  # JSON may hold half of a surrogate pair
     return Reply(text, finish if text or finish == "length" else "refusal", **counts)
 

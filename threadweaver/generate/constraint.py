@@ -12,7 +12,7 @@ from torch import Tensor
 class Constraint(Protocol):
     """The state of one response, which it follows token by token."""
 
-    def allowed(self) -> Tensor:
+    def allowed(self, vocabulary: int) -> Tensor:
         """bool [V], on the CPU: which tokens may come next, one of them at least."""
         ...
 
@@ -29,5 +29,5 @@ def constrained(logits: Tensor, constraints: Sequence[Constraint | None]) -> Ten
     masked = logits.clone()
     for row, constraint in zip(masked, constraints, strict=True):
         if constraint is not None:
-            row.masked_fill_(~constraint.allowed().to(row.device), -math.inf)
+            row.masked_fill_(~constraint.allowed(len(row)).to(row.device), -math.inf)
     return masked

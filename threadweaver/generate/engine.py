@@ -172,11 +172,6 @@ class Engine:
         return len(self._live)
 
     @property
-    def vocabulary_size(self) -> int:
-        """Rows of the embedding, V of the logits."""
-        return self._rows
-
-    @property
     def has_work(self) -> bool:
         return bool(self._live)
 
