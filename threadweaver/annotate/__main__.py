@@ -66,13 +66,13 @@ def main(arguments: list[str] | None = None) -> int:
     again = "every reply is saved: run the same command again to go on"
     try:
         task = DataFile(options.data, held_out=0.0)
-        for note in task.notes:
-            print_line(progress, note)
         problems = task.problems("train", None)[: options.limit]
         if options.dry_run:
             print_prompts(console, problems, prompts)
             return 0
-        with Annotation.begin(options, task, problems, prompts, progress) as annotation:
+        for note in task.notes:
+            print_line(console, note)
+        with Annotation.begin(options, task, problems, prompts, console, progress) as annotation:
             annotation.answer()
             annotation.ask_teacher()
             summary = annotation.finish()

@@ -49,11 +49,12 @@ class Annotation:
         server: OpenAITeacher | None,
         store: Store,
         console: Console,
+        progress: Console,
     ):
         self.folder = store.folder
         self._options, self._task, self._problems = options, task, problems
         self._prompts, self._codec, self._store = prompts, codec, store
-        self._server, self._console = server, console
+        self._server, self._console, self._progress = server, console, progress
         self._results: dict[int, str | LeftOut] = {}
 
     @classmethod
@@ -64,9 +65,17 @@ class Annotation:
         problems: Sequence[Problem],
         prompts: Prompts,
         console: Console,
+        progress: Console,
     ) -> Self:
-        """Args: those of the command. Raises ValueError for models, a server or a folder that
-        cannot be used."""
+        """What the command asks for, before any work.
+
+        Args:
+            console: for notes.
+            progress: for progress.
+
+        Raises:
+            ValueError: models, a server or a folder that cannot be used.
+        """
         assert options.out and options.student and options.teacher.model  # AnnotateSettings
         find_device(options.engine.device)
         tokenizer = load_tokenizer(options.student)
@@ -78,7 +87,7 @@ class Annotation:
         else:
             server = OpenAITeacher(options.teacher)
         store = Store(options.out, _made_with(options, task.problems("train", None), prompts))
-        return cls(options, task, problems, prompts, codec, server, store, console)
+        return cls(options, task, problems, prompts, codec, server, store, console, progress)
 
     def __enter__(self) -> Self:
         return self
@@ -105,7 +114,7 @@ class Annotation:
             engine,
             options.generation,
             options.seed,
-            self._console,
+            self._progress,
         )
 
     def ask_teacher(self) -> None:
@@ -121,7 +130,7 @@ class Annotation:
             self._teacher(),
             at_once=options.teacher.at_once,
             seed=options.seed,
-            console=self._console,
+            console=self._progress,
         )
         self._results |= run.run()
 
@@ -176,7 +185,7 @@ class Annotation:
         responses = {n: answered(self._store, n, p) for n, p in enumerate(self._problems, 1)}
         pending = {n: grading(self._task, r, self._problems[n - 1]) for n, r in responses.items()}
         given: dict[int, Given] = {}
-        with Progress(self._console, "grading", len(responses), "responses") as progress:
+        with Progress(self._progress, "grading", len(responses), "responses") as progress:
             for number in progress.track(responses):
                 problem, response = self._problems[number - 1], responses[number]
                 try:
