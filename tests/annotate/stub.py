@@ -83,7 +83,7 @@ class StubServer:
                 except OSError:
                     pass  # the client is gone
 
-            def log_message(self, *_: object) -> None: ...
+            def log_message(self, format: str, *args: object) -> None: ...
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True

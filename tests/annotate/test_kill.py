@@ -76,7 +76,7 @@ def undisturbed(runs: Runs, out: Path) -> tuple[bytes, int]:
 def kill_when_answered(runs: Runs, out: Path, kills: list[int]) -> StubServer:
     """Runs to the end, killed -9 each time that so many requests were answered and their replies
     reached the disk. Requests that are open at a kill are never answered."""
-    child, dead = 0, False
+    child, dead, status = 0, False, 1
     left = sorted(kills, reverse=True)
 
     def before_reply(_: Messages) -> bool:
