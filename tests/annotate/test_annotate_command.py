@@ -4,6 +4,8 @@ on the way."""
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +275,24 @@ def test_a_server_that_is_gone_ends_the_run_and_nothing_is_lost(annotate, tmp_pa
         assert annotate(server, *options) == 0
     assert len(read(tmp_path / "out" / "kept.jsonl")) == 20
     assert not any(messages in asked for messages in server.received)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_open_requests_end_and_makes_no_other(annotate, tmp_path, capsys, number):
+    def script(messages: Messages) -> str | Fault:
+        if len(server.received) == 5:
+            os.kill(os.getpid(), number)
+        return Fault(text=str(right(messages)), seconds=0.2)
+
+    with StubServer(script) as server:
+        options = ["--limit", "6", "--teacher.at_once", "3"]
+        assert annotate(server, *options) == 128 + number
+        assert "run the same command again" in capsys.readouterr().err.splitlines()[-1]
+        stopped = list(server.received)
+        assert 5 <= len(stopped) <= 6  # those that were open
+        assert annotate(server, *options) == 0
+    assert not any(messages in stopped for messages in server.received[len(stopped) :])
+    assert len(read(tmp_path / "out" / "kept.jsonl")) == 6
 
 
 def test_a_dry_run_prints_the_prompts_and_asks_and_makes_nothing(tmp_path, rows, capsys):

@@ -113,7 +113,13 @@ class Log:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_lines(path, [json.dumps(value, ensure_ascii=False, indent=1) + "\n"])
+    """As `write_lines`. A file that holds it already is left alone: a run that goes on comes by
+    all that was done before."""
+    text = json.dumps(value, ensure_ascii=False, indent=1) + "\n"
+    with suppress(OSError, ValueError):
+        if path.read_text(encoding="utf-8") == text:
+            return
+    write_lines(path, [text])
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
