@@ -28,7 +28,7 @@ from threadweaver.generate.sampler import sample, stream_key, uniforms
 from threadweaver.generate.scheduler import Branch, Family, Scheduler, Sequence
 from threadweaver.generate.settings import GenerationSettings
 from threadweaver.generate.weaver import Reason, RequestId, Weaver
-from threadweaver.model import context_length, kv_shape
+from threadweaver.model import context_length, kv_shape, weights_fingerprint
 from threadweaver.trajectory import Codec
 from threadweaver.trajectory.ids import MOST_IDS, token_ids
 
@@ -142,6 +142,7 @@ class Engine:
             if value < 1:
                 raise ValueError(f"{name} is {value}: it must be at least 1")
         self.codec = codec
+        self._model = model
         self.pool = PagePool(num_pages, page_size)
         self._runner = Runner(model, num_pages, page_size, autocast=autocast)
         self._scheduler = Scheduler(self.pool, max_sequences, max_batch_tokens)
@@ -176,6 +177,10 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return bool(self._live)
+
+    def fingerprint(self) -> str:
+        """A short name of the weights as they are now."""
+        return weights_fingerprint(self._model)
 
     def add(
         self,
