@@ -73,10 +73,10 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         return fail(error, 2)
     # After the arguments are known to be good: these take seconds to import.
-    from threadweaver.data.overlap import Text, find_overlap, text_of, texts_of_files
+    from threadweaver.data.overlap import find_overlap, texts_of_files
     from threadweaver.evaluate.metrics import compare
     from threadweaver.evaluate.modes import evaluate_modes
-    from threadweaver.evaluate.rollouts import fingerprint, fitting, queue
+    from threadweaver.evaluate.rollouts import fingerprint, fitting, queue, texts_of_problems
     from threadweaver.evaluate.table import print_table
     from threadweaver.generate.engine import NonFiniteLogits
     from threadweaver.generate.load import check_chat, load_engine, load_server, settle_precision
@@ -93,8 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
             print_line(console, note)
         overlap = None
         if options.overlap:
-            texts = [Text(problem.source, text_of(problem.prompt)) for problem in problems]
-            overlap = find_overlap(texts, texts_of_files(options.overlap))
+            overlap = find_overlap(texts_of_problems(problems), texts_of_files(options.overlap))
             for line in overlap.lines():
                 print_line(console, line)
         engine_options, template = engine_settings(options), template_config(options)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from threadweaver.data.overlap import Text, text_of
 from threadweaver.evaluate.grade import Graded, Submitted, grade, submit
 from threadweaver.generate.decoder import Decoder, Decoding
 from threadweaver.generate.rollout import Rollout
@@ -206,6 +207,12 @@ def roll_out(
         on_response=grading.submit,
     )
     return grading.finish(rollouts, settings, on_graded)
+
+
+def texts_of_problems(problems: Sequence[Problem]) -> Iterator[Text]:
+    """What problems ask, to compare it with other data."""
+    for problem in problems:
+        yield Text(problem.source, text_of(problem.prompt))
 
 
 def fingerprint(problems: Sequence[Problem]) -> str:

@@ -138,6 +138,7 @@ class ServerEngine:
                 )
                 return generation, request, reply
 
+            done: set[asyncio.Task[tuple[ServerGeneration, Request, Reply]]] = set()
             try:
                 while self._waiting or sent:
                     while self._waiting and len(sent) < self._at_once:
@@ -148,7 +149,7 @@ class ServerEngine:
             finally:
                 for task in sent:
                     task.cancel()
-                await asyncio.gather(*sent, return_exceptions=True)
+                await asyncio.gather(*sent, *done, return_exceptions=True)
 
     def _take(self, generation: ServerGeneration, request: Request, reply: Reply) -> list[int]:
         """Completes a request, and queues those that follow from it."""
