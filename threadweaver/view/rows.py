@@ -91,7 +91,7 @@ def _row(row: dict[str, Any], source: str) -> Row:
         answer = truth.get("ground_truth") if isinstance(truth, dict) else None
         answer = next((row[name] for name in ANSWERS if name in row), answer)
     else:
-        example = example_of(row, source, True, None)
+        example = example_of(row, source)
         prompt, response, answer = example.prompt, example.response, example.ground_truth
     if isinstance(answer, list | tuple):
         answer = " or ".join(map(str, answer))
