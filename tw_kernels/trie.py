@@ -290,7 +290,7 @@ class TrieLayout:
         return np.stack([bounds[:-1], bounds[1:]], axis=1).astype(np.int32)
 
     def waste(self, block_q: int, block_kv: int) -> float:
-        """Pairs that the schedule for these block sizes computes, over visible_pairs: at least 1."""
+        """Pairs that these blocks compute, over visible_pairs: at least 1."""
         blocks = self.block_schedule(block_q, block_kv).kv_blocks.numel()
         return blocks * block_q * block_kv / self.visible_pairs
 

@@ -48,7 +48,7 @@ def test_packs_of_small_tries_take_fine_blocks_and_long_paths_coarse_ones(coarse
 def test_long_paths_build_no_schedule_of_fine_blocks():
     layout = TrieLayout(torch.full((2048,), 2048, dtype=torch.int32))
     assert not fine_is_cheaper(layout, (OWN_ROWS, 128))
-    assert not any(key[:3] == ("schedule", FINE, FINE) for key in layout.memo)
+    assert ("schedule", FINE, FINE, None) not in layout.memo
 
 
 @pytest.mark.parametrize(("group", "fine"), [(1, False), (2, True), (3, False), (4, True)])

@@ -29,7 +29,8 @@ FINE = 64
 # What a pair costs in blocks of 64 x 64 over what it costs in coarse ones, at most. A step over 64
 # columns has the waits, the rescaling of the output and the warps' reductions of one over 128, and
 # its score product reads shared memory at the full 128 bytes a cycle, A and B being equally small.
-# An estimate; `python -m bench.attention --device cuda --cases pack-64x512` times what it chooses.
+# An estimate. `python -m bench.attention --device cuda --only "case=pack-*" "peer=ours: cuda,*"`
+# times both.
 FINE_COST = 1.25
 
 FORWARD_CUBIN = cuda_build.CUBINS / "trie_attention_fwd.cubin"
