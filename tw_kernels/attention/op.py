@@ -39,6 +39,8 @@ Which backend runs, unless `backend` or the environment variable TW_BACKEND name
     CPU   native if it can run the call (all but float64), else segments, else dense. In bfloat16 on
           a processor with AMX native only up to NATIVE_PAIRS visible pairs: beyond, ATen's kernels
           behind segments win by their matrix instructions, which native has not.
+
+flash (FlashAttention 4) is only ever asked for by name: it is not measured.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from tw_kernels.attention import cuda, dense, native, segments, triton
+from tw_kernels.attention import cuda, dense, flash4, native, segments, triton
 from tw_kernels.cpu import bfloat16_instructions
 from tw_kernels.scores import check_number, check_options
 from tw_kernels.trie import TrieLayout
@@ -61,6 +63,7 @@ TRIE_ATTENTION: dict[str, ModuleType] = {
     "segments": segments,
     "dense": dense,
     "cuda": cuda,
+    "flash": flash4,
 }
 
 # Visible pairs at which segments overtakes native in bfloat16 where ATen has AMX (two Xeon cores, 9
@@ -122,8 +125,8 @@ def trie_attention(
         k, v: [N, Hkv, D], Hq a multiple of Hkv (grouped heads).
         layout: the trie's geometry, on q's device.
         scale: default 1 / sqrt(D).
-        backend: "native", "triton", "segments", "dense" or "cuda"; default: see the module's
-            docstring.
+        backend: "native", "triton", "segments", "dense", "cuda" or "flash"; default: see the
+            module's docstring.
         return_lse: also return the log-sum-exp of each softmax. It carries no gradient.
         window: a token sees itself and its last window - 1 ancestors; default: all of them.
         softcap: a score s becomes softcap * tanh(s / softcap), s = scale * q k; default: stays s.
