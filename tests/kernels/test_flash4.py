@@ -1,4 +1,4 @@
-"""The flash backend without a GPU: its block-sparse tensors against the dense mask, its refusals."""
+"""The flash backend without a GPU: block-sparse tensors against the dense mask, refusals."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -34,8 +34,10 @@ def block_kinds(blocks: flash4.SparseBlocks, others: int) -> Tensor:
 
 
 def kinds_of_the_mask(mask: Tensor, block_q: int, block_kv: int) -> Tensor:
-    """[row blocks, KV blocks]: 0 where no pair is visible, else 1, or 2 where a block may go without
-    the mask: all its rows below N see all its columns, and it has no column beyond N."""
+    """[row blocks, KV blocks]: 0 where no pair is visible, else 1, or 2 where no mask is needed.
+
+    That is where all rows below N see all columns, and no column lies beyond N.
+    """
     n = len(mask)
     kinds = torch.zeros(-(-n // block_q), -(-n // block_kv), dtype=torch.int32)
     for b in range(kinds.shape[0]):

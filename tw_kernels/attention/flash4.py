@@ -7,8 +7,8 @@ blocks run without the mask, hidden ones not at all. The interface is that of 4.
 name, because ours gets out and lse from the op). Not yet run on a GPU: the block-sparse tensors are
 tested against the dense mask, and the kernels compiled for sm_90a and sm_100a.
 
-bfloat16 and float16, head dims 64 and 128; no windows and no soft caps. dQ is summed by atomics: its
-last bits change from run to run. A kernel compiles at its first call, which takes seconds.
+bfloat16 and float16, head dims 64 and 128; no windows and no soft caps. dQ is summed by atomics:
+its last bits change from run to run. A kernel compiles at its first call, which takes seconds.
 """
 
 from __future__ import annotations
