@@ -5,8 +5,8 @@ with subtree_ends as its auxiliary tensor, and our block schedule is its block-s
 blocks run without the mask, hidden ones not at all. The interface is that of 4.0.0b36
 (flash_attn/cute/interface.py and block_sparsity.py; the backward pass is called by its private
 name, because ours gets out and lse from the op). Not yet run on a GPU: the block-sparse tensors are
-tested against the dense mask, and both passes compiled for sm_90a at head dim 128 with 4 query heads
-a KV head; for Blackwell its compiler asks a driver for the device.
+tested against the dense mask, and both passes compiled for sm_90a (head dim 128, 4 query heads
+a KV head); for Blackwell its compiler asks a driver for the device.
 
 bfloat16 and float16, head dims 64 and 128; no windows and no soft caps. dQ is summed by atomics:
 its last bits change from run to run. A kernel compiles at its first call, which takes seconds.
