@@ -133,9 +133,9 @@ def _sparse_columns(schedule: BlockSchedule) -> SparseBlocks:
 @cache
 def _mask() -> Callable[..., Any]:
     """FA4's mask_mod: whether a row sees a column."""
-    import cutlass
-    from cutlass import cute
-    from flash_attn.cute import utils
+    import cutlass  # pyright: ignore[reportMissingImports]
+    from cutlass import cute  # pyright: ignore[reportMissingImports]
+    from flash_attn.cute import utils  # pyright: ignore[reportMissingImports]
 
     @cute.jit
     def sees(batch, head, row, column, lengths, aux_tensors):
@@ -146,7 +146,7 @@ def _mask() -> Callable[..., Any]:
 
 
 def _block_sparse(blocks: SparseBlocks, size: tuple[int, int]) -> Any:
-    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch  # pyright: ignore[reportMissingImports]
 
     return BlockSparseTensorsTorch(*blocks, block_size=size)
 
@@ -155,7 +155,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, softcap: None = None
 ) -> tuple[Tensor, Tensor]:
     """out [N, Hq, D] in q's dtype and lse [Hq, N], float32."""
-    from flash_attn.cute.interface import flash_attn_func
+    from flash_attn.cute.interface import flash_attn_func  # pyright: ignore[reportMissingImports]
 
     out, lse = flash_attn_func(
         *(x.unsqueeze(0) for x in (q, k, v)),
@@ -181,7 +181,7 @@ def backward(
     softcap: None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq [N, Hq, D], dk and dv [N, Hkv, D] in the dtypes of q, k and v."""
-    from flash_attn.cute.interface import _flash_attn_bwd
+    from flash_attn.cute.interface import _flash_attn_bwd  # pyright: ignore[reportMissingImports]
 
     dq, dk, dv = _flash_attn_bwd(
         *(x.unsqueeze(0) for x in (q, k, v, out, dout, lse)),
