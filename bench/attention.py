@@ -17,6 +17,7 @@ described in bench/attention_peers.py.
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from bench.availability import interpreted
 from bench.running import suite_main
 from bench.suite import Options, Peer, Row, Skip, Suite, UsageError
 from tw_kernels import trie_attention
+from tw_kernels.attention import cuda
 from tw_kernels.attention.op import TRIE_ATTENTION
 
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
@@ -81,6 +83,36 @@ def _ours(backend: str | None = None) -> Peer[AttentionSetup]:
 
     name = f"{OURS}: {backend}" if backend else OURS
     return Peer(name, functools.partial(_prepare, backend=backend), True, why_absent)
+
+
+def _of_grain(grain: str, cost: float) -> Peer[AttentionSetup]:
+    """The CUDA kernels of that grain, where the rule weighs one against the other."""
+
+    def prepare(setup: AttentionSetup) -> Callable[[int], Any]:
+        if setup.layout.waste(cuda.OWN_ROWS, cuda.OWN_ROWS) <= cuda.FINE_COST:
+            raise Skip("long paths: coarse blocks waste too little")
+        q, k, v, _ = setup.inputs(0)
+        if reason := cuda.why_not(q, k, v):
+            raise Skip(reason)
+        inputs = [setup.inputs(i) for i in range(setup.input_sets)]
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return trie_attention(q, k, v, setup.layout, backend="cuda")
+
+        def call(i: int) -> Any:
+            rule, cuda.FINE_COST = cuda.FINE_COST, cost  # read by forward and backward
+            try:
+                return setup.run(attend, *inputs[i])
+            finally:
+                cuda.FINE_COST = rule
+
+        return call
+
+    def why_absent(device: str) -> str | None:
+        q = torch.empty(1, 1, 64, dtype=torch.bfloat16, device=device)
+        return cuda.why_not(q, q, q)
+
+    return Peer(f"{OURS}: cuda, {grain}", prepare, True, why_absent)
 
 
 def cases(options: Options) -> list[shapes.Case]:
@@ -136,6 +168,8 @@ SUITE = Suite(
     peers=[
         _ours(),
         *map(_ours, TRIE_ATTENTION),
+        _of_grain("coarse", math.inf),
+        _of_grain("fine", 0.0),
         *PEERS,
     ],
     columns={"backend": "backend", "of_causal": "of causal"},

@@ -130,9 +130,10 @@ def cuda_trie_decode(
     /,
 ) -> None: ...
 
-# tokens, heads, KV heads, head dim, multiprocessors (csrc/cuda/attention/trie_attention.h)
-_CudaAttentionSizes = tuple[int, int, int, int, int]
-_CudaRows = tuple[int, int, int, int]  # addresses: row_ptr, full_end, kv_blocks, q_order
+# tokens, heads, KV heads, head dim, dtype, multiprocessors (csrc/cuda/attention/trie_attention.h)
+_CudaAttentionSizes = tuple[int, int, int, int, int, int]
+# whether the kernel is the fine one; addresses: row_ptr, full_end, kv_blocks, q_order
+_CudaRows = tuple[bool, int, int, int, int]
 
 def cuda_trie_attention_forward(
     sizes: _CudaAttentionSizes,
@@ -150,7 +151,7 @@ def cuda_trie_attention_backward(
     place: tuple[int, int, str],
     ends: int,
     rows: _CudaRows,
-    columns: tuple[int, int],  # addresses: q_range, kv_order
+    columns: tuple[bool, int, int],  # likewise; addresses: q_range, kv_order
     tensors: tuple[_Strided, _Strided, _Strided, _Strided],  # q, k, v, out
     gradients: tuple[_Strided, _Strided, _Strided, _Strided],  # of out, q, k, v
     stats: tuple[int, int, int],  # addresses: lse, lse2, delta

@@ -1,6 +1,7 @@
 """Compiles for sm_90, with no GPU, every configuration of the decode kernels; prints JSON rows.
 
-As compile_for_sm90.py, whose driver and figures it uses; run it without TRITON_INTERPRET.
+As compile_for_sm90.py, whose driver and figures it uses; run it without TRITON_INTERPRET. --sm is
+another architecture.
 
     python -m tests.kernels.compile_decode_for_sm90 bfloat16 64 128
 """
@@ -52,8 +53,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dtype")
     parser.add_argument("head_dims", nargs="+", type=int)
+    parser.add_argument("--sm", type=int, default=90)
     args = parser.parse_args()
-    compiled = compile_instead_of_launching()
+    compiled = compile_instead_of_launching(args.sm)
     for head_dim in args.head_dims:
         for page_size, variant in CALLS:
             for config in launches(getattr(torch, args.dtype), head_dim, page_size, variant):

@@ -6,6 +6,7 @@ only, so the calls run in a process of their own.
 """
 
 import ctypes
+import math
 import os
 import subprocess
 from collections.abc import Callable
@@ -69,12 +70,21 @@ class EmulatedGpu:
         return ran.result
 
 
+# FINE_COST at which all kernels are of that grain.
+GRAINS = {"coarse": math.inf, "fine": 0.0}
+
+
 def attention(
-    subtree_ends: Tensor, tensors: list[Tensor], scale: float, multiprocessors: int = 3
+    subtree_ends: Tensor,
+    tensors: list[Tensor],
+    scale: float,
+    grain: str = "coarse",
+    multiprocessors: int = 3,
 ) -> list[Tensor]:
     """out, lse, dq, dk, dv of q, k, v, dout. Runs in the process of an EmulatedGpu."""
     properties = SimpleNamespace(multi_processor_count=multiprocessors)
     torch.cuda.get_device_properties = lambda device: properties
+    cuda_attention.FINE_COST = GRAINS[grain]
     q, k, v, dout = tensors
     plan = cuda_attention.plan(TrieLayout(subtree_ends), q)
     out, lse = cuda_attention.forward(q, k, v, plan, scale)

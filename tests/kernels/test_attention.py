@@ -18,7 +18,7 @@ from tw_kernels import Trie, TrieLayout, backends, trie_attention
 from tw_kernels.attention import segments
 from tw_kernels.attention.op import TRIE_ATTENTION, choose_backend
 
-CPU_BACKENDS = [n for n in TRIE_ATTENTION if n not in ("triton", "cuda")]
+CPU_BACKENDS = [n for n in TRIE_ATTENTION if n not in ("triton", "cuda", "flash")]
 Grads = tuple[Tensor, ...]
 
 

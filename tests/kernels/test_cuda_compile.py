@@ -10,8 +10,14 @@ from tw_kernels import cuda_build
 
 SOURCES = [source.stem for source in cuda_build.sources()]
 DTYPES = ("bfloat16", "float16")
-ATTENTION = [f"trie_attention_{name}_{d}" for name in ("forward", "dq", "dkv") for d in (64, 128)]
-DELTAS = [f"trie_attention_delta_{d}" for d in (64, 128)]
+ATTENTION = [
+    f"trie_attention_{name}_{t}_{d}_{grain}"
+    for name in ("forward", "dq", "dkv")
+    for t in DTYPES
+    for d in (64, 128)
+    for grain in ("coarse", "fine")
+]
+DELTAS = [f"trie_attention_delta_{t}_{d}" for t in DTYPES for d in (64, 128)]
 PARTIALS = [f"trie_decode_partial_{t}_{d}_{w}" for t in DTYPES for d in (64, 128) for w in (1, 2)]
 MERGES = [f"trie_decode_merge_{t}_{d}" for t in DTYPES for d in (64, 128)]
 
@@ -24,7 +30,7 @@ def kernels():
     print()
     for name, row in found.items():
         shown = ("registers", "stack", "HGMMA", "UTMALDG", "UTMASTG", "UBLKCP", "LDL", "STL")
-        print(f"{name:36}", *(f"{x} {row.get(x, 0)}" for x in shown))
+        print(f"{name:40}", *(f"{x} {row.get(x, 0)}" for x in shown))
     return found
 
 

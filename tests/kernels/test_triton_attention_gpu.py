@@ -37,7 +37,8 @@ def test_every_candidate_gives_the_right_answer(dtype, head_dim, window, softcap
 
     layout = TrieLayout(ends.cuda())
     trie = layout.subtree_ends, None if window is None else layout.window_starts(window)
-    candidates = candidates_for(dtype, head_dim, window is not None)
+    capability = torch.cuda.get_device_capability()
+    candidates = candidates_for(capability, dtype, head_dim, window is not None)
     out = lse = torch.empty(0)
     for config in candidates.forward:
         schedule = layout.block_schedule(config.block_q, config.block_kv, window)
@@ -62,7 +63,10 @@ def test_tuning_picks_candidates_once_and_can_be_switched_off(monkeypatch):
 
     q = torch.empty(1, 1, 64, dtype=torch.bfloat16, device="cuda")
     variants = [(None, None), (4096, None), (4096, 30.0)]
-    candidates = [tuning.candidates_for(q.dtype, 64, any(variant)) for variant in variants]
+    capability = torch.cuda.get_device_capability()
+    candidates = [
+        tuning.candidates_for(capability, q.dtype, 64, any(variant)) for variant in variants
+    ]
     monkeypatch.delenv("TW_AUTOTUNE", raising=False)
     chosen = [tuning.configs_for(q, *variant) for variant in variants]
     for configs, all_options in zip(chosen, candidates, strict=True):
