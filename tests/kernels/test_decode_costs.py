@@ -80,9 +80,9 @@ def test_of_each_kind_most_work_begins_first(wide):
     assert work == sorted(work, reverse=True)
 
 
-@pytest.mark.parametrize(("heads", "rows"), [((8, 8), 128), ((32, 8), 32), ((64, 1), 2)])
-def test_an_item_has_as_many_rows_as_one_tile_serves(heads, rows):
-    plan = plan_of(300, 512, 16, costs=of_gpu(132, Heads(*heads, 128)))
+@pytest.mark.parametrize(("query", "kv", "rows"), [(8, 8, 128), (32, 8, 32), (64, 1, 2)])
+def test_an_item_has_as_many_rows_as_one_tile_serves(query, kv, rows):
+    plan = plan_of(300, 512, 16, costs=of_gpu(132, Heads(query, kv, 128)))
     assert plan.tile_rows == rows
     assert max(end - first for *_, first, end, _ in plan.items.tolist()) == rows
 
