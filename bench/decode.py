@@ -106,7 +106,7 @@ def cases(options: Options) -> list[shapes.Case]:
     if options.device == "cuda":
         return [
             *(fork(1, threads, 8192, 128) for threads in THREADS),
-            *(fork(rollouts, 8, 8192, 128) for rollouts in (4, 16)),
+            *(fork(rollouts, 8, 8192, 128) for rollouts in (4, 8, 16, 64)),
             *(fork(8, 8, prefix, 512) for prefix in (512, 2048, 32768)),
             fork(64, 16, 2048, 64),
             fork(16, 4, 4096, 4096),

@@ -21,6 +21,7 @@ from bench.oracle import worst_row
 from bench.roofline import Work
 from bench.suite import Row, Setup
 from tw_kernels import DecodePlan, PagedKV
+from tw_kernels.decode.costs import Heads, of_device
 from tw_kernels.decode.op import choose_backend
 
 PAGE_SIZE = 16
@@ -156,12 +157,13 @@ class DecodeSetup(Setup):
         """A plan, and the median seconds to build it."""
         p = self.problem
         step = paging.tables, p.lengths, [1] * len(p.nodes), paging.page_size, self.device
+        costs = of_device(torch.device(self.device), Heads(p.heads, p.kv_heads, p.head_dim))
         samples = []
         for _ in range(PLAN_REPEATS):
             start = perf_counter()
-            DecodePlan.build(*step, share=share)
+            DecodePlan.build(*step, share=share, costs=costs)
             samples.append(perf_counter() - start)
-        return DecodePlan.build(*step, share=share), statistics.median(samples)
+        return DecodePlan.build(*step, share=share, costs=costs), statistics.median(samples)
 
     def check(self, peer: str, result: Tensor, inputs: int) -> str | None:
         error, tolerance = worst_row(result, self.problem.expected[inputs]), TOLERANCE[self.dtype]

@@ -22,6 +22,7 @@ from tests.kernels.decode_batches import (
 from tests.kernels.test_decode import unshared_sdpa
 from tests.kernels.tries import relative_error
 from tw_kernels import PagedKV, PlanSizes, backends, trie_decode
+from tw_kernels.decode.costs import Heads, of_device
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_outputs")]
 
@@ -73,6 +74,16 @@ def test_random_forests_agree_with_the_oracle(seed, tile_rows, share):
     batch = random_batch(seed, 12, 16, 400, 40)
     inputs = random_inputs(batch, (6, 2, 64), torch.bfloat16, seed)
     assert_equals_definition(batch, inputs, tile_rows=tile_rows, share=share)
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_wide_items_and_streaming_ones_share_a_launch(head_dim, page_size):
+    # As the plan is cut for the device: 64 threads over a shared prefix, 256 matrix rows a KV head.
+    batch = fork_join_batch(prefix=2048, suffix=100, prompts=1, threads=64, page_size=page_size)
+    inputs = random_inputs(batch, (32, 8, head_dim), torch.bfloat16)
+    costs = of_device(torch.device("cuda"), Heads(32, 8, head_dim))
+    assert_equals_definition(batch, inputs, num_workers=None, costs=costs)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
