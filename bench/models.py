@@ -66,7 +66,7 @@ def random_model(
 def product_weights(model: PreTrainedModel) -> int:
     """The number of weights that a token is multiplied by: all but an embedding that is only looked
     up."""
-    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-    assert embedding is not None and output is not None
+    embedding: Any = model.get_input_embeddings()
+    output: Any = model.get_output_embeddings()
     looked_up = 0 if embedding.weight is output.weight else embedding.weight.numel()
     return sum(p.numel() for p in model.parameters()) - looked_up
