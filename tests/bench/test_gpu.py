@@ -359,7 +359,7 @@ def assert_complete(out: Path, *suites: str) -> None:
 
 @pytest.mark.slow
 def test_a_dry_run_goes_through_every_step(tmp_path):
-    command = [sys.executable, "-m", "bench", "gpu", "--dry_run", "--budget", "900"]
+    command = [sys.executable, "-m", "bench", "gpu", "--dry_run", "--budget", "1800"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "--out", str(tmp_path)], cwd=REPOSITORY, env=env, capture_output=True, text=True
