@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from threadweaver.device import DTYPES, choose, find_device, resolve
 from threadweaver.generate.engine import Engine
 from threadweaver.generate.options import EngineSettings
 from threadweaver.generate.settings import EngineSizes
-from threadweaver.model import end_ids, load_model, load_tokenizer
+from threadweaver.model import end_ids, load_model, load_tokenizer, to_device
 from threadweaver.trajectory import Codec, TemplateConfig
 from threadweaver.trajectory.codec import missing_tags
 
@@ -47,7 +46,7 @@ def load_engine(
             f"{model}: the tokenizer has {len(tokenizer)} tokens and the embedding {rows} rows: "
             "python -m threadweaver.add_tags --model MODEL --out FOLDER makes them agree"
         )
-    torch.nn.Module.to(weights, device)
+    to_device(weights, device)
     sizes = {field.name: getattr(settings, field.name) for field in fields(EngineSizes)}
     return Engine(weights, codec, **sizes), tokenizer
 

@@ -9,6 +9,7 @@ from threadweaver.model.attention import (
 )
 from threadweaver.model.context import context_length
 from threadweaver.model.end_tokens import end_ids
+from threadweaver.model.fused import fuse, to_device
 from threadweaver.model.load import load_model, load_tokenizer
 from threadweaver.model.logits import OutputLayer, mask_unknown_ids, output_layer
 from threadweaver.model.loss import (
@@ -37,6 +38,7 @@ __all__ = [
     "context_length",
     "cross_entropy_sum",
     "end_ids",
+    "fuse",
     "kv_shape",
     "load_model",
     "load_tokenizer",
@@ -48,6 +50,7 @@ __all__ = [
     "probe",
     "save_model",
     "supervised_tokens",
+    "to_device",
     "token_logprobs",
     "trie_hidden_states",
     "trie_logprobs",

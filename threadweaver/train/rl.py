@@ -25,7 +25,7 @@ from threadweaver.evaluate.reward import reward
 from threadweaver.evaluate.rollouts import fingerprint, fitting, roll_out
 from threadweaver.generate.engine import Engine
 from threadweaver.generate.settings import EngineSizes, GenerationSettings
-from threadweaver.model import trie_logprobs
+from threadweaver.model import to_device, trie_logprobs
 from threadweaver.progress import Progress, ResponsesProgress, print_line
 from threadweaver.tasks import Problem, load_task
 from threadweaver.train.advantages import group_advantages
@@ -352,7 +352,7 @@ class RLTrainer(Trainer[RLConfig]):
                 "policy.kl: the reference is the model at model.path: set it, or policy.kl 0"
             )
         reference, _ = build_model(self.config, None)
-        torch.nn.Module.to(reference, self.device)
+        to_device(reference, self.device)
         return reference.eval()
 
     def finish(self) -> None:

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from threadweaver.model import end_ids, parameter_count, save_model
+from threadweaver.model import end_ids, parameter_count, save_model, to_device
 from threadweaver.progress import has_no_reader, print_line
 from threadweaver.train.checkpoint import (
     all_checkpoints,
@@ -202,7 +202,8 @@ class Trainer(Run[T]):
         checkpoint = self.last_checkpoint if self.state else None
         self.model, self.tokenizer = build_model(self.config, checkpoint)
         print_line(self.console, f"model: {parameter_count(self.model)}")
-        torch.nn.Module.to(self.model, self.device).train()
+        to_device(self.model, self.device)
+        self.model.train()
         self.codec = Codec.from_tokenizer(self.tokenizer, end_ids(self.model), self.config.template)
         self.totals: dict[str, float] = {"seconds": 0.0}
         self.last_record: Record = {}

@@ -17,7 +17,13 @@ from threadweaver.evaluate.metrics import compare
 from threadweaver.evaluate.modes import evaluate_modes
 from threadweaver.evaluate.rollouts import fitting
 from threadweaver.generate.engine import Engine
-from threadweaver.model import context_length, load_model, supervised_tokens, trie_loss
+from threadweaver.model import (
+    context_length,
+    load_model,
+    supervised_tokens,
+    to_device,
+    trie_loss,
+)
 from threadweaver.progress import Progress, print_line
 from threadweaver.tasks import load_task
 from threadweaver.train.batches import (
@@ -219,7 +225,7 @@ class SFTTrainer(Trainer[SFTConfig]):
         torch.nn.Module.to(self.model, "cpu")
         self.optimizer.zero_grad()
         model, _ = load_model(checkpoint)
-        torch.nn.Module.to(model, self.device)
+        to_device(model, self.device)
         evaluations = evaluate_modes(
             ("sequential", "parallel"),
             self._engine(model),
