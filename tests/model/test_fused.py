@@ -1,5 +1,5 @@
-"""Models on fused kernels, in Triton's interpreter: the same outputs and gradients, and what is left
-alone."""
+"""Models on fused kernels, in Triton's interpreter: the same outputs and gradients, and what stays
+as it is."""
 
 import copy
 import sys

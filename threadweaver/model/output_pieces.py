@@ -166,7 +166,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dtotal):
+    def backward(ctx, dtotal):  # pyright: ignore[reportIncompatibleMethodOverride]
         gradients, ctx.gradients = ctx.gradients, None  # scaled in place, so good for once
         if gradients is None:
             raise RuntimeError("the loss is differentiable once: its gradient is computed with it")
@@ -186,7 +186,7 @@ class _Tokens(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dlogprobs, dentropies):
+    def backward(ctx, dlogprobs, dentropies):  # pyright: ignore[reportIncompatibleMethodOverride]
         (hidden,) = ctx.saved_tensors
         gradients = _Gradients(ctx.layer, hidden, ctx.needs_input_grad[:3])
         douts = [dlogprobs, dentropies] if ctx.entropy_gradient else [dlogprobs]

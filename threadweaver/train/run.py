@@ -210,7 +210,7 @@ class Trainer(Run[T]):
         self.steps_done = 0
         self.load_data()
         if compute.gradient_checkpointing:
-            recompute_activations(self.model)
+            recompute_activations(self.model, compute.gradient_checkpointing)
         if compute.compile:
             self.model.base_model.compile(dynamic=True)
         self.optimizer = build_optimizer(self.model, self.config.optimization)

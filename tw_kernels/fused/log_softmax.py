@@ -8,13 +8,14 @@ What a model does to its products before the softmax is a part of both kernels:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tw_kernels.fused.launch import launch
 from tw_kernels.triton_softcap import tanh
 
 # Logits a block reads at a time, 16 a thread: as many as keep loads in flight, few enough that the
@@ -56,12 +57,12 @@ def statistics(products: Tensor, targets: Tensor, transform: Transform) -> Stati
     """Of products [n, at least transform.rows], row by row contiguous; targets int64 [n]."""
     n = len(targets)
     found = torch.empty(3, n, dtype=torch.float32, device=products.device)
-    if n:
-        _statistics_kernel[(n,)](
-            *(products, targets, *_arguments(products, transform)[:-1]),
-            *(*found, products.stride(0)),
-            **_constants(transform),
-        )
+    launch(
+        _statistics_kernel,
+        n,
+        *(products, targets, *_of(transform, products), *found, products.stride(0)),
+        **_constants(transform),
+    )
     return Statistics(*found)
 
 
@@ -80,30 +81,24 @@ def gradient_(
         found: what it returned.
         dlogprobs, dentropies: float32 [n]; no dentropies: zeros.
     """
-    n = len(targets)
-    if n:
-        _gradient_kernel[(n,)](
-            *(products, targets, *_arguments(products, transform)),
-            *(found.entropies, found.lse, dlogprobs),
-            *(dlogprobs if dentropies is None else dentropies, products.stride(0)),
-            HAS_DENTROPIES=dentropies is not None,
-            **_constants(transform),
-        )
+    launch(
+        _gradient_kernel,
+        len(targets),
+        *(products, targets, *_of(transform, products), products.shape[1]),
+        *(found.entropies, found.lse, dlogprobs),
+        *(dlogprobs if dentropies is None else dentropies, products.stride(0)),
+        HAS_DENTROPIES=dentropies is not None,
+        **_constants(transform),
+    )
     return products
 
 
-def _arguments(products: Tensor, transform: Transform) -> tuple[Tensor, float, float, int, int]:
-    unknown = transform.unknown
-    return (
-        products if unknown is None else unknown.view(torch.uint8),
-        transform.scale,
-        transform.softcap or 1.0,
-        transform.rows,
-        products.shape[1],
-    )
+def _of(transform: Transform, products: Tensor) -> tuple[Tensor, float, float, int]:
+    unknown = products if transform.unknown is None else transform.unknown.view(torch.uint8)
+    return unknown, transform.scale, transform.softcap or 1.0, transform.rows
 
 
-def _constants(transform: Transform) -> dict[str, object]:
+def _constants(transform: Transform) -> dict[str, Any]:
     return {
         "SOFTCAP": transform.softcap is not None,
         "UNKNOWN": transform.unknown is not None,

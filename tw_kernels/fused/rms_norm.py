@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tw_kernels.fused.launch import num_programs, num_warps
+from tw_kernels.fused.launch import launch, num_programs, num_warps
 
 MOST_COLUMNS = 16384  # a row stays in the registers of one block of threads
 _TILE = 2048  # elements a block works on at a time, or one row if that is more
@@ -58,15 +58,13 @@ class _RMSNorm(torch.autograd.Function):
         y = torch.empty_like(x, dtype=out_dtype)
         rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
         tile = _Tile(cols)
-        if rows:
-            _forward_kernel[(triton.cdiv(rows, tile.rows),)](
-                *(x, x if delta is None else delta, weight, total, y, rstd),
-                *(rows, cols, eps, offset),
-                ADD=delta is not None,
-                ROWS=tile.rows,
-                COLS=tile.cols,
-                num_warps=tile.warps,
-            )
+        launch(
+            _forward_kernel,
+            tile.count(rows),
+            *(x, x if delta is None else delta, weight, total, y, rstd, rows, cols, eps, offset),
+            ADD=delta is not None,
+            **tile.constants,
+        )
         ctx.save_for_backward(total, weight, rstd)
         ctx.offset, ctx.dtypes = offset, (x.dtype, None if delta is None else delta.dtype)
         ctx.set_materialize_grads(False)
@@ -74,7 +72,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dtotal, dy):
+    def backward(ctx, dtotal, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
         total, weight, rstd = ctx.saved_tensors
         x_dtype, delta_dtype = ctx.dtypes
         if dy is None:
@@ -88,32 +86,35 @@ class _RMSNorm(torch.autograd.Function):
         # One tensor is the gradient of both where they share a dtype.
         own_delta = delta_dtype not in (None, x_dtype)
         ddelta = torch.empty_like(total, dtype=delta_dtype) if own_delta else dx
-        programs = num_programs(total.device, triton.cdiv(rows, tile.rows))
-        shape = (programs, cols)
-        partial = torch.empty(shape, dtype=torch.float32, device=total.device)
-        if rows:
-            _backward_kernel[(programs,)](
-                *(dy, dy if dtotal is None else dtotal, total, rstd, weight, dx, ddelta, partial),
-                *(rows, cols, ctx.offset),
-                HAS_DTOTAL=dtotal is not None,
-                OWN_DELTA=own_delta,
-                ROWS=tile.rows,
-                COLS=tile.cols,
-                num_warps=tile.warps,
-            )
-        else:
-            partial.zero_()
+        programs = num_programs(total.device, tile.count(rows))
+        partial = torch.empty((programs, cols), dtype=torch.float32, device=total.device)
+        launch(
+            _backward_kernel,
+            programs,
+            *(dy, dy if dtotal is None else dtotal, total, rstd, weight, dx, ddelta, partial),
+            *(rows, cols, ctx.offset),
+            HAS_DTOTAL=dtotal is not None,
+            OWN_DELTA=own_delta,
+            **tile.constants,
+        )
         dweight = partial.sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
         return dx, None if delta_dtype is None else ddelta, dweight, None, None, None
 
 
 class _Tile:
-    """Rows and columns, powers of two, of what a block works on at a time."""
+    """Rows and columns, powers of two, of what a program works on at a time."""
 
     def __init__(self, cols: int):
-        self.cols = triton.next_power_of_2(cols)
+        self.cols = 1 << (cols - 1).bit_length()
         self.rows = max(1, _TILE // self.cols)
-        self.warps = num_warps(self.rows * self.cols)
+
+    def count(self, rows: int) -> int:
+        return -(-rows // self.rows)
+
+    @property
+    def constants(self) -> dict[str, int]:
+        warps = num_warps(self.rows * self.cols)
+        return {"ROWS": self.rows, "COLS": self.cols, "num_warps": warps}
 
 
 @triton.jit

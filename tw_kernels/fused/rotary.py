@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tw_kernels.fused.launch import num_warps
+from tw_kernels.fused.launch import launch, num_warps
 
 
 def rotary(
@@ -33,8 +33,9 @@ class _Rotary(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dq, dk):
-        dq, dk = _rotate(dq, dk, *ctx.saved_tensors, ctx.dtype, backward=True)
+    def backward(ctx, dq, dk):  # pyright: ignore[reportIncompatibleMethodOverride]
+        cos, sin = ctx.saved_tensors
+        dq, dk = _rotate(dq, dk, cos, sin, ctx.dtype, backward=True)
         return dq, dk, None, None, None
 
 
@@ -42,17 +43,17 @@ def _rotate(q, k, cos, sin, out_dtype, backward):
     q, k, cos, sin = (x.contiguous() for x in (q, k, cos, sin))
     (n, q_heads, dim), k_heads = q.shape, k.shape[1]
     q_out, k_out = (torch.empty_like(x, dtype=out_dtype) for x in (q, k))
-    half = triton.next_power_of_2(dim // 2)
-    q_block, k_block = map(triton.next_power_of_2, (q_heads, k_heads))
-    if n:
-        _rotate_kernel[(n,)](
-            *(q, k, cos, sin, q_out, k_out, q_heads, k_heads, dim),
-            BACKWARD=backward,
-            Q_HEADS=q_block,
-            K_HEADS=k_block,
-            HALF=half,
-            num_warps=num_warps(q_block * half),
-        )
+    half, q_block, k_block = (1 << (m - 1).bit_length() for m in (dim // 2, q_heads, k_heads))
+    launch(
+        _rotate_kernel,
+        n,
+        *(q, k, cos, sin, q_out, k_out, q_heads, k_heads, dim),
+        BACKWARD=backward,
+        Q_HEADS=q_block,
+        K_HEADS=k_block,
+        HALF=half,
+        num_warps=num_warps(q_block * half),
+    )
     return q_out, k_out
 
 

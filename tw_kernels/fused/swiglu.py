@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tw_kernels.fused.launch import num_warps
+from tw_kernels.fused.launch import launch, num_warps
 
 _BLOCK = 2048
 
@@ -23,24 +23,22 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx, gate, up):
         gate, up = gate.contiguous(), up.contiguous()
         out = torch.empty_like(gate)
-        _launch(_forward_kernel, gate, up, out)
+        _run(_forward_kernel, gate, up, out)
         ctx.save_for_backward(gate, up)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout):
+    def backward(ctx, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
         gate, up = ctx.saved_tensors
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-        _launch(_backward_kernel, dout.contiguous(), gate, up, dgate, dup)
+        _run(_backward_kernel, dout.contiguous(), gate, up, dgate, dup)
         return dgate, dup
 
 
-def _launch(kernel, *tensors: Tensor) -> None:
+def _run(kernel, *tensors: Tensor) -> None:
     size = tensors[0].numel()
-    if size:
-        grid = (triton.cdiv(size, _BLOCK),)
-        kernel[grid](*tensors, size, BLOCK=_BLOCK, num_warps=num_warps(_BLOCK))
+    launch(kernel, -(-size // _BLOCK), *tensors, size, BLOCK=_BLOCK, num_warps=num_warps(_BLOCK))
 
 
 @triton.jit
