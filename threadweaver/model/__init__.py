@@ -26,12 +26,14 @@ from threadweaver.model.save import save_model
 from threadweaver.model.supported import check_supported
 from threadweaver.model.tokenizer import build_tokenizer
 from threadweaver.model.vocabulary import add_tags
+from threadweaver.model.weight_copies import WeightCopies
 
 __all__ = [
     "ATTENTION",
     "OutputLayer",
     "PagedStep",
     "TokenLogprobs",
+    "WeightCopies",
     "add_tags",
     "build_tokenizer",
     "check_supported",

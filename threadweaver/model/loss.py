@@ -58,7 +58,8 @@ def cross_entropy_sum(hidden: Tensor, head: OutputLayer, targets: Tensor) -> Ten
     """
     rows = rows_at_once(hidden.device.type, len(head.linear.weight))
     if _by_kernels(hidden):
-        hidden, weight = _in_compute_dtype(hidden, head.weight.detach())
+        hidden = hidden.to(_compute_dtype(hidden))
+        weight = head.compute_weight(hidden.dtype)
         return negative_log_likelihood(hidden, head, weight, targets, rows)
     if targets.numel() <= rows:
         return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
@@ -93,11 +94,16 @@ def _cross_entropy_piece(h: Tensor, weight: Tensor, head: OutputLayer, t: Tensor
     return F.cross_entropy(logits.float(), t, reduction="sum")
 
 
-def _in_compute_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the dtype of the output layer's product: cast once, not in every piece."""
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    """Of the output layer's product."""
     device = hidden.device.type
     enabled = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if enabled else hidden.dtype
+    return torch.get_autocast_dtype(device) if enabled else hidden.dtype
+
+
+def _in_compute_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype of the output layer's product: cast once, not in every piece."""
+    dtype = _compute_dtype(hidden)
     return hidden.to(dtype), weight.to(dtype)
 
 
@@ -143,7 +149,8 @@ def token_logprobs(
     """
     rows = rows_at_once(hidden.device.type, len(head.linear.weight))
     if _by_kernels(hidden):
-        hidden, weight = _in_compute_dtype(hidden, head.weight.detach())
+        hidden = hidden.to(_compute_dtype(hidden))
+        weight = head.compute_weight(hidden.dtype)
         found = logprobs_and_entropies(hidden, head, weight, targets, rows, entropy_gradient)
         return TokenLogprobs(*found)
     hidden, weight = _in_compute_dtype(hidden, head.weight)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from threadweaver.model.float32_sums import add_product_
 from threadweaver.model.logits import OutputLayer
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ class _Gradients:
             if self.hidden is not None:
                 self.hidden[piece] = products @ layer.weight
             if self.weight is not None:
-                _add_product(self.weight[:width], products.t(), hidden)
+                add_product_(self.weight[:width], products.t(), hidden)
             if self.bias is not None:
                 self.bias[:width] += products.sum(0, dtype=torch.float32)
 
@@ -135,16 +136,6 @@ class _Gradients:
                     gradient.mul_(factor)
         dtype = linear.weight.dtype
         return (found[0], *(None if g is None else g.to(dtype) for g in found[1:]))
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b; total in float32, a and b in one dtype."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        total += a @ b  # for tests: no product there takes bfloat16 into float32
 
 
 class _Sum(torch.autograd.Function):

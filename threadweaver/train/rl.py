@@ -289,12 +289,14 @@ class RLTrainer(Trainer[RLConfig]):
         title = f"updating, step {self.steps_done + 1}"
         with Progress(self.console, title, passes, "passes") as progress:
             if settings.updates > 1:
+                self.copies.cast()
                 with torch.no_grad():
                     old = [
                         [self._logprobs(self.model, m) for m in progress.track(micros)]
                         for micros in batches
                     ]
             for micros, old_logprobs in zip(batches, old, strict=True):
+                self.copies.cast()
                 step = [
                     self._backward(micro, before, num_tokens / settings.updates)
                     for micro, before in zip(progress.track(micros), old_logprobs, strict=True)

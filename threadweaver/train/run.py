@@ -20,7 +20,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from threadweaver.model import end_ids, parameter_count, save_model, to_device
+from threadweaver.model import (
+    WeightCopies,
+    end_ids,
+    parameter_count,
+    save_model,
+    to_device,
+)
 from threadweaver.progress import has_no_reader, print_line
 from threadweaver.train.checkpoint import (
     all_checkpoints,
@@ -171,6 +177,7 @@ class Trainer(Run[T]):
         fingerprint: of the data; set by `load_data`.
         last_record: of the last step that a checkpoint knows of.
         totals: sums over the steps done, by name; they live in checkpoints.
+        copies: of its matrices in the dtype of their products; cast before the passes of a step.
     """
 
     num_steps: int
@@ -211,6 +218,9 @@ class Trainer(Run[T]):
         self.load_data()
         if compute.gradient_checkpointing:
             recompute_activations(self.model, compute.gradient_checkpointing)
+        # On a CPU autocast casts as it always did: results stay the same, bit for bit.
+        by_copies = self.device.type == "cuda" and compute.precision == "bf16"
+        self.copies = WeightCopies(self.model, torch.bfloat16 if by_copies else None)
         if compute.compile:
             self.model.base_model.compile(dynamic=True)
         self.optimizer = build_optimizer(self.model, self.config.optimization)
@@ -298,6 +308,7 @@ class Trainer(Run[T]):
             raise save_batch(folder, packs, sources, [float(x) for x in losses], float(norm))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        self.copies.free()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return float(norm)

@@ -104,6 +104,7 @@ class SFTTrainer(Trainer[SFTConfig]):
         packs = [Trie.pack([self.data.tries[i] for i in micro]) for micro in step.micro_batches]
         supervised = sum(supervised_tokens(trie).numel() for trie in packs)
         losses = []
+        self.copies.cast()
         with self._micro_batches("training", len(packs)) as progress:
             for trie in progress.track(packs):
                 loss = self._loss_sum(trie) / supervised
@@ -152,6 +153,7 @@ class SFTTrainer(Trainer[SFTConfig]):
     def _validation_loss(self, data: TrieSet) -> float:
         """Mean over the supervised tokens of the validation data."""
         self.model.eval()
+        self.copies.cast()
         total, supervised = 0.0, 0
         budget = self.config.optimization.batch_tokens
         packs = pack(data.sizes, range(len(data.tries)), budget)
@@ -222,6 +224,7 @@ class SFTTrainer(Trainer[SFTConfig]):
 
     def _evaluate(self, checkpoint: Path) -> dict[str, float]:
         """Solves the problems with the checkpoint as it can be loaded, in both modes."""
+        self.copies.free()
         torch.nn.Module.to(self.model, "cpu")
         self.optimizer.zero_grad()
         model, _ = load_model(checkpoint)
