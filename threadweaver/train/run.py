@@ -53,6 +53,7 @@ from threadweaver.train.run_dir import (
 from threadweaver.train.setup import (
     build_model,
     build_optimizer,
+    compile_layers,
     prepare_torch,
     recompute_activations,
 )
@@ -216,13 +217,13 @@ class Trainer(Run[T]):
         self.last_record: Record = {}
         self.steps_done = 0
         self.load_data()
+        if compute.compile:
+            compile_layers(self.model)
         if compute.gradient_checkpointing:
             recompute_activations(self.model, compute.gradient_checkpointing)
         # On a CPU autocast casts as it always did: results stay the same, bit for bit.
         by_copies = self.device.type == "cuda" and compute.precision == "bf16"
         self.copies = WeightCopies(self.model, torch.bfloat16 if by_copies else None)
-        if compute.compile:
-            self.model.base_model.compile(dynamic=True)
         self.optimizer = build_optimizer(self.model, self.config.optimization)
         if self.state:
             self._restore(self.last_checkpoint, self.state)

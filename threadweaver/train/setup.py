@@ -63,6 +63,27 @@ def build_model(
     return model, tokenizer
 
 
+def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
+    """From now on the model's layers run through torch.compile, all of them and tries of every size
+    through one graph. To be called before `recompute_activations`.
+
+    Raises:
+        ConfigError: its layers are none that `transformers` knows by their class.
+    """
+    for layer in _layers(model, "compile"):
+        layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
+
+
+def _layers(model: PreTrainedModel, setting: str) -> list[GradientCheckpointingLayer]:
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigError(
+            f"compute.{setting}: the layers of {model.config.model_type} cannot be told; leave it "
+            "out"
+        )
+    return layers
+
+
 # What a layer that is recomputed keeps: attention's result is small beside what computes it.
 _KEEP = partial(create_selective_checkpoint_contexts, [torch.ops.tw_kernels.trie_attention.default])
 
@@ -81,12 +102,7 @@ def recompute_activations(model: PreTrainedModel, layers: bool | int = True) -> 
     Raises:
         ConfigError: its layers are none that `transformers` knows how to run again, or fewer.
     """
-    found = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    if not found:
-        raise ConfigError(
-            f"compute.gradient_checkpointing: no layer of {model.config.model_type} can be "
-            "recomputed; leave it out"
-        )
+    found = _layers(model, "gradient_checkpointing")
     count = len(found) if layers is True else int(layers)
     if count > len(found):
         raise ConfigError(
