@@ -20,6 +20,7 @@ ARCH = {
     "attention_bias": True,
     "tie_word_embeddings": True,
 }
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PATHS = [[5, 8, 13, 21, 34], [5, 8, 13, 40, 41, 42], [7, 9]]
 
 
@@ -39,6 +40,7 @@ class Casts(TorchDispatchMode):
 
 def model_and_copies(dtype, layers=True):
     model = new_model(build_tokenizer(), ARCH, seed=1).train()
+    nn.Module.to(model, DEVICE)
     copies = WeightCopies(model, dtype)
     recompute_activations(model, layers)
     return model, copies
@@ -49,7 +51,7 @@ def step(model, copies, passes=1):
     model.zero_grad()
     copies.cast()
     for _ in range(passes):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             loss = trie_loss(model, Trie.from_paths(PATHS, [[1.0] * len(p) for p in PATHS]))
         loss.backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -101,14 +103,14 @@ def test_copies_follow_the_weights_and_are_no_part_of_the_model():
 
 
 def test_without_copies_or_autocast_a_layer_multiplies_by_its_weight():
-    layer = nn.Sequential(nn.Linear(8, 4))
-    x = torch.randn(3, 8)
+    layer = nn.Sequential(nn.Linear(8, 4)).to(DEVICE)
+    x = torch.randn(3, 8, device=DEVICE)
     want = layer(x)
     copies = WeightCopies(layer, torch.bfloat16)
     assert torch.equal(layer(x), want)
     copies.cast()
     assert torch.equal(layer(x), want)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
     copies.free()
     assert torch.equal(layer(x), want)

@@ -185,7 +185,7 @@ def _fused_rotary(original: Callable) -> Callable:
         q, k = rotary(q, k, cos.squeeze(0), sin.squeeze(0), _out_dtype(q, cos))
         return q.transpose(0, 1).unsqueeze(0), k.transpose(0, 1).unsqueeze(0)
 
-    rotary.unfused = original
+    vars(rotary)["unfused"] = original
     return rotary
 
 

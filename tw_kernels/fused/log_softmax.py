@@ -130,13 +130,18 @@ def _statistics_kernel(
     i = tl.program_id(0)
     row = products + i.to(tl.int64) * stride
     target = tl.load(targets + i)
-    m, total, weighted, at_target = -float("inf"), 0.0, 0.0, 0.0
+    target_z, has_token = _transformed(  # pyright: ignore[reportGeneralTypeIssues]
+        tl.load(row + target), target, unknown, scale, softcap, rows, SOFTCAP, UNKNOWN
+    )
+    # An id without a token has a probability of 0, and a finite logarithm of it.
+    at_target = tl.where(has_token, target_z, LOWEST)
+    m, total, weighted = -float("inf"), 0.0, 0.0
     for start in range(0, rows, BLOCK):
         col = start + tl.arange(0, BLOCK)
         x = tl.load(row + col, col < rows, other=0)
-        z, known = _transformed(x, col, unknown, scale, softcap, rows, SOFTCAP, UNKNOWN)
-        # An id without a token has a probability of 0, and a finite logarithm of it.
-        at_target += tl.sum(tl.where(col == target, tl.where(known, z, LOWEST), 0), 0)
+        z, known = _transformed(  # pyright: ignore[reportGeneralTypeIssues]
+            x, col, unknown, scale, softcap, rows, SOFTCAP, UNKNOWN
+        )
         block_m = tl.max(tl.where(known, z, -float("inf")), 0)
         new_m = tl.maximum(m, block_m)
         # Of blocks without any known id there is nothing to add, and no maximum to scale by.
@@ -166,7 +171,9 @@ def _gradient_kernel(
     for start in range(0, cols, BLOCK):
         col = start + tl.arange(0, BLOCK)
         x = tl.load(row + col, col < cols, other=0)
-        z, known = _transformed(x, col, unknown, scale, softcap, rows, SOFTCAP, UNKNOWN)
+        z, known = _transformed(  # pyright: ignore[reportGeneralTypeIssues]
+            x, col, unknown, scale, softcap, rows, SOFTCAP, UNKNOWN
+        )
         p = tl.exp(z - lse)
         dz = dlogprob * (tl.where(col == target, 1.0, 0.0) - p)
         if HAS_DENTROPIES:
