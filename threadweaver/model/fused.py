@@ -55,7 +55,9 @@ def fuse(model: PreTrainedModel) -> str | None:
     try:
         worst = (trie_outputs(model) - before).abs().max().item()
         reason = f"log-probabilities would differ by {worst:.2g} nats"
-    except (TypeError, ValueError, AttributeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
         worst, reason = torch.inf, " ".join(str(error).split())[:200]
     if worst <= TOLERANCE:
         return None
