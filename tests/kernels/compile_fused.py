@@ -52,7 +52,7 @@ def launches() -> Iterator[str]:
     yield "norm of heads"
     y.backward(y)
     yield "norm of heads, backward"
-    rotary(heads, heads[:, :8], *torch.zeros(2, 64, 128), HALF)
+    rotary(heads, heads[:, :8], torch.zeros(64, 128), torch.zeros(64, 128), HALF)
     yield "rotary"
     gate, up = matrix(3 * HIDDEN, HALF), matrix(3 * HIDDEN, HALF)
     y = swiglu(gate, up)

@@ -38,11 +38,11 @@ class Casts(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def model_and_copies(dtype, layers=True):
+def model_and_copies(dtype, recomputed=True):
     model = new_model(build_tokenizer(), ARCH, seed=1).train()
     nn.Module.to(model, DEVICE)
     copies = WeightCopies(model, dtype)
-    recompute_activations(model, layers)
+    recompute_activations(model, recomputed)
     return model, copies
 
 
@@ -83,7 +83,7 @@ def test_the_gradients_are_those_of_autocast_in_float32():
 
 
 def test_copies_follow_the_weights_and_are_no_part_of_the_model():
-    model, copies = model_and_copies(torch.bfloat16, layers=0)
+    model, copies = model_and_copies(torch.bfloat16, recomputed=False)
     names = list(model.state_dict())
     before = step(model, copies)
     copies.free()
@@ -93,7 +93,7 @@ def test_copies_follow_the_weights_and_are_no_part_of_the_model():
     assert list(model.state_dict()) == names
     after = step(model, copies)
     assert any(not torch.equal(before[name], after[name]) for name in names if name in before)
-    fresh, plain = model_and_copies(None, layers=0)
+    fresh, plain = model_and_copies(None, recomputed=False)
     with torch.no_grad():
         for parameter in fresh.parameters():
             parameter.mul_(2)

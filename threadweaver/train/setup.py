@@ -96,7 +96,7 @@ def recompute_activations(model: PreTrainedModel, layers: bool | int = True) -> 
     runs it.
 
     Args:
-        layers: True: all; a number: so many, from the first on. The backward pass has freed what
+        layers: True: all; False: none; a number: so many, from the first on. The backward pass has freed what
             the others keep when it comes to these.
 
     Raises:
