@@ -96,8 +96,8 @@ def recompute_activations(model: PreTrainedModel, layers: bool | int = True) -> 
     runs it.
 
     Args:
-        layers: True: all; False: none; a number: so many, from the first on. The backward pass has freed what
-            the others keep when it comes to these.
+        layers: True: all; False: none; a number: so many, from the first on. The backward pass has
+            freed what the others keep when it comes to these.
 
     Raises:
         ConfigError: its layers are none that `transformers` knows how to run again, or fewer.
