@@ -8,9 +8,10 @@ from threadweaver.model.attention import (
     trie_hidden_states,
 )
 from threadweaver.model.context import context_length
-from threadweaver.model.end_tokens import end_ids
+from threadweaver.model.end_tokens import end_ids, end_ids_of
+from threadweaver.model.fingerprint import weights_fingerprint
 from threadweaver.model.fused import fuse, to_device
-from threadweaver.model.load import load_model, load_tokenizer
+from threadweaver.model.load import load_configs, load_model, load_tokenizer
 from threadweaver.model.logits import OutputLayer, mask_unknown_ids, output_layer
 from threadweaver.model.loss import (
     TokenLogprobs,
@@ -40,8 +41,10 @@ __all__ = [
     "context_length",
     "cross_entropy_sum",
     "end_ids",
+    "end_ids_of",
     "fuse",
     "kv_shape",
+    "load_configs",
     "load_model",
     "load_tokenizer",
     "mask_unknown_ids",
@@ -57,4 +60,5 @@ __all__ = [
     "trie_hidden_states",
     "trie_logprobs",
     "trie_loss",
+    "weights_fingerprint",
 ]
