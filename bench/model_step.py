@@ -47,7 +47,7 @@ from bench.step_setup import (
 from bench.suite import Options, Row, Suite, UsageError
 from bench.train_step import OURS, PACKED, UNROLLED, relate, step_peer
 from threadweaver.device import Precision, memory_of, resolve
-from threadweaver.model import build_tokenizer
+from threadweaver.model import WeightCopies, build_tokenizer, to_device
 from threadweaver.train.setup import recompute_activations
 
 Recompute = Literal["all", "none"]
@@ -98,13 +98,21 @@ class ModelStep(FineTuning):
     @cached_property
     def model(self) -> PreTrainedModel:
         model = random_model(self.name, build_tokenizer(), str(self.device), torch.float32).train()
+        to_device(model, self.device)  # where it is already: for its fused layers
         if self.recompute == "all":
             recompute_activations(model)
         return model
 
+    @cached_property
+    def copies(self) -> WeightCopies:
+        """As a run trains: on a GPU, weights are cast once an update."""
+        by_copies = self.device.type == "cuda" and self.precision == "bf16"
+        return WeightCopies(self.model, torch.bfloat16 if by_copies else None)
+
     def run(self, passes: list[Pass]) -> None:
         bf16 = self.precision == "bf16"
         self.model.zero_grad()
+        self.copies.cast()
         for step in passes:
             self.model.set_attn_implementation(step.attention)
             with torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
@@ -113,6 +121,7 @@ class ModelStep(FineTuning):
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         self._sampled = torch.cat([g.flatten()[::STRIDE] for g in gradients])
         self.model.zero_grad()  # so that each call's peak of memory holds its gradients
+        self.copies.free()
 
     def gradient(self) -> Tensor:
         """Every STRIDE-th entry of each parameter's gradient: all of them fill a GPU."""
