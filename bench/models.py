@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from threadweaver.model import ATTENTION
+from threadweaver.model import ATTENTION, to_device
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {  # for tests
@@ -60,7 +60,9 @@ def random_model(
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": ATTENTION}
     make: Any = AutoModelForCausalLM.from_config
     with torch.device(device):
-        return make(config, **options)
+        model: PreTrainedModel = make(config, **options)
+    to_device(model, torch.device(device))  # fused, as a loaded model is
+    return model
 
 
 def product_weights(model: PreTrainedModel) -> int:

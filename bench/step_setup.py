@@ -24,6 +24,7 @@ from threadweaver.model import (
     ATTENTION,
     cross_entropy_sum,
     output_layer,
+    to_device,
     token_logprobs,
     trie_logprobs,
     trie_loss,
@@ -128,7 +129,7 @@ class StepSetup(Setup):
             max_position_embeddings=65536,
         )
         model = Qwen3ForCausalLM(config)
-        torch.nn.Module.to(model, self.device)
+        to_device(model, self.device)
         return model.train()
 
     def call_pass(self, call: Call) -> Pass:
