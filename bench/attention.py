@@ -107,7 +107,7 @@ def _of_grain(grain: str, cost: float) -> Peer[AttentionSetup]:
         if setup.layout.waste(cuda.OWN_ROWS, cuda.OWN_ROWS) <= cuda.FINE_COST:
             raise Skip("long paths: coarse blocks waste too little")
         q, k, v, _ = setup.inputs(0)
-        if reason := cuda.why_not(q, k, v):
+        if reason := cuda.why_not(q, k, v, setup.problem.window):
             raise Skip(reason)
         inputs = [setup.inputs(i) for i in range(setup.input_sets)]
 
