@@ -32,11 +32,10 @@ def decode_plan(
     lengths: NDArray[Any],
     new_tokens: NDArray[Any],
     page_size: int,
-    num_workers: int,
-    tile_rows: int,
+    costs: tuple[Any, ...],  # DecodeCosts
     share: bool,
     capacity: tuple[int, int, int, int] | None,
-) -> tuple[NDArray[np.int32], tuple[int, int, int, int]]: ...
+) -> tuple[NDArray[np.int32], tuple[int, int, int, int], float]: ...  # plan, sizes, predicted time
 
 # Addresses, then strides of the rows and of the heads in elements (csrc/cpu/trie_attention.h).
 _Strided = tuple[int, int, int]
@@ -108,7 +107,7 @@ def cpu_instruction_sets() -> list[str]: ...
 # The driver's answer in one line, empty if it has a device.
 def cuda_driver_missing() -> str: ...
 
-# rows, items, partial slots, tile rows, heads, KV heads, head dim, pages, page size
+# rows, items, tile rows, multiprocessors, heads, KV heads, head dim, pages, page size
 # (csrc/cuda/decode/trie_decode.h)
 _CudaDecodeSizes = tuple[int, int, int, int, int, int, int, int, int]
 # addresses of K and V, strides of pages, slots, heads
@@ -126,7 +125,8 @@ def cuda_trie_decode(
     kv: _CudaPages,
     new_k: _Strided,  # address 0: nothing to write
     new_v: _Strided,
-    results: tuple[int, int, int],  # addresses: out, partial outputs, partial lse
+    # addresses: out, partial outputs, partial lse, counter of units
+    results: tuple[int, ...],
     /,
 ) -> None: ...
 

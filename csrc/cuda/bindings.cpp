@@ -80,16 +80,16 @@ void attention_backward(const AttentionSizes &sizes, float scale, const Place &p
 
 // ---- trie_decode
 
-using DecodeSizes = std::array<int64_t, 9>; // rows, items, partial slots, tile rows, heads,
+using DecodeSizes = std::array<int64_t, 9>; // rows, items, tile rows, multiprocessors, heads,
                                             // KV heads, head dim, pages, page size
 using PlanArrays = std::array<int64_t, 7>;  // addresses: rows, positions, slots, merge_ptr,
                                             // merge_slots, items, pages
 using PageArrays = std::array<int64_t, 5>;  // addresses of K and V, strides of pages, slots, heads
-using Results = std::array<int64_t, 3>;     // addresses: out, partial outputs, partial lse
+using Results = std::array<int64_t, 4>;     // addresses: out, partial outputs, partial lse, counter
 
 TrieDecodeArgs decode_args(const DecodeSizes &sizes, int dtype, const PageArrays &kv) {
   TrieDecodeArgs a{};
-  a.rows = sizes[0], a.num_items = sizes[1], a.partial_slots = sizes[2], a.tile_rows = sizes[3];
+  a.rows = sizes[0], a.num_items = sizes[1], a.tile_rows = sizes[2], a.multiprocessors = sizes[3];
   a.heads = sizes[4], a.kv_heads = sizes[5], a.head_dim = sizes[6];
   a.num_pages = sizes[7], a.page_size = sizes[8];
   a.element = element(dtype);
@@ -111,8 +111,9 @@ void decode(const DecodeSizes &sizes, int dtype, float scale, const Place &place
   a.pages = pointer<const int32_t>(plan[6]);
   a.q = heads(q), a.new_k = heads(new_k), a.new_v = heads(new_v);
   a.out = pointer<void>(results[0]);
-  a.partial_out = pointer<float>(results[1]);
+  a.partial_out = pointer<void>(results[1]);
   a.partial_lse = pointer<float>(results[2]);
+  a.next_unit = pointer<int32_t>(results[3]);
   trie_decode(a, launcher(place));
 }
 

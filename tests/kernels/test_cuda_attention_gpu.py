@@ -62,7 +62,7 @@ def run(layout: TrieLayout, tensors: list[Tensor], backend: str = "cuda") -> lis
 def assert_equals_definition(layout: TrieLayout, tensors: list[Tensor]) -> None:
     got = run(layout, tensors)
     q, k, v = (x.detach().double().requires_grad_() for x in tensors[:3])
-    mask = visible(layout.subtree_ends.cpu()).cuda()
+    mask = visible(layout.subtree_ends)
     out, lse = oracle(q, k, v, mask, q.shape[2] ** -0.5)
     assert relative_error(got[0], out) <= TOLERANCE
     assert relative_error(got[1], lse) <= TOLERANCE
