@@ -30,6 +30,7 @@ class AnswerFile:
     Raises:
         ValueError: a prompt that cannot be decoded; names file and row. Prompts that leave no room
             for a response are skipped and counted, unless all are.
+    """
 
     def __init__(
         self,
