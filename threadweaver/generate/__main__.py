@@ -184,6 +184,7 @@ def _answer(options: Namespace, settings: GenerationSettings) -> int:
             print_line(console, f"{log.path}: {len(log.rows):,} responses are there already")
         rows = answers.decode(log)
         save_rows(rows, options.out)
+        log.path.unlink()
     except KeyboardInterrupt:
         if log is None:
             return fail("interrupted before the first token", 130)
@@ -194,7 +195,6 @@ def _answer(options: Namespace, settings: GenerationSettings) -> int:
     finally:
         if log is not None:
             log.close(remove=False)
-    log.path.unlink()
     print_line(console, f"{options.out}: {len(rows):,} responses")
     return 0
 
