@@ -66,6 +66,7 @@ class Evaluation:
             threads_per_block    all threads over all blocks
             total_tokens, longest_path_tokens, decode_steps, latency_seconds    means over responses
             acceleration         mean of 1 - longest path / total
+            redundancy           8-grams of threads that stand in a sibling, over all of them
             speedup              all tokens over all tokens on longest paths
         """
         found: dict[str, Estimate] = {}

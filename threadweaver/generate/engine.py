@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from threadweaver.device import memory_of
+from threadweaver.generate.constraint import Constraint, constrained
 from threadweaver.generate.pages import PagePool
 from threadweaver.generate.rollout import Completion, Rollout
 from threadweaver.generate.runner import Runner
@@ -69,6 +70,7 @@ class Generation:
     weaver: Weaver = field(repr=False)
     family: Family = field(repr=False)
     script: Script | None = field(default=None, repr=False)
+    constraint: Constraint | None = field(default=None, repr=False)
     open: dict[RequestId, Sequence] = field(default_factory=dict, repr=False)
     retained: dict[RequestId, Sequence] = field(default_factory=dict, repr=False)
     completions: dict[RequestId, Completion] = field(default_factory=dict, repr=False)
@@ -188,6 +190,7 @@ class Engine:
         settings: GenerationSettings,
         seed: int = 0,
         script: Script | None = None,
+        constraint: Constraint | None = None,
     ) -> Generation:
         """Queues a response.
 
@@ -196,12 +199,16 @@ class Engine:
             seed: of its draws; the same seed, prompt and model give the same response.
             script: completions to take instead of sampling. A request that is not in it, or at the
                 end of its completion there, ends by length.
+            constraint: rules out tokens; log-probabilities are then those among the others. In
+                sequential mode alone, where a response is one request.
 
         Raises:
             ValueError: the prompt is empty or fills the model's context, an id is none of the
                 model's, a setting is out of range, or the pool cannot hold the response's longest
                 path.
         """
+        if constraint is not None and settings.mode != "sequential":
+            raise ValueError(f"mode is {settings.mode}: a constraint needs sequential mode")
         ids = token_ids(prompt, "prompt", self._rows)
         weaver, _ = self._checked(ids, settings)
         if script is not None:
@@ -211,7 +218,9 @@ class Engine:
             }
         family = self._families.setdefault(tuple(ids), Family(len(ids)))
         family.unfinished += 1
-        generation = Generation(self._count, ids, settings, seed, weaver, family, script)
+        generation = Generation(
+            self._count, ids, settings, seed, weaver, family, script, constraint
+        )
         self._count += 1
         self._live[generation.number] = self._added[generation.number] = generation
         self._open_requests(generation)
@@ -308,6 +317,7 @@ class Engine:
     def _sample(self, ready: list[Sequence], logits: Tensor) -> list[tuple[int, float, float]]:
         """For each sequence a token and its two log-probabilities."""
         positions = [len(s.logprobs) for s in ready]
+        logits = constrained(logits, [self._live[s.rank[0]].constraint for s in ready])
         draws = sample(
             logits,
             [self._live[s.rank[0]].settings.sampling for s in ready],
@@ -333,6 +343,8 @@ class Engine:
         sequence.logprobs.append(logprob)
         sequence.sampled_logprobs.append(sampled_logprob)
         request, count = sequence.request, len(sequence.logprobs)
+        if constraint := self._live[sequence.rank[0]].constraint:
+            constraint.accept(token)
         if token in request.stop_ids:
             self._close(sequence, "eos" if token in self.codec.end_ids else "stop")
         elif count == request.max_tokens or (sequence.script and count == len(sequence.script)):

@@ -363,7 +363,8 @@ class RLTrainer(Trainer[RLConfig]):
         trie_tokens = totals["trie_tokens"]
         result = {
             "steps": self.steps_done,
-            **{name: last[name] for name in ("reward", *METRICS)},
+            # A run that began with an older version has not all of them.
+            **{name: last[name] for name in ("reward", *METRICS) if name in last},
             **{name: last[name] for name in last if name.startswith("validation_")},
             "skipped_prompts": self.skipped_prompts,
             "groups": self._groups_sampled,
