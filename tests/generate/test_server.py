@@ -179,15 +179,15 @@ def test_smollm2_with_tags_over_http_equals_the_engine(smollm2, tmp_path):
     ids = [*prompt, *codec.encode(RESPONSES[0]), codec.eos_id]
     trie = loss_trie(ids, codec, len(prompt), "response").trie
     layout, supervised = trie.layout("cpu"), supervised_tokens(trie).numel()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    for _ in range(25):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    for _ in range(15):
         loss = trie_loss(model, trie, layout) / supervised
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     save_model(model.eval(), tokenizer, tmp_path)
-    settings = GenerationSettings(max_tokens=400, sampling=GREEDY)
-    prompts = [codec.encode_prompt(f"What is {a}*86?") for a in (7, 8, 19)]
+    settings = GenerationSettings(max_tokens=250, sampling=GREEDY)
+    prompts = [codec.encode_prompt(f"What is {a}*86?") for a in (7, 19)]
     here = Engine(model, codec, kv_gigabytes=0.5)
     with serve(tmp_path, "token_ids") as server:
         there, _ = connect(

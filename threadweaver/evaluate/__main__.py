@@ -143,13 +143,11 @@ def main(arguments: list[str] | None = None) -> int:
             log=log,
         )
     except ValueError as error:
-        return fail(error, 2)
-    except ServerError as error:
-        return fail(_kept(str(error), log), 1)
-    except NonFiniteLogits as error:
-        return fail(error, 1)
+        return _ended(error, log, 2)
+    except (ServerError, NonFiniteLogits) as error:
+        return _ended(error, log, 1)
     except KeyboardInterrupt:
-        return fail(_kept("interrupted", log), 130)
+        return _ended("interrupted", log, 130)
     gain = compare(**evaluations) if options.mode == "both" else None
     print_table(console, f"{options.task}, {len(problems)} problems", evaluations, gain)
     record = {
@@ -189,11 +187,15 @@ def _kept_in(options: Namespace) -> Path | None:
     return next((path for path in files if path.is_file() or not path.exists()), None)
 
 
-def _kept(reason: str, log: ResponseLog | None) -> str:
-    """Why it ended, and what becomes of the responses."""
-    if log is None:
-        return f"{reason}; nothing is saved (--responses FILE keeps what is decoded)"
-    return f"{reason}; {len(log.rows):,} responses are kept: give the same command to go on"
+def _ended(reason: Exception | str, log: ResponseLog | None, code: int) -> int:
+    """Says why it ended, and what becomes of the responses; returns the exit code."""
+    if log is not None and log.rows:
+        reason = f"{reason}; {len(log.rows):,} responses are kept: give the same command to go on"
+    elif reason == "interrupted":
+        reason = "interrupted; nothing is saved (--responses FILE keeps what is decoded)"
+    if log is not None:
+        log.close(remove=not log.rows)
+    return fail(reason, code)
 
 
 def _write(path: Path, lines: Iterable[str]) -> None:

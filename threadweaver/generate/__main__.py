@@ -183,6 +183,8 @@ def _answer(options: Namespace, settings: GenerationSettings) -> int:
         if log.rows:
             print_line(console, f"{log.path}: {len(log.rows):,} responses are there already")
         rows = answers.decode(log)
+        save_rows(rows, options.out)
+        log.path.unlink()
     except KeyboardInterrupt:
         if log is None:
             return fail("interrupted before the first token", 130)
@@ -190,8 +192,9 @@ def _answer(options: Namespace, settings: GenerationSettings) -> int:
         return fail(f"interrupted; {kept}", 130)
     except NonFiniteLogits as error:
         return fail(error, 1)
-    save_rows(rows, options.out)
-    log.close(remove=True)
+    finally:
+        if log is not None:
+            log.close(remove=False)
     print_line(console, f"{options.out}: {len(rows):,} responses")
     return 0
 

@@ -171,7 +171,7 @@ class ResponseLog:
         )
 
     def close(self, *, remove: bool) -> None:
-        """Ends the log; with `remove` the file too, once all that it was for is written."""
+        """Ends the log; with `remove` the file too, as when all that it was for is written."""
         if remove:
             self.path.unlink(missing_ok=True)
         self._file.close()
