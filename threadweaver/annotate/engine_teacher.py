@@ -12,7 +12,7 @@ from threadweaver.generate.engine import Engine, Generation
 from threadweaver.generate.load import load_engine
 from threadweaver.generate.options import EngineSettings
 from threadweaver.generate.sampler import SamplingParams
-from threadweaver.generate.settings import GenerationSettings
+from threadweaver.generate.settings import GenerationSettings, PromptTooLong
 from threadweaver.trajectory import Message, TemplateConfig
 
 TEMPERATURE = 0.6
@@ -62,7 +62,7 @@ class EngineTeacher:
         try:
             prompt = self._engine.codec.encode_prompt(messages)
             generation = self._engine.add(prompt, self._generation, seed, constraint=constraint)
-        except ValueError as error:  # it leaves no room for a reply
+        except PromptTooLong as error:
             raise Refused(str(error)) from error
         done = asyncio.get_running_loop().create_future()
         self._open[generation.number] = generation, done

@@ -14,7 +14,7 @@ from threadweaver.annotate.lines import Response, numbered
 from threadweaver.annotate.map import Range, read_map
 from threadweaver.annotate.outline import read_outlines
 from threadweaver.annotate.prompts import Prompts
-from threadweaver.annotate.store import Ask, Store, write_json
+from threadweaver.annotate.store import Ask, Log, Store, write_json
 
 
 class Trajectory:
@@ -147,7 +147,7 @@ class Trajectory:
             raise LeftOut("4-outline", "no block got outlines", dissolved[0]["why"])
         return result
 
-    def _log(self, step: str, **given: Any):
+    def _log(self, step: str, **given: Any) -> Log:
         return self._store.log(
             step, self._number, {"source": self._source, "given": given}, self._ask[step]
         )
