@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 
 from threadweaver.annotate.failures import Refused
-from threadweaver.annotate.grammar import Grammars
+from threadweaver.annotate.form import Form
+from threadweaver.annotate.grammar import FormConstraint, Grammars
 from threadweaver.annotate.settings import TeacherSettings
 from threadweaver.annotate.teacher import Reply, reply_of
 from threadweaver.generate.engine import Engine, Generation
@@ -56,9 +57,9 @@ class EngineTeacher:
             grammars, note = Grammars.of(tokenizer, loaded.codec.end_ids)
         return cls(loaded, settings, grammars), note
 
-    async def ask(self, messages: list[Message], grammar: str, seed: int) -> Reply:
+    async def ask(self, messages: list[Message], form: Form, seed: int) -> Reply:
         """See `Teacher`."""
-        constraint = self._grammars.constraint(grammar) if self._grammars else None
+        constraint = FormConstraint(self._grammars, form) if self._grammars else None
         try:
             prompt = self._engine.codec.encode_prompt(messages)
             generation = self._engine.add(prompt, self._generation, seed, constraint=constraint)
