@@ -89,9 +89,8 @@ def _free_runs(steps: Sequence[Step], groups: Sequence[str]) -> Iterator[list[St
     for level in levels:
         run: list[Step] = []
         for step in level:
-            if step.kind == "understand" or taken.intersection(
-                range(step.lines[0], step.lines[1] + 1)
-            ):
+            is_taken = not taken.isdisjoint(range(step.lines[0], step.lines[1] + 1))
+            if is_taken or step.kind == "understand":
                 if len(run) > 1:
                     yield run
                 run = []
