@@ -5,6 +5,7 @@
     evaluate    solve held-out problems of a task and report every metric; also: eval
     annotate    make parallel trajectories out of sequential ones, with the help of a teacher
     tasks       write a task's data
+    view        pages to look at: trajectories, the trie of one, a run
     add-tags    add the tags of the trajectory format to a model and its tokenizer
 
 `threadweaver COMMAND --help` lists the settings of a command.
@@ -24,6 +25,7 @@ MODULES = {
     "eval": "threadweaver.evaluate",
     "annotate": "threadweaver.annotate",
     "tasks": "threadweaver.tasks",
+    "view": "threadweaver.view",
     "add-tags": "threadweaver.add_tags",
 }
 

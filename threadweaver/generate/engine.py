@@ -29,7 +29,7 @@ from threadweaver.generate.sampler import sample, stream_key, uniforms
 from threadweaver.generate.scheduler import Branch, Family, Scheduler, Sequence
 from threadweaver.generate.settings import GenerationSettings
 from threadweaver.generate.weaver import Reason, RequestId, Weaver
-from threadweaver.model import context_length, kv_shape
+from threadweaver.model import context_length, kv_shape, weights_fingerprint
 from threadweaver.trajectory import Codec
 from threadweaver.trajectory.ids import MOST_IDS, token_ids
 
@@ -60,6 +60,7 @@ class Generation:
         retained: closed ones whose path a join may still extend.
         completions: of its closed requests.
         steps: engine steps that computed tokens of it.
+        started, ended: when the first of them began and the last was over; 0 until then.
     """
 
     number: int
@@ -74,6 +75,8 @@ class Generation:
     retained: dict[RequestId, Sequence] = field(default_factory=dict, repr=False)
     completions: dict[RequestId, Completion] = field(default_factory=dict, repr=False)
     steps: int = 0
+    started: float = 0.0
+    ended: float = 0.0
 
     def rollout(self) -> Rollout:
         """The record of a generation that is done."""
@@ -83,6 +86,7 @@ class Generation:
             [self.completions[id] for id in sorted(self.completions)],
             self.weaver.limits,
             self.steps,
+            self.ended - self.started,
         )
 
 
@@ -140,6 +144,7 @@ class Engine:
             if value < 1:
                 raise ValueError(f"{name} is {value}: it must be at least 1")
         self.codec = codec
+        self._model = model
         self.pool = PagePool(num_pages, page_size)
         self._runner = Runner(model, num_pages, page_size, autocast=autocast)
         self._scheduler = Scheduler(self.pool, max_sequences, max_batch_tokens)
@@ -174,6 +179,10 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return bool(self._live)
+
+    def fingerprint(self) -> str:
+        """A short name of the weights as they are now."""
+        return weights_fingerprint(self._model)
 
     def add(
         self,
@@ -240,12 +249,7 @@ class Engine:
 
     def context_note(self, settings: GenerationSettings, room: int) -> str | None:
         """A line to show if the least room of some prompts, by `check`, is not max_tokens."""
-        if room == settings.max_tokens:
-            return None
-        return (
-            f"max_tokens: {room:,} and not {settings.max_tokens:,} after the longest prompt, since "
-            f"the model's context ends at {self.context_length:,}"
-        )
+        return settings.context_note(room, self.context_length)
 
     def step(self) -> list[Token]:
         """One forward pass: prefills and decodes what fits. Returns the tokens it decoded.
@@ -271,7 +275,9 @@ class Engine:
         draws = self._sample(ready, logits) if ready else []
         sampled = time.perf_counter()
         for number in {s.rank[0] for s in batch.sequences}:
-            self._live[number].steps += 1
+            generation = self._live[number]
+            generation.steps += 1
+            generation.started = generation.started or start
         tokens = [self._advance(s, *draw) for s, draw in zip(ready, draws, strict=True)]
         self.decoded_tokens += len(tokens)
         self._seconds["sampling"] += sampled - computed
@@ -406,6 +412,8 @@ class Engine:
         family.stem.table = self.pool.fork(sequence.table, length)
 
     def _finish(self, generation: Generation) -> None:
+        generation.ended = time.perf_counter()
+        generation.started = generation.started or generation.ended
         del self._live[generation.number]
         self._done.append(generation.number)
         family = generation.family
