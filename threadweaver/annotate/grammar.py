@@ -21,9 +21,9 @@ from threadweaver.annotate.form import Form, whole
 if TYPE_CHECKING:
     import xgrammar
 
-MOST_REPLACEMENTS, MOST_SOURCE = 6, 160  # characters
-# Of words, since a run of hundreds of single characters takes ten times as long to compile.
-MOST_WORDS, MOST_LETTERS = 14, 20
+MOST_REPLACEMENTS = 6
+# Text is of pieces: a run of hundreds of single characters takes ten times as long to compile.
+MOST_WORDS, MOST_PIECES, MOST_LETTERS = 14, 8, 20
 MISSING = (
     "teacher: its replies are checked and repeated, but not held to their form, since the package "
     "'xgrammar' is missing: pip install 'threadweaver[grammar]'"
@@ -42,7 +42,8 @@ def independent_form() -> Form:
     """Of a list of replacements."""
     return whole(rf"""
 root ::= "[" (item (", " item){{0,{MOST_REPLACEMENTS - 1}}})? "]"
-item ::= "{{\"src\": \"" char{{1,{MOST_SOURCE}}} "\", \"dest\": \"" char{{0,{MOST_SOURCE}}} "\"}}"
+item ::= "{{\"src\": \"" some{{1,{MOST_PIECES}}} "\", \"dest\": \"" some{{0,{MOST_PIECES}}} "\"}}"
+some ::= char{{1,{MOST_LETTERS}}}
 char ::= [^"\\\x00-\x1f] | "\\" ["\\nt]
 """)
 
