@@ -72,12 +72,12 @@ def no_plot(monkeypatch):
     monkeypatch.setattr("threadweaver.annotate.annotation.plot_summary", lambda *_: None)
 
 
-def test_thirty_bad_settings_are_refused_in_one_line_or_done_right(tmp_path):
-    faults = tried(tmp_path, range(30))
+def test_fifteen_bad_settings_are_refused_in_one_line_or_done_right(tmp_path):
+    faults = tried(tmp_path, range(15))
     assert not faults, "\n".join(faults)
 
 
 @pytest.mark.slow
 def test_five_hundred_bad_settings_are_refused_in_one_line_or_done_right(tmp_path):
-    faults = tried(tmp_path, range(30, 530))
+    faults = tried(tmp_path, range(15, 515))
     assert not faults, "\n".join(faults)

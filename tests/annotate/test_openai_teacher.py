@@ -40,7 +40,7 @@ def ask(
         given = TeacherSettings(url=url, model="stub", retries=retries, timeout=timeout, **settings)
         teacher = OpenAITeacher(given)
         try:
-            return await teacher.ask(ASKED, "", 0)
+            return await teacher.ask(ASKED, lambda text: None, 0)
         finally:
             await teacher.close()
 
@@ -85,7 +85,7 @@ def test_a_request_that_hangs_is_repeated():
 def test_a_server_that_is_not_there_gives_no_reply():
     async def once() -> None:
         settings = TeacherSettings(url="http://127.0.0.1:9/v1", model="stub", retries=0)
-        await OpenAITeacher(settings).ask(ASKED, "", 0)
+        await OpenAITeacher(settings).ask(ASKED, lambda text: None, 0)
 
     with pytest.raises(NoReply, match=r"[Cc]onnection"):
         asyncio.run(once())

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from threadweaver.annotate.failures import Breach
+from threadweaver.annotate.form import Form
 from threadweaver.annotate.prompts import Prompts
 from threadweaver.annotate.store import Log
 from threadweaver.annotate.teacher import Reply
@@ -16,9 +17,7 @@ TRIES = 3
 T = TypeVar("T")
 
 
-async def agree(
-    log: Log, prompts: Prompts, prompt: str, grammar: str, read: Callable[[str], T]
-) -> T:
+async def agree(log: Log, prompts: Prompts, prompt: str, form: Form, read: Callable[[str], T]) -> T:
     """What `read` makes of the first reply that it can use, out of at most TRIES. A reply that it
     cannot use is sent back with the breach.
 
@@ -28,7 +27,7 @@ async def agree(
     """
     messages: list[Message] = [{"role": "user", "content": prompt}]
     for n in range(1, TRIES + 1):
-        reply = await log.ask(messages, grammar)
+        reply = await log.ask(messages, form)
         try:
             return _usable(reply, read)
         except Breach as breach:

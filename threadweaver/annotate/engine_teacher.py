@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 
 from threadweaver.annotate.failures import Refused
-from threadweaver.annotate.grammar import Grammars
+from threadweaver.annotate.form import Form
+from threadweaver.annotate.grammar import FormConstraint, Grammars
 from threadweaver.annotate.settings import TeacherSettings
 from threadweaver.annotate.teacher import Reply, reply_of
 from threadweaver.generate.engine import Engine, Generation
 from threadweaver.generate.load import load_engine
 from threadweaver.generate.options import EngineSettings
 from threadweaver.generate.sampler import SamplingParams
-from threadweaver.generate.settings import GenerationSettings
+from threadweaver.generate.settings import GenerationSettings, PromptTooLong
 from threadweaver.trajectory import Message, TemplateConfig
 
 TEMPERATURE = 0.6
@@ -56,13 +57,13 @@ class EngineTeacher:
             grammars, note = Grammars.of(tokenizer, loaded.codec.end_ids)
         return cls(loaded, settings, grammars), note
 
-    async def ask(self, messages: list[Message], grammar: str, seed: int) -> Reply:
+    async def ask(self, messages: list[Message], form: Form, seed: int) -> Reply:
         """See `Teacher`."""
-        constraint = self._grammars.constraint(grammar) if self._grammars else None
+        constraint = FormConstraint(self._grammars, form) if self._grammars else None
         try:
             prompt = self._engine.codec.encode_prompt(messages)
             generation = self._engine.add(prompt, self._generation, seed, constraint=constraint)
-        except ValueError as error:  # it leaves no room for a reply
+        except PromptTooLong as error:
             raise Refused(str(error)) from error
         done = asyncio.get_running_loop().create_future()
         self._open[generation.number] = generation, done

@@ -14,6 +14,7 @@ A unit of a group is a step or a run of them ("3-4", "2.1-2.3").
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -21,7 +22,6 @@ from threadweaver.annotate.failures import Breach
 
 KINDS = ("understand", "work", "check", "dead-end")
 PARALLEL = "parallel"
-MOST_STEPS = 99
 
 _STEP = re.compile(
     rf"([0-9]+)(?:\.([0-9]+))? \[([0-9]+)-([0-9]+)\] ({'|'.join(KINDS)}): *(\S.*)", re.ASCII
@@ -65,6 +65,17 @@ def read_map(reply: str, line_count: int) -> Map:
     Raises:
         Breach: it has another form, or breaks a rule.
     """
+    steps, groups = read_lines(reply)
+    if not steps:
+        raise Breach("form", "there is no step in the reply")
+    _check_steps(steps, line_count)
+    read = read_groups(groups, steps)
+    _check_groups(read)
+    return Map(steps, read)
+
+
+def read_lines(reply: str) -> tuple[list[Step], list[str]]:
+    """The steps, and the groups as text. Raises Breach for another form."""
     steps: list[Step] = []
     groups: list[str] = []
     for line in filter(None, (line.strip(" \t\r") for line in reply.split("\n"))):
@@ -80,13 +91,13 @@ def read_map(reply: str, line_count: int) -> Map:
             steps.append(Step(main, sub, (first, last), found[5], found[6]))
         else:
             raise Breach("form", f"this line is neither a step nor a group: {line[:60]!r}")
-    if not steps:
-        raise Breach("form", "there is no step in the reply")
-    _check_steps(steps, line_count)
+    return steps, groups
+
+
+def read_groups(groups: Sequence[str], steps: Sequence[Step]) -> list[list[list[Step]]]:
+    """The units of each group. Raises Breach for one that is none."""
     by_name = {step.name: i for i, step in enumerate(steps)}
-    read = [_group(text, steps, by_name) for text in groups]
-    _check_groups(read)
-    return Map(steps, read)
+    return [_group(text, steps, by_name) for text in groups]
 
 
 def _check_steps(steps: list[Step], line_count: int) -> None:
@@ -132,7 +143,7 @@ def _check_ranges(steps: list[Step], first: int, last: int, whole: str) -> None:
         )
 
 
-def _group(text: str, steps: list[Step], by_name: dict[str, int]) -> list[list[Step]]:
+def _group(text: str, steps: Sequence[Step], by_name: dict[str, int]) -> list[list[Step]]:
     units = []
     for part in map(str.strip, text.split("|")):
         found = _UNIT.fullmatch(part)

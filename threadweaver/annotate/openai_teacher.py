@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 from threadweaver.annotate.failures import NoReply, Refused
+from threadweaver.annotate.form import Form
 from threadweaver.annotate.settings import TeacherSettings
 from threadweaver.annotate.teacher import Reply, reply_of
 from threadweaver.trajectory import Message
@@ -44,7 +45,7 @@ class OpenAITeacher:
         except Exception as error:  # whatever it finds wrong with the address
             raise ValueError(f"teacher.url: {settings.url}: {error}") from error
 
-    async def ask(self, messages: list[Message], grammar: str, seed: int) -> Reply:
+    async def ask(self, messages: list[Message], form: Form, seed: int) -> Reply:
         """See `Teacher`."""
         settings, retries, wait = self._settings, 0, FIRST_WAIT
         body: dict[str, Any] = {"model": settings.model, "messages": messages}

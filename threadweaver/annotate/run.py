@@ -11,6 +11,7 @@ from functools import partial
 from rich.console import Console
 
 from threadweaver.annotate.failures import LeftOut, NoReply, Refused, Step
+from threadweaver.annotate.form import Form
 from threadweaver.annotate.lines import Response
 from threadweaver.annotate.prompts import Prompts
 from threadweaver.annotate.store import STEPS, Ask, Store
@@ -143,13 +144,13 @@ class Run:
         )
 
     async def _ask(
-        self, of: tuple[int, ...], messages: list[Message], grammar: str, request: int
+        self, of: tuple[int, ...], messages: list[Message], form: Form, request: int
     ) -> Reply:
         if self._end is not None:
             raise _End
         number, step = of[1], STEPS[of[2]]
         self._step[number] = step
-        reply = await self._teacher.ask(messages, grammar, stream_key((*of, request)))
+        reply = await self._teacher.ask(messages, form, stream_key((*of, request)))
         self._silent = 0
         return reply
 

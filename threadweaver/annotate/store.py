@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from threadweaver.annotate.failures import Breach, Step
+from threadweaver.annotate.form import Form
 from threadweaver.annotate.teacher import Reply
 from threadweaver.command import is_writable
 from threadweaver.trajectory import Message
@@ -29,8 +30,8 @@ from threadweaver.trajectory import Message
 STEPS: tuple[Step, ...] = ("0-answer", "1-map", "2-cut", "3-independent", "4-outline")
 MANIFEST = "manifest.json"
 
-# Asks the teacher: messages, grammar, number of the request in its file.
-Ask = Callable[[list[Message], str, int], Awaitable[Reply]]
+# Asks the teacher: messages, form of the reply, number of the request in its file.
+Ask = Callable[[list[Message], Form, int], Awaitable[Reply]]
 
 
 class Store:
@@ -86,13 +87,13 @@ class Log:
         if path.exists():
             self.exchanges = _exchanges(path)
 
-    async def ask(self, messages: list[Message], grammar: str) -> Reply:
+    async def ask(self, messages: list[Message], form: Form) -> Reply:
         """The reply to the next request: the one on disk if it was asked before."""
         number = self._asked
         if number < len(self.exchanges) and self.exchanges[number]["messages"] != messages:
             del self.exchanges[number:]  # it was asked something else then
         if number == len(self.exchanges):
-            reply = await self._ask(messages, grammar, number)
+            reply = await self._ask(messages, form, number)
             self.exchanges.append({"messages": messages, "reply": asdict(reply)})
             self._write({})
         self._asked += 1

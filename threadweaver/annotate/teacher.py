@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from threadweaver.annotate.form import Form
 from threadweaver.trajectory import Message
 
 Finish = Literal["stop", "length", "refusal"]
@@ -40,12 +41,11 @@ def reply_of(text: str, finish: Finish, *, may_think: bool = True, **counts: int
 class Teacher(Protocol):
     """Many requests may be open at the same time."""
 
-    async def ask(self, messages: list[Message], grammar: str, seed: int) -> Reply:
+    async def ask(self, messages: list[Message], form: Form, seed: int) -> Reply:
         """The reply to a conversation.
 
         Args:
-            grammar: of the replies that can be read (threadweaver.annotate.grammar), which a
-                teacher may be able to keep to.
+            form: of replies that can be read, which a teacher may be able to keep to.
             seed: of the draws, for a teacher that draws here.
 
         Raises:

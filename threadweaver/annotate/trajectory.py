@@ -8,13 +8,14 @@ from typing import Any
 from threadweaver.annotate.conversation import TRIES, agree
 from threadweaver.annotate.cut import Block, Segment, cut, marked_up, plain
 from threadweaver.annotate.failures import Breach, LeftOut
-from threadweaver.annotate.grammar import independent_grammar, map_grammar, outline_grammar
+from threadweaver.annotate.grammar import independent_form, outline_form
 from threadweaver.annotate.independent import read_independent
 from threadweaver.annotate.lines import Response, numbered
 from threadweaver.annotate.map import Range, read_map
+from threadweaver.annotate.map_form import map_form
 from threadweaver.annotate.outline import read_outlines
 from threadweaver.annotate.prompts import Prompts
-from threadweaver.annotate.store import Ask, Store, write_json
+from threadweaver.annotate.store import Ask, Log, Store, write_json
 
 
 class Trajectory:
@@ -63,7 +64,7 @@ class Trajectory:
                 log,
                 self._prompts,
                 prompt,
-                map_grammar(len(lines)),
+                map_form(len(lines)),
                 lambda reply: read_map(reply, len(lines)),
             )
         except Breach as breach:
@@ -106,7 +107,7 @@ class Trajectory:
                         log,
                         self._prompts,
                         prompt,
-                        independent_grammar(),
+                        independent_form(),
                         lambda reply, thread=thread: read_independent(reply, thread),
                     )
                 except Breach as breach:
@@ -133,7 +134,7 @@ class Trajectory:
                     log,
                     self._prompts,
                     prompt,
-                    outline_grammar(len(threads)),
+                    outline_form(len(threads)),
                     lambda reply, threads=threads, known=known: read_outlines(
                         reply, threads, known
                     ),
@@ -147,7 +148,7 @@ class Trajectory:
             raise LeftOut("4-outline", "no block got outlines", dissolved[0]["why"])
         return result
 
-    def _log(self, step: str, **given: Any):
+    def _log(self, step: str, **given: Any) -> Log:
         return self._store.log(
             step, self._number, {"source": self._source, "given": given}, self._ask[step]
         )
