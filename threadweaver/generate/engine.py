@@ -335,9 +335,10 @@ class Engine:
     def _settles(self, sequence: Sequence, count: int) -> bool:
         """Whether more than an appended token comes of the count-th of a sequence, whatever it
         is."""
-        request = sequence.request
-        last = count == request.max_tokens or bool(sequence.script and count == len(sequence.script))
-        return last or (request.kind == "prompt" and count == 1)
+        request, script = sequence.request, sequence.script
+        if count == request.max_tokens or (script and count == len(script)):
+            return True
+        return request.kind == "prompt" and count == 1
 
     def _draws(self, step: Step, ready: list[Sequence]) -> list[tuple[int, float, float]]:
         """For each sequence a token and its two log-probabilities, of a launched step."""

@@ -1,8 +1,9 @@
 """Steps as CUDA graphs: one launch for all kernels of a step, the draws among them.
 
 Steps are padded to few capacities, each of which is captured once: new tokens and work items up to
-powers of two, pages up to those of the pool, partial results up to twice as many as the capacity
-has ever needed. Neither pages nor partial results that are not there cost time, but an item does.
+powers of two, pages up to those of the pool, partial results up to twice as many as a step of the
+capacity ever had. Neither pages nor partial results that are not there cost time; items do, since
+a GPU starts a block for each and KV head, but for the few that it starts all at once.
 So the steps of a long run come back to the same graphs. Padding rows attend to nothing, write
 nothing, and what is drawn for them is never read.
 """
@@ -24,6 +25,12 @@ MAX_GRAPHS = 64
 WARM_UP_CALLS = 2
 # Steps of more new tokens are bound by arithmetic, and what they launch is hidden behind it.
 MOST_TOKENS = 256
+
+# Work items of the smallest capacity: with 8 KV heads 512 blocks, four on each multiprocessor of an
+# H100, which start at once.
+LEAST_ITEMS = 64
+# Partial results of a row of the smallest capacity: one for each run of pages on its path.
+LEAST_SLOTS = 16
 
 # The inputs of a step -> packed draws, int32 [S, 3]; launches the same kernels whatever they hold.
 Forward = Callable[[StepInputs], Tensor]
@@ -92,14 +99,14 @@ class StepGraphs:
                 plan = build(likely)
             except ValueError:  # it does not fit; or it is no plan, as the next build says
                 plan = None
-            if plan is not None and power_of_two(plan.size.items) == likely.items:
+            if plan is not None and _items(plan.size) == likely.items:
                 return plan
         capacity = self._last[rows] = self._capacity(build(None).size)
         return build(capacity)
 
     def _capacity(self, size: PlanSizes) -> PlanSizes:
-        rows, items = power_of_two(size.rows), power_of_two(size.items)
-        slots = self._slots.get((rows, items), 0)
+        rows, items = power_of_two(size.rows), _items(size)
+        slots = self._slots.setdefault((rows, items), LEAST_SLOTS * rows)
         if slots < size.slots:
             slots = self._slots[rows, items] = power_of_two(2 * size.slots)
         return PlanSizes(rows, self._num_pages, items, slots)
@@ -139,6 +146,10 @@ class StepGraphs:
         replay, packed = self._capture(lambda: self._forward(inputs))
         graph = self._graphs[key] = _Graph(inputs, staging, replay, packed)
         return graph
+
+
+def _items(size: PlanSizes) -> int:
+    return max(LEAST_ITEMS, power_of_two(size.items))
 
 
 def power_of_two(n: int) -> int:

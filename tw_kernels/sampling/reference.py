@@ -9,9 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tw_kernels.sampling.rows import COLD, WHOLE, Column, SamplingRows, Settings, uniforms
+from tw_kernels.sampling.rows import COLD, Column, SamplingRows, Settings, uniforms
 
-_LOG2E, _LN2_HIGH, _LN2_LOW = (np.float32(x) for x in (math.log2(math.e), 0.693359375, -2.12194440e-4))
+_LOG2E = np.float32(math.log2(math.e))
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 _MAGIC = np.float32(1.5 * 2**23)  # added to x, it leaves x as a whole number
 _LEAST = np.float32(-29)  # its weight is 0
 _POLYNOMIAL = tuple(
@@ -91,6 +92,3 @@ def _row(
     norm = np.logaddexp.reduce(tempered[kept].astype(np.float64))
     sampled = float(tempered[token]) - norm if token in kept else -math.inf
     return token, likelihoods[token], sampled
-
-
-assert weights(np.zeros(1, np.float32))[0] == WHOLE

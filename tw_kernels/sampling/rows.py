@@ -44,9 +44,7 @@ class Settings(NamedTuple):
     min_weight: int
 
     @classmethod
-    def of(
-        cls, temperature: float, top_k: int | None, top_p: float, min_p: float
-    ) -> Settings:
+    def of(cls, temperature: float, top_k: int | None, top_p: float, min_p: float) -> Settings:
         """Of values in range (threadweaver.generate.sampler.SamplingParams)."""
         # The divisor and its inverse, by which a GPU multiplies, are normal float32 numbers.
         divisor = min(max(temperature, 1 / _HOT), _HOT) if temperature else 0.0

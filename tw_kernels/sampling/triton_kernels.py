@@ -14,22 +14,16 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from tw_kernels import triton_interpreter
+from tw_kernels import triton_interpreter  # noqa: F401 (repairs the interpreter, if it is on)
 from tw_kernels.sampling.rows import COLD as _COLD
 from tw_kernels.sampling.rows import MIX1 as _MIX1
 from tw_kernels.sampling.rows import MIX2 as _MIX2
 from tw_kernels.sampling.rows import STEP as _STEP
 from tw_kernels.sampling.rows import WHOLE as _WHOLE
-from tw_kernels.sampling.rows import Column, SamplingRows
-
-CHUNK = 4096  # logits of a program: 152,000 make 38 a row
-CUT_BLOCK = 8192  # that a program of `cut` reads at a time
-WARPS, CUT_WARPS = 8, 16
+from tw_kernels.sampling.rows import Column
 
 COLD, WHOLE = tl.constexpr(_COLD), tl.constexpr(float(_WHOLE))
 STEP, MIX1, MIX2 = (tl.constexpr(x) for x in (_STEP, _MIX1, _MIX2))
@@ -153,8 +147,8 @@ def _cut(
     Invariant: tokens of keys >= low reach it, those of keys >= high do not.
     """
     low = tl.full((), -2139095041, tl.int64)  # the key of -inf
-    t, _ = _tempered(most, divisor, most)
-    high = _order(t).to(tl.int64) + 1
+    first, _ = _tempered(most, divisor, most)
+    high = _order(first).to(tl.int64) + 1
     while high - low > 1:
         middle = (low + high) >> 1
         amount = _amount(x_row, divisor, most, middle, last_key, last_id, V, BLOCK, COUNT)
@@ -203,9 +197,7 @@ def cut_kernel(
 
 
 @triton.jit
-def _kept_weights(
-    x, ids, inside, row, row_data, cuts, divisor, most, TRUNCATES: tl.constexpr
-):
+def _kept_weights(x, ids, inside, row, row_data, cuts, divisor, most, TRUNCATES: tl.constexpr):
     """The weights of tokens, 0 of those that are cut off."""
     t, d = _tempered(x, divisor, most)
     w = tl.where(inside, _weights(d), 0)
@@ -280,37 +272,3 @@ def pick_kernel(
     tl.store(out + row * 3, token)
     tl.store(out + row * 3 + 1, logprob.to(tl.int32, bitcast=True))
     tl.store(out + row * 3 + 2, sampled.to(tl.int32, bitcast=True))
-
-
-def sample(logits: Tensor, rows: SamplingRows, points: Tensor | None) -> Tensor:
-    """Packed draws, int32 [S, 3]; see op.py."""
-    count, vocabulary = logits.shape
-    device = logits.device
-    out = torch.empty(count, 3, dtype=torch.int32, device=device)
-    if count == 0:
-        return out
-    chunks = triton.cdiv(vocabulary, CHUNK)
-    largest, norms = torch.empty(2, count, chunks, device=device)
-    masses = torch.empty(count, chunks, dtype=torch.int64, device=device)
-    cuts = torch.empty(count, 2, dtype=torch.int64, device=device)
-    sizes = {"V": vocabulary, "CHUNKS": chunks}
-    row_sizes = sizes | {"BLOCK_CHUNKS": triton.next_power_of_2(chunks)}
-    exact = {"enable_fp_fusion": False, "num_warps": WARPS}
-    cut_block = CHUNK if triton_interpreter.is_on() else CUT_BLOCK
-    stride = logits.stride(0)
-    with torch.cuda.device_of(logits):
-        largest_kernel[(chunks, count)](logits, largest, stride, CHUNK=CHUNK, **sizes, **exact)
-        if rows.truncates:
-            cut_kernel[(count,)](
-                logits, rows.data, largest, cuts, stride, BLOCK=cut_block, **row_sizes,
-                **exact | {"num_warps": CUT_WARPS},
-            )  # fmt: skip
-        weigh_kernel[(chunks, count)](
-            logits, rows.data, largest, cuts, masses, norms, stride, CHUNK=CHUNK,
-            TRUNCATES=rows.truncates, **row_sizes, **exact,
-        )  # fmt: skip
-        pick_kernel[(count,)](
-            logits, rows.data, points, largest, cuts, masses, norms, out, stride, CHUNK=CHUNK,
-            TRUNCATES=rows.truncates, **row_sizes, **exact,
-        )  # fmt: skip
-    return out
