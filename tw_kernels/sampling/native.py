@@ -98,9 +98,11 @@ def _truncate(logits: Tensor, settings: Settings) -> Tensor:
 def _draw(logits: Tensor, points: Tensor) -> Tensor:
     """int64 [S]: where the points [S] fall in the cumulative distribution of each row."""
     logits, points = logits.contiguous(), points.contiguous()
-    tokens = torch.empty(len(logits), dtype=torch.int64)
+    rows, vocabulary = logits.shape
+    tokens = torch.empty(rows, dtype=torch.int64)
     _C.draw_tokens(
-        *logits.shape,
+        rows,
+        vocabulary,
         torch.get_num_threads(),
         logits.data_ptr(),
         points.data_ptr(),

@@ -77,7 +77,7 @@ def _row(
         return token, likelihoods[token], 0.0
     divisor = np.float32(settings.divisor)
     tempered = (x - largest if divisor < np.float32(COLD) else x) / divisor
-    weight = weights(tempered - np.max(tempered))
+    weight = weights((tempered - np.max(tempered)).astype(np.float32))
     order = np.lexsort((np.arange(len(x)), -tempered))
     kept = order[: settings.top_k or None]
     if settings.mass < 1:

@@ -147,7 +147,7 @@ def _cut(
     Invariant: tokens of keys >= low reach it, those of keys >= high do not.
     """
     low = tl.full((), -2139095041, tl.int64)  # the key of -inf
-    first, _ = _tempered(most, divisor, most)
+    first, _ = _tempered(most, divisor, most)  # pyright: ignore[reportGeneralTypeIssues]
     high = _order(first).to(tl.int64) + 1
     while high - low > 1:
         middle = (low + high) >> 1
@@ -178,7 +178,7 @@ def cut_kernel(
     """One program per row: the last token that top_k and top_p keep, as key and id [S, 2]."""
     row = tl.program_id(0).to(tl.int64)
     row_data = data + row * COLUMNS
-    divisor, greedy = _divisor(row_data)
+    divisor, greedy = _divisor(row_data)  # pyright: ignore[reportGeneralTypeIssues]
     _, most, bad = _row_largest(largest, row, CHUNKS, BLOCK_CHUNKS)
     top_k = tl.load(row_data + TOP_K)
     top_p = tl.load(row_data + TOP_P).to(tl.float64, bitcast=True)
@@ -199,7 +199,7 @@ def cut_kernel(
 @triton.jit
 def _kept_weights(x, ids, inside, row, row_data, cuts, divisor, most, TRUNCATES: tl.constexpr):
     """The weights of tokens, 0 of those that are cut off."""
-    t, d = _tempered(x, divisor, most)
+    t, d = _tempered(x, divisor, most)  # pyright: ignore[reportGeneralTypeIssues]
     w = tl.where(inside, _weights(d), 0)
     if TRUNCATES:
         kept = _is_kept(t, ids, tl.load(cuts + row * 2), tl.load(cuts + row * 2 + 1))
@@ -216,7 +216,7 @@ def weigh_kernel(
     of all, without temperature."""
     row, chunk = tl.program_id(1).to(tl.int64), tl.program_id(0)
     row_data = data + row * COLUMNS
-    divisor, _ = _divisor(row_data)
+    divisor, _ = _divisor(row_data)  # pyright: ignore[reportGeneralTypeIssues]
     _, most, _ = _row_largest(largest, row, CHUNKS, BLOCK_CHUNKS)
     ids = chunk * CHUNK + tl.arange(0, CHUNK)
     x = tl.load(logits + row * stride + ids, ids < V, other=-float("inf")).to(tl.float32)
@@ -234,7 +234,7 @@ def pick_kernel(
     """One program per row: its token and the bits of its log-probabilities, int32 [S, 3]."""
     row = tl.program_id(0).to(tl.int64)
     row_data = data + row * COLUMNS
-    divisor, greedy = _divisor(row_data)
+    divisor, greedy = _divisor(row_data)  # pyright: ignore[reportGeneralTypeIssues]
     each, most, bad = _row_largest(largest, row, CHUNKS, BLOCK_CHUNKS)
     chunks = tl.arange(0, BLOCK_CHUNKS)
     mass = tl.load(masses + row * CHUNKS + chunks, chunks < CHUNKS, other=0)
