@@ -100,8 +100,11 @@ class SamplingRows:
         data[:, Column.KEY] = np.array(keys, np.uint64).view(np.int64)
         data[:, Column.POSITION] = positions
         data[:, Column.FORCED] = [-1 if t is None else t for t in forced] if forced else -1
-        data[:, Column.TEMPERATURE :] = np.array(settings, np.int64).reshape(-1, 4)
-        return cls(torch.from_numpy(data), any(s.truncates for s in set(settings)))
+        kinds = {s: i for i, s in enumerate(dict.fromkeys(settings))}  # few, for many rows
+        if kinds:
+            table = np.array([*kinds], np.int64)
+            data[:, Column.TEMPERATURE :] = table[[kinds[s] for s in settings]]
+        return cls(torch.from_numpy(data), any(s.truncates for s in kinds))
 
 
 def uniforms(keys: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float64]:
