@@ -75,7 +75,8 @@ def test_the_source_distribution_holds_all_that_builds_and_tests_the_package(dis
 
 def test_the_wheel_holds_both_packages_with_their_types(distributions):
     _, wheel = distributions
-    wanted = files("tw_kernels/**/*.py", "threadweaver/**/*.py")
+    wanted = files("tw_kernels/**/*.py", "threadweaver/**/*.py", "threadweaver/view/pages/*")
+    wanted |= files("threadweaver/annotate/prompts/*.md")
     wanted |= {"tw_kernels/py.typed", "tw_kernels/_C.pyi", "threadweaver/py.typed"}
     assert wanted <= wheel
     assert {name.partition("/")[0] for name in wheel} == {"tw_kernels", "threadweaver"}

@@ -3,7 +3,9 @@
     train       train a model: sft, self-train, rl, or the pipeline of all three
     generate    continue a prompt, its threads at the same time
     evaluate    solve held-out problems of a task and report every metric; also: eval
+    annotate    make parallel trajectories out of sequential ones, with the help of a teacher
     tasks       write a task's data
+    view        pages to look at: trajectories, the trie of one, a run
     add-tags    add the tags of the trajectory format to a model and its tokenizer
 
 `threadweaver COMMAND --help` lists the settings of a command.
@@ -21,7 +23,9 @@ MODULES = {
     "generate": "threadweaver.generate",
     "evaluate": "threadweaver.evaluate",
     "eval": "threadweaver.evaluate",
+    "annotate": "threadweaver.annotate",
     "tasks": "threadweaver.tasks",
+    "view": "threadweaver.view",
     "add-tags": "threadweaver.add_tags",
 }
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from tests.products import CODEC, FACTORS, PROMPTS, RESPONSES, product_model
-from threadweaver.evaluate.grade import grade, submit
+from threadweaver.evaluate.grade import grade, graded_row, submit
 from threadweaver.evaluate.metrics import Evaluation, compare, evaluate
 from threadweaver.generate import Engine, GenerationSettings, LimitCounts, Rollout
 from threadweaver.generate.sampler import SamplingParams
@@ -114,6 +114,19 @@ def test_threads_shorten_the_path_and_the_steps_and_sequential_mode_does_not():
     assert parallel["decode_steps"].value < longest + 1
     assert sequential["longest_path_tokens"].value == total == sequential["decode_steps"].value
     assert sequential["acceleration"].value == 0 and sequential["speedup"].value == 1
+
+
+def test_redundancy_is_of_the_8_grams_of_all_threads():
+    once, twice = "a b c d e f g h", "a b c d e f g h i"
+    other = "1 2 3 4 5 6 7 8"
+    threads = "<Thread>\n1: {}</Thread><Thread>\n2: {}</Thread>"
+    block = f"<Parallel>\n<Outlines>\n</Outlines>\n{threads}"
+    result = recorded([block.format(once, twice), block.format(other, "9"), "none"])
+    assert [g.redundancy for g in result.graded] == [(2, 3), (0, 1), (0, 0)]
+    assert result.metrics()["redundancy"].value == pytest.approx(2 / 4)
+    assert "redundancy" not in recorded(["none"]).metrics()
+    assert graded_row(result.graded[0])["redundancy"] == pytest.approx(2 / 3)
+    assert graded_row(result.graded[2])["redundancy"] is None
 
 
 def test_shares_and_means_are_those_of_the_responses():

@@ -34,6 +34,7 @@ MODULES = {
     "generate": "threadweaver.generate.__main__",
     "eval": "threadweaver.evaluate.__main__",
     "tasks": "threadweaver.tasks.__main__",
+    "annotate": "threadweaver.annotate.__main__",
     "add_tags": "threadweaver.add_tags",
     "bench": "bench.__main__",
 }

@@ -49,7 +49,7 @@ class LabelRunner:
     def cast(self) -> None:
         pass
 
-    def plan(self, batch: Batch, rows: SamplingRows) -> SimpleNamespace:
+    def plan(self, batch: Batch, rows: SamplingRows, constraints: Any) -> SimpleNamespace:
         return SimpleNamespace(batch=batch, tokens=rows.data[:, Column.FORCED])
 
     def launch(self, step: Any) -> None:

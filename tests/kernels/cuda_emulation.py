@@ -24,6 +24,7 @@ from tests.kernels.decode_batches import Inputs
 from tw_kernels import DecodePlan, TrieLayout, cuda_build, cuda_device
 from tw_kernels.attention import cuda as cuda_attention
 from tw_kernels.decode import cuda as cuda_decode
+from tw_kernels.scores import NO_OPTIONS
 
 STREAM = 77
 DRIVER = ("fake_cuda_driver.cpp", "cuda_attention_emulation.cpp", "cuda_decode_emulation.cpp")
@@ -84,7 +85,7 @@ def decode(inputs: Inputs, plan: DecodePlan) -> Tensor:
     """out of a call, which gets pages of its own. Runs in the process of an EmulatedGpu."""
     scale = inputs.q.shape[-1] ** -0.5
     x = inputs.copy()
-    return cuda_decode.forward(x.q, x.kv, plan, scale, x.new_k, x.new_v)
+    return cuda_decode.forward(x.q, x.kv, plan, scale, x.new_k, x.new_v, NO_OPTIONS)
 
 
 def _pretend_a_gpu() -> None:

@@ -15,6 +15,7 @@ from tests.kernels.cuda_emulation import DRIVER, STREAM, EmulatedGpu, decode, dr
 from tests.kernels.decode_batches import Batch, Inputs, fork_join_batch, random_inputs
 from tw_kernels import DecodePlan
 from tw_kernels.decode import cuda as cuda_decode
+from tw_kernels.scores import NO_OPTIONS
 
 PARTIAL = "trie_decode_partial_bfloat16_64_1"
 SHARED = 13 * 8192 + 2 * 8 * 12  # of PARTIAL: a tile of q, 12 of keys or values, their barriers
@@ -61,13 +62,14 @@ def test_two_warpgroups_share_the_keys_of_more_than_64_matrix_rows(gpu, threads,
 
 def test_nothing_is_written_if_the_pages_hold_the_new_tokens(gpu):
     inputs, plan = call(SMALL)
-    events = gpu.run(cuda_decode.forward, inputs.q, inputs.kv, plan, 0.1, None, None).events
+    written = inputs.q, inputs.kv, plan, 0.1, None, None, NO_OPTIONS
+    events = gpu.run(cuda_decode.forward, *written).events
     assert not any("write" in event for event in events)
 
 
 def test_an_empty_step_launches_nothing(gpu):
     inputs = call(SMALL)[0]
-    empty = inputs.q[:0], inputs.kv, Batch([], [], [], 16, 1).plan(), 0.1, None, None
+    empty = inputs.q[:0], inputs.kv, Batch([], [], [], 16, 1).plan(), 0.1, None, None, NO_OPTIONS
     assert gpu.run(cuda_decode.forward, *empty).events == ["push context", "pop"]
 
 

@@ -343,6 +343,14 @@ def test_code_of_a_folder_is_never_run_nor_asked_about(folder, tmp_path, monkeyp
 
 # The same through the commands.
 
+
+def empty_file(beside: str) -> Path:
+    """Of data, which is read after the model, but must be there before."""
+    path = Path(f"{beside}.jsonl")
+    path.touch()
+    return path
+
+
 COMMANDS = {
     "generate": lambda path, out: generate_command.main(
         ["--model", path, "--prompt", "1", "--device", "cpu", "--kv_gigabytes", "0.01"]
@@ -352,7 +360,7 @@ COMMANDS = {
     ),
     "add_tags": lambda path, out: add_tags_command.main(["--model", path, "--out", out]),
     "train": lambda path, out: train_command.main(
-        ["sft", "--model.path", path, "--run_dir", out, "--data.train", f"{out}.jsonl"]
+        ["sft", "--model.path", path, "--run_dir", out, "--data.train", str(empty_file(out))]
     ),
 }
 

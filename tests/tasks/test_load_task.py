@@ -93,7 +93,7 @@ def test_the_share_of_held_out_questions_is_as_asked():
     [
         ("multiplicaton", {}, "no task 'multiplicaton' (did you mean 'multiplication'?): there"),
         ("reasoning_gym:chainsum", {}, "did you mean 'reasoning_gym:chain_sum'?"),
-        ("quux", {}, "no task 'quux': there are multiplication, reasoning_gym:<dataset> and data"),
+        ("quux", {}, "no task 'quux': there are multiplication, reasoning_gym:<dataset>, aime24"),
         ("multiplication", {"digit": 3}, "has no option 'digit'; it has digits, factors, valid"),
         (
             "multiplication",

@@ -87,6 +87,7 @@ def test_prompts_that_do_not_fit_are_counted_before_the_first_step(start, tmp_pa
         ("self_train.rollouts.chunk", "1000001"),
         ("self_train.rollouts.engine.page_size", "0"),
         ("rl.optimization.learning_rate", ".inf"),
+        ("rl.optimization.updates", "129"),
         ("rl.rollouts.samples", HUGE),
         ("rl.rollouts.engine.kv_gigabytes", ".nan"),
         ("rl.rollouts.engine.max_sequences", HUGE),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
+from threadweaver.evaluate.grade import METRICS
 from threadweaver.generate.runner import Runner
 from threadweaver.model import trie_logprobs
 from threadweaver.tasks import Problem
@@ -166,6 +167,7 @@ def test_kl_to_the_model_it_started_from(new_run):
     second.settings |= {"model": {"path": first.summary()["checkpoint"]}, "policy": {"kl": 0.1}}
     assert second() == 0
     records = second.metrics()
+    assert all(record.keys() >= METRICS.keys() >= {"redundancy"} for record in records)
     assert records[0]["kl"] == pytest.approx(0, abs=1e-7) and records[-1]["kl"] > 0
 
 

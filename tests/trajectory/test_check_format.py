@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trajectories import EXAMPLE, Trajectory, trajectories, unhurried
 
-from threadweaver.trajectory import TAGS, check_format
+from threadweaver.trajectory import TAGS, check_format, find_violations
 
 TAG = re.compile("|".join(TAGS))
 
@@ -204,3 +204,29 @@ def test_each_broken_block_is_reported():
         "block 1",
         "block 3",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "found_at"),
+    [
+        ("ab\n</think>", "</think>"),
+        ("<think>ab", "<think>"),
+        ("a</Thread>b", "</Thread>"),
+        (numbered(2).replace("</Outline>\n<Outline>2", "</Outline>\n<Outline>3"), "<Outline>3"),
+        (numbered(2).replace("2: a</Thread>", "3: a</Thread>"), "<Thread>\n3"),
+        (numbered(2).replace("</Thread><Thread>", "</Thread> x<Thread>"), " x<Thread>"),
+        (numbered(1, "a<think>"), "<think>"),
+        (numbered(2).replace("</Parallel>", ""), "<Parallel>"),
+    ],
+)
+def test_a_violation_is_where_it_was_found(text, found_at):
+    before = "one line\n\U0001f40c "
+    violation, *_ = found = find_violations(before + text)
+    assert (before + text)[violation.at :].startswith(found_at)
+    assert [each.line for each in found] == check_format(before + text)
+    line = (before + text)[: violation.at].count("\n") + 1
+    assert violation.line.startswith(f"line {line}: ")
+
+
+def test_what_the_whole_text_lacks_is_at_its_start():
+    assert find_violations("a", require_parallel=True) == [("there is no <Parallel> block", 0)]

@@ -3,6 +3,7 @@
 from threadweaver.data.columns import (
     Example,
     columns_note,
+    example_of,
     load_examples,
     read_examples,
     trajectory_row,
@@ -13,6 +14,7 @@ __all__ = [
     "DataError",
     "Example",
     "columns_note",
+    "example_of",
     "is_data_path",
     "load_examples",
     "read_examples",

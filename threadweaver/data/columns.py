@@ -110,7 +110,7 @@ def read_examples(
             or texts that contradict each other; names file, row and field.
     """
     for source, row in read_rows(path):
-        yield _example(row, source, responses, codec)
+        yield example_of(row, source, responses=responses, codec=codec)
 
 
 def columns_note(path: str, examples: Iterable[Example]) -> str:
@@ -124,9 +124,10 @@ def columns_note(path: str, examples: Iterable[Example]) -> str:
     return f"{path}: {'; '.join(parts)}"
 
 
-def _example(
-    row: dict[str, Any], source: str, needs_response: bool, codec: Codec | None
+def example_of(
+    row: dict[str, Any], source: str, *, responses: bool = True, codec: Codec | None = None
 ) -> Example:
+    """The example that a row holds; arguments and errors as for `read_examples`."""
     # A column that only other rows fill reads as None in parquet: None is the same as missing.
     row = {name: value for name, value in row.items() if value is not None}
     asked = _asked_by(row)
@@ -135,10 +136,10 @@ def _example(
     if "qwen_text" in row:
         prompt, response = _split(row, question, source, codec)
         prompt_column = response_column = "qwen_text"
-        if question is not None and (prompt == question or not needs_response):
+        if question is not None and (prompt == question or not responses):
             prompt, prompt_column = question, asked
     else:
-        if not needs_response or "response" in row:
+        if not responses or "response" in row:
             if question is None:
                 raise _missing("question' or 'prompt", row, source)
             prompt, prompt_column = question, asked

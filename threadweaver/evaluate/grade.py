@@ -12,7 +12,14 @@ from threadweaver.generate.rollout import Rollout
 from threadweaver.generate.settings import GenerationSettings
 from threadweaver.tasks import GradesInBackground, Problem, Task
 from threadweaver.tasks.boxed import boxed_answer
-from threadweaver.trajectory import Codec, PathLengths, Rendered, violations
+from threadweaver.trajectory import (
+    Codec,
+    PathLengths,
+    Redundancy,
+    Rendered,
+    redundancy,
+    violations,
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,7 @@ class Graded:
         correct: whether its answer is right, by the task.
         violations: of the format, a <think> that the prompt ends with included.
         lengths: of its paths, the end token counted; in sequential mode all of it is one path.
+        redundancy: of its threads.
     """
 
     problem: Problem = field(repr=False)
@@ -32,6 +40,7 @@ class Graded:
     correct: bool
     violations: list[str]
     lengths: PathLengths
+    redundancy: Redundancy
 
     @property
     def no_answer(self) -> bool:
@@ -79,6 +88,7 @@ def grade(
         submitted.is_correct(),
         breaches,
         settings.path_lengths(rollout.response, codec),
+        redundancy(response, max_depth=settings.max_depth),
     )
 
 
@@ -92,6 +102,7 @@ def graded_row(graded: Graded) -> dict[str, Any]:
         "correct": graded.correct,
         "violations": graded.violations,
         **graded.lengths.as_dict(),
+        "redundancy": graded.redundancy.share,
         "decode_steps": graded.rollout.decode_steps,
         "limits": asdict(graded.rollout.limits),
         "source": graded.problem.source,
@@ -123,6 +134,7 @@ METRICS = {
     "total_tokens": Metric(lambda g: g.lengths.total_tokens),
     "longest_path_tokens": Metric(lambda g: g.lengths.longest_path_tokens),
     "acceleration": Metric(lambda g: g.lengths.acceleration),
+    "redundancy": Metric(lambda g: g.redundancy.repeated, lambda g: g.redundancy.grams),
 }
 
 

@@ -18,14 +18,18 @@ from numpy.typing import NDArray
 
 from threadweaver.evaluate.grade import METRICS, Graded, Metric
 from threadweaver.evaluate.intervals import Estimate, ratio, share
+from threadweaver.evaluate.record import Record
 from threadweaver.evaluate.rollouts import Grading, decode
-from threadweaver.generate.engine import Engine
+from threadweaver.generate.decoder import Decoder
+from threadweaver.generate.rollout import Rollout
 from threadweaver.generate.settings import GenerationSettings
 from threadweaver.tasks import Problem, Task
 
 _OF_EVALUATIONS = {
     "speedup": Metric(METRICS["total_tokens"].value, METRICS["longest_path_tokens"].value),
-    "decode_steps": Metric(lambda g: g.rollout.decode_steps),
+    # A server says nothing of its steps.
+    "decode_steps": Metric(lambda g: g.rollout.decode_steps, lambda g: g.rollout.decode_steps > 0),
+    "latency_seconds": Metric(lambda g: g.rollout.seconds, lambda g: g.rollout.seconds > 0),
 }
 
 
@@ -40,6 +44,7 @@ class Evaluation:
             sequential mode all tokens of one are on its longest path.
         ungraded: answers that count as wrong because their grading did not end.
         seconds: wall-clock of decoding.
+        resumed: how many of the responses were there already.
     """
 
     settings: GenerationSettings
@@ -47,18 +52,21 @@ class Evaluation:
     graded: list[Graded] = field(repr=False)
     ungraded: int
     seconds: float
+    resumed: int = 0
 
     def metrics(self) -> dict[str, Estimate]:
         """By name, in the order of a report. Shares have Wilson's interval, means and ratios one by
         bootstrap (threadweaver.evaluate.intervals). What no response gives a value for is left out.
 
-            accuracy             share of right answers (mean@k for k samples a problem)
-            pass@k               share of problems with a right answer among its k samples, k > 1
+            accuracy             share of right answers: avg@k for k samples a problem
+            pass@k               share of problems with a right answer among k samples, k > 1: for
+                                 powers of two and all samples, estimated without bias from all
             format               share that is well formed
             activation           share with a block
             threads_per_block    all threads over all blocks
-            total_tokens, longest_path_tokens, decode_steps    means over responses
+            total_tokens, longest_path_tokens, decode_steps, latency_seconds    means over responses
             acceleration         mean of 1 - longest path / total
+            redundancy           8-grams of threads that stand in a sibling, over all of them
             speedup              all tokens over all tokens on longest paths
         """
         found: dict[str, Estimate] = {}
@@ -68,8 +76,9 @@ class Evaluation:
                 found[name] = share(values.mean(1))
             elif estimate := ratio(values.sum(1), self._per_response(metric.per).sum(1)):
                 found[name] = estimate
-            if name == "accuracy" and self.samples > 1:
-                found[f"pass@{self.samples}"] = share(values.max(1))
+            if name == "accuracy":
+                for k in _powers_of_two(self.samples):
+                    found[f"pass@{k}"] = share(pass_at(k, values.sum(1), self.samples))
         return found
 
     @property
@@ -116,6 +125,7 @@ class Evaluation:
             "no_answer": self.no_answer,
             "ungraded": self.ungraded,
             "seconds": self.seconds,
+            "resumed": self.resumed,
             "tokens_per_second": self.tokens_per_second,
         }
 
@@ -123,6 +133,25 @@ class Evaluation:
         """[P, samples]."""
         values = [value(g) for g in self.graded]
         return np.array(values, np.float64).reshape(-1, self.samples)
+
+
+def pass_at(k: int, right: NDArray[np.float64], samples: int) -> NDArray[np.float64]:
+    """For each problem the share of all choices of k of its samples that hold a right answer, [P]:
+    the unbiased estimate of pass@k (Chen et al., arXiv 2107.03374).
+
+    Args:
+        right: how many of its samples are right, [P].
+    """
+    # 1 - C(samples - right, k) / C(samples, k), as a product of factors of at most 1.
+    i = np.arange(samples)
+    factors = np.where(i[None, :] >= (samples - right)[:, None], 1 - k / (i[None, :] + 1), 1.0)
+    return 1 - np.clip(factors, 0, None).prod(1)
+
+
+def _powers_of_two(most: int) -> list[int]:
+    """2, 4, 8, ... below `most`, and `most`; none below 2."""
+    powers = [2**i for i in range(1, most.bit_length()) if 2**i < most]
+    return [*powers, most] if most > 1 else []
 
 
 @dataclass(frozen=True)
@@ -165,7 +194,7 @@ def compare(sequential: Evaluation, parallel: Evaluation) -> Comparison:
 
 
 def evaluate(
-    engine: Engine,
+    engine: Decoder,
     task: Task,
     problems: Sequence[Problem],
     settings: GenerationSettings,
@@ -173,6 +202,7 @@ def evaluate(
     samples: int = 1,
     seed: int = 0,
     at_once: int | None = None,
+    record: Record | None = None,
     on_progress: Callable[[int], None] = lambda done: None,
     on_graded: Callable[[int], None] = lambda count: None,
 ) -> Evaluation:
@@ -185,15 +215,26 @@ def evaluate(
         seed: of the draws; the same seed, model and settings give the same responses.
         at_once: problems decoded at the same time; None: as many as the engine takes. 1 measures
             what one user waits for.
-        on_progress: gets the number of responses that are decoded, after every step.
+        record: keeps every response when it is done, and has those of an earlier start.
+        on_progress: gets the number of responses that are there, after every step.
         on_graded: gets the number of those that are graded, after each.
 
     Raises:
         ValueError: a prompt or setting that the engine refuses; names the problem.
         NonFiniteLogits: from the engine.
     """
-    ungraded, start = task.ungraded, time.perf_counter()
+    ungraded = task.ungraded
     grading = Grading(problems, samples, task, engine.codec)
+    known, before = (record.known(engine, problems), record.elapsed) if record else ({}, 0.0)
+    for number, rollout in known.items():
+        grading.submit(number, rollout)
+    start = time.perf_counter()
+
+    def on_response(number: int, rollout: Rollout) -> None:
+        text = grading.submit(number, rollout)
+        if record is not None:
+            record.add(number, rollout, text, before + time.perf_counter() - start)
+
     rollouts = decode(
         engine,
         problems,
@@ -201,9 +242,11 @@ def evaluate(
         samples=samples,
         seed=(seed,),
         at_once=at_once,
+        known=known,
         on_progress=on_progress,
-        on_response=grading.submit,
+        on_response=on_response,
     )
-    seconds = time.perf_counter() - start
+    decoded = len(rollouts) - len(known)
+    seconds = before + (time.perf_counter() - start if decoded else 0)
     graded = grading.finish(rollouts, settings, on_graded)
-    return Evaluation(settings, samples, graded, task.ungraded - ungraded, seconds)
+    return Evaluation(settings, samples, graded, task.ungraded - ungraded, seconds, len(known))

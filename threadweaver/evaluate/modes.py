@@ -8,7 +8,9 @@ from dataclasses import replace
 from rich.console import Console
 
 from threadweaver.evaluate.metrics import Evaluation, evaluate
-from threadweaver.generate.engine import Engine
+from threadweaver.evaluate.record import Record
+from threadweaver.generate.decoder import Decoder
+from threadweaver.generate.response_log import ResponseLog
 from threadweaver.generate.settings import GenerationSettings
 from threadweaver.generate.weaver import Mode
 from threadweaver.progress import ResponsesProgress
@@ -17,7 +19,7 @@ from threadweaver.tasks import Problem, Task
 
 def evaluate_modes(
     modes: Sequence[Mode],
-    engine: Engine,
+    engine: Decoder,
     task: Task,
     problems: Sequence[Problem],
     generation: GenerationSettings,
@@ -26,23 +28,27 @@ def evaluate_modes(
     samples: int = 1,
     seed: int = 0,
     at_once: int | None = None,
+    log: ResponseLog | None = None,
 ) -> dict[Mode, Evaluation]:
     """Evaluates in each mode, in the order of `modes`, and shows the progress on `console`.
 
-    The other arguments and the errors are those of `evaluate`; the mode of `generation` is ignored.
+    Every response goes to `log`, and those that it has are not decoded again. The other arguments
+    and the errors are those of `evaluate`; the mode of `generation` is ignored.
     """
     evaluations: dict[Mode, Evaluation] = {}
     for mode in modes:
         title = f"evaluating, {mode} mode"
+        settings = replace(generation, mode=mode)
         with ResponsesProgress(console, title, len(problems) * samples, engine) as progress:
             evaluations[mode] = evaluate(
                 engine,
                 task,
                 problems,
-                replace(generation, mode=mode),
+                settings,
                 samples=samples,
                 seed=seed,
                 at_once=at_once,
+                record=Record(log, settings, samples) if log else None,
                 on_progress=progress.decoded,
                 on_graded=progress.graded,
             )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+from threadweaver.data.overlap import Text, text_of
 from threadweaver.evaluate.grade import Graded, Submitted, grade, submit
-from threadweaver.generate.engine import Engine, Generation, Token
+from threadweaver.generate.decoder import Decoder, Decoding
 from threadweaver.generate.rollout import Rollout
 from threadweaver.generate.sampler import stream_key
 from threadweaver.generate.settings import GenerationSettings, PromptTooLong
@@ -26,7 +27,7 @@ class Fitting(NamedTuple):
 
 
 def fitting(
-    engine: Engine,
+    engine: Decoder,
     problems: Sequence[Problem],
     settings: GenerationSettings,
     most_tokens: int | None = None,
@@ -71,75 +72,81 @@ def fitting(
 
 
 def queue(
-    engine: Engine,
+    engine: Decoder,
     problems: Sequence[Problem],
     settings: GenerationSettings,
     *,
     samples: int = 1,
     seed: Sequence[int] = (0,),
     first: int = 0,
-) -> list[Generation]:
-    """Adds `samples` responses to each problem to an engine, in the order of the problems.
+    known: Mapping[int, Rollout] = {},
+) -> dict[int, Decoding]:
+    """Adds `samples` responses to each problem to an engine, in the order of the problems. Returns
+    them by their numbers in that order.
 
     Args:
         seed: of the draws, with the numbers of problem and sample. The same seed, model, problems
             and settings give the same responses.
-        first: number of the first problem, if these are a part of a longer list.
+        first: number of the first problem, if these are a part of a longer list; its first response
+            has the number first * samples.
+        known: responses that are there already, by number, and are not added.
 
     Raises:
         ValueError: a prompt or setting that the engine refuses; names the problem.
     """
-    generations = []
+    decodings: dict[int, Decoding] = {}
     for i, problem in enumerate(problems, first):
         try:
             prompt = engine.codec.encode_prompt(problem.prompt)
             for j in range(samples):
-                key = stream_key((*seed, i, j))
-                generations.append(engine.add(prompt, settings, key))
+                if (number := i * samples + j) not in known:
+                    key = stream_key((*seed, i, j))
+                    decodings[number] = engine.add(prompt, settings, key)
         except ValueError as error:
             raise ValueError(f"{problem.source}: {error}") from error
-    return generations
+    return decodings
 
 
 def decode(
-    engine: Engine,
+    engine: Decoder,
     problems: Sequence[Problem],
     settings: GenerationSettings,
     *,
     samples: int = 1,
     seed: Sequence[int] = (0,),
     at_once: int | None = None,
+    known: Mapping[int, Rollout] = {},
     on_progress: Callable[[int], None] = lambda done: None,
-    on_response: Callable[[int, list[int]], None] = lambda number, ids: None,
+    on_response: Callable[[int, Rollout], object] = lambda number, rollout: None,
 ) -> list[Rollout]:
     """Decodes `samples` responses to each problem, in the order of `queue`.
 
     Args:
         at_once: problems decoded at the same time; None: as many as the engine takes.
-        on_progress: gets the number of responses that are decoded, after every step.
-        on_response: gets each response, and its number in that order, when it is done.
+        known: responses that are there already, by number in that order.
+        on_progress: gets the number of responses that are there, after every step.
+        on_response: gets each response that is decoded, and its number, when it is done.
 
     Raises:
         ValueError: as `queue`.
         NonFiniteLogits: from the engine.
     """
-    rollouts: list[Rollout] = []
+    rollouts = dict(known)
     size = at_once or max(len(problems), 1)
     for first in range(0, len(problems), size):
         part = problems[first : first + size]
-        added = queue(engine, part, settings, samples=samples, seed=seed, first=first)
-        decoding = dict(enumerate(added, len(rollouts)))
-        queued = len(rollouts) + len(added)
+        added = queue(engine, part, settings, samples=samples, seed=seed, first=first, known=known)
+        decoding, queued = dict(added), len(rollouts) + len(added)
 
-        def on_step(_: list[Token], decoding=decoding, queued=queued) -> None:
+        def on_step(_: list[Any], decoding=decoding, queued=queued) -> None:
             if engine.unfinished < len(decoding):
-                done = [n for n, generation in decoding.items() if generation.weaver.done]
+                done = [n for n, one in decoding.items() if one.weaver.done]
                 for number in done:
-                    on_response(number, decoding.pop(number).weaver.response)
+                    on_response(number, decoding.pop(number).rollout())
             on_progress(queued - engine.unfinished)
 
-        rollouts += engine.run(on_step)
-    return rollouts
+        rollouts.update(zip(added, engine.run(on_step), strict=True))
+    return [rollouts[number] for number in range(len(problems) * samples)]
 
 
 class Grading:
@@ -154,10 +161,12 @@ class Grading:
         self._task, self._codec = task, codec
         self._submitted: dict[int, Submitted] = {}
 
-    def submit(self, number: int, response: list[int]) -> None:
-        """Takes a response; for `decode`."""
+    def submit(self, number: int, rollout: Rollout) -> str:
+        """Takes a response, for `decode`; returns its text."""
         problem = self._problems[number]
-        self._submitted[number] = submit(problem, response, self._task, self._codec)
+        submitted = submit(problem, rollout.response, self._task, self._codec)
+        self._submitted[number] = submitted
+        return submitted.text
 
     def finish(
         self,
@@ -176,7 +185,7 @@ class Grading:
 
 
 def roll_out(
-    engine: Engine,
+    engine: Decoder,
     task: Task,
     problems: Sequence[Problem],
     settings: GenerationSettings,
@@ -198,6 +207,12 @@ def roll_out(
         on_response=grading.submit,
     )
     return grading.finish(rollouts, settings, on_graded)
+
+
+def texts_of_problems(problems: Sequence[Problem]) -> Iterator[Text]:
+    """What problems ask, to compare it with other data."""
+    for problem in problems:
+        yield Text(problem.source, text_of(problem.prompt))
 
 
 def fingerprint(problems: Sequence[Problem]) -> str:

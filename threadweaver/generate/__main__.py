@@ -1,4 +1,5 @@
 r"""`python -m threadweaver.generate --model MODEL --prompt TEXT [--n 8] [--mode sequential] ...`
+`python -m threadweaver.generate --model MODEL --data FILE --out FILE [--n 8] ...`
 
 Continues a prompt and shows the threads side by side as they decode, then what it took: tokens,
 critical path, time. Without a terminal the text goes to stdout as it comes, a single response in
@@ -10,6 +11,10 @@ text. Where the tokenizer has no template, or with --template.use none, the mode
 stands: nothing is added, nothing stripped, control tokens and tags are those tokens. --escapes
 reads \n, \t and \\ in it, so that --escapes --prompt '47*86=?\n' ends in a newline.
 
+--data answers every row of a data file, in the columns that training reads. Responses are kept as
+they come, in OUT.partial: a command that was stopped or killed goes on from there when it is given
+again, with the same settings. Prompts that leave no room for a response are skipped and counted.
+
 Exit codes: 0; 2 for arguments or a model that cannot be used, with one line on stderr; 1 for
 anything unexpected, logits that are not finite among it; 130 when stopped by Ctrl-C, after what was
 decoded so far has been shown.
@@ -17,6 +22,7 @@ decoded so far has been shown.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import signal
@@ -29,7 +35,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
-from threadweaver.command import command, explain, fail, quiet, train_extra
+from threadweaver.command import (
+    check_overwrite,
+    command,
+    explain,
+    fail,
+    is_writable,
+    quiet,
+    train_extra,
+)
 
 with train_extra():
     from jsonargparse import ArgumentParser, Namespace
@@ -41,7 +55,8 @@ with train_extra():
         generation_settings,
         template_config,
     )
-    from threadweaver.generate.settings import MOST_RESPONSES
+    from threadweaver.generate.response_log import partial_of
+    from threadweaver.generate.settings import MOST_RESPONSES, GenerationSettings
     from threadweaver.generate.weaver import Mode
     from threadweaver.progress import print_line
 
@@ -53,7 +68,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = parser.parse_args(arguments)
         settings = generation_settings(options, options.mode)
-        prompt = _prompt(options)
+        if options.data is None and options.out is None:
+            prompt = _prompt(options)
+        else:
+            _check_files(options)
+            return _answer(options, settings)
     except ArgumentError as error:
         return fail(explain(str(error), parser.get_defaults()), 2)
     except ValueError as error:
@@ -127,6 +146,86 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
+def _answer(options: Namespace, settings: GenerationSettings) -> int:
+    """Answers a data file; the exit code. Raises ValueError for what cannot be used."""
+    from threadweaver.data import columns_note, load_examples, save_rows
+    from threadweaver.generate.answer_file import AnswerFile
+    from threadweaver.generate.engine import NonFiniteLogits
+    from threadweaver.generate.load import check_chat, load_engine, settle_precision
+    from threadweaver.generate.response_log import ResponseLog
+
+    quiet()
+    console, log = Console(stderr=True), None
+    try:
+        examples = load_examples(options.data, responses=False)
+        print_line(console, columns_note(options.data, examples))
+        engine_options, precision_note = settle_precision(engine_settings(options))
+        template = template_config(options)
+        engine, tokenizer = load_engine(
+            options.model, engine_options, parallel=settings.mode == "parallel", template=template
+        )
+        check_chat(options.chat, tokenizer)
+        if precision_note:
+            print_line(console, precision_note)
+        answers = AnswerFile(examples, engine, settings, options.n, options.seed, console)
+        log = ResponseLog(
+            options.out,
+            {
+                **{name: options[name] for name in ("model", "data", "seed", "n")},
+                "prompts": hashlib.sha256(json.dumps(answers.asked).encode()).hexdigest(),
+                "generation": asdict(settings),
+                "template": asdict(template),
+                "weights": engine.fingerprint(),
+                "precision": engine_options.precision,
+            },
+            restart=options.overwrite,
+        )
+        if log.rows:
+            print_line(console, f"{log.path}: {len(log.rows):,} responses are there already")
+        rows = answers.decode(log)
+    except KeyboardInterrupt:
+        if log is None:
+            return fail("interrupted before the first token", 130)
+        kept = f"{len(log.rows):,} responses are kept: give the same command to go on"
+        return fail(f"interrupted; {kept}", 130)
+    except NonFiniteLogits as error:
+        return fail(error, 1)
+    save_rows(rows, options.out)
+    log.close(remove=True)
+    print_line(console, f"{options.out}: {len(rows):,} responses")
+    return 0
+
+
+def _check_files(options: Namespace) -> None:
+    """Raises ValueError for files of --data and --out that cannot be read, written or combined with
+    the other options."""
+    for name in ("data", "out"):
+        if options[name] is None:
+            raise ValueError(f"{name}: give --data and --out, one with the other")
+    for name in ("prompt", "prompt_file"):
+        if options[name] is not None:
+            raise ValueError(f"{name}: give it, or --data, and not both")
+    if options.json:
+        raise ValueError("json: with --data everything is in the file of --out; leave it out")
+    _check_n(options)
+    out = options.out
+    if out.suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"out: {out}: name it .jsonl or .parquet")
+    if not out.parent.is_dir():
+        raise ValueError(f"out: {out.parent}: no such folder; make it, or name another")
+    if out.is_dir() or not is_writable(out):
+        raise ValueError(f"out: {out} cannot be written; name another file")
+    if not partial_of(out).exists():
+        check_overwrite([out], options.overwrite)
+
+
+def _check_n(options: Namespace) -> None:
+    if options.n < 1:
+        raise ValueError(f"n is {options.n}: it must be at least 1")
+    if options.n > MOST_RESPONSES:
+        raise ValueError(f"n is {options.n}: it must be at most {MOST_RESPONSES}")
+
+
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m threadweaver.generate",
@@ -138,6 +237,17 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--prompt_file", type=Path, help="File that holds the prompt instead.")
     parser.add_argument(
         "--escapes", action="store_true", help=r"Read \n, \t and \\ in --prompt as in a program."
+    )
+    parser.add_argument(
+        "--data",
+        type=str,
+        help="Data file, folder or pattern of files, of which each row is answered.",
+    )
+    parser.add_argument("--out", type=Path, help="File for the answers to --data.")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="Write over the file of --out if it is there already, without being asked.",
     )
     parser.add_argument(
         "--mode",
@@ -162,10 +272,7 @@ def _prompt(options: Namespace) -> str:
     Raises:
         ValueError: not exactly one of them, a file that cannot be read, or no response to make.
     """
-    if options.n < 1:
-        raise ValueError(f"n is {options.n}: it must be at least 1")
-    if options.n > MOST_RESPONSES:
-        raise ValueError(f"n is {options.n}: it must be at most {MOST_RESPONSES}")
+    _check_n(options)
     if (options.prompt is None) == (options.prompt_file is None):
         raise ValueError("prompt, prompt_file: give exactly one of them")
     if options.prompt_file is not None:

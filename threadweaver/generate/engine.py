@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from threadweaver.device import memory_of
+from threadweaver.generate.constraint import Constraint
 from threadweaver.generate.pages import PagePool
 from threadweaver.generate.rollout import Completion, Rollout
 from threadweaver.generate.runner import Counts, Runner, Step
@@ -27,7 +28,7 @@ from threadweaver.generate.sampler import stream_key
 from threadweaver.generate.scheduler import Batch, Branch, Family, Scheduler, Sequence
 from threadweaver.generate.settings import GenerationSettings
 from threadweaver.generate.weaver import Reason, RequestId, Weaver
-from threadweaver.model import context_length, kv_shape
+from threadweaver.model import context_length, kv_shape, weights_fingerprint
 from threadweaver.trajectory import Codec
 from threadweaver.trajectory.ids import MOST_IDS, token_ids
 from tw_kernels.sampling import SamplingRows
@@ -59,6 +60,7 @@ class Generation:
         retained: closed ones whose path a join may still extend.
         completions: of its closed requests.
         steps: engine steps that computed tokens of it.
+        started, ended: when the first of them began and the last was over; 0 until then.
     """
 
     number: int
@@ -68,10 +70,13 @@ class Generation:
     weaver: Weaver = field(repr=False)
     family: Family = field(repr=False)
     script: Script | None = field(default=None, repr=False)
+    constraint: Constraint | None = field(default=None, repr=False)
     open: dict[RequestId, Sequence] = field(default_factory=dict, repr=False)
     retained: dict[RequestId, Sequence] = field(default_factory=dict, repr=False)
     completions: dict[RequestId, Completion] = field(default_factory=dict, repr=False)
     steps: int = 0
+    started: float = 0.0
+    ended: float = 0.0
 
     def rollout(self) -> Rollout:
         """The record of a generation that is done."""
@@ -81,6 +86,7 @@ class Generation:
             [self.completions[id] for id in sorted(self.completions)],
             self.weaver.limits,
             self.steps,
+            self.ended - self.started,
         )
 
 
@@ -138,6 +144,7 @@ class Engine:
             if value < 1:
                 raise ValueError(f"{name} is {value}: it must be at least 1")
         self.codec = codec
+        self._model = model
         self.pool = PagePool(num_pages, page_size)
         self._runner = Runner(
             model, num_pages, page_size, autocast=autocast, max_sequences=max_sequences
@@ -181,12 +188,17 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._live)
 
+    def fingerprint(self) -> str:
+        """A short name of the weights as they are now."""
+        return weights_fingerprint(self._model)
+
     def add(
         self,
         prompt: Iterable[int],
         settings: GenerationSettings,
         seed: int = 0,
         script: Script | None = None,
+        constraint: Constraint | None = None,
     ) -> Generation:
         """Queues a response.
 
@@ -195,12 +207,16 @@ class Engine:
             seed: of its draws; the same seed, prompt and model give the same response.
             script: completions to take instead of sampling. A request that is not in it, or at the
                 end of its completion there, ends by length.
+            constraint: rules out tokens; log-probabilities are then those among the others. In
+                sequential mode alone, where a response is one request.
 
         Raises:
             ValueError: the prompt is empty or fills the model's context, an id is none of the
                 model's, a setting is out of range, or the pool cannot hold the response's longest
                 path.
         """
+        if constraint is not None and settings.mode != "sequential":
+            raise ValueError(f"mode is {settings.mode}: a constraint needs sequential mode")
         ids = token_ids(prompt, "prompt", self._rows)
         weaver, _ = self._checked(ids, settings)
         if script is not None:
@@ -210,7 +226,9 @@ class Engine:
             }
         family = self._families.setdefault(tuple(ids), Family(len(ids)))
         family.unfinished += 1
-        generation = Generation(self._count, ids, settings, seed, weaver, family, script)
+        generation = Generation(
+            self._count, ids, settings, seed, weaver, family, script, constraint
+        )
         self._count += 1
         self._live[generation.number] = self._added[generation.number] = generation
         self._open_requests(generation)
@@ -239,12 +257,7 @@ class Engine:
 
     def context_note(self, settings: GenerationSettings, room: int) -> str | None:
         """A line to show if the least room of some prompts, by `check`, is not max_tokens."""
-        if room == settings.max_tokens:
-            return None
-        return (
-            f"max_tokens: {room:,} and not {settings.max_tokens:,} after the longest prompt, since "
-            f"the model's context ends at {self.context_length:,}"
-        )
+        return settings.context_note(room, self.context_length)
 
     def step(self) -> list[Token]:
         """One forward pass: prefills and decodes what fits. Returns the tokens it decoded.
@@ -270,7 +283,9 @@ class Engine:
         self._ahead = self._plan_ahead(ready)
         draws = self._draws(step, ready)
         for number in {s.rank[0] for s in batch.sequences}:
-            self._live[number].steps += 1
+            generation = self._live[number]
+            generation.steps += 1
+            generation.started = generation.started or start
         tokens = [self._advance(s, *draw) for s, draw in zip(ready, draws, strict=True)]
         self.decoded_tokens += len(tokens)
         if not self._in_run:
@@ -322,7 +337,8 @@ class Engine:
             [self._live[s.rank[0]].settings.sampling.settings for s in ready],
             [s.script[p] if s.script else None for s, p in zip(ready, positions, strict=True)],
         )
-        return self._runner.plan(batch, rows)
+        constraints = [self._live[s.rank[0]].constraint for s in ready]
+        return self._runner.plan(batch, rows, constraints)
 
     def _plan_ahead(self, ready: list[Sequence]) -> Step | None:
         """The next step, while the device computes one that draws a token for each of these, if
@@ -334,8 +350,10 @@ class Engine:
 
     def _settles(self, sequence: Sequence, count: int) -> bool:
         """Whether more than an appended token comes of the count-th of a sequence, whatever it
-        is."""
+        is: the state of a constraint too."""
         request, script = sequence.request, sequence.script
+        if self._live[sequence.rank[0]].constraint is not None:
+            return True
         if count == request.max_tokens or (script and count == len(script)):
             return True
         return request.kind == "prompt" and count == 1
@@ -362,6 +380,8 @@ class Engine:
         sequence.logprobs.append(logprob)
         sequence.sampled_logprobs.append(sampled_logprob)
         request, count = sequence.request, len(sequence.logprobs)
+        if constraint := self._live[sequence.rank[0]].constraint:
+            constraint.accept(token)
         if token in request.stop_ids:
             self._close(sequence, "eos" if token in self.codec.end_ids else "stop")
         elif count == request.max_tokens or (sequence.script and count == len(sequence.script)):
@@ -429,6 +449,8 @@ class Engine:
         family.stem.table = self.pool.fork(sequence.table, length)
 
     def _finish(self, generation: Generation) -> None:
+        generation.ended = time.perf_counter()
+        generation.started = generation.started or generation.ended
         del self._live[generation.number]
         self._done.append(generation.number)
         family = generation.family

@@ -10,10 +10,13 @@ from transformers import PreTrainedTokenizerBase
 from threadweaver.device import DTYPES, choose, find_device, resolve
 from threadweaver.generate.engine import Engine
 from threadweaver.generate.options import EngineSettings
+from threadweaver.generate.server.address import ServerSettings
+from threadweaver.generate.server.engine import ServerEngine, connect
 from threadweaver.generate.settings import EngineSizes
-from threadweaver.model import end_ids, load_model, load_tokenizer
+from threadweaver.model import end_ids, end_ids_of, load_configs, load_model, load_tokenizer
 from threadweaver.trajectory import Codec, TemplateConfig
 from threadweaver.trajectory.codec import missing_tags
+from threadweaver.trajectory.ids import MOST_IDS
 
 
 def load_engine(
@@ -50,6 +53,36 @@ def load_engine(
     torch.nn.Module.to(weights, device)
     sizes = {field.name: getattr(settings, field.name) for field in fields(EngineSizes)}
     return Engine(weights, codec, **sizes), tokenizer
+
+
+def load_server(
+    model: str,
+    server: ServerSettings,
+    settings: EngineSettings,
+    parallel: bool,
+    template: TemplateConfig | None = None,
+) -> tuple[ServerEngine, PreTrainedTokenizerBase, str]:
+    """The engine on a server, the tokenizer, and a line about the server to show.
+
+    Args:
+        model: what the server runs: a Hugging Face folder, which needs no weights, a .gguf file, or
+            smollm2.
+        settings: max_sequences is the most requests that the server has at a time.
+
+    Raises:
+        ValueError: as `load_engine`.
+        ServerError: as `connect`.
+    """
+    config, generation_config = load_configs(model)
+    tokenizer = load_tokenizer(model)
+    with_tags = parallel or not missing_tags(tokenizer)
+    make = Codec.from_tokenizer if with_tags else Codec.without_tags
+    codec = make(tokenizer, end_ids_of(config, generation_config), template)
+    length = getattr(config.get_text_config(), "max_position_embeddings", None) or MOST_IDS
+    engine, note = connect(
+        server, codec, len(tokenizer), length, parallel=parallel, at_once=settings.max_sequences
+    )
+    return engine, tokenizer, note
 
 
 def check_chat(asked: bool, tokenizer: PreTrainedTokenizerBase) -> None:

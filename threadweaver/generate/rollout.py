@@ -38,7 +38,9 @@ class Rollout:
         response: ids after the prompt, joined; the end token included if it was decoded.
         completions: by request id, which is the order of the text.
         limits: how often a limit of the Weaver ended something.
-        decode_steps: engine steps that computed tokens of it, prefill included.
+        decode_steps: engine steps that computed tokens of it, prefill included; 0 if it comes from
+            a server, which does not say.
+        seconds: from the start of the first of them to the end of the last, by the clock.
     """
 
     prompt: list[int] = field(repr=False)
@@ -46,6 +48,7 @@ class Rollout:
     completions: list[Completion]
     limits: LimitCounts
     decode_steps: int
+    seconds: float = field(default=0.0, compare=False)
 
     @property
     def num_sampled_tokens(self) -> int:

@@ -11,7 +11,7 @@ A step has three parts, so that a GPU works while the host thinks of the next:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from threadweaver.generate.constraint import Constraint, constrained
 from threadweaver.generate.graphs import MOST_TOKENS, Capture, CudaCapture, StepGraphs
 from threadweaver.generate.inputs import StepInputs
 from threadweaver.generate.pages import Copy
@@ -67,6 +68,7 @@ class Step:
         inputs: on the host; the ids are filled in at the launch.
         samples: how many tokens it draws.
         in_graph: whether it is padded for a graph.
+        constraints: of the sequences that it draws for, if there are any.
         packed: what was drawn, on the host once `arrived` has happened.
     """
 
@@ -74,6 +76,7 @@ class Step:
     inputs: StepInputs
     samples: int
     in_graph: bool
+    constraints: Sequence[Constraint | None]
     packed: Tensor | None = None
     arrived: torch.cuda.Event | None = None
 
@@ -136,17 +139,21 @@ class Runner:
         self.counts.casts += 1
 
     @torch.inference_mode()
-    def plan(self, batch: Batch, rows: SamplingRows) -> Step:
+    def plan(
+        self, batch: Batch, rows: SamplingRows, constraints: Sequence[Constraint | None] = ()
+    ) -> Step:
         """Prepares a step, whose pages are taken.
 
         Args:
             rows: on the CPU, of each sequence that has nothing pending after it, in the order of
                 the batch.
+            constraints: of the same sequences; with one of them the step runs in no graph.
         """
         start = time.perf_counter()
         self._allocate()
         tokens, samples = sum(batch.counts), len(rows.data)
-        in_graph = self._graphs is not None and tokens <= MOST_TOKENS
+        constraints = constraints if any(c is not None for c in constraints) else ()
+        in_graph = self._graphs is not None and tokens <= MOST_TOKENS and not constraints
         with self._threads(tokens):
             if self._graphs is not None and in_graph:
                 plan = self._graphs.plan(lambda room: self._decode_plan(batch, room), tokens)
@@ -161,7 +168,7 @@ class Runner:
         inputs.last[:samples] = last
         inputs.rows.data[:samples] = rows.data
         self.seconds["plan"] += time.perf_counter() - start
-        return Step(batch, inputs, samples, in_graph)
+        return Step(batch, inputs, samples, in_graph, constraints)
 
     @torch.inference_mode()
     def launch(self, step: Step) -> None:
@@ -182,6 +189,7 @@ class Runner:
             with self._threads(len(ids)):
                 logits = self._logits(inputs)
             computed = time.perf_counter()
+            logits = constrained(logits, step.constraints)
             packed = sample_tokens(logits, inputs.rows)
             self.seconds["model"] += computed - start
             self.seconds["sampling"] += time.perf_counter() - computed

@@ -95,6 +95,15 @@ class GenerationSettings:
             max_blocks=self.max_blocks,
         )
 
+    def context_note(self, room: int, context_length: int) -> str | None:
+        """A line to show if the least room of some prompts is not max_tokens."""
+        if room == self.max_tokens:
+            return None
+        return (
+            f"max_tokens: {room:,} and not {self.max_tokens:,} after the longest prompt, since "
+            f"the model's context ends at {context_length:,}"
+        )
+
     def path_lengths(self, response: Sequence[int], codec: Codec) -> PathLengths:
         """Path metrics of a response, ids [T]. In sequential mode all of it is on the longest path;
         blocks are those that it wrote."""

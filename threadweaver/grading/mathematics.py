@@ -164,8 +164,8 @@ def build_math_grader() -> Callable[..., bool]:
         return same_formula(answer, truth)
 
     def grade(answer: str, *truths: str) -> bool:
-        theirs = _readings(answer)
-        return any(same(a, t) for truth in truths for t in _readings(truth) for a in theirs)
+        theirs = readings(answer)
+        return any(same(a, t) for truth in truths for t in readings(truth) for a in theirs)
 
     for example in _EXAMPLES:
         same_formula(*example)
@@ -185,7 +185,7 @@ def _plain(text: str) -> str:
     return _POWER_OF_TEN.sub(_written_out, text).strip()
 
 
-def _readings(text: str) -> set[str]:
+def readings(text: str) -> set[str]:
     """What an answer may stand for: 2e-3 is 0.002, or twice Euler's number less 3."""
     text = _plain(text)
     return {text, _E_NOTATION.sub(_written_out, text)}

@@ -8,8 +8,9 @@ from threadweaver.model.attention import (
     trie_hidden_states,
 )
 from threadweaver.model.context import context_length
-from threadweaver.model.end_tokens import end_ids
-from threadweaver.model.load import load_model, load_tokenizer
+from threadweaver.model.end_tokens import end_ids, end_ids_of
+from threadweaver.model.fingerprint import weights_fingerprint
+from threadweaver.model.load import load_configs, load_model, load_tokenizer
 from threadweaver.model.logits import OutputLayer, mask_unknown_ids, output_layer
 from threadweaver.model.loss import (
     TokenLogprobs,
@@ -37,7 +38,9 @@ __all__ = [
     "context_length",
     "cross_entropy_sum",
     "end_ids",
+    "end_ids_of",
     "kv_shape",
+    "load_configs",
     "load_model",
     "load_tokenizer",
     "mask_unknown_ids",
@@ -52,4 +55,5 @@ __all__ = [
     "trie_hidden_states",
     "trie_logprobs",
     "trie_loss",
+    "weights_fingerprint",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedModel
 
 from threadweaver.trajectory.ids import token_ids
@@ -15,11 +17,13 @@ def end_ids(model: PreTrainedModel) -> list[int]:
     Raises:
         ValueError: one is no token id; names the field.
     """
+    return end_ids_of(model.config, model.generation_config)
+
+
+def end_ids_of(config: Any, generation_config: Any) -> list[int]:
+    """`end_ids` of a model that has these configs."""
     found: set[int] = set()
-    configs = {
-        "generation_config": model.generation_config,
-        "config": model.config.get_text_config(),
-    }
+    configs = {"generation_config": generation_config, "config": config.get_text_config()}
     for name, config in configs.items():
         ids = getattr(config, "eos_token_id", None)
         if ids is not None:

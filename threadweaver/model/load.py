@@ -10,6 +10,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -47,6 +48,18 @@ def _load_tokenizer(source: ModelSource, config: PretrainedConfig) -> PreTrained
         # transformers sets eos_token to the first special token of a .gguf file.
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
     return tokenizer
+
+
+def load_configs(path: str | Path) -> tuple[PretrainedConfig, GenerationConfig | None]:
+    """The config of a model and that of its generation, if it has one, without its weights; same
+    paths and errors as `load_model`."""
+    source = model_source(path)
+    config = _load_config(source)
+    file = source.folder / "generation_config.json"
+    if source.gguf or not file.is_file():
+        return config, None
+    with reading(file):
+        return config, GenerationConfig.from_pretrained(source.folder, local_files_only=True)
 
 
 def load_model(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import random
 from collections.abc import Callable
 
 from threadweaver.data import DataError, Example, columns_note, load_examples
 from threadweaver.grading.judge import Judge
 from threadweaver.grading.mathematics import build_math_grader
 from threadweaver.tasks.boxed import boxed_answer, boxes_number
-from threadweaver.tasks.task import Problem, Split, check_count, check_settings, is_held_out
+from threadweaver.tasks.task import Problem, Split, check_settings, drawn, is_held_out
 from threadweaver.trajectory import Prompt
 
 
@@ -46,17 +45,14 @@ class DataFile:
         whole_numbers: bool = False,
     ):
         check_settings(held_out, seconds)
-        if not whole_numbers and importlib.util.find_spec("math_verify") is None:
-            raise ValueError(
-                f"{path}: grading its answers needs the package 'math-verify'; "
-                "install it, or the extra that holds it: threadweaver[tasks]"
-            )
+        if not whole_numbers:
+            check_math_verify(path)
         self._path, self._whole_numbers = path, whole_numbers
         self._splits: dict[Split, list[Problem]] = {"train": [], "validation": []}
         examples = load_examples(path, responses=False)
         for example in examples:
             held = is_held_out(_asked(example.prompt), held_out)
-            self._splits["validation" if held else "train"].append(_problem(example))
+            self._splits["validation" if held else "train"].append(problem_of(example))
         self.notes = [columns_note(path, examples)]
         if 0 < held_out < 1:
             held = len(self._splits["validation"])
@@ -72,14 +68,13 @@ class DataFile:
 
     def problems(self, split: Split, n: int | None, seed: int = 0) -> list[Problem]:
         """See `Task`; all of them, for None, are in the order of the file."""
-        check_count(n)
         rows = self._splits[split]
         if len(rows) < (1 if n is None else n):
             raise ValueError(
                 f"{self._path}: {len(rows)} problems for {split}, not {n or 'any'}; ask for fewer, "
                 "or change held_out, the share of problems for validation"
             )
-        return list(rows) if n is None else random.Random(seed).sample(rows, n)
+        return drawn(rows, n, seed, self._path)
 
     def is_correct(self, response: str, problem: Problem) -> bool:
         return self.submit(response, problem)()
@@ -87,15 +82,9 @@ class DataFile:
     def submit(self, response: str, problem: Problem) -> Callable[[], bool]:
         """See `Task`."""
         if self._whole_numbers:
-            right = any(boxes_number(response, truth) for truth in _answers(problem))
+            right = any(boxes_number(response, truth) for truth in answers_of(problem))
             return lambda: right
-        answer, truths = boxed_answer(response), _answers(problem)
-        if not answer or answer in truths:
-            right = bool(answer)
-            return lambda: right
-        # A ground truth may be a sentence or a whole solution with the answer in its box.
-        truths = (boxed_answer(truth) or truth for truth in truths)
-        return self._judge.submit(answer, *truths, source=problem.source)
+        return submit_mathematics(self._judge, response, problem)
 
     def demonstration(self, problem: Problem, parallel: bool) -> str | None:
         """The row's own response, if it has one and of that kind."""
@@ -103,7 +92,17 @@ class DataFile:
         return response if response and ("<Parallel>" in response) == parallel else None
 
 
-def _problem(example: Example) -> Problem:
+def check_math_verify(name: str) -> None:
+    """Raises ValueError, which names a task, if its answers cannot be graded here."""
+    if importlib.util.find_spec("math_verify") is None:
+        raise ValueError(
+            f"{name}: grading its answers needs the package 'math-verify'; "
+            "install it, or the extra that holds it: threadweaver[tasks]"
+        )
+
+
+def problem_of(example: Example) -> Problem:
+    """The problem of a row. Raises DataError for one without an answer."""
     truth = example.ground_truth or ""
     several = [one.strip() for one in ([truth] if isinstance(truth, str) else truth)]
     if not all(several):
@@ -115,7 +114,21 @@ def _problem(example: Example) -> Problem:
     return Problem(example.prompt, answer, example.source, data=example.response)
 
 
-def _answers(problem: Problem) -> tuple[str, ...]:
+def submit_mathematics(
+    judge: Judge, response: str, problem: Problem, *extra: object
+) -> Callable[[], bool]:
+    """Starts to grade the box of a response by a judge of (answer, *extra, *ground truths)."""
+    answer, truths = boxed_answer(response), answers_of(problem)
+    if not answer or answer in truths:
+        right = bool(answer)
+        return lambda: right
+    # A ground truth may be a sentence or a whole solution with the answer in its box.
+    truths = (boxed_answer(truth) or truth for truth in truths)
+    return judge.submit(answer, *extra, *truths, source=problem.source)
+
+
+def answers_of(problem: Problem) -> tuple[str, ...]:
+    """The right answers of a problem, any of which is right."""
     return (problem.answer,) if isinstance(problem.answer, str) else problem.answer
 
 

@@ -10,6 +10,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from threadweaver.data import is_data_path
+from threadweaver.tasks.benchmarks import BENCHMARKS, Benchmark
 from threadweaver.tasks.data_file import DataFile
 from threadweaver.tasks.multiplication import Multiplication
 from threadweaver.tasks.reasoning_gym import ReasoningGym, dataset_names
@@ -24,10 +25,11 @@ def load_task(name: str, **options: Any) -> Task:
     """The task called `name`, with its options.
 
     Args:
-        name: `multiplication`, `reasoning_gym:<dataset>`, the path of a data file (.jsonl, .json,
-            .parquet), a folder or a pattern of such files, or the name of an entry point of the
-            group `threadweaver.tasks`.
-        options: those of `Multiplication`, `ReasoningGym`, `DataFile` or the entry point's.
+        name: `multiplication`, `reasoning_gym:<dataset>`, a benchmark (`aime24`), the path of a
+            data file (.jsonl, .json, .parquet), a folder or a pattern of such files, or the name of
+            an entry point of the group `threadweaver.tasks`.
+        options: those of `Multiplication`, `ReasoningGym`, `Benchmark`, `DataFile` or the entry
+            point's.
 
     Raises:
         ValueError: no such task, file or option, an option out of range, a package is not
@@ -42,6 +44,8 @@ def load_task(name: str, **options: Any) -> Task:
         make = Multiplication
     elif family == "reasoning_gym" and dataset in dataset_names():
         make = partial(ReasoningGym, dataset)
+    elif name in BENCHMARKS:
+        make = partial(Benchmark, name)
     elif found := tuple(entry_points(group=GROUP, name=name)):
         make = _factory(found[0])
     else:
@@ -77,7 +81,7 @@ def _check_type(what: str, value: Any, annotation: Any) -> None:
 
 def task_names() -> str:
     """What `load_task` takes here, for messages."""
-    names = ", ".join(("multiplication", "reasoning_gym:<dataset>", *_installed()))
+    names = ", ".join(("multiplication", "reasoning_gym:<dataset>", *BENCHMARKS, *_installed()))
     return f"{names} and data files (.jsonl, .json, .parquet)"
 
 
@@ -103,7 +107,8 @@ def _unknown(name: str) -> str:
         datasets = dataset_names()
     except ValueError:
         datasets = []
-    names = ["multiplication", *(f"reasoning_gym:{dataset}" for dataset in datasets), *_installed()]
+    gym = (f"reasoning_gym:{dataset}" for dataset in datasets)
+    names = ["multiplication", *gym, *BENCHMARKS, *_installed()]
     near = difflib.get_close_matches(name, names, n=1)
     hint = f" (did you mean '{near[0]}'?)" if near else ""
     return f"no task '{name}'{hint}: there are {task_names()}"

@@ -7,7 +7,8 @@ grades in processes of its own also has `submit`, see `GradesInBackground`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -91,6 +92,21 @@ def check_count(n: int | None) -> None:
         raise ValueError(f"cannot make {n} problems; ask for at least 0")
     if n is not None and n > MOST_PROBLEMS:
         raise ValueError(f"cannot make {n} problems; ask for at most {MOST_PROBLEMS:,}")
+
+
+def drawn(problems: Sequence[Problem], n: int | None, seed: int, name: str) -> list[Problem]:
+    """`n` of the problems that there are, chosen and ordered by the seed; all in order for None.
+
+    Args:
+        name: of them, in the message.
+
+    Raises:
+        ValueError: there are fewer, or none.
+    """
+    check_count(n)
+    if len(problems) < (1 if n is None else n):
+        raise ValueError(f"{name}: {len(problems)} problems, not {n or 'any'}; ask for fewer")
+    return list(problems) if n is None else random.Random(seed).sample(problems, n)
 
 
 def check_settings(held_out: float, seconds: float) -> None:

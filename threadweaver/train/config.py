@@ -207,6 +207,8 @@ class ReportConfig:
         keep_checkpoints: how many of the newest checkpoints stay.
         trackers: where the figures of each step go besides metrics.jsonl, under the same names:
             tensorboard (files in run_dir), wandb, trackio.
+        overlap: data files of benchmarks: how many of their problems share 13 words in a row with
+            the training data is shown before the first step, and stands in summary.json.
     """
 
     log_every: int = 10
@@ -214,9 +216,10 @@ class ReportConfig:
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
     trackers: list[TrackerName] = field(default_factory=lambda: ["tensorboard"])
+    overlap: list[str] = field(default_factory=list)
 
     def __post_init__(self):
-        counts = (f.name for f in fields(self) if f.name != "trackers")
+        counts = (f.name for f in fields(self) if f.name not in ("trackers", "overlap"))
         check_least(1, "report", self, *counts)
 
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from threadweaver.evaluate.grade import METRICS, Graded, summary
 from threadweaver.evaluate.modes import evaluate_modes
 from threadweaver.evaluate.reward import reward
-from threadweaver.evaluate.rollouts import fingerprint, fitting, roll_out
+from threadweaver.evaluate.rollouts import fingerprint, fitting, roll_out, texts_of_problems
 from threadweaver.generate.engine import Engine
 from threadweaver.generate.settings import EngineSizes, GenerationSettings
 from threadweaver.model import trie_logprobs
@@ -57,6 +57,7 @@ class RLTrainer(Trainer[RLConfig]):
         # kind (docs/semantics.md, "P-GRPO").
         self.model.eval()
         problems = self.task.problems("train", config.task.problems, config.seed)
+        self.report_overlap(texts_of_problems(problems))
         self.trains_on = f"task: {config.task.name}"
         self.fingerprint = fingerprint(problems)
         self.num_steps = config.optimization.steps
@@ -362,7 +363,8 @@ class RLTrainer(Trainer[RLConfig]):
         trie_tokens = totals["trie_tokens"]
         result = {
             "steps": self.steps_done,
-            **{name: last[name] for name in ("reward", *METRICS)},
+            # A run that began with an older version has not all of them.
+            **{name: last[name] for name in ("reward", *METRICS) if name in last},
             **{name: last[name] for name in last if name.startswith("validation_")},
             "skipped_prompts": self.skipped_prompts,
             "groups": self._groups_sampled,
@@ -376,4 +378,4 @@ class RLTrainer(Trainer[RLConfig]):
             "checkpoint": str(self.last_checkpoint),
         }
         print_rl_table(self.console, result, self.run_dir)
-        write_json(self.run_dir / "summary.json", result)
+        write_json(self.run_dir / "summary.json", result | self.overlap)

@@ -11,7 +11,7 @@ import shlex
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
@@ -20,6 +20,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from threadweaver.data.files import data_files
+from threadweaver.data.overlap import Text, find_overlap, texts_of_files
 from threadweaver.model import end_ids, parameter_count, save_model
 from threadweaver.progress import has_no_reader, print_line
 from threadweaver.train.checkpoint import (
@@ -78,6 +80,7 @@ class Run(ABC, Generic[C]):
         device: where it computes.
         resume_command: what to run when it was stopped; of a stage, what continues the whole run.
         lock: on its folder, from `prepare` to the end of `run`.
+        overlap: what summary.json says of report.overlap.
         state: of the newest checkpoint, for the kinds that have checkpoints; None: at the start.
     """
 
@@ -90,6 +93,7 @@ class Run(ABC, Generic[C]):
         self.config = config
         self.console = console
         self.run_dir = Path(config.run_dir)
+        self.overlap: dict[str, Any] = {}
         self.started = time.perf_counter()
         path = shlex.quote(str(self.run_dir / "config.yaml"))
         self.resume_command = (
@@ -124,6 +128,8 @@ class Run(ABC, Generic[C]):
             print_line(console, f"{run.run_dir}: this run is finished, see {summary}")
             return None
         check_trackers(config.report.trackers)
+        for path in config.report.overlap:
+            data_files(path)
         run.lock = RunLock(run.run_dir)
         try:
             precision_note = settle_precision(config, console)
@@ -143,6 +149,15 @@ class Run(ABC, Generic[C]):
             return self.work()
         finally:
             self.lock.release()
+
+    def report_overlap(self, rows: Iterable[Text]) -> None:
+        """Shows what training rows have in common with the files of report.overlap, and keeps it
+        for summary.json."""
+        if files := self.config.report.overlap:
+            found = find_overlap(texts_of_files(files), rows)
+            for line in found.lines():
+                print_line(self.console, line)
+            self.overlap = {"overlap": found.as_dict()}
 
     def is_finished(self) -> bool:
         return (self.run_dir / "summary.json").exists()

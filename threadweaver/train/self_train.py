@@ -17,7 +17,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 
 from threadweaver.data import save_rows, trajectory_row
 from threadweaver.evaluate.grade import Graded, graded_row, summary
-from threadweaver.evaluate.rollouts import fingerprint, fitting, roll_out
+from threadweaver.evaluate.rollouts import fingerprint, fitting, roll_out, texts_of_problems
 from threadweaver.generate.engine import Engine
 from threadweaver.generate.settings import PromptTooLong
 from threadweaver.model import end_ids
@@ -65,6 +65,7 @@ class SelfTraining(Run[SelfTrainConfig]):
         for note in getattr(self.task, "notes", ()):
             print_line(self.console, note)
         problems = self.task.problems("train", config.task.problems, config.seed)
+        self.report_overlap(texts_of_problems(problems))
         size = config.rollouts.chunk
         self.chunks = [problems[i : i + size] for i in range(0, len(problems), size)]
         made = [self.run_dir / name for name in ("selection.json", "kept.jsonl")]
@@ -99,7 +100,7 @@ class SelfTraining(Run[SelfTrainConfig]):
             template=config.template,
             optimization=config.optimization,
             compute=config.compute,
-            report=config.report,
+            report=replace(config.report, overlap=[]),  # the problems are the same
             seed=config.seed,
         )
         trainer = SFTTrainer.prepare(settings, None, self.console)
@@ -117,7 +118,7 @@ class SelfTraining(Run[SelfTrainConfig]):
             "checkpoint": str(checkpoint),
         }
         print_self_train_table(self.console, result)
-        write_json(self.run_dir / "summary.json", result)
+        write_json(self.run_dir / "summary.json", result | self.overlap)
         return 0
 
     def _select(self) -> None:

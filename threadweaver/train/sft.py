@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from threadweaver.data import columns_note, is_data_path, read_examples
 from threadweaver.data.files import data_files
+from threadweaver.data.overlap import texts_of_files
 from threadweaver.evaluate.metrics import compare
 from threadweaver.evaluate.modes import evaluate_modes
 from threadweaver.evaluate.rollouts import fitting
@@ -56,6 +57,7 @@ class SFTTrainer(Trainer[SFTConfig]):
             raise ConfigError(f"data.train: {config.data.train} holds no well-formed trajectory")
         path = config.data.validation
         self.validation = self._load_tries(path) if path else None
+        self.report_overlap(texts_of_files([config.data.train]))
         self.trains_on = f"data.train: {config.data.train}"
         self.fingerprint = self.data.fingerprint
         self.num_steps, self._all_steps = all_steps(
@@ -84,7 +86,7 @@ class SFTTrainer(Trainer[SFTConfig]):
             "checkpoint": str(checkpoint),
         }
         print_sft_table(self.console, summary, self.run_dir)
-        write_json(self.run_dir / "summary.json", summary)
+        write_json(self.run_dir / "summary.json", summary | self.overlap)
 
     def train_step(self) -> Record:
         # The steps are dealt in order; a resumed run takes up where it was.

@@ -228,6 +228,14 @@ class RLSettings:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     optimization: RLOptimizationConfig = field(default_factory=RLOptimizationConfig)
 
+    def __post_init__(self):
+        updates, problems = self.optimization.updates, self.rollouts.problems
+        if updates > problems:
+            raise ConfigError(
+                f"optimization.updates is {updates}: it must be at most rollouts.problems, "
+                f"{problems}, since the responses to a problem stay together in one of them"
+            )
+
 
 @dataclass(kw_only=True)
 class RLConfig(RunConfig, RLSettings):
@@ -246,6 +254,10 @@ class RLConfig(RunConfig, RLSettings):
 
     task: TaskConfig = field(default_factory=TaskConfig)
     evaluate: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        RLSettings.__post_init__(self)
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import NamedTuple
 
 from threadweaver.trajectory.parser import Block, Tag, Thread, parse
 from threadweaver.trajectory.tags import MAX_OUTLINES, TAGS
@@ -28,6 +29,18 @@ _NEXT = {
 }
 
 
+class Violation(NamedTuple):
+    """A breach of the format.
+
+    Attributes:
+        line: where and what, "line n: ..."; without the number where the whole text lacks it.
+        at: the character of the text that it was found at.
+    """
+
+    line: str
+    at: int
+
+
 def check_format(
     text: str,
     allow_space_between_threads: bool = False,
@@ -36,6 +49,23 @@ def check_format(
     max_depth: int = 1,
 ) -> list[str]:
     """The violations of the format, one line each; empty if the text is well formed.
+
+    The arguments are those of `find_violations`.
+    """
+    found = find_violations(
+        text, allow_space_between_threads, require_parallel, max_depth=max_depth
+    )
+    return [violation.line for violation in found]
+
+
+def find_violations(
+    text: str,
+    allow_space_between_threads: bool = False,
+    require_parallel: bool = False,
+    *,
+    max_depth: int = 1,
+) -> list[Violation]:
+    """The violations of the format and where they are; empty if the text is well formed.
 
     Args:
         text: a response, or any text that holds one. <think> and </think> must both be there or
@@ -49,20 +79,24 @@ def check_format(
     main = parse(tags, 0, len(text), max_depth + 1)
     check = _Check(text, tags, allow_space_between_threads, max_depth)
     if require_parallel and not main.blocks:
-        check.problems.append("there is no <Parallel> block")
+        check.problems.append(Violation("there is no <Parallel> block", 0))
     check.main_line(main)
     return check.problems
 
 
 def violations(prompt: str, response: str, max_depth: int = 1) -> list[str]:
     """The violations in a response, of which a <think> that the prompt ends with is a part."""
-    opened = "<think>" if prompt.rstrip().endswith("<think>") else ""
-    return check_format(opened + response, max_depth=max_depth)
+    return check_format(opened_thinking(prompt) + response, max_depth=max_depth)
+
+
+def opened_thinking(prompt: str) -> str:
+    """The <think> that a prompt ends with, or nothing."""
+    return "<think>" if prompt.rstrip().endswith("<think>") else ""
 
 
 class _Check:
     def __init__(self, text: str, tags: list[Tag], allow_space: bool, max_depth: int):
-        self.problems: list[str] = []
+        self.problems: list[Violation] = []
         self._text = text
         self._tags = tags
         self._allow_space = allow_space
@@ -184,4 +218,5 @@ class _Check:
         return repr(text if len(text) <= 40 else text[:37] + "...")
 
     def _report(self, offset: int, problem: str) -> None:
-        self.problems.append(f"line {self._text.count(chr(10), 0, offset) + 1}: {problem}")
+        line = self._text.count("\n", 0, offset) + 1
+        self.problems.append(Violation(f"line {line}: {problem}", offset))

@@ -1,0 +1,11 @@
+"""One browser for all tests of pages in a process."""
+
+import pytest
+
+from tests.view.browser import chromium
+
+
+@pytest.fixture(scope="session")
+def browser():
+    with chromium() as found:
+        yield found

@@ -1,0 +1,259 @@
+"""The whole of one command: answers, the teacher's part, what is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any, Self
+
+from rich.console import Console
+
+from threadweaver.annotate.engine_teacher import EngineTeacher
+from threadweaver.annotate.failures import LeftOut
+from threadweaver.annotate.keep import grading, kept_row
+from threadweaver.annotate.lines import split
+from threadweaver.annotate.openai_teacher import OpenAITeacher
+from threadweaver.annotate.prompts import PLACES, Prompts
+from threadweaver.annotate.report import plot_summary
+from threadweaver.annotate.run import NO_REPLY, Given, Run, problem_text
+from threadweaver.annotate.settings import AnnotateSettings
+from threadweaver.annotate.store import Store, write_json, write_lines
+from threadweaver.annotate.student import answer, answered, unanswered
+from threadweaver.annotate.summary import summarize
+from threadweaver.annotate.teacher import Teacher
+from threadweaver.annotate.trajectory import map_prompt
+from threadweaver.device import find_device
+from threadweaver.generate.load import load_engine, settle_precision
+from threadweaver.model import add_tags, load_tokenizer
+from threadweaver.progress import Progress, print_line
+from threadweaver.tasks import Problem, Task
+from threadweaver.trajectory import Codec
+
+
+class Annotation:
+    """From problems to kept rows, in a folder that belongs to it while it is open.
+
+    Attributes:
+        folder: that it is in.
+    """
+
+    def __init__(
+        self,
+        options: AnnotateSettings,
+        task: Task,
+        problems: Sequence[Problem],
+        prompts: Prompts,
+        codec: Codec,
+        server: OpenAITeacher | None,
+        store: Store,
+        console: Console,
+        progress: Console,
+    ):
+        self.folder = store.folder
+        self._options, self._task, self._problems = options, task, problems
+        self._prompts, self._codec, self._store = prompts, codec, store
+        self._server, self._console, self._progress = server, console, progress
+        self._results: dict[int, str | LeftOut] = {}
+
+    @classmethod
+    def begin(
+        cls,
+        options: AnnotateSettings,
+        task: Task,
+        problems: Sequence[Problem],
+        prompts: Prompts,
+        console: Console,
+        progress: Console,
+    ) -> Self:
+        """What the command asks for, before any work.
+
+        Args:
+            console: for notes.
+            progress: for progress.
+
+        Raises:
+            ValueError: models, a server or a folder that cannot be used.
+        """
+        assert options.out and options.student and options.teacher.model  # AnnotateSettings
+        find_device(options.engine.device)
+        tokenizer = load_tokenizer(options.student)
+        add_tags(tokenizer)
+        codec = Codec.from_tokenizer(tokenizer, template=options.template)
+        server = None
+        if options.teacher.url is None:
+            load_tokenizer(options.teacher.model)  # the model is loaded when the student is gone
+        else:
+            server = OpenAITeacher(options.teacher)
+        store = Store(options.out, _made_with(options, task.problems("train", None), prompts))
+        return cls(options, task, problems, prompts, codec, server, store, console, progress)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._store.close()
+
+    def answer(self) -> None:
+        """Step 0, by the student: problems that have no response yet."""
+        numbers = unanswered(self._store, self._problems)
+        if not numbers:
+            return
+        options = self._options
+        settings, note = settle_precision(options.engine)
+        engine, _ = load_engine(
+            str(options.student), settings, parallel=False, template=options.template
+        )
+        if note:
+            print_line(self._console, note)
+        answer(
+            self._store,
+            self._problems,
+            numbers,
+            engine,
+            options.generation,
+            options.seed,
+            self._progress,
+        )
+
+    def ask_teacher(self) -> None:
+        """Steps 1 to 4."""
+        given = self._right()
+        if not given:
+            return
+        options = self._options
+        run = Run(
+            given,
+            self._store,
+            self._prompts,
+            self._teacher(),
+            at_once=options.teacher.at_once,
+            seed=options.seed,
+            console=self._progress,
+        )
+        self._results |= run.run()
+
+    def finish(self) -> dict[str, Any]:
+        """Step 5. Writes kept.jsonl, rejected.jsonl, summary.json and yield.png; returns the
+        summary."""
+        made = {n: r for n, r in sorted(self._results.items()) if isinstance(r, str)}
+        verdicts = {n: grading(self._task, r, self._problems[n - 1]) for n, r in made.items()}
+        rows = []
+        for number, response in made.items():
+            problem = self._problems[number - 1]
+            try:
+                rows.append(kept_row(problem, response, verdicts[number](), self._codec))
+            except LeftOut as reason:
+                self._results[number] = reason
+        rejected = {n: r for n, r in sorted(self._results.items()) if isinstance(r, LeftOut)}
+        folder = self.folder
+        write_lines(folder / "kept.jsonl", _lines(rows))
+        write_lines(
+            folder / "rejected.jsonl",
+            _lines(
+                {
+                    "number": number,
+                    "source": self._problems[number - 1].source,
+                    "step": reason.step,
+                    "reason": reason.reason,
+                    "detail": reason.detail,
+                }
+                for number, reason in rejected.items()
+            ),
+        )
+        summary = summarize(
+            len(self._problems),
+            list(rejected.values()),
+            rows,
+            self._store,
+            range(1, len(self._problems) + 1),
+            self._options.teacher,
+        )
+        write_json(folder / "summary.json", summary)
+        plot_summary(summary, [row["acceleration"] for row in rows], folder / "yield.png")
+        if silent := sum(reason.reason == NO_REPLY for reason in rejected.values()):
+            print_line(
+                self._console,
+                f"{silent:,} trajectories got no reply from the teacher: the same command asks "
+                "for them again",
+            )
+        return summary
+
+    def _right(self) -> dict[int, Given]:
+        """Responses that are right and have lines to work on; the others are left out."""
+        responses = {n: answered(self._store, n, p) for n, p in enumerate(self._problems, 1)}
+        pending = {n: grading(self._task, r, self._problems[n - 1]) for n, r in responses.items()}
+        given: dict[int, Given] = {}
+        with Progress(self._progress, "grading", len(responses), "responses") as progress:
+            for number in progress.track(responses):
+                problem, response = self._problems[number - 1], responses[number]
+                try:
+                    if not response:
+                        raise LeftOut("0-answer", "the prompt leaves no room for an answer")
+                    if not pending[number]():
+                        raise LeftOut("0-answer", "the answer is not right")
+                    body, _ = self._codec.prompts.split_end(response)
+                    given[number] = Given(problem, split(body))
+                except LeftOut as reason:
+                    self._results[number] = reason
+        return given
+
+    def _teacher(self) -> Teacher:
+        if self._server is not None:
+            return self._server
+        options = self._options
+        settings, _ = settle_precision(options.engine)
+        teacher, note = EngineTeacher.load(options.teacher, settings)
+        if note:
+            print_line(self._console, note)
+        return teacher
+
+
+def print_prompts(console: Console, problems: Sequence[Problem], prompts: Prompts) -> None:
+    """What the teacher would be asked: about the first problem that has a response, and the texts
+    of the later steps, whose places are filled in from replies."""
+    found = None
+    for problem in problems:
+        if problem.data:
+            try:
+                found = problem, split(problem.data)
+                break
+            except LeftOut:
+                continue
+    shown = {}
+    if found:
+        problem, response = found
+        shown["map"] = map_prompt(prompts, problem_text(problem.prompt), response.lines)
+    for name, places in PLACES.items():
+        filled = {place: f"{{{{{place}}}}}" for place in places}
+        text = shown.get(name) or prompts.fill(name, **filled)
+        source = f", {found[0].source}" if found and name in shown else ""
+        print_line(console, f"----- {name}{source}\n{text}\n")
+
+
+def _made_with(
+    options: AnnotateSettings, problems: Iterable[Problem], prompts: Prompts
+) -> dict[str, Any]:
+    """What reaches the results, by the name of the option."""
+    digest = hashlib.sha256()
+    for problem in problems:
+        digest.update(json.dumps([problem.prompt, problem.answer, problem.data]).encode())
+    teacher = options.teacher
+    return {
+        "data": digest.hexdigest(),
+        "student": options.student,
+        "generation": asdict(options.generation),
+        "template": asdict(options.template),
+        "teacher.model": teacher.model,
+        "teacher.temperature": teacher.temperature,
+        "teacher.max_tokens": teacher.max_tokens,
+        "teacher.extra": teacher.extra,
+        "teacher.constrain": teacher.constrain,
+        "prompts": prompts.digest,
+        "seed": options.seed,
+    }
+
+
+def _lines(rows: Iterable[dict[str, Any]]) -> Iterable[str]:
+    return (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
