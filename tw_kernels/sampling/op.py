@@ -30,14 +30,13 @@ import torch
 from torch import Tensor
 
 from tw_kernels.sampling import native, reference, triton
-from tw_kernels.sampling.rows import Column, SamplingRows
+from tw_kernels.sampling.rows import MOST_TOKENS, Column, SamplingRows
 
 SAMPLE_TOKENS: dict[str, ModuleType] = {
     "triton": triton,
     "native": native,
     "reference": reference,
 }
-MOST_TOKENS = 2**22  # of a vocabulary: the sum of all weights is below 2^63
 
 
 class Draws(NamedTuple):

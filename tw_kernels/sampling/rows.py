@@ -19,6 +19,7 @@ from torch import Tensor
 # Of SplitMix64 (Steele, Lea, Flood 2014).
 STEP, MIX1, MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 WHOLE = 2**40  # the weight of the likeliest token
+MOST_TOKENS = 2**22  # of a vocabulary: the sum of all weights is below 2^63
 COLD = 1e-3  # below this temperature a logit divided by it may overflow
 _HOT = 1 / float(np.finfo(np.float32).tiny)  # beyond it all that are finite are alike
 
@@ -50,7 +51,7 @@ class Settings(NamedTuple):
         divisor = min(max(temperature, 1 / _HOT), _HOT) if temperature else 0.0
         return cls(
             int(np.float32(divisor).view(np.int32)),
-            top_k or 0,
+            min(top_k or 0, MOST_TOKENS),
             int(np.float64(top_p).view(np.int64)),
             math.ceil(min_p * WHOLE),
         )
