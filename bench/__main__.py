@@ -5,6 +5,7 @@
     compare compare two results: what became slower
     report  write results as a document with pictures
     profile the time of our peers of a suite by kernel
+    step    the time of one engine step by kernel
     gpu     all tests, benchmarks and profiles on a GPU, in a fixed time
 
 Exit codes: 0; 1 for a wrong result, a failure of ours or a regression; 2 for arguments or files
@@ -25,6 +26,7 @@ COMMANDS = {
     "compare": "bench.compare",
     "report": "bench.report",
     "profile": "bench.profile",
+    "step": "bench.step_profile",
     "gpu": "bench.gpu",
 }
 

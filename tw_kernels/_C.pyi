@@ -102,6 +102,26 @@ def few_row_linear(
     y: int,
     /,
 ) -> None: ...
+def truncate_logits(
+    rows: int,
+    vocabulary: int,
+    threads: int,
+    logits: int,  # address, changed in place
+    top_k: int,
+    top_p: float,
+    min_weight: int,
+    /,
+) -> None: ...
+def draw_tokens(
+    rows: int,
+    vocabulary: int,
+    threads: int,
+    # addresses
+    logits: int,
+    points: int,
+    tokens: int,
+    /,
+) -> None: ...
 def cpu_instruction_sets() -> list[str]: ...
 
 # The driver's answer in one line, empty if it has a device.

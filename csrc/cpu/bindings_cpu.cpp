@@ -8,6 +8,7 @@
 
 #include "isa.h"
 #include "linear.h"
+#include "sampling.h"
 #include "trie_attention.h"
 #include "trie_decode.h"
 
@@ -97,6 +98,17 @@ void linear(int64_t rows, int64_t inputs, int64_t outputs, int threads, int64_t 
                  threads);
 }
 
+void truncate(int64_t rows, int64_t vocabulary, int threads, int64_t logits, int64_t top_k,
+              double top_p, int64_t min_weight) {
+  truncate_logits({rows, vocabulary, pointer<float>(logits)}, {top_k, top_p, min_weight}, threads);
+}
+
+void draw(int64_t rows, int64_t vocabulary, int threads, int64_t logits, int64_t points,
+          int64_t tokens) {
+  draw_tokens({rows, vocabulary, pointer<float>(logits)}, pointer<const double>(points),
+              pointer<int64_t>(tokens), threads);
+}
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (const Isa isa : kBestFirst)
@@ -112,6 +124,8 @@ void bind_cpu(py::module_ &m) {
   m.def("trie_attention_backward", &backward, release());
   m.def("trie_decode", &decode, release());
   m.def("few_row_linear", &linear, release());
+  m.def("truncate_logits", &truncate, release());
+  m.def("draw_tokens", &draw, release());
   m.def("cpu_instruction_sets", &instruction_sets);
 }
 

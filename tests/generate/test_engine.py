@@ -26,7 +26,7 @@ from threadweaver.generate.engine import NonFiniteLogits
 from threadweaver.generate.replay import script_of
 from threadweaver.generate.sampler import SamplingParams
 from threadweaver.generate.transcript import transcript
-from threadweaver.model import output_layer, trie_hidden_states
+from threadweaver.model import attention, output_layer, trie_hidden_states
 from threadweaver.trajectory import Codec, extract_calls
 from tw_kernels import Trie
 
@@ -337,3 +337,24 @@ def test_an_engine_without_room_for_anything_is_refused(fork_join_model):
         sizes: dict[str, Any] = {"num_pages": 10, name: 0}
         with pytest.raises(ValueError, match=f"{name} is 0"):
             Engine(fork_join_model, CODEC, **sizes)
+
+
+def test_new_values_go_from_their_projection_to_attention_without_a_copy(monkeypatch):
+    """Keys and queries from the rotary embedding likewise: no step makes them contiguous."""
+    model = random_model()
+    engine = Engine(model, CODEC, num_pages=100)
+    made, taken = [], []
+    own = engine._runner._weights.model
+    for layer in own.model.layers:
+        layer.self_attn.v_proj.register_forward_hook(lambda *a: made.append(a[2].data_ptr()))
+    op = attention.trie_decode
+
+    def spy(q, kv, plan, scale, new_k, new_v, **variant):
+        taken.append(new_v.data_ptr())
+        assert q.stride(-1) == new_k.stride(-1) == new_v.stride(-1) == 1
+        return op(q, kv, plan, scale, new_k=new_k, new_v=new_v, **variant)
+
+    monkeypatch.setattr(attention, "trie_decode", spy)
+    engine.add(ids("1:"), GenerationSettings(max_tokens=5))
+    engine.run()
+    assert taken == made and len(made) == 3 * engine.counts.steps

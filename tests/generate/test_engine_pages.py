@@ -4,6 +4,7 @@ The generations go through random scripts, so every shape of fork and join comes
 just large enough for one path to larger than all.
 """
 
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -17,6 +18,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from threadweaver.generate import Engine, GenerationSettings, Weaver
 from threadweaver.generate.scheduler import Batch, common_prefix_length
+from tw_kernels.sampling import Draws, SamplingRows
+from tw_kernels.sampling.rows import Column
 
 MODEL = Qwen3ForCausalLM(
     Qwen3Config(
@@ -35,17 +38,22 @@ MODEL = Qwen3ForCausalLM(
 class LabelRunner:
     """Stands in for Runner: pages hold token ids, and every path is read back through its table."""
 
-    def __init__(self, num_pages: int, page_size: int):
+    def __init__(self, num_pages: int, page_size: int, overlaps: bool = False):
         self.pages = SimulatedPages(num_pages, page_size)
         self.page_size = page_size
-        self.seconds = {"plan": 0.0, "model": 0.0, "attention": 0.0}
+        self.seconds = {"plan": 0.0, "model": 0.0, "attention": 0.0, "sampling": 0.0}
+        self.overlaps = overlaps
         self.computed = 0
         self.largest_batch = 0
 
     def cast(self) -> None:
         pass
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def plan(self, batch: Batch, rows: SamplingRows, constraints: Any) -> SimpleNamespace:
+        return SimpleNamespace(batch=batch, tokens=rows.data[:, Column.FORCED])
+
+    def launch(self, step: Any) -> None:
+        batch = step.batch
         writes, written = [], {}
         for sequence, count in zip(batch.sequences, batch.counts, strict=True):
             table = sequence.table
@@ -57,12 +65,16 @@ class LabelRunner:
             assert self.pages.read(sequence.table) == sequence.ids[: sequence.table.length]
         self.computed += sum(batch.counts)
         self.largest_batch = max(self.largest_batch, sum(batch.counts))
-        ready = sum(sequence.pending == 0 for sequence in batch.sequences)
-        return torch.zeros(ready, 128)
+
+    def read(self, step: Any) -> Draws:
+        zeros = torch.zeros(len(step.tokens))
+        return Draws(step.tokens, zeros, zeros)
 
 
-def label_engine(num_pages: int, page_size: int, **sizes: Any) -> tuple[Engine, LabelRunner]:
-    runner = LabelRunner(num_pages, page_size)
+def label_engine(
+    num_pages: int, page_size: int, overlaps: bool = False, **sizes: Any
+) -> tuple[Engine, LabelRunner]:
+    runner = LabelRunner(num_pages, page_size, overlaps)
     with mock.patch("threadweaver.generate.engine.Runner", return_value=runner):
         engine = Engine(MODEL, CODEC, page_size=page_size, num_pages=num_pages, **sizes)
     return engine, runner
@@ -87,9 +99,10 @@ def scripted(prompt: list[int], settings: GenerationSettings, random) -> tuple[d
     st.sampled_from([1, 3, 64]),
     st.sampled_from([3, 40, 4096]),
     st.sampled_from([1.0, 1.3, 3.0]),
+    st.booleans(),
 )
 def test_every_generation_ends_as_its_script_says_however_small_the_pool(
-    random, limits, page_size, count, max_sequences, max_batch_tokens, room
+    random, limits, page_size, count, max_sequences, max_batch_tokens, room, overlaps
 ):
     prompts = [ids("1ab\n" * random.randint(1, 6)) for _ in range(2)]
     settings = GenerationSettings(**limits)
@@ -99,6 +112,7 @@ def test_every_generation_ends_as_its_script_says_however_small_the_pool(
     engine, runner = label_engine(
         num_pages,
         page_size,
+        overlaps,
         max_sequences=max_sequences,
         max_batch_tokens=max_batch_tokens,
     )

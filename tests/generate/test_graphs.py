@@ -1,7 +1,8 @@
-"""Padded decode steps in captured graphs give what plain steps give."""
+"""Padded steps in captured graphs, planned ahead, give what plain steps give; what they cost."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -13,7 +14,7 @@ from rollouts import CODEC, ids
 from torch import Tensor
 
 from threadweaver.generate import Engine, GenerationSettings, Rollout
-from threadweaver.generate.graphs import Capture, cuda_capture, padded
+from threadweaver.generate.graphs import LEAST_ITEMS, Capture, CudaCapture, StepGraphs, power_of_two
 from threadweaver.generate.runner import Runner
 from threadweaver.generate.sampler import SamplingParams
 from tw_kernels import PlanSizes
@@ -27,7 +28,7 @@ class EagerCapture:
 
     def __call__(self, call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         self.captured += 1
-        output = call().fill_(torch.nan)
+        output = call().fill_(-1)
 
         def replay() -> None:
             self.replayed += 1
@@ -36,40 +37,126 @@ class EagerCapture:
         return replay, output
 
 
-def decode(model, capture: Capture | None) -> list[Rollout]:
+GREEDY = SamplingParams(temperature=0)
+# The model is so sure of what it knows that it takes some heat to make it stray.
+UNSURE = SamplingParams(temperature=2, min_p=0.01)
+
+
+def engine_with(model, capture: Capture | None, autocast: bool = False) -> Engine:
     engine = Engine(model, CODEC, num_pages=500, page_size=8)
-    engine._runner = Runner(model, 500, 8, capture=capture)
-    for prompt in TRAJECTORIES:
-        settings = GenerationSettings(max_tokens=400, max_depth=2, sampling=SamplingParams(0))
-        engine.add(ids(prompt), settings)
-    rollouts = engine.run()
-    engine.free()
-    return rollouts
+    engine._runner = Runner(model, 500, 8, capture=capture, autocast=autocast)
+    return engine
 
 
-def test_padded_steps_decode_what_plain_steps_decode(fork_join_model):
+def decode(
+    engine: Engine, sampling: SamplingParams = GREEDY, prompts=TRAJECTORIES
+) -> list[Rollout]:
+    for seed, prompt in enumerate(prompts):
+        settings = GenerationSettings(max_tokens=400, max_depth=2, sampling=sampling)
+        engine.add(ids(prompt), settings, seed)
+    return engine.run()
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, UNSURE], ids=["greedy", "sampled"])
+def test_padded_steps_planned_ahead_decode_what_plain_steps_decode(fork_join_model, sampling):
     capture = EagerCapture()
-    expected, got = decode(fork_join_model, None), decode(fork_join_model, capture)
+    plain, padded = engine_with(fork_join_model, None), engine_with(fork_join_model, capture)
+    expected, got = decode(plain, sampling), decode(padded, sampling)
     assert [r.response for r in got] == [r.response for r in expected]
     for ours, theirs in zip(got, expected, strict=True):
         for a, b in zip(ours.completions, theirs.completions, strict=True):
             torch.testing.assert_close(a.logprobs, b.logprobs, atol=1e-5, rtol=0)
-    # Few graphs serve many steps.
+    # Few graphs serve many steps, of prefill too.
     assert 1 <= capture.captured <= 30 and capture.replayed > 3 * capture.captured
+    assert capture.replayed == padded.counts.steps
+    # Nothing that was planned ahead and dropped is left behind.
+    assert padded.pool.free_pages == 500
+    assert [page for page in padded.pool._holders if page] == []
 
 
-@given(st.tuples(*[st.integers(0, 10**6)] * 4))
-def test_a_capacity_holds_its_plan_and_is_less_than_twice_as_large(sizes):
-    capacity = padded(PlanSizes(*sizes))
-    for size, room in zip(sizes, capacity, strict=True):
-        assert size <= room < 2 * max(size, 1) and room & (room - 1) == 0
+def test_most_steps_of_a_long_run_are_planned_while_the_device_works(fork_join_model):
+    engine = engine_with(fork_join_model, EagerCapture())
+    runner, events = engine._runner, []
+
+    def spy(name: str) -> None:
+        call = getattr(runner, name)
+        setattr(runner, name, lambda *args: (events.append(name), call(*args))[1])
+
+    for name in ("plan", "launch", "read"):
+        spy(name)
+    decode(engine, prompts=["0:"])
+    meanwhile = sum(events[i : i + 3] == ["launch", "plan", "read"] for i in range(len(events) - 2))
+    assert engine.counts.steps > 40 and meanwhile > 0.9 * engine.counts.steps
+    # What was planned is what runs: only the last is dropped.
+    assert events.count("plan") <= events.count("launch") + 1
+
+
+def test_a_long_run_of_mixed_requests_captures_no_graph_after_warm_up(fork_join_model):
+    capture = EagerCapture()
+    engine = engine_with(fork_join_model, capture)
+
+    def serve() -> None:
+        for prompts in (TRAJECTORIES, ["4:", "1:"], ["2:"], [*TRAJECTORIES, "1:", "1:"]):
+            for sampling in (GREEDY, UNSURE):
+                decode(engine, sampling, prompts)
+
+    serve()
+    warm, steps = engine.counts.captures, engine.counts.steps
+    assert 0 < warm == capture.captured <= 20
+    serve()
+    assert engine.counts.steps == 2 * steps > 400
+    assert engine.counts.captures == warm
+    engine.free()
+    decode(engine, prompts=["2:"])  # the graphs went with the pages
+    assert engine.counts.captures > warm
+
+
+def test_a_step_takes_one_copy_to_the_device_and_one_back_and_a_batch_one_cast(fork_join_model):
+    for capture in (None, EagerCapture()):
+        engine = engine_with(fork_join_model, capture, autocast=True)
+        page_copies = []
+        copy_pages = engine._runner._copy
+
+        def spy(copies, copy_pages=copy_pages, page_copies=page_copies):
+            page_copies.append(bool(copies))
+            copy_pages(copies)
+
+        engine._runner._copy = spy
+        decode(engine)
+        decode(engine, prompts=["1:"])
+        counts = engine.counts
+        assert counts.steps == len(page_copies) > 100
+        assert counts.copies_to_host == counts.steps
+        assert counts.copies_to_device == counts.steps + sum(page_copies)
+        assert counts.casts == 2
+
+
+@given(st.lists(st.tuples(st.integers(1, 256), st.integers(1, 999), st.integers(0, 9999))))
+def test_capacities_hold_their_plans_and_are_few(needs):
+    graphs = StepGraphs(lambda inputs: inputs.ids, EagerCapture(), 1000, 64, torch.device("cpu"))
+    seen = set()
+    for rows, items, slots in needs:
+        capacity = graphs._capacity(PlanSizes(rows, 7, items, slots))
+        assert capacity.pages == 1000
+        assert rows <= capacity.rows < 2 * rows
+        assert items <= capacity.items < max(2 * items, 2 * LEAST_ITEMS)
+        assert slots <= capacity.slots
+        seen.add(capacity)
+        again = graphs._capacity(PlanSizes(rows, 9, items, slots // 2))
+        assert again == capacity  # fewer partial results take no other graph
+    # For each pair of the first two, the partial results double each time.
+    pairs = {(c.rows, c.items) for c in seen}
+    assert len(seen) <= len(pairs) * 14
+
+
+def test_power_of_two():
+    assert [power_of_two(n) for n in (0, 1, 2, 3, 4, 5, 1000)] == [1, 1, 2, 4, 4, 8, 1024]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cuda_graphs_decode_what_plain_steps_decode(fork_join_model, dtype):
-    import copy
-
     model = copy.deepcopy(fork_join_model).to("cuda", dtype)
-    expected, got = decode(model, None), decode(model, cuda_capture)
+    expected = decode(engine_with(model, None))
+    got = decode(engine_with(model, CudaCapture()))
     assert [r.response for r in got] == [r.response for r in expected]

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from threadweaver.generate import sampler
-from threadweaver.generate.sampler import SamplingParams, sample, stream_key, uniforms
+from threadweaver.generate.sampler import SamplingParams, sample, stream_key
+from tw_kernels.sampling import uniforms
 
 VOCABULARY = 50
 LARGE = 1000  # several blocks, the last not full
@@ -56,7 +55,6 @@ def is_drawn_from(
 @settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 999),
-    candidates=st.sampled_from([1, 5, 1024]),
     ties=st.booleans(),
     vocabulary=st.sampled_from([1, VOCABULARY, LARGE]),
     temperature=st.sampled_from([0.3, 1.0, 1.7]),
@@ -65,14 +63,13 @@ def is_drawn_from(
     min_p=st.sampled_from([0.0, 0.1, 1.0]),
 )
 def test_a_draw_inverts_the_cumulative_distribution_of_what_truncation_keeps(
-    seed, candidates, ties, vocabulary, temperature, top_k, top_p, min_p
+    seed, ties, vocabulary, temperature, top_k, top_p, min_p
 ):
     params = SamplingParams(temperature, top_k, top_p, min_p)
     logits, u = logits_of(seed, 20, vocabulary), points(20, seed)
     if ties:
         logits = logits.round()
-    with mock.patch.object(sampler, "_CANDIDATES", candidates):
-        draws = sample(logits, [params] * 20, u)
+    draws = sample(logits, [params] * 20, u)
     # Rounding decides on a token before which the others hold just about top_p.
     around = [top_p] if top_p == 1 else [top_p * (1 - 1e-6), top_p * (1 + 1e-6)]
     for row, point, token, logprob, sampled in zip(logits, u, *draws, strict=True):
@@ -131,7 +128,7 @@ def test_a_point_at_the_end_of_a_block_draws_a_token_with_probability():
 
 @pytest.mark.parametrize("vocabulary", [VOCABULARY, LARGE, 200_000])
 def test_rows_of_a_large_batch_are_drawn_as_if_alone(vocabulary):
-    """On a CPU a batch is taken in parts (_CPU_LOGITS)."""
+    """On a CPU a batch is taken in parts."""
     logits, u = logits_of(7, 9, vocabulary).bfloat16(), points(9)
     params = [SamplingParams(0.9 if i % 3 else 1.0) for i in range(9)]
     together = sample(logits, params, u)

@@ -16,22 +16,22 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
-import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from threadweaver.device import memory_of
-from threadweaver.generate.constraint import Constraint, constrained
+from threadweaver.generate.constraint import Constraint
 from threadweaver.generate.pages import PagePool
 from threadweaver.generate.rollout import Completion, Rollout
-from threadweaver.generate.runner import Runner
-from threadweaver.generate.sampler import sample, stream_key, uniforms
-from threadweaver.generate.scheduler import Branch, Family, Scheduler, Sequence
+from threadweaver.generate.runner import Counts, Runner, Step
+from threadweaver.generate.sampler import stream_key
+from threadweaver.generate.scheduler import Batch, Branch, Family, Scheduler, Sequence
 from threadweaver.generate.settings import GenerationSettings
 from threadweaver.generate.weaver import Reason, RequestId, Weaver
 from threadweaver.model import context_length, kv_shape, weights_fingerprint
 from threadweaver.trajectory import Codec
 from threadweaver.trajectory.ids import MOST_IDS, token_ids
+from tw_kernels.sampling import SamplingRows
 
 # Recorded completions by request id, which a generation takes instead of sampling.
 Script = Mapping[RequestId, list[int]]
@@ -146,7 +146,9 @@ class Engine:
         self.codec = codec
         self._model = model
         self.pool = PagePool(num_pages, page_size)
-        self._runner = Runner(model, num_pages, page_size, autocast=autocast)
+        self._runner = Runner(
+            model, num_pages, page_size, autocast=autocast, max_sequences=max_sequences
+        )
         self._scheduler = Scheduler(self.pool, max_sequences, max_batch_tokens)
         self._families: dict[tuple[int, ...], Family] = {}
         self._live: dict[int, Generation] = {}
@@ -158,13 +160,19 @@ class Engine:
         self._is_cast = False  # whether the runner took the weights since it last had no work
         self.context_length = context_length(model) or MOST_IDS
         self._rows = cast(Tensor, model.get_input_embeddings().weight).shape[0]
-        self._seconds = {"sampling": 0.0, "orchestration": 0.0}
+        self._orchestration = 0.0  # seconds
+        self._ahead: Step | None = None  # the next one, if it is planned already
 
     @property
     def seconds(self) -> dict[str, float]:
         """Where the time of `step` went: "model" (with "attention" in it), "plan", "sampling", and
         "orchestration", which is all the rest."""
-        return {**self._runner.seconds, **self._seconds}
+        return {**self._runner.seconds, "orchestration": self._orchestration}
+
+    @property
+    def counts(self) -> Counts:
+        """What steps cost beside their kernels."""
+        return self._runner.counts
 
     @property
     def preemptions(self) -> int:
@@ -263,29 +271,28 @@ class Engine:
         Raises:
             NonFiniteLogits: the model gave NaN or infinite logits; names the request.
         """
-        start = time.perf_counter()
-        batch = self._scheduler.schedule()
-        scheduled = time.perf_counter()
+        start, before = time.perf_counter(), self._in_runner()
         if not self._is_cast:
             self._runner.cast()
             self._is_cast = True
-        logits = self._runner.forward(batch)
+        batch, step = self._scheduler.schedule(), self._ahead
+        if step is None or step.batch is not batch:
+            step = self._plan(batch)
         ready = [s for s in batch.sequences if s.pending == 0]
-        computed = time.perf_counter()
-        draws = self._sample(ready, logits) if ready else []
-        sampled = time.perf_counter()
+        self._runner.launch(step)
+        self._ahead = self._plan_ahead(ready)
+        draws = self._draws(step, ready)
         for number in {s.rank[0] for s in batch.sequences}:
             generation = self._live[number]
             generation.steps += 1
             generation.started = generation.started or start
         tokens = [self._advance(s, *draw) for s, draw in zip(ready, draws, strict=True)]
         self.decoded_tokens += len(tokens)
-        self._seconds["sampling"] += sampled - computed
-        self._seconds["orchestration"] += scheduled - start + time.perf_counter() - sampled
         if not self._in_run:
             for number in self._done:
                 del self._added[number]
             self._done.clear()
+        self._orchestration += time.perf_counter() - start - (self._in_runner() - before)
         return tokens
 
     def run(self, on_step: Callable[[list[Token]], None] | None = None) -> list[Rollout]:
@@ -314,16 +321,46 @@ class Engine:
             raise RuntimeError(f"{len(self._live)} generations are not finished")
         self._runner.free()
 
-    def _sample(self, ready: list[Sequence], logits: Tensor) -> list[tuple[int, float, float]]:
-        """For each sequence a token and its two log-probabilities."""
-        positions = [len(s.logprobs) for s in ready]
-        logits = constrained(logits, [self._live[s.rank[0]].constraint for s in ready])
-        draws = sample(
-            logits,
-            [self._live[s.rank[0]].settings.sampling for s in ready],
-            uniforms(np.array([s.key for s in ready], np.uint64), np.array(positions, np.uint64)),
+    def _in_runner(self) -> float:
+        """Seconds, in which those of attention are once."""
+        seconds = self._runner.seconds
+        return sum(seconds.values()) - seconds["attention"]
+
+    def _plan(self, batch: Batch) -> Step:
+        """Whatever of a step does not depend on its token ids."""
+        ready = [s for s in batch.sequences if s.pending <= 0]
+        # One token is still to come where a step is planned ahead.
+        positions = [len(s.logprobs) - s.pending for s in ready]
+        rows = SamplingRows.build(
+            [s.key for s in ready],
+            positions,
+            [self._live[s.rank[0]].settings.sampling.settings for s in ready],
             [s.script[p] if s.script else None for s, p in zip(ready, positions, strict=True)],
         )
+        constraints = [self._live[s.rank[0]].constraint for s in ready]
+        return self._runner.plan(batch, rows, constraints)
+
+    def _plan_ahead(self, ready: list[Sequence]) -> Step | None:
+        """The next step, while the device computes one that draws a token for each of these, if
+        they all go on after it. A stop token, which is not known yet, drops it (`_close`)."""
+        if not self._runner.overlaps or any(self._settles(s, len(s.logprobs) + 1) for s in ready):
+            return None
+        batch = self._scheduler.look_ahead()
+        return None if batch is None else self._plan(batch)
+
+    def _settles(self, sequence: Sequence, count: int) -> bool:
+        """Whether more than an appended token comes of the count-th of a sequence, whatever it
+        is: the state of a constraint too."""
+        request, script = sequence.request, sequence.script
+        if self._live[sequence.rank[0]].constraint is not None:
+            return True
+        if count == request.max_tokens or (script and count == len(script)):
+            return True
+        return request.kind == "prompt" and count == 1
+
+    def _draws(self, step: Step, ready: list[Sequence]) -> list[tuple[int, float, float]]:
+        """For each sequence a token and its two log-probabilities, of a launched step."""
+        draws = self._runner.read(step)
         logprobs = draws.logprobs.tolist()
         for sequence, logprob in zip(ready, logprobs, strict=True):
             if math.isnan(logprob):

@@ -1,8 +1,11 @@
-"""Decode steps as CUDA graphs: one launch for all kernels of a step.
+"""Steps as CUDA graphs: one launch for all kernels of a step, the draws among them.
 
-A graph is captured for each capacity that plans are padded to, in powers of two, so there are few.
-A step of that capacity is copied into the graph's buffers and replayed. Padding rows attend to
-nothing and write nothing.
+Steps are padded to few capacities, each of which is captured once: new tokens and work items up to
+powers of two, pages up to those of the pool, partial results up to twice as many as a step of the
+capacity ever had. Neither pages nor partial results that are not there cost time; items do, since
+a GPU starts a block for each and KV head, but for the few that it starts all at once.
+So the steps of a long run come back to the same graphs. Padding rows attend to nothing, write
+nothing, and what is drawn for them is never read.
 """
 
 from __future__ import annotations
@@ -10,93 +13,165 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from threadweaver.generate.inputs import StepInputs
 from tw_kernels import DecodePlan, PlanSizes
 
-MAX_GRAPHS = 32
+MAX_GRAPHS = 64
 WARM_UP_CALLS = 2
+# Steps of more new tokens are bound by arithmetic, and what they launch is hidden behind it.
+MOST_TOKENS = 256
 
-# (ids [R], positions [R], plan) -> logits [R, V]
-Forward = Callable[[Tensor, Tensor, DecodePlan], Tensor]
+# Work items of the smallest capacity: with 8 KV heads 512 blocks, four on each multiprocessor of an
+# H100, which start at once.
+LEAST_ITEMS = 64
+# Partial results of a row of the smallest capacity: one for each run of pages on its path.
+LEAST_SLOTS = 16
+
+# The inputs of a step -> packed draws, int32 [S, 3]; launches the same kernels whatever they hold.
+Forward = Callable[[StepInputs], Tensor]
 # Records a call; returns what runs it again, and the tensor that it then fills.
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
+# A plan on the CPU for the given capacity, or for none.
+Build = Callable[[PlanSizes | None], DecodePlan]
+
+
+class Key(NamedTuple):
+    """What tells graphs apart."""
+
+    tokens: int
+    items: int
+    truncates: bool
 
 
 @dataclass
 class _Graph:
-    ids: Tensor
-    positions: Tensor
-    plan: DecodePlan
-    replay: Callable[[], None]
-    logits: Tensor
+    """A captured step.
 
-
-class DecodeGraphs:
-    """Runs a forward pass over padded steps, each capacity captured once.
-
-    Args:
-        forward: launches the same kernels whatever its arguments hold.
-        capture: records a call (`cuda_capture`).
+    Attributes:
+        inputs: what the graph reads, on the device.
+        staging: two on the host, taken in turns: while the device may still read one of a step, the
+            other of the next step is filled.
+        packed: what it writes, int32 [S, 3].
     """
 
-    def __init__(self, forward: Forward, capture: Capture):
+    inputs: StepInputs
+    staging: list[StepInputs]
+    replay: Callable[[], None]
+    packed: Tensor
+
+
+class StepGraphs:
+    """Runs steps of at most MOST_TOKENS new tokens, padded.
+
+    Args:
+        capture: records a call (`CudaCapture`).
+        num_pages: of the pool.
+        most_samples: no step draws more tokens.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        capture: Capture,
+        num_pages: int,
+        most_samples: int,
+        device: torch.device,
+    ):
         self._forward = forward
         self._capture = capture
-        self._graphs: OrderedDict[PlanSizes, _Graph] = OrderedDict()
+        self._num_pages = num_pages
+        self._most_samples = power_of_two(most_samples)
+        self._device = device
+        self._graphs: OrderedDict[Key, _Graph] = OrderedDict()
+        self._slots: dict[tuple[int, int], int] = {}  # by tokens and items
+        self._last: dict[int, PlanSizes] = {}  # by tokens
 
-    def __call__(self, ids: Tensor, positions: Tensor, plan: DecodePlan) -> Tensor:
-        """Logits [S, V] of S new tokens, one a sequence; overwritten by the next call.
+    def plan(self, build: Build, tokens: int) -> DecodePlan:
+        """A plan of so many new tokens for one of the capacities, in the rule with one build."""
+        rows = power_of_two(tokens)
+        if (likely := self._last.get(rows)) is not None:
+            try:
+                plan = build(likely)
+            except ValueError:  # it does not fit; or it is no plan, as the next build says
+                plan = None
+            if plan is not None and _items(plan.size) == likely.items:
+                return plan
+        capacity = self._last[rows] = self._capacity(build(None).size)
+        return build(capacity)
 
-        Args:
-            ids, positions: int64 [S].
-            plan: of these tokens, with the capacity that `padded` gives for it.
-        """
-        graph = self._graphs.get(plan.capacity)
-        if graph is None:
-            graph = self._new_graph(plan)
-        self._graphs.move_to_end(plan.capacity)
-        graph.ids[: len(ids)].copy_(ids, non_blocking=True)
-        graph.positions[: len(ids)].copy_(positions, non_blocking=True)
-        graph.plan.copy_(plan)
+    def _capacity(self, size: PlanSizes) -> PlanSizes:
+        rows, items = power_of_two(size.rows), _items(size)
+        slots = self._slots.setdefault((rows, items), LEAST_SLOTS * rows)
+        if slots < size.slots:
+            slots = self._slots[rows, items] = power_of_two(2 * size.slots)
+        return PlanSizes(rows, self._num_pages, items, slots)
+
+    def stage(self, plan: DecodePlan, truncates: bool) -> StepInputs:
+        """Host memory for the inputs of the next step, its plan already in it."""
+        key = Key(plan.capacity.rows, plan.capacity.items, truncates)
+        graph = self._graphs.get(key)
+        if graph is None or graph.inputs.plan.capacity != plan.capacity:
+            graph = self._new_graph(key, plan)
+        self._graphs.move_to_end(key)
+        graph.staging.reverse()
+        staged = graph.staging[0]
+        staged.take_plan(plan)
+        return staged
+
+    def launch(self, staged: StepInputs) -> Tensor:
+        """Packed draws [S, 3] on the device, padded; overwritten by the next launch."""
+        capacity = staged.plan.capacity
+        graph = self._graphs[Key(capacity.rows, capacity.items, staged.rows.truncates)]
+        graph.inputs.take(staged)
         graph.replay()
-        return graph.logits[: len(ids)]
+        return graph.packed
 
-    def _new_graph(self, plan: DecodePlan) -> _Graph:
+    def _new_graph(self, key: Key, plan: DecodePlan) -> _Graph:
+        self._graphs.pop(key, None)
         if len(self._graphs) == MAX_GRAPHS:
             self._graphs.popitem(last=False)
-        device, rows = plan.buffer.device, plan.capacity.rows
-        ids, positions = torch.zeros(2, rows, dtype=torch.int64, device=device)
-        # The graph reads this copy; later plans are copied into it.
-        own = DecodePlan(
-            plan.buffer.clone(),
-            plan.page_size,
-            plan.tile_rows,
-            plan.num_pages,
-            plan.size,
-            plan.capacity,
-        )
-        replay, logits = self._capture(lambda: self._forward(ids, positions, own))
-        graph = self._graphs[plan.capacity] = _Graph(ids, positions, own, replay, logits)
+        tokens = plan.capacity.rows
+        samples = min(tokens, self._most_samples)
+        shape = tokens, samples, plan, key.truncates
+        inputs = StepInputs.empty(*shape, device=self._device)
+        pinned = self._device.type == "cuda"
+        staging = [StepInputs.empty(*shape, pinned=pinned) for _ in range(2)]
+        staging[0].take_plan(plan)
+        inputs.take(staging[0])
+        replay, packed = self._capture(lambda: self._forward(inputs))
+        graph = self._graphs[key] = _Graph(inputs, staging, replay, packed)
         return graph
 
 
-def padded(size: PlanSizes) -> PlanSizes:
-    """The capacity for a plan of this size: each number up to a power of two."""
-    return PlanSizes(*(1 << max(0, n - 1).bit_length() for n in size))
+def _items(size: PlanSizes) -> int:
+    return max(LEAST_ITEMS, power_of_two(size.items))
 
 
-def cuda_capture(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Captures a call on the current CUDA device, after a few warm-up calls."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP_CALLS):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = call()
-    return graph.replay, output
+def power_of_two(n: int) -> int:
+    """The least that is not below n; 1 for 0."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+class CudaCapture:
+    """Captures calls on the current CUDA device; all of them share the memory of what they compute,
+    so that only one may run at a time."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_CALLS):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            output = call()
+        return graph.replay, output

@@ -1,10 +1,19 @@
-"""The model's side of a step: its KV pages, and one forward pass over the new tokens of a batch."""
+"""The model's side of a step: its KV pages, one forward pass over the new tokens of a batch, and a
+token drawn for each sequence that is complete.
+
+A step has three parts, so that a GPU works while the host thinks of the next:
+
+    step = runner.plan(batch, rows)     what needs no token: plan, positions, where draws go
+    runner.launch(step)                 token ids; does not wait for the device
+    draws = runner.read(step)           waits
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -12,13 +21,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from threadweaver.generate.graphs import Capture, DecodeGraphs, cuda_capture, padded
+from threadweaver.generate.constraint import Constraint, constrained
+from threadweaver.generate.graphs import MOST_TOKENS, Capture, CudaCapture, StepGraphs
+from threadweaver.generate.inputs import StepInputs
 from threadweaver.generate.pages import Copy
 from threadweaver.generate.scheduler import Batch
 from threadweaver.generate.weights import EngineWeights
 from threadweaver.model import PagedStep, kv_shape, output_layer, paged_hidden_states
-from tw_kernels import DecodePlan, PagedKV
+from tw_kernels import DecodePlan, PagedKV, PlanSizes
 from tw_kernels.decode.costs import Heads, of_device
+from tw_kernels.sampling import Draws, SamplingRows, sample_tokens
 
 # A step takes one CPU thread for each THREAD_WORK multiply-adds of its largest product, where
 # fetching a weight counts as much as FETCH_ROWS rows. Below it two threads take as long as one, or
@@ -29,6 +41,46 @@ THREAD_WORK = 4e6
 FETCH_ROWS = 16
 
 
+@dataclass
+class Counts:
+    """What steps cost beside their kernels.
+
+    Attributes:
+        steps: launched.
+        captures: graphs captured; in a steady state none.
+        copies_to_device, copies_to_host: one each a step, and one more to the device where pages
+            are copied.
+        casts: of all weights; one for a batch of rollouts.
+    """
+
+    steps: int = 0
+    captures: int = 0
+    copies_to_device: int = 0
+    copies_to_host: int = 0
+    casts: int = 0
+
+
+@dataclass
+class Step:
+    """One step between its plan and its draws.
+
+    Attributes:
+        inputs: on the host; the ids are filled in at the launch.
+        samples: how many tokens it draws.
+        in_graph: whether it is padded for a graph.
+        constraints: of the sequences that it draws for, if there are any.
+        packed: what was drawn, on the host once `arrived` has happened.
+    """
+
+    batch: Batch
+    inputs: StepInputs
+    samples: int
+    in_graph: bool
+    constraints: Sequence[Constraint | None]
+    packed: Tensor | None = None
+    arrived: torch.cuda.Event | None = None
+
+
 class Runner:
     """Keys and values of every layer in pages, and the model that fills and reads them.
 
@@ -37,14 +89,18 @@ class Runner:
     Args:
         model: loaded by threadweaver.model. Its weights are read in place, or as copies that `cast`
             brings up to date (EngineWeights).
-        capture: records the graphs in which steps of one new token a sequence run; None: no
-            graphs. Default: CUDA graphs on CUDA.
+        capture: records the graphs in which steps of few new tokens run; None: no graphs. Default:
+            CUDA graphs on CUDA.
         autocast: compute, and keep keys and values, in bfloat16 whatever the dtype of the weights,
             as a trainer does under torch.autocast.
+        max_sequences: no step draws more tokens.
 
     Attributes:
-        seconds: time spent on "plan", "model" and, within the model, "attention"; on CUDA the last
-            is 0, and times are those of the host.
+        overlaps: whether `launch` returns before the step is done.
+        counts: of all steps so far.
+        seconds: time spent on "plan", "model" and, within the model, "attention", and "sampling".
+            With graphs the last two are 0 and draws are part of the model, which is what the host
+            waits for.
     """
 
     def __init__(
@@ -54,24 +110,28 @@ class Runner:
         page_size: int,
         capture: Capture | Literal["default"] | None = "default",
         autocast: bool = False,
+        max_sequences: int = 64,
     ):
         self._weights = EngineWeights(model, torch.bfloat16 if autocast else None)
         self._output = output_layer(self._weights.model)
         self.page_size = page_size
-        self.seconds = {"plan": 0.0, "model": 0.0, "attention": 0.0}
+        self.counts = Counts()
+        self.seconds = {"plan": 0.0, "model": 0.0, "attention": 0.0, "sampling": 0.0}
         self._num_pages = num_pages
         self._pages: Tensor | None = None
         self._caches: list[PagedKV] = []
         self._device = model.device  # model.device goes through all parameters
         self._dtype = torch.bfloat16 if autocast else model.dtype
         if capture == "default":
-            capture = cuda_capture if self._device.type == "cuda" else None
+            capture = CudaCapture() if self._device.type == "cuda" else None
         self._capture = capture
+        self.overlaps = capture is not None
         self._autocast = autocast
+        self._max_sequences = max_sequences
         layers = model.base_model.parameters()
         embedding = model.get_input_embeddings().weight
         self._largest_matrix = max(p.numel() for p in layers if p is not embedding)
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: StepGraphs | None = None
         config = self._weights.model.config.get_text_config()
         *_, kv_heads, head_dim = kv_shape(self._weights.model, num_pages, page_size)
         self._heads = Heads(config.num_attention_heads, kv_heads, head_dim)
@@ -79,36 +139,92 @@ class Runner:
     def cast(self) -> None:
         """Takes the model's weights as they are now for all steps until it is called again."""
         self._weights.cast()
+        self.counts.casts += 1
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> Tensor:
-        """Logits [S, V] of the last new token of each sequence that has nothing pending after it,
-        in the order of the batch."""
+    def plan(
+        self, batch: Batch, rows: SamplingRows, constraints: Sequence[Constraint | None] = ()
+    ) -> Step:
+        """Prepares a step, whose pages are taken.
+
+        Args:
+            rows: on the CPU, of each sequence that has nothing pending after it, in the order of
+                the batch.
+            constraints: of the same sequences; with one of them the step runs in no graph.
+        """
         start = time.perf_counter()
         self._allocate()
-        self._copy(batch.copies)
-        decodes = max(batch.counts) == 1 and not any(s.pending for s in batch.sequences)
-        graphs = self._graphs if decodes else None
-        ids, positions, last = (x.to(self._device) for x in _inputs(batch))
-        with self._threads(len(ids)):
-            plan = self._plan(batch, in_graph=graphs is not None)
-            planned = time.perf_counter()
-            if graphs is None:
-                logits = self._logits(ids, positions, plan, last)
+        tokens, samples = sum(batch.counts), len(rows.data)
+        constraints = constraints if any(c is not None for c in constraints) else ()
+        in_graph = self._graphs is not None and tokens <= MOST_TOKENS and not constraints
+        with self._threads(tokens):
+            if self._graphs is not None and in_graph:
+                plan = self._graphs.plan(lambda room: self._decode_plan(batch, room), tokens)
+                inputs = self._graphs.stage(plan, rows.truncates)
             else:
-                logits = graphs(ids, positions, plan)
-        self.seconds["plan"] += planned - start
-        self.seconds["model"] += time.perf_counter() - planned
-        return logits
+                plan = self._decode_plan(batch, None)
+                pinned = self._device.type == "cuda"
+                inputs = StepInputs.empty(tokens, samples, plan, rows.truncates, pinned=pinned)
+                inputs.take_plan(plan)
+        positions, last = _positions(batch, samples)
+        inputs.positions[:tokens] = positions
+        inputs.last[:samples] = last
+        inputs.rows.data[:samples] = rows.data
+        self.seconds["plan"] += time.perf_counter() - start
+        return Step(batch, inputs, samples, in_graph, constraints)
 
-    def _logits(
-        self, ids: Tensor, positions: Tensor, plan: DecodePlan, last: Tensor | None = None
-    ) -> Tensor:
-        """Logits of the new tokens `last`, by default of all."""
-        step, model = PagedStep(self._caches, plan), self._weights.model
+    @torch.inference_mode()
+    def launch(self, step: Step) -> None:
+        """Computes a step, whose token ids are known by now; `read` gives what it drew."""
+        start = time.perf_counter()
+        ids = _ids(step.batch)
+        step.inputs.ids[: len(ids)] = ids
+        self._copy(step.batch.copies)
+        if self._graphs is not None and step.in_graph:
+            packed = self._graphs.launch(step.inputs)
+            self.seconds["model"] += time.perf_counter() - start
+        else:
+            inputs = step.inputs
+            if self._device.type != "cpu":
+                buffer = inputs.buffer.to(self._device, non_blocking=True)
+                shape = len(inputs.ids), step.samples, inputs.plan, inputs.rows.truncates
+                inputs = StepInputs(buffer, *shape)
+            with self._threads(len(ids)):
+                logits = self._logits(inputs)
+            computed = time.perf_counter()
+            logits = constrained(logits, step.constraints)
+            packed = sample_tokens(logits, inputs.rows)
+            self.seconds["model"] += computed - start
+            self.seconds["sampling"] += time.perf_counter() - computed
+        self.counts.steps += 1
+        self.counts.copies_to_device += 1
+        step.packed = packed[: step.samples]
+        if packed.is_cuda:
+            host = torch.empty(step.packed.shape, dtype=torch.int32, pin_memory=True)
+            step.packed = host.copy_(step.packed, non_blocking=True)
+            step.arrived = torch.cuda.Event()
+            step.arrived.record()
+        self.counts.copies_to_host += 1
+
+    def read(self, step: Step) -> Draws:
+        """What a launched step drew, on the CPU, in the order of its rows."""
+        assert step.packed is not None
+        start = time.perf_counter()
+        if step.arrived is not None:
+            step.arrived.synchronize()
+        self.seconds["model"] += time.perf_counter() - start
+        return Draws.unpack(step.packed)
+
+    def _forward(self, inputs: StepInputs) -> Tensor:
+        """Packed draws of a step."""
+        return sample_tokens(self._logits(inputs), inputs.rows)
+
+    def _logits(self, inputs: StepInputs) -> Tensor:
+        """Logits [S, V] of the new tokens `last`."""
+        step, model = PagedStep(self._caches, inputs.plan), self._weights.model
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
-            hidden = paged_hidden_states(model, ids, positions, step)
-            logits = self._output(hidden if last is None else hidden[last])
+            hidden = paged_hidden_states(model, inputs.ids, inputs.positions, step)
+            logits = self._output(hidden[inputs.last])
         self.seconds["attention"] += step.attention_seconds
         return logits
 
@@ -138,38 +254,58 @@ class Runner:
             self._pages = torch.empty(shape, dtype=self._dtype, device=self._device)
             self._caches = [PagedKV(k, v) for k, v in self._pages]
             if self._capture is not None:
-                self._graphs = DecodeGraphs(self._logits, self._capture)
+                self._graphs = StepGraphs(
+                    self._forward,
+                    self._captured,
+                    self._num_pages,
+                    self._max_sequences,
+                    self._device,
+                )
+
+    def _captured(self, call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        assert self._capture is not None
+        self.counts.captures += 1
+        return self._capture(call)
 
     def _copy(self, copies: list[Copy]) -> None:
         if copies and self._pages is not None:
-            source, target, _ = torch.tensor(copies, device=self._pages.device).unbind(1)
+            pairs = torch.tensor([copy[:2] for copy in copies])
+            if self._device.type == "cuda":
+                pairs = pairs.pin_memory().to(self._device, non_blocking=True)
+            source, target = pairs.unbind(1)
             self._pages[:, :, target] = self._pages[:, :, source]
+            self.counts.copies_to_device += 1
 
-    def _plan(self, batch: Batch, in_graph: bool) -> DecodePlan:
+    def _decode_plan(self, batch: Batch, capacity: PlanSizes | None) -> DecodePlan:
+        """On the CPU, cut as suits the device."""
         tables = [s.table for s in batch.sequences]
-        sequences = (
+        return DecodePlan.build(
             [np.frombuffer(table.pages, np.int32) for table in tables],
             [table.length for table in tables],
             batch.counts,
             self.page_size,
+            capacity=capacity,
+            costs=of_device(self._device, self._heads),
         )
-        costs = of_device(self._device, self._heads)
-        if not in_graph:
-            return DecodePlan.build(*sequences, self._device, costs=costs)
-        # Cut by the same costs as the plan on the device, so that the sizes agree.
-        size = DecodePlan.build(*sequences, costs=costs).size
-        return DecodePlan.build(*sequences, self._device, capacity=padded(size), costs=costs)
 
 
-def _inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids and positions of the new tokens [T], and which of them give logits [S]; int64."""
+def _ids(batch: Batch) -> Tensor:
+    """Of the new tokens, int64 [T]."""
     ids: list[int] = []
+    for sequence, count in zip(batch.sequences, batch.counts, strict=True):
+        end = sequence.table.length
+        ids += sequence.ids[end - count : end]
+    return torch.tensor(ids)
+
+
+def _positions(batch: Batch, samples: int) -> tuple[Tensor, Tensor]:
+    """Positions of the new tokens [T], and which of them give logits [S]; int64."""
     positions: list[int] = []
     last: list[int] = []
     for sequence, count in zip(batch.sequences, batch.counts, strict=True):
         end = sequence.table.length
-        ids += sequence.ids[end - count : end]
         positions += range(end - count, end)
-        if end == len(sequence.ids):
-            last.append(len(ids) - 1)
-    return torch.tensor(ids), torch.tensor(positions), torch.tensor(last, dtype=torch.int64)
+        if sequence.pending <= 0:
+            last.append(len(positions) - 1)
+    assert len(last) == samples
+    return torch.tensor(positions), torch.tensor(last, dtype=torch.int64)

@@ -108,13 +108,16 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._waiting: list[Sequence] = []
         self._kept: list[Branch] = []
+        self._ahead: Batch | None = None  # whose pages are taken
 
     def add(self, sequence: Sequence) -> None:
+        self.forget()
         insort(self._waiting, sequence, key=_rank)
         sequence.family.branches.append(sequence)
 
     def keep(self, branch: Branch) -> None:
         """Stops decoding a branch; it holds its pages until they are needed elsewhere."""
+        self.forget()
         if isinstance(branch, Sequence) and branch in self._running:
             self._running.remove(branch)
         else:
@@ -123,6 +126,7 @@ class Scheduler:
 
     def remove(self, branch: Branch) -> None:
         """Releases its pages."""
+        self.forget()
         if isinstance(branch, Sequence) and branch in self._running:
             self._running.remove(branch)
         elif isinstance(branch, Sequence) and branch in self._waiting:
@@ -137,6 +141,9 @@ class Scheduler:
 
         Empty if there is nothing to decode.
         """
+        if (ahead := self._ahead) is not None:
+            self._ahead = None
+            return ahead
         self._admit()
         # Decoding goes before prefill, so that a long prompt does not hold up running sequences.
         by_need = sorted(self._running, key=lambda s: s.pending > 1)
@@ -158,6 +165,29 @@ class Scheduler:
                     del batch[at], counts[at]
                 continue
             return Batch(batch, counts, copies)
+
+    def look_ahead(self) -> Batch | None:
+        """What `schedule` will return if the step that is being computed adds a token to every
+        running sequence and nothing else happens; None if that cannot be said.
+
+        Call it when all tokens are computed but for those of that step. The pages are taken; `add`,
+        `keep` and `remove` give them back first, for they change what is scheduled.
+        """
+        running = self._running
+        if self._waiting or not running or any(s.pending for s in running):
+            return None
+        try:
+            copies = self.pool.append([s.table for s in running], [1] * len(running))
+        except OutOfPages:
+            return None
+        self._ahead = Batch(list(running), [1] * len(running), copies)
+        return self._ahead
+
+    def forget(self) -> None:
+        """Gives back what `look_ahead` took; the tables are as they were."""
+        if (ahead := self._ahead) is not None:
+            self._ahead = None
+            self.pool.take_back([s.table for s in ahead.sequences], ahead.copies)
 
     def _admit(self) -> None:
         """Moves waiting sequences to the running ones, in order, as far as slots and pages go."""

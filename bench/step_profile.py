@@ -1,0 +1,145 @@
+"""Where the time of one engine step goes: `python -m bench step --device cuda --json FILE`.
+
+A model of random weights (bench/models.py) decodes a prompt with a few threads; after a warm-up,
+steps of one token a thread are timed, and then seen by PyTorch's profiler. A line of the table is
+one kernel of one step, as in `python -m bench profile`; above it stand
+
+    ms          wall-clock of a step, without a profiler
+    floor       that of reading all weights once, at the rate of a copy of the same run
+    kernels     launches on the device (on a CPU, operators); us: their time together
+    captures, copies to and from the device, casts
+                of the timed steps: none; one of each a step; none
+"""
+
+from __future__ import annotations
+
+import time
+from argparse import ArgumentError
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+
+from bench.environment import environment
+from bench.models import SHAPES, product_weights, random_model
+from bench.profile import CALLS, kernels, table
+from bench.record import write_json
+from bench.table import console
+from threadweaver.command import explain, fail
+from threadweaver.device import DTYPES
+from threadweaver.generate import Engine, GenerationSettings
+from threadweaver.model import build_tokenizer
+from threadweaver.trajectory import Codec
+
+WARM_UP, TIMED, PROFILED = 10, 50, CALLS  # steps
+
+
+@dataclass(frozen=True)
+class StepProfile:
+    """What a profile of a step says; see the module's docstring."""
+
+    model: str
+    threads: int
+    prompt: int
+    ms: float
+    floor_ms: float | None
+    launches: float
+    us: float
+    counts: dict[str, int]
+    seconds: dict[str, float]
+    kernels: list[dict[str, Any]]
+
+
+def decoding_engine(name: str, device: str, threads: int, prompt: int) -> Engine:
+    """An engine in the middle of so many responses to one prompt, none of which ends by itself."""
+    tokenizer = build_tokenizer()
+    dtype = "bf16" if device == "cuda" else "fp32"
+    model = random_model(name, tokenizer, device, DTYPES[dtype]).eval()
+    engine = Engine(model, Codec.from_tokenizer(tokenizer), max_sequences=threads)
+    length = 2 * WARM_UP + TIMED + PROFILED  # some begin later than others
+    settings = GenerationSettings(max_tokens=length, mode="sequential")
+    for seed in range(threads):
+        engine.add([7] * prompt, settings, seed, script={(0,): [9] * length})
+    while engine.decoded_tokens < threads * WARM_UP:
+        engine.step()
+    return engine
+
+
+def profile_step(name: str, device: str, threads: int, prompt: int) -> StepProfile:
+    """Times and profiles steps of one token a thread."""
+    engine = decoding_engine(name, device, threads, prompt)
+    before, seconds = asdict(engine.counts), engine.seconds
+    start = time.perf_counter()
+    for _ in range(TIMED):
+        engine.step()
+    ms = (time.perf_counter() - start) * 1e3 / TIMED
+    counts = {key: n - before[key] for key, n in asdict(engine.counts).items()}
+    spent = {key: (s - seconds[key]) / TIMED for key, s in engine.seconds.items()}
+    rows = kernels(lambda _: engine.step(), 1, device)
+    return StepProfile(
+        name,
+        threads,
+        prompt,
+        ms,
+        _floor(engine, device),
+        sum(row["launches"] for row in rows),
+        sum(row["launches"] * row["us"] for row in rows),
+        counts,
+        spent,
+        rows,
+    )
+
+
+def _floor(engine: Engine, device: str) -> float | None:
+    """Milliseconds to read all weights that a token is multiplied by; None on a CPU."""
+    if device != "cuda":
+        return None
+    model = engine._runner._weights.model
+    source = torch.empty(2**30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    for _ in range(3):
+        target.copy_(source)
+    events[0].record()
+    for _ in range(10):
+        target.copy_(source)
+    events[1].record()
+    torch.cuda.synchronize()
+    bytes_per_ms = 10 * 2 * source.numel() / events[0].elapsed_time(events[1])
+    return product_weights(model) * model.dtype.itemsize / bytes_per_ms
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code."""
+    parser = ArgumentParser(prog="python -m bench step", exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--model", choices=list(SHAPES), help="default: 1.7B, on a CPU tiny")
+    parser.add_argument("--threads", type=int, default=4, help="sequences of a step; default 4")
+    parser.add_argument("--prompt", type=int, default=512, help="its tokens; default 512")
+    parser.add_argument("--json", type=Path, help="file to write")
+    try:
+        given = parser.parse_args(arguments)
+    except ArgumentError as error:
+        return fail(explain(str(error), parser.get_defaults()), 2)
+    for name in ("threads", "prompt"):
+        if getattr(given, name) < 1:
+            return fail(f"--{name} is {getattr(given, name)}: it must be at least 1", 2)
+    if given.device == "cuda" and not torch.cuda.is_available():
+        return fail("--device cuda: torch sees no CUDA device here", 2)
+    name = given.model or ("1.7B" if given.device == "cuda" else "tiny")
+    found = profile_step(name, given.device, given.threads, given.prompt)
+    if given.json:
+        try:
+            write_json(given.json, {"env": environment(given.device), "step": asdict(found)})
+        except OSError as error:
+            return fail(error, 2)
+    floor = "" if found.floor_ms is None else f", {found.ms / found.floor_ms:.1f} x the floor"
+    counts = ", ".join(f"{n} {key.replace('_', ' ')}" for key, n in found.counts.items())
+    console().print(table(found.kernels))
+    console().print(
+        f"{found.ms:.2f} ms a step{floor}; "
+        f"{found.launches:.0f} kernels, {found.us:.0f} us; {counts}"
+    )
+    return 0
