@@ -19,7 +19,7 @@ from threadweaver.annotate.prompts import PLACES, Prompts
 from threadweaver.annotate.report import plot_summary
 from threadweaver.annotate.run import NO_REPLY, Given, Run, problem_text
 from threadweaver.annotate.settings import AnnotateSettings
-from threadweaver.annotate.store import Store, write_json, write_lines
+from threadweaver.annotate.store import Store, write_json
 from threadweaver.annotate.student import answer, answered, unanswered
 from threadweaver.annotate.summary import summarize
 from threadweaver.annotate.teacher import Teacher
@@ -30,6 +30,7 @@ from threadweaver.model import add_tags, load_tokenizer
 from threadweaver.progress import Progress, print_line
 from threadweaver.tasks import Problem, Task
 from threadweaver.trajectory import Codec
+from threadweaver.whole_file import write_whole
 
 
 class Annotation:
@@ -148,8 +149,8 @@ class Annotation:
                 self._results[number] = reason
         rejected = {n: r for n, r in sorted(self._results.items()) if isinstance(r, LeftOut)}
         folder = self.folder
-        write_lines(folder / "kept.jsonl", _lines(rows))
-        write_lines(
+        write_whole(folder / "kept.jsonl", _lines(rows))
+        write_whole(
             folder / "rejected.jsonl",
             _lines(
                 {
