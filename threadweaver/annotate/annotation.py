@@ -79,15 +79,19 @@ class Annotation:
         """
         assert options.out and options.student and options.teacher.model  # AnnotateSettings
         find_device(options.engine.device)
-        tokenizer = load_tokenizer(options.student)
-        add_tags(tokenizer)
-        codec = Codec.from_tokenizer(tokenizer, template=options.template)
-        server = None
-        if options.teacher.url is None:
-            load_tokenizer(options.teacher.model)  # the model is loaded when the student is gone
-        else:
-            server = OpenAITeacher(options.teacher)
+        server = OpenAITeacher(options.teacher) if options.teacher.url else None
         store = Store(options.out, _made_with(options, task.problems("train", None), prompts))
+        try:
+            tokenizer = load_tokenizer(options.student)
+            add_tags(tokenizer)
+            codec = Codec.from_tokenizer(tokenizer, template=options.template)
+            if server is None and options.teacher.model != options.student:
+                # To see that it is one: the model is loaded when the student is gone.
+                load_tokenizer(options.teacher.model)
+            store.begin()
+        except BaseException:
+            store.close()
+            raise
         return cls(options, task, problems, prompts, codec, server, store, console, progress)
 
     def __enter__(self) -> Self:

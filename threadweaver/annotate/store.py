@@ -55,14 +55,20 @@ class Store:
                 _check_same(path, read_json(path, "settings")["settings"], settings)
             elif any(p.name != LOCK_FILE and p.suffix != ".partial" for p in folder.iterdir()):
                 raise ValueError(f"out: {folder} is not empty; name a new folder")
-            else:
-                write_json(path, {"settings": settings})
+            self._settings = settings
         except BaseException:
             self.close()
             raise
 
+    def begin(self) -> None:
+        """Makes it the folder of these settings."""
+        path = self.folder / MANIFEST
+        if not path.exists():
+            write_json(path, {"settings": self._settings})
+
     def close(self) -> None:
-        self._lock.release()
+        """Lets others in; nothing is left of a folder that was not begun."""
+        self._lock.release(undo=not (self.folder / MANIFEST).exists())
 
     def log(self, step: str, number: int, given: dict[str, Any], ask: Ask) -> Log:
         """The file of a step of a trajectory, with what it holds already."""
