@@ -197,5 +197,7 @@ def test_a_file_that_is_there_is_not_overwritten_unasked(answer, tmp_path, capsy
     assert answer("--max_tokens", "3") == 2
     assert "out.jsonl: there already" in capsys.readouterr().err
     assert (tmp_path / "out.jsonl").read_text() == "mine\n"
+    assert answer("--overwrite", out="data.jsonl") == 2
+    assert "data.jsonl is a file of --data" in capsys.readouterr().err
     assert answer("--max_tokens", "3", "--overwrite") == 0
     assert (tmp_path / "out.jsonl").read_text() != "mine\n"
