@@ -2,6 +2,7 @@
 #             nothing, on a laptop's CPU
 # make test   everything CI runs: lint, types, build, tests, kernels compiled for sm_90
 # make test-all  the same with the slow tests
+# make test-gpu  the tests that need a GPU, on one, in two minutes on 16 cores
 # make setup  the environment for both; make lint  ruff and pyright alone
 # make docs   the documentation as a site, build/site/index.html
 PYTHON ?= python3
@@ -10,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test test-all setup lint docs
+.PHONY: demo test test-all test-gpu setup lint docs
 demo: .venv/package
 	$(BIN)/python -m threadweaver.train pipeline --config configs/demo.yaml $(if $(wildcard runs/demo/config.yaml),--resume)
 
@@ -19,6 +20,11 @@ test: lint
 
 test-all: lint
 	$(PYTEST) -m "slow or not slow"
+
+# Most of their time is compilation, so a process a core; each takes one thread by itself, and up to
+# 5 GB of the GPU (tests/conftest.py).
+test-gpu: .venv/tools
+	$(BIN)/python -m pytest -m gpu --numprocesses $(or $(PROCESSES),14) --dist worksteal
 
 setup: .venv/tools
 

@@ -4,9 +4,13 @@
                           kernel, and on CUDA each kernel that takes a mask
     SDPA causal           plain causal attention of N tokens, on CUDA with torch's FlashAttention-2.
                           Not the same problem: the reference of `of causal` and of plots
+    cuDNN causal          the same by cuDNN, on CUDA: what the hardware's vendor reaches
     FlashAttention 2, 3, 4, causal
                           the same by the packages of these kernels, where they are installed
     FlexAttention         compiled, with a prebuilt block mask, and including building it
+    FlexAttention: FLASH  the same by FlashAttention 4, where it is installed
+    FlexAttention, bitmap the same with the mask as N x N / 64 words, as AReaL's tree training
+                          has it; on CUDA
     unrolled varlen_attn  every path a sequence of its own, all in one call, as in trainers that do
                           not share prefixes; on CUDA
     unrolled SDPA         the same, one path at a time
@@ -24,6 +28,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch._functorch.config as functorch_config
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
@@ -31,11 +36,19 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from bench.attention_setup import AttentionSetup
 from bench.availability import cuda_only, lacks, why_not_importable
-from bench.masks import ancestor_mask_mod, block_mask, visible
+from bench.masks import (
+    MaskMod,
+    ancestor_mask_mod,
+    bitmap,
+    bitmap_mask_mod,
+    block_mask,
+    visible,
+)
 from bench.suite import Peer, Skip
 
-DENSE, CAUSAL = "SDPA dense mask", "SDPA causal"
+DENSE, CAUSAL, CUDNN = "SDPA dense mask", "SDPA causal", "cuDNN causal"
 FLEX, FLEX_BUILD = "FlexAttention", "FlexAttention + mask build"
+FLEX_FLASH, FLEX_BITMAP = "FlexAttention: FLASH", "FlexAttention, bitmap"
 UNROLLED_VARLEN, UNROLLED_SDPA = "unrolled varlen_attn", "unrolled SDPA"
 FLEX_FEWEST_TOKENS = 1024  # least number of tokens of FlexAttention on a CPU
 MOST_SCORE_BYTES = 8 * 2**30  # of the scores that SDPA's math kernel writes to memory
@@ -102,7 +115,8 @@ def _dense(setup: AttentionSetup, kernel: SDPBackend | None) -> Call:
         scores = n * n * setup.problem.heads * 4
         if scores > MOST_SCORE_BYTES:
             raise Skip(f"writes {scores / 1e9:.0f} GB of scores")
-    mask, grouped = visible(setup.layout.subtree_ends), setup.group > 1
+    mask = visible(setup.layout.subtree_ends, setup.problem.starts)
+    grouped = setup.group > 1
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if grouped:  # the fused kernels that take a mask take no grouped heads
@@ -117,11 +131,16 @@ def _causal_sdpa(setup: AttentionSetup) -> Attend:
     return functools.partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=grouped)
 
 
-def _causal(setup: AttentionSetup) -> Call:
+def _refuse_window(setup: AttentionSetup) -> None:
+    if setup.problem.window is not None:
+        raise Skip("has no window")
+
+
+def _causal(setup: AttentionSetup, kernel: SDPBackend = SDPBackend.FLASH_ATTENTION) -> Call:
+    _refuse_window(setup)
     setup.limit(setup.causal_pairs)
     attend = _causal_sdpa(setup)
-    on_cuda = setup.device == "cuda"
-    return _batched(setup, _by_kernel(attend, SDPBackend.FLASH_ATTENTION) if on_cuda else attend)
+    return _batched(setup, _by_kernel(attend, kernel) if setup.device == "cuda" else attend)
 
 
 def _why_no_package(package: FlashPackage, device: str) -> str | None:
@@ -135,6 +154,7 @@ def _why_no_package(package: FlashPackage, device: str) -> str | None:
 
 
 def _package_causal(setup: AttentionSetup, package: FlashPackage) -> Call:
+    _refuse_window(setup)
     if setup.dtype == torch.float32:
         raise Skip("takes half precision only")
     if setup.backward and not package.backward:
@@ -153,30 +173,50 @@ def _package_causal(setup: AttentionSetup, package: FlashPackage) -> Call:
 
 
 def _compiled(setup: AttentionSetup) -> Callable[..., Tensor]:
-    """FlexAttention, compiled once for each case and dtype and shared by its rows."""
-    key = "flex", setup.dtype
+    """FlexAttention, compiled once for each setup and shared by its rows."""
+    key = "flex", setup.dtype, setup.what
     if key not in setup.problem.memo:
         torch._dynamo.reset()  # guards of earlier shapes would slow the call
+        # The backward pass by itself runs many times on one forward pass.
+        functorch_config.donated_buffer = setup.what != "bwd"
         setup.problem.memo[key] = torch.compile(flex_attention, dynamic=False)
     return setup.problem.memo[key]
 
 
-def _flex(setup: AttentionSetup, with_build: bool) -> Call:
+def _mask_mod(setup: AttentionSetup, kind: str) -> MaskMod:
+    """A `mask_mod` of the trie, "ancestors" or "bitmap", the same object for all rows."""
+    memo, layout, starts = setup.problem.memo, setup.layout, setup.problem.starts
+    if kind not in memo:
+        ends = layout.subtree_ends
+        bits = kind == "bitmap"
+        memo[kind] = (
+            bitmap_mask_mod(bitmap(ends, starts)) if bits else ancestor_mask_mod(ends, starts)
+        )
+    return memo[kind]
+
+
+def _flex(
+    setup: AttentionSetup, with_build: bool = False, kind: str = "ancestors", backend: str = ""
+) -> Call:
     n = setup.layout.num_tokens
     if setup.device == "cpu" and setup.backward:
         raise Skip("FlexAttention has no backward on a CPU")
     if setup.device == "cpu" and n < FLEX_FEWEST_TOKENS:
         raise Skip(f"compiling takes seconds a shape: on a CPU from {FLEX_FEWEST_TOKENS} tokens on")
-    setup.limit(setup.layout.visible_pairs)
-    compiled, memo = _compiled(setup), setup.problem.memo
-    if "mask_mod" not in memo:
-        memo["mask_mod"] = ancestor_mask_mod(setup.layout.subtree_ends)
-    build = functools.partial(block_mask, memo["mask_mod"], n, setup.device)
+    setup.limit(setup.problem.visible_pairs)
+    compiled = _compiled(setup)
+    build = functools.partial(block_mask, _mask_mod(setup, kind), n, setup.device)
     built = None if with_build else build()
-    gqa = setup.group > 1
+    options: dict[str, Any] = {"enable_gqa": setup.group > 1}
+    if backend:
+        options["kernel_options"] = {"BACKEND": backend}
     return _batched(
-        setup, lambda q, k, v: compiled(q, k, v, block_mask=built or build(), enable_gqa=gqa)
+        setup, lambda q, k, v: compiled(q, k, v, block_mask=built or build(), **options)
     )
+
+
+def _why_no_flex_flash(device: str) -> str | None:
+    return _why_no_package(FLASH_PACKAGES["FlashAttention 4, causal"], device)
 
 
 def _why_no_varlen(device: str) -> str | None:
@@ -194,9 +234,10 @@ def _unrolled_varlen(setup: AttentionSetup) -> Call:
     sizes = ends, ends, max(lengths), max(lengths)
     options: dict[str, Any] = {"enable_gqa": True} if setup.group > 1 else {}
     inputs = [setup.unrolled_inputs(i) for i in range(setup.input_sets)]
+    before = -1 if setup.problem.window is None else setup.problem.window - 1
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = varlen.varlen_attn(q, k, v, *sizes, window_size=(-1, 0), **options)
+        out = varlen.varlen_attn(q, k, v, *sizes, window_size=(before, 0), **options)
         assert isinstance(out, Tensor)
         return out
 
@@ -204,6 +245,7 @@ def _unrolled_varlen(setup: AttentionSetup) -> Call:
 
 
 def _unrolled_sdpa(setup: AttentionSetup) -> Call:
+    _refuse_window(setup)
     setup.limit(setup.problem.unrolled_pairs)
     attend = _causal_sdpa(setup)
     lengths = [len(nodes) for nodes in setup.problem.path_nodes]
@@ -223,6 +265,11 @@ PEERS: list[Peer[AttentionSetup]] = [
         for name, kernel in DENSE_KERNELS.items()
     ),
     Peer(CAUSAL, _causal),
+    Peer(
+        CUDNN,
+        functools.partial(_causal, kernel=SDPBackend.CUDNN_ATTENTION),
+        why_absent=cuda_only,
+    ),
     *(
         Peer(
             name,
@@ -231,8 +278,10 @@ PEERS: list[Peer[AttentionSetup]] = [
         )
         for name, package in FLASH_PACKAGES.items()
     ),
-    Peer(FLEX, functools.partial(_flex, with_build=False)),
+    Peer(FLEX, _flex),
     Peer(FLEX_BUILD, functools.partial(_flex, with_build=True)),
+    Peer(FLEX_FLASH, functools.partial(_flex, backend="FLASH"), why_absent=_why_no_flex_flash),
+    Peer(FLEX_BITMAP, functools.partial(_flex, kind="bitmap"), why_absent=cuda_only),
     Peer(UNROLLED_VARLEN, _unrolled_varlen, why_absent=_why_no_varlen),
     Peer(UNROLLED_SDPA, _unrolled_sdpa),
 ]

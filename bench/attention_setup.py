@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from tw_kernels.attention.op import choose_backend
 
 OURS = "ours"
 FORWARD, BACKWARD = 4, 10  # operations for each visible pair, query head and element of a head
+# What is timed: the forward pass, the backward pass of a forward pass made before, or both.
+Pass = Literal["fwd", "bwd", "fwd+bwd"]
+OPERATIONS = {"fwd": FORWARD, "bwd": BACKWARD, "fwd+bwd": FORWARD + BACKWARD}
 # A call of more operations is skipped (about ten seconds), except our automatic choice.
 MOST_OPERATIONS = {"cpu": 1e12, "cuda": float("inf")}
 # Operations that the float64 reference of a case may take before it leaves out heads.
@@ -43,12 +46,23 @@ def is_unrolled(peer: str) -> bool:
 class Problem:
     """One case at one set of head counts: the data that its dtypes and passes share.
 
+    Args:
+        window: a token sees itself and its last window - 1 ancestors; None: all of them.
+
     Attributes:
         memo: what peers and `expected` compute once and share, by a key of their own.
     """
 
-    def __init__(self, case: shapes.Case, device: str, heads: int, kv_heads: int, head_dim: int):
-        self.case, self.device = case, device
+    def __init__(
+        self,
+        case: shapes.Case,
+        device: str,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        window: int | None = None,
+    ):
+        self.case, self.device, self.window = case, device, window
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.input_sets = 1 if device == "cpu" else 3
         self.memo: dict[Any, Any] = {}
@@ -56,6 +70,17 @@ class Problem:
     @cached_property
     def layout(self) -> TrieLayout:
         return self.case.trie.layout(self.device)
+
+    @cached_property
+    def starts(self) -> Tensor | None:
+        """The first token that each token sees, int32 [N]; None without a window."""
+        return None if self.window is None else self.layout.window_starts(self.window)
+
+    @cached_property
+    def visible_pairs(self) -> int:
+        if self.window is None:
+            return self.layout.visible_pairs
+        return int((self.case.trie.positions + 1).clamp(max=self.window).sum())
 
     @cached_property
     def values(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
@@ -89,23 +114,25 @@ class Problem:
     @property
     def unrolled_pairs(self) -> int:
         """Visible pairs of all paths, each by itself."""
-        return sum(len(nodes) * (len(nodes) + 1) // 2 for nodes in self.path_nodes)
+        lengths = [len(nodes) for nodes in self.path_nodes]
+        beyond = [0 if self.window is None else max(0, n - self.window) for n in lengths]
+        return sum(n * (n + 1) // 2 for n in lengths) - sum(n * (n + 1) // 2 for n in beyond)
 
     def expected(self, inputs: int, causal: bool) -> Reference:
         """The float64 results on a set of inputs, of trie attention or of causal attention."""
         key = "expected", inputs, causal
         if key not in self.memo:
-            ends, pairs = self.layout.subtree_ends, self.layout.visible_pairs
+            ends, starts, pairs = self.layout.subtree_ends, self.starts, self.visible_pairs
             if causal:
                 n = ends.numel()
-                ends, pairs = torch.full_like(ends, n), n * (n + 1) // 2
+                ends, starts, pairs = torch.full_like(ends, n), None, n * (n + 1) // 2
             one = (FORWARD + BACKWARD) * pairs * self.head_dim * self.heads // self.kv_heads
             fit = int(MOST_REFERENCE_OPERATIONS[self.device] / one)
             count = min(max(1, fit), self.kv_heads)
             step = self.kv_heads // count
             # Always includes the last head, where wrong head indexing shows.
             chosen = list(range(self.kv_heads - 1, -1, -step))[:count][::-1]
-            self.memo[key] = reference(*self.values[inputs], ends, chosen)
+            self.memo[key] = reference(*self.values[inputs], ends, chosen, starts)
         return self.memo[key]
 
 
@@ -119,10 +146,16 @@ class Inputs(NamedTuple):
 
 
 class AttentionSetup(Setup):
-    """One problem in one dtype, forward or forward and backward."""
+    """One problem in one dtype and pass.
 
-    def __init__(self, problem: Problem, dtype: torch.dtype, backward: bool):
-        self.problem, self.dtype, self.backward = problem, dtype, backward
+    Attributes:
+        backward: whether gradients are computed.
+    """
+
+    def __init__(self, problem: Problem, dtype: torch.dtype, what: Pass):
+        self.problem, self.dtype, self.what = problem, dtype, what
+        self.backward = what != "fwd"
+        self._outs: dict[Tensor, Tensor] = {}  # of the backward pass alone, by q
         self.device, self.input_sets = problem.device, problem.input_sets
         self.group = problem.heads // problem.kv_heads
 
@@ -134,11 +167,11 @@ class AttentionSetup(Setup):
             "n": self.layout.num_tokens,
             "density": self.layout.density,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "pass": "fwd+bwd" if self.backward else "fwd",
+            "pass": self.what,
             "heads": p.heads,
             "kv_heads": p.kv_heads,
             "head_dim": p.head_dim,
-        }
+        } | ({} if p.window is None else {"window": p.window})
 
     @property
     def layout(self) -> TrieLayout:
@@ -151,8 +184,7 @@ class AttentionSetup(Setup):
 
     def operations(self, pairs: int) -> int:
         """Floating-point operations of one call on so many visible pairs."""
-        each = FORWARD + BACKWARD if self.backward else FORWARD
-        return each * pairs * self.problem.heads * self.problem.head_dim
+        return OPERATIONS[self.what] * pairs * self.problem.heads * self.problem.head_dim
 
     def limit(self, pairs: int, also: str = "") -> None:
         """Raises Skip if a call on so many pairs takes too long; `also` is added to the reason."""
@@ -192,12 +224,20 @@ class AttentionSetup(Setup):
         v: Tensor,
         dout: Tensor,
     ) -> tuple[Tensor, ...]:
-        """The timed call: returns (out,), or (out, dq, dk, dv) with a backward pass."""
+        """The timed call: returns (out,), or (out, dq, dk, dv) with a backward pass.
+
+        Of the backward pass alone the first call makes the forward pass, too, for all others.
+        """
         if not self.backward:
             with torch.no_grad():
                 return (attend(q, k, v),)
-        out = attend(q, k, v)
-        return out, *torch.autograd.grad(out, (q, k, v), dout)
+        if self.what == "fwd+bwd":
+            out = attend(q, k, v)
+            return out, *torch.autograd.grad(out, (q, k, v), dout)
+        if q not in self._outs:
+            self._outs[q] = attend(q, k, v)
+        out = self._outs[q]
+        return out.detach(), *torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
 
     def check(
         self, peer: str, result: tuple[Tensor, ...] | list[tuple[Tensor, ...]], inputs: int
@@ -223,7 +263,7 @@ class AttentionSetup(Setup):
 
     def work(self, peer: str) -> Work:
         p = self.problem
-        pairs = self.causal_pairs if is_causal(peer) else self.layout.visible_pairs
+        pairs = self.causal_pairs if is_causal(peer) else p.visible_pairs
         numbers = 2 * (p.heads + p.kv_heads) * p.head_dim * self.layout.num_tokens
         passes = 2 if self.backward else 1
         dtype = self.key["dtype"]
@@ -237,7 +277,7 @@ class AttentionSetup(Setup):
     def automatic(self) -> str:
         """The backend that runs where none is named."""
         q, k, v, _ = self.inputs(0)
-        return choose_backend(q, k, v, self.layout)
+        return choose_backend(q, k, v, self.layout, window=self.problem.window)
 
 
 def _rows(x: Tensor) -> Tensor:

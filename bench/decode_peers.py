@@ -33,6 +33,8 @@ CASCADE_WORKSPACE = 128 * 2**20  # bytes, as FlashInfer recommends
 
 def _padded(setup: DecodeSetup) -> Callable[[int], Any]:
     p = setup.problem
+    if p.window is not None:
+        raise Skip("has no window")
     longest, count = max(p.lengths), len(p.nodes)
     size = setup.kv_bytes(longest * count) * setup.input_sets
     if size > MOST_PADDED_BYTES[setup.device]:
@@ -75,11 +77,13 @@ def _varlen(setup: DecodeSetup) -> Callable[[int], Any]:
     for row, table in zip(block_table, paging.tables, strict=True):
         row[: len(table)] = torch.from_numpy(table)
     starts = torch.arange(count + 1, dtype=torch.int32, device=setup.device)
-    options = {
+    options: dict[str, Any] = {
         "block_table": block_table.to(setup.device),
         "seqused_k": torch.tensor(p.lengths, dtype=torch.int32, device=setup.device),
         "enable_gqa": True,
     }
+    if p.window is not None:
+        options["window_size"] = (p.window - 1, 0)
     inputs = [setup.inputs(i) for i in range(setup.input_sets)]
     calls = [(q, setup.pages(paging, k, v, new=True)) for q, k, v in inputs]
 
@@ -155,6 +159,8 @@ def _cascade(setup: DecodeSetup) -> Callable[[int], Any]:
     p = setup.problem
     if setup.dtype == torch.float32:
         raise Skip("takes half precision only")
+    if p.window is not None:
+        raise Skip("has no window over all levels")
     wrapper_type = importlib.import_module("flashinfer").MultiLevelCascadeAttentionWrapper
     paging = p.paging(PAGE_SIZE)
     levels = cascade(paging, p.lengths)

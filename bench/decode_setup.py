@@ -21,7 +21,9 @@ from bench.oracle import worst_row
 from bench.roofline import Work
 from bench.suite import Row, Setup
 from tw_kernels import DecodePlan, PagedKV
+from tw_kernels.decode.costs import Heads, of_device
 from tw_kernels.decode.op import choose_backend
+from tw_kernels.scores import NO_OPTIONS, ScoreOptions
 
 PAGE_SIZE = 16
 PLAN_REPEATS = 20
@@ -43,10 +45,17 @@ class Problem:
 
     Args:
         heads: query heads, key-value heads and head dim.
+        window: a token sees itself and the window - 1 before it; None: all of them.
     """
 
-    def __init__(self, case: shapes.Case, device: str, heads: tuple[int, int, int]):
-        self.case, self.device = case, device
+    def __init__(
+        self,
+        case: shapes.Case,
+        device: str,
+        heads: tuple[int, int, int],
+        window: int | None = None,
+    ):
+        self.case, self.device, self.window = case, device, window
         self.heads, self.kv_heads, self.head_dim = heads
         # More than one, as a model has layers: a call does not find its inputs in the cache.
         self.input_sets = 2 if device == "cpu" else 3
@@ -61,6 +70,11 @@ class Problem:
     @cached_property
     def lengths(self) -> list[int]:
         return [len(nodes) for nodes in self.nodes]
+
+    @cached_property
+    def seen(self) -> list[Tensor]:
+        """The trie tokens that each sequence's new token sees, int64."""
+        return [nodes[-self.window :] if self.window else nodes for nodes in self.nodes]
 
     def paging(self, page_size: int) -> Paging:
         """Sequences share full pages of equal tokens, and each has a last page of its own."""
@@ -94,7 +108,7 @@ class Problem:
         for q, k, v in self.values:
             rows = q.double().unflatten(1, (self.kv_heads, group))
             out = torch.empty_like(rows)
-            for s, nodes in enumerate(self.nodes):
+            for s, nodes in enumerate(self.seen):
                 at = nodes.to(self.device)
                 ks, vs = (x[at].double().transpose(0, 1) for x in (k, v))  # [Hkv, length, D]
                 p = (rows[s] @ ks.mT * self.head_dim**-0.5).softmax(-1)
@@ -128,7 +142,7 @@ class DecodeSetup(Setup):
             "heads": p.heads,
             "kv_heads": p.kv_heads,
             "head_dim": p.head_dim,
-        }
+        } | ({} if p.window is None else {"window": p.window})
 
     def kv_bytes(self, tokens: int) -> int:
         """Bytes of the keys and values of so many tokens."""
@@ -156,12 +170,13 @@ class DecodeSetup(Setup):
         """A plan, and the median seconds to build it."""
         p = self.problem
         step = paging.tables, p.lengths, [1] * len(p.nodes), paging.page_size, self.device
+        costs = of_device(torch.device(self.device), Heads(p.heads, p.kv_heads, p.head_dim))
         samples = []
         for _ in range(PLAN_REPEATS):
             start = perf_counter()
-            DecodePlan.build(*step, share=share)
+            DecodePlan.build(*step, share=share, costs=costs)
             samples.append(perf_counter() - start)
-        return DecodePlan.build(*step, share=share), statistics.median(samples)
+        return DecodePlan.build(*step, share=share, costs=costs), statistics.median(samples)
 
     def check(self, peer: str, result: Tensor, inputs: int) -> str | None:
         error, tolerance = worst_row(result, self.problem.expected[inputs]), TOLERANCE[self.dtype]
@@ -178,21 +193,26 @@ class DecodeSetup(Setup):
         return q, PagedKV(pages, pages)
 
     @property
+    def options(self) -> ScoreOptions:
+        return NO_OPTIONS._replace(window=self.problem.window)
+
+    @property
     def automatic(self) -> str:
         """The backend that runs where none is named."""
-        return choose_backend(*self.sample)
+        return choose_backend(*self.sample, options=self.options)
 
     def work(self, peer: str) -> Work:
-        """The one query of a sequence sees all its tokens."""
+        """Of the keys and values that some query sees, each once."""
         p = self.problem
+        read = len(torch.cat(p.seen).unique())
         rows = 2 * len(p.nodes) * p.heads * p.head_dim * self.dtype.itemsize  # of q and out
-        flops = 4 * p.case.unrolled * p.heads * p.head_dim
-        return Work(flops, self.kv_bytes(len(p.case.trie)) + rows, self.key["dtype"])
+        flops = 4 * sum(map(len, p.seen)) * p.heads * p.head_dim
+        return Work(flops, self.kv_bytes(read) + rows, self.key["dtype"])
 
     def figures(self, peer: str, seconds: float) -> Row:
-        case = self.problem.case
+        seen = self.problem.seen
         return {
-            "unique_kv_bytes": self.kv_bytes(len(case.trie)),
-            "unshared_kv_bytes": self.kv_bytes(case.unrolled),
+            "unique_kv_bytes": self.kv_bytes(len(torch.cat(seen).unique())),
+            "unshared_kv_bytes": self.kv_bytes(sum(map(len, seen))),
             **self.measured.get(peer, {}),
         }

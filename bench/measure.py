@@ -7,7 +7,7 @@ starting at another peer), so that a slow spell of the machine affects all peers
 A row's `status`:
     ok       right, and timed
     wrong    some result differs from the reference; not timed; `reason` says where
-    skipped  the peer does not support this setup; `reason` says why
+    skipped  the peer does not support this setup, or its memory is too small; `reason` says why
     failed   an exception; `reason` is its first line
 
 Where a setup counts the work of a call (bench/roofline.py), its rows also have the rates and the
@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from bench.meter import CpuMeter, CudaMeter
 from bench.roofline import rates
@@ -66,6 +67,9 @@ def measure(
                 timed.append(_Timing(row, call, setup.input_sets, meter))
         except UsageError:
             raise
+        except torch.OutOfMemoryError:
+            row |= {"status": "skipped", "reason": "does not fit in the device's memory"}
+            torch.cuda.empty_cache()
         except Skip as reason:
             row |= {"status": "skipped", "reason": str(reason)}
         except Exception as error:

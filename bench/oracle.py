@@ -1,7 +1,7 @@
 """The float64 reference of trie attention and its gradients, and the error of a result against it.
 
-From the definition by `subtree_ends`, independent of the library and its backends: one chunk of
-rows at a time, over the columns that any of them sees.
+From the definition by `subtree_ends` and `window_starts`, independent of the library's backends:
+one chunk of rows at a time, over the columns that any of them sees, on the device of the inputs.
 """
 
 from typing import NamedTuple
@@ -29,10 +29,16 @@ class Reference(NamedTuple):
 
 
 def reference(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, subtree_ends: Tensor, kv_heads: list[int]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    subtree_ends: Tensor,
+    kv_heads: list[int],
+    window_starts: Tensor | None = None,
 ) -> Reference:
     """Outputs and gradients of q, dout [N, Hq, D] and k, v [N, Hkv, D], for the given KV heads and
-    their query heads."""
+    their query heads; under a window, of the columns from a row's `window_starts` on."""
     n, group = q.shape[0], q.shape[1] // k.shape[1]
     kv = torch.tensor(kv_heads, device=q.device)
     heads = (kv[:, None] * group + torch.arange(group, device=q.device)).flatten()
@@ -45,6 +51,8 @@ def reference(
         rows = torch.arange(start, min(start + CHUNK, n), device=q.device)
         columns = (ends[: rows[-1] + 1] > start).nonzero().squeeze(1)
         hidden = (columns > rows[:, None]) | (rows[:, None] >= ends[columns])
+        if window_starts is not None:
+            hidden |= columns < window_starts[rows, None]
         kc, vc = ks[:, None, columns], vs[:, None, columns]
         qr, dor = qs[:, :, rows], dos[:, :, rows]
         p = (qr @ kc.mT * scale).masked_fill(hidden, -torch.inf).softmax(-1)

@@ -1,7 +1,7 @@
 """Time of our peers by kernel: `python -m bench profile SUITE [--json FILE]`.
 
-Each of our peers is called a few times on each setup, after a warm-up, under PyTorch's profiler;
-options are those of the suite. A line of the table is one kernel of one call:
+Each of our peers is called a few times on each setup (a long call once), after a warm-up, under
+PyTorch's profiler; options are those of the suite. A line of the table is one kernel of one call:
 
     us          median microseconds on the device; on a CPU, of an operator with all that it calls
     share       fraction of the time of all lines together
@@ -27,6 +27,7 @@ import tempfile
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ from threadweaver.command import explain, fail
 from threadweaver.progress import Status
 
 CALLS = 5
+LONG = 0.2  # seconds; a longer call is profiled once: its kernels are many
 LEAST_SHARE = 0.01  # of a kernel that the table shows
 KERNEL_NAME = 60  # characters of a kernel's name in the table
 # Entry of a row -> the profiler's name for that property of a launch.
@@ -59,10 +61,14 @@ FIGURES = ("launches", "us", "share", *LAUNCH, "spills")
 
 def kernels(call: Callable[[int], Any], input_sets: int, device: str) -> list[Row]:
     """A row for each kernel that the profiler saw in a call, by decreasing share of the time."""
+    start = perf_counter()
+    call(0)
+    _synchronize(device)
+    calls = CALLS if perf_counter() - start <= LONG else 1
     cuda = device == "cuda"
     activities = [ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profiler:
-        for i in range(CALLS):
+        for i in range(calls):
             call(i % input_sets)
         _synchronize(device)
     with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +84,7 @@ def kernels(call: Callable[[int], Any], input_sets: int, device: str) -> list[Ro
     rows = [
         {
             "kernel": name,
-            "launches": len(events) / CALLS,
+            "launches": len(events) / calls,
             "us": statistics.median(event["dur"] for event in events),
             "share": sum(event["dur"] for event in events) / total,
             **{entry: events[-1].get("args", {}).get(key) for entry, key in LAUNCH.items()},

@@ -72,7 +72,9 @@ class RolloutOptions(Options):
     batch: int | None = None
 
 
-def _ours(peer: str, mode: Mode) -> Peer[RolloutSetup]:
+def ours(peer: str, mode: Mode) -> Peer[RolloutSetup]:
+    """Our engine in a mode."""
+
     def prepare(setup: RolloutSetup) -> Callable[[int], Generated]:
         if mode == "parallel" and setup.latency_speedup == 1:
             raise Skip("no request forks")
@@ -136,25 +138,27 @@ def relate(rows: dict[str, Row]) -> None:
         row["of_latency"] = row["ratios"][SEQUENTIAL] / row["latency_speedup"]
 
 
+COLUMNS = {
+    "tokens_per_second": "tok/s",
+    "steps": "steps",
+    "ms_per_step": "ms/step",
+    "latency_speedup": "latency x",
+    "of_latency": "of latency",
+    "shares": "time %",
+    "mean_mismatch": "mean Δ",
+    "max_mismatch": "max Δ",
+}
+
 SUITE = Suite(
     name="rollout",
     options=RolloutOptions,
     setups=setups,
     peers=[
-        _ours(PARALLEL, "parallel"),
-        _ours(SEQUENTIAL, "sequential"),
+        ours(PARALLEL, "parallel"),
+        ours(SEQUENTIAL, "sequential"),
         *PEERS,
     ],
-    columns={
-        "tokens_per_second": "tok/s",
-        "steps": "steps",
-        "ms_per_step": "ms/step",
-        "latency_speedup": "latency x",
-        "of_latency": "of latency",
-        "shares": "time %",
-        "mean_mismatch": "mean Δ",
-        "max_mismatch": "max Δ",
-    },
+    columns=COLUMNS,
     versus={SEQUENTIAL: "x seq", GENERATE: "x generate", CONTINUOUS: "x cont."},
     relate=relate,
 )

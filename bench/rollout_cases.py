@@ -17,7 +17,7 @@ from bench.environment import REPOSITORY
 from bench.suite import UsageError
 from threadweaver.data import DataError, load_examples
 from threadweaver.device import DTYPES
-from threadweaver.model import add_tags, build_tokenizer, load_model, new_model
+from threadweaver.model import add_tags, build_tokenizer, load_model, new_model, to_device
 from threadweaver.tasks.multiplication import question, trajectory
 from threadweaver.trajectory import Codec
 
@@ -63,6 +63,7 @@ class Language:
                 raise UsageError(f"--model: {error}") from error
             add_tags(tokenizer, model)
         torch.nn.Module.to(model, self._device, DTYPES[self.dtype])
+        to_device(model, torch.device(self._device))
         return model.eval(), Codec.from_tokenizer(tokenizer)
 
     @property

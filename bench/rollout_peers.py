@@ -16,6 +16,7 @@ from bench.suite import Peer
 
 GENERATE = "transformers generate"
 MOST_BATCHED = 64  # requests in a batch
+MOST_TOKENS = 2**31 - 1  # of a response: no limit
 # Of continuous batching: tokens of a page (FlashAttention-2 takes multiples of 256), and of a step.
 BLOCK_SIZE, STEP_TOKENS = 256, 1024
 
@@ -36,33 +37,46 @@ class Recorded:
         return scores.scatter_(1, self._tokens[:, at : at + 1], torch.inf)
 
 
-def _generate(setup: RolloutSetup) -> Callable[[int], Generated]:
+def generate(setup: RolloutSetup, most_seconds: float | None = None) -> Callable[[int], Generated]:
+    """`most_seconds`: a call makes only the first tokens of each response, as many as a first call
+    made in this time; default: whole responses."""
     model: Any = setup.language.model  # pyright takes `generate` for the module of that name
     eos, device = setup.language.codec.eos_id, model.device
 
-    def batch(part: list[Trajectory]) -> Callable[[], list[list[int]]]:
+    def batch(
+        part: list[Trajectory], most_tokens: int | None = None, most_seconds: float | None = None
+    ) -> Callable[[], list[list[int]]]:
         width = max(len(t.prompt) for t in part)
-        longest = max(len(t.response) for t in part)
+        longest = min(max(len(t.response) for t in part), most_tokens or MOST_TOKENS)
         ids = torch.tensor([[eos] * (width - len(t.prompt)) + t.prompt for t in part])
         mask = torch.tensor([[0] * (width - len(t.prompt)) + [1] * len(t.prompt) for t in part])
-        tokens = torch.tensor([t.response + [eos] * (longest - len(t.response)) for t in part])
+        responses = [t.response[:longest] for t in part]
+        tokens = torch.tensor([r + [eos] * (longest - len(r)) for r in responses])
         inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
         processors = LogitsProcessorList([Recorded(tokens.to(device), width)])
         config = GenerationConfig(
-            do_sample=False, max_new_tokens=longest, eos_token_id=eos, pad_token_id=eos
+            do_sample=False,
+            max_new_tokens=longest,
+            max_time=most_seconds,
+            eos_token_id=eos,
+            pad_token_id=eos,
         )
 
         def run() -> list[list[int]]:
             out = model.generate(**inputs, generation_config=config, logits_processor=processors)
             rows = out[:, width:].tolist()
-            return [row[: row.index(eos) + 1] for row in rows]
+            return [row[: row.index(eos) + 1] if eos in row else row for row in rows]
 
         return run
 
     all_ = setup.trajectories
     parts = [all_[i : i + MOST_BATCHED] for i in range(0, len(all_), MOST_BATCHED)]
-    batches = [batch(part) for part in parts]
-    steps = sum(max(len(t.response) for t in part) for part in parts)
+    most = None
+    if most_seconds is not None:
+        model.set_attn_implementation("sdpa")
+        most = max(map(len, batch(parts[0], most_seconds=most_seconds)()))
+    batches = [batch(part, most) for part in parts]
+    steps = sum(min(max(len(t.response) for t in part), most or MOST_TOKENS) for part in parts)
 
     def call(_: int) -> Generated:
         model.set_attn_implementation("sdpa")
@@ -118,6 +132,6 @@ def _continuous(setup: RolloutSetup) -> Callable[[int], Generated]:
 
 
 PEERS: list[Peer[RolloutSetup]] = [
-    Peer(GENERATE, _generate),
+    Peer(GENERATE, generate),
     Peer(CONTINUOUS, _continuous, why_absent=_why_not_continuous),
 ]

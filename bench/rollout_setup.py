@@ -134,10 +134,10 @@ class RolloutSetup(Setup):
     def figures(self, peer: str, seconds: float) -> Row:
         row = {
             "tokens": self.total_tokens,
-            "tokens_per_second": self.total_tokens / seconds,
             "latency_speedup": self.latency_speedup,
             **self.measured[peer],
         }
+        row["tokens_per_second"] = row["tokens"] / seconds
         row["ms_per_step"] = 1e3 * seconds / row["steps"]
         if peer in self.engines:
             shares = time_shares(self.engines[peer])

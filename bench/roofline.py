@@ -65,8 +65,9 @@ def _fastest(meter: CpuMeter | CudaMeter, call: Callable[[], Any]) -> float:
 
 
 def rates(work: Work, seconds: float, roofline: dict[str, Any]) -> dict[str, Any]:
-    """A row's entries that follow from its work and time: flops, tflops, bytes, gb_per_s, and its
-    share, `roofline`. Entries of what was not counted are missing."""
+    """A row's entries that follow from its work and time: flops, tflops, bytes, gb_per_s, the bound
+    `floor_ms`, and its share of the time, `roofline`. Entries of what was not counted are missing.
+    """
     row: dict[str, Any] = {}
     bounds = []
     if work.flops is not None:
@@ -76,4 +77,6 @@ def rates(work: Work, seconds: float, roofline: dict[str, Any]) -> dict[str, Any
     if work.bytes is not None:
         row |= {"bytes": work.bytes, "gb_per_s": work.bytes / seconds / 1e9}
         bounds.append(row["gb_per_s"] / roofline["copy_gb_per_s"])
-    return row | ({"roofline": max(bounds)} if bounds else {})
+    if bounds:
+        row |= {"floor_ms": 1e3 * seconds * max(bounds), "roofline": max(bounds)}
+    return row

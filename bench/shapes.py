@@ -66,6 +66,11 @@ def star(n: int, threads: int = 12) -> Case:
     return Case(f"star-{n}", build)
 
 
+def chain(n: int) -> Case:
+    """One path: plain causal attention, the work that causal peers do."""
+    return Case(f"chain-{n}", lambda: [_text(random.Random(n), n)])
+
+
 def pack(tries: int, n: int) -> Case:
     """A forest of stars of n tokens and four threads, like a batch of short rollouts."""
 

@@ -14,7 +14,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,6 +60,8 @@ class StepRunner:
     Args:
         out: the folder; if it holds the summary of an earlier run, that run is continued.
         budget: seconds for this run.
+        env: variables of every step, beside those of this process.
+        entered: called after the outcome of each step has been entered.
 
     Attributes:
         entries: step -> its entry in the summary.
@@ -68,8 +70,14 @@ class StepRunner:
         SummaryError: there is a summary that cannot be read.
     """
 
-    def __init__(self, out: Path, budget: float):
-        self.out = out
+    def __init__(
+        self,
+        out: Path,
+        budget: float,
+        env: Mapping[str, str] | None = None,
+        entered: Callable[[StepRunner], None] = lambda runner: None,
+    ):
+        self.out, self._env, self._entered = out, env or {}, entered
         self._end = time.monotonic() + budget
         self._summary = out / "summary.json"
         self._status = Status(Console(stderr=True))
@@ -120,7 +128,7 @@ class StepRunner:
             "log": f"{name}.log",
             "tries": tries + 1,
         }
-        env = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+        env = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", **self._env}
         start = time.monotonic()
         with (self.out / entry["log"]).open("wb") as log:
             process = subprocess.Popen(
@@ -164,6 +172,7 @@ class StepRunner:
         write_json(self._summary, {"steps": list(self.entries.values())})
         seconds = f"{entry['seconds']:.0f} s" if "seconds" in entry else ""
         print(f"{name:<18} {entry['status']:<12} {seconds:>6}  {entry['reason'] or ''}", flush=True)
+        self._entered(self)
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -24,7 +24,9 @@ SUITES = {
     "attention": "bench.attention",
     "decode": "bench.decode",
     "rollout": "bench.rollout",
+    "engine": "bench.engine",
     "train_step": "bench.train_step",
+    "model_step": "bench.model_step",
 }
 QUICK_HELP = "few small cases and few repeats, to see that everything works"
 ONLY_HELP = (

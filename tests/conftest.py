@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import itertools
 import os
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import hypothesis
@@ -67,6 +68,25 @@ def smollm2(tmp_path_factory) -> Path:
 def ticking_clock(monkeypatch):
     """The clock of threadweaver.progress advances by a second at each reading: all work is long."""
     monkeypatch.setattr("threadweaver.progress.monotonic", itertools.count().__next__)
+
+
+@contextmanager
+def on_a_gpu():
+    """How a test marked `gpu` runs: one CPU thread, since its processes are as many as the cores,
+    and its memory of the GPU given back to them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
+def _gpu_tests_share_the_machine(request):
+    with on_a_gpu() if request.node.get_closest_marker("gpu") else nullcontext():
+        yield
 
 
 def pytest_collection_modifyitems(items):

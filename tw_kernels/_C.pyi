@@ -32,11 +32,10 @@ def decode_plan(
     lengths: NDArray[Any],
     new_tokens: NDArray[Any],
     page_size: int,
-    num_workers: int,
-    tile_rows: int,
+    costs: tuple[Any, ...],  # DecodeCosts
     share: bool,
     capacity: tuple[int, int, int, int] | None,
-) -> tuple[NDArray[np.int32], tuple[int, int, int, int]]: ...
+) -> tuple[NDArray[np.int32], tuple[int, int, int, int], float]: ...  # plan, sizes, predicted time
 
 # Addresses, then strides of the rows and of the heads in elements (csrc/cpu/trie_attention.h).
 _Strided = tuple[int, int, int]
@@ -108,7 +107,7 @@ def cpu_instruction_sets() -> list[str]: ...
 # The driver's answer in one line, empty if it has a device.
 def cuda_driver_missing() -> str: ...
 
-# rows, items, partial slots, tile rows, heads, KV heads, head dim, pages, page size
+# rows, items, tile rows, multiprocessors, heads, KV heads, head dim, pages, page size
 # (csrc/cuda/decode/trie_decode.h)
 _CudaDecodeSizes = tuple[int, int, int, int, int, int, int, int, int]
 # addresses of K and V, strides of pages, slots, heads
@@ -126,13 +125,15 @@ def cuda_trie_decode(
     kv: _CudaPages,
     new_k: _Strided,  # address 0: nothing to write
     new_v: _Strided,
-    results: tuple[int, int, int],  # addresses: out, partial outputs, partial lse
+    # addresses: out, partial outputs, partial lse, counter of units
+    results: tuple[int, ...],
     /,
 ) -> None: ...
 
-# tokens, heads, KV heads, head dim, multiprocessors (csrc/cuda/attention/trie_attention.h)
-_CudaAttentionSizes = tuple[int, int, int, int, int]
-_CudaRows = tuple[int, int, int, int]  # addresses: row_ptr, full_end, kv_blocks, q_order
+# tokens, heads, KV heads, head dim, dtype, multiprocessors (csrc/cuda/attention/trie_attention.h)
+_CudaAttentionSizes = tuple[int, int, int, int, int, int]
+# whether the kernel is the fine one; addresses: row_ptr, full_end, kv_blocks, q_order
+_CudaRows = tuple[bool, int, int, int, int]
 
 def cuda_trie_attention_forward(
     sizes: _CudaAttentionSizes,
@@ -150,7 +151,7 @@ def cuda_trie_attention_backward(
     place: tuple[int, int, str],
     ends: int,
     rows: _CudaRows,
-    columns: tuple[int, int],  # addresses: q_range, kv_order
+    columns: tuple[bool, int, int],  # likewise; addresses: q_range, kv_order
     tensors: tuple[_Strided, _Strided, _Strided, _Strided],  # q, k, v, out
     gradients: tuple[_Strided, _Strided, _Strided, _Strided],  # of out, q, k, v
     stats: tuple[int, int, int],  # addresses: lse, lse2, delta

@@ -289,6 +289,11 @@ class TrieLayout:
             bounds.append(int(self._ends[bounds[-1]]))
         return np.stack([bounds[:-1], bounds[1:]], axis=1).astype(np.int32)
 
+    def waste(self, block_q: int, block_kv: int) -> float:
+        """Pairs that these blocks compute, over visible_pairs: at least 1."""
+        blocks = self.block_schedule(block_q, block_kv).kv_blocks.numel()
+        return blocks * block_q * block_kv / self.visible_pairs
+
     def window_starts(self, window: int) -> Tensor:
         """The first token that each token sees of its last `window`, itself included.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 HEAD_DIMS = (16, 32, 64, 128, 256)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)  # bfloat16 in the tensor cores and asynchronous copies
+_NOT_INSTALLED = "triton is not installed: pip install 'threadweaver[triton]'"
 
 
 @cache
@@ -26,21 +27,28 @@ def _is_installed() -> bool:
 def why_not(q: Tensor) -> str | None:
     """None if the Triton kernels take q's device, dtype and head dim, else the reason."""
     if not _is_installed():
-        return "triton is not installed: pip install 'threadweaver[triton]'"
+        return _NOT_INSTALLED
     if q.shape[-1] not in HEAD_DIMS:
         return f"head dim {q.shape[-1]} is not one of {', '.join(map(str, HEAD_DIMS))}"
     if q.dtype not in DTYPES:
         return f"{q.dtype} is not one of {', '.join(map(str, DTYPES))}"
-    if q.device.type == "cuda":
-        capability = torch.cuda.get_device_capability(q.device)
+    return why_no_triton(q.device)
+
+
+def why_no_triton(device: torch.device) -> str | None:
+    """None if Triton kernels run on a device, else the reason."""
+    if not _is_installed():
+        return _NOT_INSTALLED
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
         if capability < MIN_CAPABILITY:
             return f"needs a GPU of compute capability 8.0 or later, not {capability}"
         return None
     from tw_kernels import triton_interpreter
 
-    if q.device.type == "cpu" and triton_interpreter.is_on():
+    if device.type == "cpu" and triton_interpreter.is_on():
         return None
     return (
-        f"needs a CUDA device, not {q.device.type}; "
+        f"needs a CUDA device, not {device.type}; "
         "on a CPU only with TRITON_INTERPRET=1 set before triton is imported"
     )

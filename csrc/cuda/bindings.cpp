@@ -29,11 +29,16 @@ Launcher launcher(const Place &place) {
   return Launcher(device, pointer<void>(stream), cubin);
 }
 
+Element element(int dtype) { // Dtype of cpu/trie_attention.h
+  return dtype == 0 ? Element::float32 : dtype == 1 ? Element::bfloat16 : Element::float16;
+}
+
 // ---- trie_attention
 
-using AttentionSizes = std::array<int64_t, 5>; // tokens, heads, KV heads, head dim, multiprocessors
-using RowArrays = std::array<int64_t, 4>;      // addresses of RowSchedule's fields
-using ColumnArrays = std::array<int64_t, 2>;   // addresses of ColumnSchedule's fields
+using AttentionSizes = std::array<int64_t, 6>; // tokens, heads, KV heads, head dim, dtype,
+                                               // multiprocessors
+using RowArrays = std::array<int64_t, 5>;      // is fine; addresses of RowSchedule's fields
+using ColumnArrays = std::array<int64_t, 3>;   // is fine; addresses of ColumnSchedule's fields
 using Stats = std::array<int64_t, 3>;          // addresses of lse, lse2 and delta
 
 TrieAttentionArgs attention_args(const AttentionSizes &sizes, float scale, int64_t ends,
@@ -41,11 +46,12 @@ TrieAttentionArgs attention_args(const AttentionSizes &sizes, float scale, int64
                                  int64_t lse) {
   TrieAttentionArgs a{};
   a.tokens = sizes[0], a.heads = sizes[1], a.kv_heads = sizes[2], a.head_dim = sizes[3];
-  a.multiprocessors = sizes[4];
+  a.element = element(static_cast<int>(sizes[4])), a.multiprocessors = sizes[5];
   a.scale = scale;
   a.ends = pointer<const int32_t>(ends);
-  a.rows = {pointer<const int32_t>(rows[0]), pointer<const int32_t>(rows[1]),
-            pointer<const int32_t>(rows[2]), pointer<const int32_t>(rows[3])};
+  a.row_grain = rows[0] ? Grain::fine : Grain::coarse;
+  a.rows = {pointer<const int32_t>(rows[1]), pointer<const int32_t>(rows[2]),
+            pointer<const int32_t>(rows[3]), pointer<const int32_t>(rows[4])};
   a.q = heads(tensors[0]), a.k = heads(tensors[1]), a.v = heads(tensors[2]);
   a.out = heads(tensors[3]);
   a.lse = pointer<float>(lse);
@@ -64,7 +70,8 @@ void attention_backward(const AttentionSizes &sizes, float scale, const Place &p
                         const std::array<Strided, 4> &tensors,
                         const std::array<Strided, 4> &gradients, const Stats &stats) {
   TrieAttentionArgs a = attention_args(sizes, scale, ends, rows, tensors, stats[0]);
-  a.columns = {pointer<const int32_t>(columns[0]), pointer<const int32_t>(columns[1])};
+  a.column_grain = columns[0] ? Grain::fine : Grain::coarse;
+  a.columns = {pointer<const int32_t>(columns[1]), pointer<const int32_t>(columns[2])};
   a.dout = heads(gradients[0]), a.dq = heads(gradients[1]);
   a.dk = heads(gradients[2]), a.dv = heads(gradients[3]);
   a.lse2 = pointer<float>(stats[1]), a.delta = pointer<float>(stats[2]);
@@ -73,20 +80,16 @@ void attention_backward(const AttentionSizes &sizes, float scale, const Place &p
 
 // ---- trie_decode
 
-using DecodeSizes = std::array<int64_t, 9>; // rows, items, partial slots, tile rows, heads,
+using DecodeSizes = std::array<int64_t, 9>; // rows, items, tile rows, multiprocessors, heads,
                                             // KV heads, head dim, pages, page size
 using PlanArrays = std::array<int64_t, 7>;  // addresses: rows, positions, slots, merge_ptr,
                                             // merge_slots, items, pages
 using PageArrays = std::array<int64_t, 5>;  // addresses of K and V, strides of pages, slots, heads
-using Results = std::array<int64_t, 3>;     // addresses: out, partial outputs, partial lse
-
-Element element(int dtype) { // Dtype of cpu/trie_attention.h
-  return dtype == 0 ? Element::float32 : dtype == 1 ? Element::bfloat16 : Element::float16;
-}
+using Results = std::array<int64_t, 4>;     // addresses: out, partial outputs, partial lse, counter
 
 TrieDecodeArgs decode_args(const DecodeSizes &sizes, int dtype, const PageArrays &kv) {
   TrieDecodeArgs a{};
-  a.rows = sizes[0], a.num_items = sizes[1], a.partial_slots = sizes[2], a.tile_rows = sizes[3];
+  a.rows = sizes[0], a.num_items = sizes[1], a.tile_rows = sizes[2], a.multiprocessors = sizes[3];
   a.heads = sizes[4], a.kv_heads = sizes[5], a.head_dim = sizes[6];
   a.num_pages = sizes[7], a.page_size = sizes[8];
   a.element = element(dtype);
@@ -108,8 +111,9 @@ void decode(const DecodeSizes &sizes, int dtype, float scale, const Place &place
   a.pages = pointer<const int32_t>(plan[6]);
   a.q = heads(q), a.new_k = heads(new_k), a.new_v = heads(new_v);
   a.out = pointer<void>(results[0]);
-  a.partial_out = pointer<float>(results[1]);
+  a.partial_out = pointer<void>(results[1]);
   a.partial_lse = pointer<float>(results[2]);
+  a.next_unit = pointer<int32_t>(results[3]);
   trie_decode(a, launcher(place));
 }
 

@@ -17,6 +17,20 @@ using Result = int; // CUresult
 using Handle = void *;
 
 constexpr int kMaxDynamicSharedBytes = 8; // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+constexpr int kProgrammaticStreamSerialization = 6; // CU_LAUNCH_ATTRIBUTE_...
+
+struct LaunchAttribute { // CUlaunchAttribute
+  int id;
+  alignas(8) int value[16];
+};
+static_assert(sizeof(LaunchAttribute) == 72);
+
+struct LaunchConfig { // CUlaunchConfig
+  unsigned blocks[3], threads[3], shared_bytes;
+  Handle stream;
+  const LaunchAttribute *attributes;
+  unsigned num_attributes;
+};
 
 // The entry points that are used, under the names that libcuda exports for CUDA 12 and later.
 struct Driver {
@@ -30,8 +44,7 @@ struct Driver {
                                   unsigned);
   Result (*cuLibraryGetKernel)(Handle *, Handle, const char *);
   Result (*cuKernelSetAttribute)(int, int, Handle, int);
-  Result (*cuLaunchKernel)(Handle, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
-                           unsigned, Handle, void **, void **);
+  Result (*cuLaunchKernelEx)(const LaunchConfig *, Handle, void **, void **);
   Result (*cuTensorMapEncodeTiled)(void *, int, uint32_t, void *, const uint64_t *,
                                    const uint64_t *, const uint32_t *, const uint32_t *, int, int,
                                    int, int);
@@ -61,7 +74,7 @@ struct Driver {
     TW_FIND(cuLibraryLoadFromFile);
     TW_FIND(cuLibraryGetKernel);
     TW_FIND(cuKernelSetAttribute);
-    TW_FIND(cuLaunchKernel);
+    TW_FIND(cuLaunchKernelEx);
     TW_FIND(cuTensorMapEncodeTiled);
     TW_FIND(cuGetErrorName);
     TW_FIND(cuGetErrorString);
@@ -160,9 +173,11 @@ void Launcher::start(const std::string &kernel, const Grid &grid, const void *ar
   const auto shared_bytes = static_cast<unsigned>(grid.shared_bytes);
   const Handle function = kernels.get(cubin_, kernel, device_, shared_bytes);
   void *parameters[] = {const_cast<void *>(arguments)};
-  driver().check(driver().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, shared_bytes,
-                                         stream_, parameters, nullptr),
-                 "cuLaunchKernel of " + kernel);
+  const LaunchAttribute early{kProgrammaticStreamSerialization, {1}};
+  const LaunchConfig config{{blocks, 1, 1}, {threads, 1, 1}, shared_bytes, stream_,
+                            &early,         grid.early};
+  driver().check(driver().cuLaunchKernelEx(&config, function, parameters, nullptr),
+                 "cuLaunchKernelEx of " + kernel);
 }
 
 std::string why_not(const Tiles &tiles) {

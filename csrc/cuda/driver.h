@@ -16,6 +16,9 @@ struct Grid {
   int64_t blocks;
   int threads;
   int shared_bytes = 0; // dynamic, up to what a block can have
+  // Blocks may begin once those of the launch before, a kernel of ours too, let them; they wait for
+  // its results themselves (hopper/chain.h).
+  bool early = false;
 };
 
 enum class Element : int { float16 = 6, float32 = 7, bfloat16 = 9 }; // CUtensorMapDataType

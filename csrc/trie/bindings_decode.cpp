@@ -1,11 +1,13 @@
 // Binding of the decode plan: Python's page tables in, one int32 array with the whole plan out.
 #include <pybind11/numpy.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <array>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "bindings.h"
@@ -127,11 +129,19 @@ py::array_t<int32_t> pack(const DecodePlan &plan, const Sizes &capacity) {
   return packed;
 }
 
-// lengths and new_tokens have one dimension; the three numbers are at least 1, and those of the
-// capacity in [0, 2^31).
+// The fields of DecodeCosts in order.
+using CostFields = std::tuple<int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, double, double,
+                              double, double, double, double, double, std::vector<double>>;
+
+DecodeCosts costs_of(const CostFields &fields) {
+  return std::apply([](const auto &...field) { return DecodeCosts{field...}; }, fields);
+}
+
+// lengths and new_tokens have one dimension; page_size and the integers of `costs` are at least 1,
+// and those of the capacity in [0, 2^31).
 py::tuple decode_plan(const py::sequence &page_tables, const Counts &lengths,
-                      const Counts &new_tokens, int32_t page_size, int32_t num_workers,
-                      int32_t tile_rows, bool share, const std::optional<Sizes> &capacity) {
+                      const Counts &new_tokens, int32_t page_size, const DecodeCosts &costs,
+                      bool share, const std::optional<Sizes> &capacity) {
   const size_t count = page_tables.size();
   if (static_cast<size_t>(lengths.size()) != count ||
       static_cast<size_t>(new_tokens.size()) != count)
@@ -152,7 +162,7 @@ py::tuple decode_plan(const py::sequence &page_tables, const Counts &lengths,
     planner.add(reader.read(table, s, length), static_cast<int32_t>(length),
                 static_cast<int32_t>(fresh));
   }
-  const DecodePlan plan = planner.plan(num_workers, tile_rows);
+  const DecodePlan plan = planner.plan(costs);
   const Sizes sizes{static_cast<int64_t>(plan.rows.size()),
                     static_cast<int64_t>(plan.pages.size()),
                     static_cast<int64_t>(plan.items.size()),
@@ -160,7 +170,7 @@ py::tuple decode_plan(const py::sequence &page_tables, const Counts &lengths,
   if (capacity) check_fits(sizes, *capacity);
   const auto [rows, pages, items, slots] = sizes;
   return py::make_tuple(pack(plan, capacity.value_or(sizes)),
-                        py::make_tuple(rows, pages, items, slots));
+                        py::make_tuple(rows, pages, items, slots), plan.predicted);
 }
 
 } // namespace
@@ -169,19 +179,13 @@ void bind_decode_plan(py::module_ &m) {
   m.def(
       "decode_plan",
       [](const py::sequence &page_tables, const Counts &lengths, const Counts &new_tokens,
-         int32_t page_size, int32_t num_workers, int32_t tile_rows, bool share,
-         const py::object &capacity) {
-        std::optional<Sizes> sizes;
-        if (!capacity.is_none()) {
-          const auto [rows, pages, items, slots] =
-              capacity.cast<std::tuple<int64_t, int64_t, int64_t, int64_t>>();
-          sizes = Sizes{rows, pages, items, slots};
-        }
-        return decode_plan(page_tables, lengths, new_tokens, page_size, num_workers, tile_rows,
-                           share, sizes);
+         int32_t page_size, const CostFields &costs, bool share,
+         const std::optional<Sizes> &capacity) {
+        return decode_plan(page_tables, lengths, new_tokens, page_size, costs_of(costs), share,
+                           capacity);
       },
       py::arg("page_tables"), py::arg("lengths"), py::arg("new_tokens"), py::arg("page_size"),
-      py::arg("num_workers"), py::arg("tile_rows"), py::arg("share"), py::arg("capacity"));
+      py::arg("costs"), py::arg("share"), py::arg("capacity"));
 }
 
 } // namespace tw

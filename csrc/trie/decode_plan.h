@@ -7,6 +7,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "decode_costs.h"
 #include "radix.h"
 
 namespace tw {
@@ -25,9 +26,10 @@ struct DecodePlan {
   std::vector<int32_t> positions; // [Q]: position of each row in its sequence
   std::vector<int32_t> slots;     // [Q]: page * page_size + offset, where its key and value go
   std::vector<int32_t> pages;     // the runs of the trie, every run once
-  std::vector<DecodeItem> items;  // most work first
+  std::vector<DecodeItem> items;  // in the order in which workers take them
   std::vector<int32_t> merge_ptr; // [Q + 1]: row r merges merge_slots[merge_ptr[r], merge_ptr[r+1])
   std::vector<int32_t> merge_slots; // by key position
+  double predicted = 0; // time of a call, by the costs that the plan was cut by
 };
 
 class DecodePlanner {
@@ -40,10 +42,11 @@ public:
   // Throws std::invalid_argument if an earlier sequence writes one of the pages that it writes.
   void add(const int32_t *table, int32_t length, int32_t new_tokens);
 
-  // O(pages that differ + rows x runs on their path). Runs are cut where that lets num_workers
-  // share the work evenly, into at most 2 num_workers more items than there were; an item has at
-  // most tile_rows rows.
-  DecodePlan plan(int32_t num_workers, int32_t tile_rows) const;
+  // O(pages that differ + rows x runs on their path). Runs are cut into pieces so that the costs
+  // predict the shortest call. Items that stream and wide ones, whose products take longer than
+  // their keys, begin at a steady rate, each kind most work first: memory and the products are then
+  // busy at the same time, and what begins last is short.
+  DecodePlan plan(const DecodeCosts &costs) const;
 
 private:
   struct Sequence {

@@ -47,10 +47,12 @@ def varlen_attn(
             assert seqused_k.dtype == block_table.dtype == torch.int32
             k, v = (x[block_table[s].long()].flatten(0, 1)[: seqused_k[s]] for x in (key, value))
         assert len(k) <= max_k
+        (before, after), offset = window_size, len(k) - (end - first)
+        seen = torch.ones(end - first, len(k), dtype=torch.bool)
+        seen = seen.tril(offset + after) if after >= 0 else seen
+        seen = seen.triu(offset - before) if before >= 0 else seen
         q, k, v = (x.transpose(0, 1)[None] for x in (query[first:end], k, v))
-        out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=window_size == (-1, 0), enable_gqa=enable_gqa
-        )
+        out = F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=enable_gqa)
         outs.append(out[0].transpose(0, 1))
     return torch.cat(outs)
 

@@ -274,7 +274,7 @@ def test_a_slow_down_planted_in_real_attention_is_caught_and_five_repeats_are_no
 
     cases = [shapes.pack(4, 64), shapes.trajectory(150, 1), shapes.trajectory(250, 1)]
     problems = [attention_setup.Problem(case, "cpu", 3, 3, 64) for case in cases]
-    setups = [attention_setup.AttentionSetup(p, torch.float32, backward=False) for p in problems]
+    setups = [attention_setup.AttentionSetup(p, torch.float32, what="fwd") for p in problems]
     peers = [*map(copy, factors), *others]
     machine = {"matmul_tflops": {"float32": 1.0}, "copy_gb_per_s": 1.0}
     rows = [r for s in setups for r in measure(s, peers, CpuMeter(), 0.1, machine, lambda *_: None)]

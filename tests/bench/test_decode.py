@@ -1,6 +1,7 @@
 """bench.decode: its --quick form, its check, and its peers, some as stand-ins."""
 
 import sys
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import hypothesis.strategies as st
@@ -12,8 +13,9 @@ from torch.nn.attention import varlen
 from bench import decode, shapes
 from bench import decode_peers as peers
 from bench.decode_setup import PAGE_SIZE, DecodeSetup, Problem
+from bench.graphs import replayed
 from bench.running import suite_main
-from bench.suite import Options
+from bench.suite import Options, Peer, Skip
 from tests.bench.schema import ONCE, checked_rows
 from tests.bench.stand_ins import Cascade, varlen_attn
 from tw_kernels import trie_decode
@@ -21,8 +23,8 @@ from tw_kernels import trie_decode
 TREE = shapes.tree_of_thoughts("sorting128ToT", 17)
 
 
-def _decode(case, heads=4, kv_heads=2):
-    return DecodeSetup(Problem(case, "cpu", (heads, kv_heads, 32)), torch.bfloat16)
+def _decode(case, heads=4, kv_heads=2, window=None):
+    return DecodeSetup(Problem(case, "cpu", (heads, kv_heads, 32), window), torch.bfloat16)
 
 
 def test_bench_decode_quick(tmp_path):
@@ -33,6 +35,7 @@ def test_bench_decode_quick(tmp_path):
             assert row["reason"] == "the automatic choice"
             continue
         assert row["tflops"] > 0 and row["gb_per_s"] > 0 and row["roofline"] > 0
+        assert row["of_floor"] == pytest.approx(row["ms"] / row["floor_ms"])
         assert row["unshared_kv_bytes"] == row["sharing"] * row["unique_kv_bytes"]
         if row["ours"]:
             assert row["plan_us"] > 0 and row["backend"] == "native"
@@ -76,6 +79,71 @@ def test_decode_work_is_of_every_pair_and_of_each_key_and_value_once():
     work = setup.work(decode.OURS)
     assert work.flops == 4 * 6 * 320 * 4 * 32 and len(k) == 300 + 6 * 20
     assert work.bytes == sum(x.nbytes for x in (q, k, v, q))
+
+
+@pytest.mark.parametrize("window", [1, 25, 100, 10**6])
+def test_a_window_of_decoding_hides_the_same_keys_from_every_peer(window, monkeypatch):
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    setup = _decode(shapes.fork(2, 3, 70, 20), window=window)
+    ours = decode._prepare(setup, decode.OURS, share=True, backend=None)(0)
+    assert setup.check(decode.OURS, ours, 0) is None
+    assert setup.check(peers.VARLEN, peers._varlen(setup)(0), 0) is None
+    for prepare in (peers._padded, peers._cascade):
+        with pytest.raises(Skip, match="no window"):
+            monkeypatch.setitem(sys.modules, "flashinfer", None)
+            prepare(setup)
+    # Its floor is of what is seen: own tokens of 6 sequences, then the shared ones once.
+    shared = max(0, min(window, 90) - 20)
+    assert setup.figures(decode.OURS, 1)["unique_kv_bytes"] == setup.kv_bytes(
+        6 * min(window, 20) + shared
+    )
+    assert setup.work(decode.OURS).flops == 4 * 6 * min(window, 90) * 4 * 32
+    wider = _decode(shapes.fork(2, 3, 70, 20), window=window + 1)
+    if window < 90:
+        wrong = decode._prepare(wider, decode.OURS, share=True, backend=None)(0)
+        assert "off by" in (setup.check("planted", wrong, 0) or "")
+
+
+class Graph:
+    """Stands for torch.cuda.CUDAGraph: runs nothing; counts replays."""
+
+    def __init__(self):
+        self.replays = 0
+
+    def replay(self):
+        self.replays += 1
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_a_step_on_cuda_is_replayed_from_a_graph_or_called_if_it_cannot_be(captures, monkeypatch):
+    made, calls = [], []
+
+    @contextmanager
+    def graph(graph):
+        if not captures:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        made.append(graph)
+        yield
+
+    for name, stand_in in {
+        "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+        "current_stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+        "stream": lambda stream: nullcontext(),
+        "CUDAGraph": Graph,
+        "graph": graph,
+        "synchronize": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    setup = SimpleNamespace(device="cuda", input_sets=3, measured={})
+    peer = Peer("one", lambda setup: lambda i: calls.append(i) or f"result {i}", ours=True)
+    call = replayed(peer).prepare(setup)
+    assert setup.measured == {"one": {"graph": captures}}
+    before = len(calls)
+    assert [call(i) for i in (0, 1, 2, 1)] == ["result 0", "result 1", "result 2", "result 1"]
+    if captures:
+        assert [g.replays for g in made] == [1, 2, 1] and len(calls) == before
+    else:
+        assert calls[before:] == [0, 1, 2, 1]
 
 
 @pytest.mark.parametrize("case", [shapes.fork(2, 3, 300, 20), TREE], ids=lambda case: case.name)

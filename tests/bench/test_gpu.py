@@ -7,16 +7,18 @@ import re
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import attention, decode, gpu, running, steps
+from bench import attention, decode, gpu, gpu_steps, running, steps
 from bench.__main__ import main
+from bench.archive import unpack
+from bench.compiled import Compiled
 from bench.environment import REPOSITORY
-from bench.gpu import dry_steps, gpu_steps
 from bench.steps import Step, StepRunner
 from bench.suite import Options, load_suite
 from tw_kernels import cuda_build
@@ -103,8 +105,8 @@ def test_without_time_steps_are_left_out_but_the_report_is_written(tmp_path):
 @pytest.mark.parametrize(("there", "tried"), [(False, ["build"]), (True, ["build", "next"])])
 def test_without_the_extension_nothing_else_is_tried(tmp_path, monkeypatch, there, tried):
     """But after a build that fails only at the CUDA kernels, the rest is."""
-    monkeypatch.setattr(gpu, "_extension_is_there", lambda: there)
-    build = next(step for step in gpu._first() if step.name == "build")
+    monkeypatch.setattr(gpu_steps, "_extension_is_there", lambda: there)
+    build = next(step for step in gpu_steps._first() if step.name == "build")
     failing = build._replace(command=python("raise SystemExit(1)"), absent=None)
     assert StepRunner(tmp_path, 100).run([failing, Step("next", python("0"), 1)]) is False
     assert list(summary(tmp_path)) == tried
@@ -112,7 +114,7 @@ def test_without_the_extension_nothing_else_is_tried(tmp_path, monkeypatch, ther
 
 def test_cuda_kernels_are_built_where_they_can_be(tmp_path, monkeypatch):
     def build() -> Step:
-        return next(step for step in gpu._first() if step.name == "build")
+        return next(step for step in gpu_steps._first() if step.name == "build")
 
     monkeypatch.setattr(cuda_build, "is_wanted", lambda: False)
     assert build().absent == "tw_kernels._C is there"
@@ -132,22 +134,27 @@ def test_a_signal_loses_nothing_and_exits_130(tmp_path, number):
     # A shell starts background jobs with SIGINT ignored, and whoever they start inherits that.
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "import sys, bench.gpu as gpu; from pathlib import Path; steps ="
-        f" [gpu.Step('done', {python('0')!r}, 1), gpu.Step('slow', {python(WAIT)!r}, 1)]"
+        "import sys, bench.gpu as gpu; from bench.steps import Step; steps ="
+        f" [Step('done', {python('0')!r}, 1), Step('slow', {python(WAIT)!r}, 1)]"
         "; gpu.dry_steps = lambda out: steps; sys.exit(gpu.main(sys.argv[1:]))"
     )
-    arguments = ["--out", str(tmp_path), "--budget", "200", "--dry_run"]
+    out, archive = tmp_path / "out", tmp_path / "all.tar.gz"
+    arguments = ["--out", str(out), "--budget", "200", "--dry_run", "--archive", str(archive)]
     process = subprocess.Popen(
         [*python(code), *arguments], cwd=REPOSITORY, stdout=subprocess.DEVNULL
     )
-    log = tmp_path / "slow.log"
+    log = out / "slow.log"
     while not (log.exists() and "waiting" in log.read_text()):
         assert process.poll() is None
         time.sleep(0.05)
     os.kill(process.pid, number)
     assert process.wait(60) == 130
-    statuses = {name: entry["status"] for name, entry in summary(tmp_path).items()}
-    assert statuses == {"done": "ok", "slow": "interrupted"}
+    for folder in (out, tmp_path / "unpacked"):
+        if folder != out:
+            unpack(archive, folder)
+        statuses = {name: entry["status"] for name, entry in summary(folder).items()}
+        assert statuses == {"done": "ok", "slow": "interrupted"}
+        assert "waiting" in (folder / "slow.log").read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -168,12 +175,16 @@ def test_what_cannot_be_done_exits_2_with_one_line(tmp_path, capsys, arguments, 
 
 
 def test_the_steps_of_a_dry_run_are_those_on_a_gpu():
-    real = [step.name for step in gpu_steps(Path("out"))]
-    dry = [step.name for step in dry_steps(Path("out"))]
+    real = [step.name for step in gpu_steps.gpu_steps(Path("out"))]
+    dry = [step.name for step in gpu_steps.dry_steps(Path("out"))]
     assert [name for name in real if name in dry] == dry
     assert all(name.startswith("sweep-") for name in set(real) - set(dry))
     # Every one has what it needs to end before the time does.
-    assert all(0 < step.share <= 1 for step in gpu_steps(Path("out")))
+    assert all(0 < step.share <= 1 for step in gpu_steps.gpu_steps(Path("out")))
+    # What is told first, and the report last.
+    telling = ["attention", "decode", "engine", "model_step", "tests"]
+    assert [name for name in real if name in telling] == telling == real[3:8]
+    assert real[-1] == "report"
 
 
 def test_every_case_that_a_step_on_a_gpu_names_is_there():
@@ -183,7 +194,7 @@ def test_every_case_that_a_step_on_a_gpu_names_is_there():
         "decode": [case.name for case in decode.cases(Options(device="cuda"))],
     }
     found = 0
-    for step in gpu_steps(Path("out")):
+    for step in gpu_steps.gpu_steps(Path("out")):
         command = " ".join(step.command)
         for suite, cases in names.items():
             if f"bench.{suite} " in command or f"profile {suite} " in command:
@@ -205,16 +216,130 @@ def run_here(command: list[str]) -> int:
 def test_every_suite_has_what_a_step_of_a_dry_run_asks_of_it(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(running, "run", lambda suite, *_: asked.append(suite.name) or [])
-    for step in dry_steps(tmp_path):
+    for step in gpu_steps.dry_steps(tmp_path):
         if step.command[1] == "-m" and step.command[2].startswith("bench."):
             assert step.writes
             assert run_here([*step.command, "--json", str(tmp_path / "new.json")]) == 0
-    assert asked == ["attention", "decode", "train_step", "rollout", "attention", "decode"]
-    assert "def test_rows_beyond" in (REPOSITORY / gpu.INTERPRETED).read_text()  # of the smoke test
+    assert asked == [
+        *("attention", "decode", "engine", "model_step"),
+        *("decode", "attention", "attention", "decode", "engine", "model_step"),
+        *("train_step", "rollout", "attention", "decode"),
+    ]
+
+
+def test_a_gpu_takes_the_options_of_every_suite_that_its_steps_name():
+    """Nothing else would say so before there is a GPU: parsed, and named setups and peers there."""
+    parsed = []
+    for step in gpu_steps.gpu_steps(Path("out")):
+        command = [word for word in step.command if word not in gpu_steps.NCU]
+        if "bench.report" in command or "-m" not in command or not step.writes:
+            continue
+        module, *arguments = command[command.index("-m") + 1 :]
+        name = arguments.pop(1) if module == "bench" else module.removeprefix("bench.")
+        arguments = arguments[1:] if module == "bench" else arguments
+        suite = load_suite(name)
+        options = suite.options(**vars(suite.parser(name).parse_args(arguments)))
+        assert options.device == "cuda"
+        peers = [text.partition("=")[2] for text in options.only if text.startswith("peer=")]
+        names = [peer.name for peer in suite.peers]
+        optional = "FlashAttention*"  # of packages
+        assert all(fnmatch.filter(names, glob) for glob in peers if glob != optional), command
+        parsed.append(step.name)
+    assert len(parsed) >= 19
+
+
+def test_a_run_goes_on_from_an_archive(tmp_path, monkeypatch, capsys):
+    first, second, archive = tmp_path / "first", tmp_path / "second", tmp_path / "all.tar.gz"
+    monkeypatch.setattr(gpu, "dry_steps", lambda out: [Step("one", python("print('1')"), 1)])
+    assert main(["gpu", "--dry_run", "--out", str(first), "--archive", str(archive)]) == 0
+    steps = [Step("one", python("1 / 0"), 1), Step("two", python("print('2')"), 1)]
+    monkeypatch.setattr(gpu, "dry_steps", lambda out: steps)
+    assert main(["gpu", "--dry_run", "--out", str(second), "--archive", str(archive)]) == 0
+    assert {n: e["status"] for n, e in summary(second).items()} == {"one": "ok", "two": "ok"}
+    assert (second / "one.log").read_text() == "1\n"
+    unpack(archive, tmp_path / "third")
+    assert (tmp_path / "third" / "two.log").read_text() == "2\n"
+    capsys.readouterr()
+    archive.write_bytes(b"no archive")
+    assert main(["gpu", "--dry_run", "--out", str(tmp_path / "4"), "--archive", str(archive)]) == 2
+    inside = str(second / "all.tar.gz")
+    assert main(["gpu", "--dry_run", "--out", str(second), "--archive", inside]) == 2
+    nowhere = str(tmp_path / "no" / "c.tar.gz")
+    assert main(["gpu", "--dry_run", "--out", str(second), "--cache", nowhere]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert ["--archive" in errors[0], "is in --out" in errors[1], "no folder" in errors[2]] == [
+        *[True] * 3
+    ]
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_what_one_run_compiled_is_there_in_the_next(tmp_path):
+    """In another folder, as on another machine: Triton's groups of files hold absolute paths."""
+    file, before, after = tmp_path / "c.tar.gz", tmp_path / "before", tmp_path / "after"
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    for root in (before, after):
+        write(root / "csrc" / "cuda" / "decode" / "trie_decode.cu", "source")
+    one = Compiled(file, before)
+    one.restore()
+    kernel = Path(one.env["TRITON_CACHE_DIR"]) / "KEY"
+    for name in ("k.cubin", "k.json", "k.ptx", "k.llir"):
+        write(kernel / name, name)
+    paths = {name: str(kernel / name) for name in ("k.cubin", "k.json", "k.ptx")}
+    write(kernel / "__grp__k.json", json.dumps({"child_paths": paths}))
+    write(Path(one.env["TORCHINDUCTOR_CACHE_DIR"]) / "fxgraph" / "g", "graph")
+    write(before / "tw_kernels" / f"_C{suffix}", "extension")
+    write(before / "tw_kernels" / "cubins" / "trie_decode.cubin", "cubin")
+    one.save(built=True)
+    two = Compiled(file, after)
+    two.restore()
+    there = Path(two.env["TRITON_CACHE_DIR"]) / "KEY"
+    assert {p.name for p in there.iterdir()} == {"k.cubin", "k.json", "__grp__k.json"}
+    group = json.loads((there / "__grp__k.json").read_text())["child_paths"]
+    assert group["k.cubin"] == str(there / "k.cubin") and after in there.parents
+    assert (Path(two.env["TORCHINDUCTOR_CACHE_DIR"]) / "fxgraph" / "g").read_text() == "graph"
+    assert (after / "tw_kernels" / f"_C{suffix}").read_text() == "extension"
+    assert (after / "tw_kernels" / "cubins" / "trie_decode.cubin").read_text() == "cubin"
+
+
+@pytest.mark.parametrize("why", ["other sources", "not built by the run"])
+def test_an_extension_of_other_sources_or_of_unknown_ones_is_not_taken(tmp_path, why):
+    file, before, after = tmp_path / "c.tar.gz", tmp_path / "before", tmp_path / "after"
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    write(before / "csrc" / "a.cpp", "one")
+    write(after / "csrc" / "a.cpp", "two" if why == "other sources" else "one")
+    write(before / "tw_kernels" / f"_C{suffix}", "extension")
+    one = Compiled(file, before)
+    one.restore()
+    one.save(built=why == "other sources")
+    Compiled(file, after).restore()
+    assert not (after / "tw_kernels" / f"_C{suffix}").exists()
+
+
+def test_a_cache_is_written_only_when_more_was_compiled(tmp_path):
+    compiled = Compiled(tmp_path / "c.tar.gz", tmp_path)
+    compiled.restore()
+    compiled.save(built=False)
+    compiled.file.unlink()
+    compiled.save(built=False)
+    assert not compiled.file.exists()
+    write(Path(compiled.env["TRITON_CACHE_DIR"]) / "KEY" / "k.cubin", "x")
+    compiled.save(built=False)
+    assert compiled.file.exists()
+
+
+def test_steps_run_in_the_environment_of_the_cache(tmp_path):
+    show = Step("show", python("import os; print(os.environ['TRITON_CACHE_DIR'])"), 1)
+    entered = []
+    StepRunner(tmp_path, 100, {"TRITON_CACHE_DIR": "/there"}, entered.append).run([show])
+    assert (tmp_path / "show.log").read_text() == "/there\n" and len(entered) == 1
 
 
 def test_a_dry_run_leaves_what_its_report_is_made_of(tmp_path):
-    steps = {step.name: step for step in dry_steps(tmp_path)}
+    steps = {step.name: step for step in gpu_steps.dry_steps(tmp_path)}
     for name in ("attention", "profile-attention", "profile-decode", "report"):
         results = ["--json", str(tmp_path / f"{name}.json")] if steps[name].writes else []
         assert run_here([*steps[name].command, *results]) == 0
@@ -234,7 +359,7 @@ def assert_complete(out: Path, *suites: str) -> None:
 
 @pytest.mark.slow
 def test_a_dry_run_goes_through_every_step(tmp_path):
-    command = [sys.executable, "-m", "bench", "gpu", "--dry_run", "--budget", "900"]
+    command = [sys.executable, "-m", "bench", "gpu", "--dry_run", "--budget", "1800"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "--out", str(tmp_path)], cwd=REPOSITORY, env=env, capture_output=True, text=True
@@ -242,10 +367,9 @@ def test_a_dry_run_goes_through_every_step(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     for name, entry in summary(tmp_path).items():
         assert entry["status"] in ("ok", "left out"), (name, entry)
-    assert_complete(
-        tmp_path, "attention", "decode", "train_step", "rollout", "sweep-star", "sweep-fork"
-    )
-    assert "passed" in (tmp_path / "smoke.log").read_text()
+    written = [step.name for step in gpu_steps.dry_steps(tmp_path) if step.writes]
+    assert_complete(tmp_path, *(name for name in written if not name.startswith("profile-")))
+    assert "skipped" in (tmp_path / "tests.log").read_text()
 
 
 def test_spilled_registers_are_read_off_compiled_kernels():

@@ -230,3 +230,25 @@ def test_a_document_that_is_there_is_not_overwritten_unasked(tmp_path, results, 
     error = capsys.readouterr().err
     assert error.startswith(f"error: {out}: there already") and error.count("\n") == 1
     assert "--overwrite" in error and out.read_text() == "by hand"
+
+
+def test_backward_passes_timed_by_themselves_have_a_picture(tmp_path):
+    from bench.plots import Setup, plot_attention
+
+    def setups(*passes):
+        for n in (1024, 4096):
+            for what in passes:
+                timed, *_ = attention(n)
+                timed["pass"] = what
+                yield Setup({k: timed[k] for k in ("case", "n", "dtype", "pass")}, {"ours": timed})
+
+    assert plot_attention(list(setups("fwd", "bwd")), tmp_path / "a.png")
+    assert not plot_attention(list(setups("fwd")), tmp_path / "b.png")
+
+
+def test_a_ratio_of_rates_is_taken_where_calls_differ_in_work(tmp_path, no_pictures):
+    key = {"case": "fork-join-1", "model": "1.7B"}
+    ours = row(key, "ours, parallel", 100.0, ratios={"transformers generate": 12.5})
+    write(tmp_path / "r", "engine", [ours, row(key, "transformers generate", 50.0)])
+    text = report(tmp_path, tmp_path / "r")
+    assert "| engine |" in text and "12" in text.split("| engine |")[1].splitlines()[0]

@@ -3,7 +3,7 @@
 import pytest
 from transformers import Qwen3Config
 
-from bench import shapes, train_step
+from bench import shapes, step_setup, train_step
 from bench.running import suite_main
 from tests.bench.schema import ONCE, checked_rows
 
@@ -15,7 +15,7 @@ def two_layers(monkeypatch):
     def config(**fields):
         return Qwen3Config(**{**fields, "num_hidden_layers": 2})
 
-    monkeypatch.setattr(train_step, "Qwen3Config", config)
+    monkeypatch.setattr(step_setup, "Qwen3Config", config)
 
 
 def test_bench_train_step_quick_has_equal_gradients_and_less_work(tmp_path, two_layers):
@@ -38,8 +38,8 @@ def test_bench_train_step_quick_has_equal_gradients_and_less_work(tmp_path, two_
 @pytest.mark.parametrize("wrong", ["weight", "order", "token"])
 def test_the_train_step_check_catches_one_wrong_weight_order_or_token(wrong, two_layers):
     group = shapes.rollouts(3, blocks=1, threads=3, prompt=24, text=8, thread=(8, 16))
-    setup = train_step.PolicyUpdate(group, "small", "cpu")
-    setup.run(train_step.group_passes(setup))
+    setup = step_setup.PolicyUpdate(group, "small", "cpu")
+    setup.run(step_setup.group_passes(setup))
     assert setup.check("ours", None, 0) is None
     last = setup.rollouts[1][-1]
     if wrong == "weight":
@@ -48,5 +48,5 @@ def test_the_train_step_check_catches_one_wrong_weight_order_or_token(wrong, two
         last.path[-3:-1] = last.path[-2], last.path[-3]
     if wrong == "token":
         last.path[-1] += 1
-    setup.run(train_step.group_passes(setup))
+    setup.run(step_setup.group_passes(setup))
     assert "off by" in (setup.check("planted", None, 0) or "")

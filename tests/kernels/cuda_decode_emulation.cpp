@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cuda/decode/index.h"
+#include "cuda/decode/shared.h"
 #include "cuda/decode/trie_decode.h"
 #include "cuda_emulation.h"
 
@@ -12,7 +13,8 @@ namespace {
 
 void write(const Launch &launch) {
   const auto &a = *static_cast<const WriteArguments *>(launch.arguments);
-  for (int block = 0; block < launch.blocks; ++block) {
+  *a.next_unit = 0;
+  for (int block = 0; block < std::min(launch.blocks, a.num_rows); ++block) {
     const int slot = a.slots[block], row = a.rows[block];
     if (slot < 0) continue;
     const int64_t to = slot / a.page_size * a.kv.page_stride + slot % a.page_size * a.kv.slot_stride;
@@ -25,10 +27,10 @@ void write(const Launch &launch) {
   }
 }
 
-// The keys or values [first_key, first_key + kTile) of an item, of which `keys` exist.
-Matrix load_tile(const TensorMap &map, const PartialArguments &a, const DecodeItem &item, int head,
+// The keys or values [first_key, first_key + kTileKeys) of an item, of which `keys` exist.
+Matrix load_tile(const TensorMap &map, const AttendArguments &a, const DecodeItem &item, int head,
                  int first_key, int keys, bool bfloat16, int head_dim) {
-  std::vector<uint16_t> tile(kTile * head_dim, 0xffff);
+  std::vector<uint16_t> tile(kTileKeys * head_dim, 0xffff);
   int bytes = 0;
   for (int lane = 0; lane < 32; ++lane) {
     const Box box = box_of_lane(lane, a.page_size);
@@ -41,55 +43,74 @@ Matrix load_tile(const TensorMap &map, const PartialArguments &a, const DecodeIt
   }
   require(bytes == arriving_bytes(keys, a.page_size, head_dim),
           "a tile's barrier waits for other bytes than arrive");
-  return {bfloat16, tile.data(), kTile, head_dim};
+  return {bfloat16, tile.data(), kTileKeys, head_dim};
 }
 
-template <bool kBfloat16, int kHeadDim, int kWarpgroups> void partial(const Launch &launch) {
-  const auto &a = *static_cast<const PartialArguments *>(launch.arguments);
-  require(launch.threads == partial_threads(kWarpgroups) &&
-              launch.shared_bytes == partial_shared_bytes(kHeadDim, kWarpgroups),
+// A warpgroup's rows of a unit, from matrix row first_m of the item on.
+template <bool kBfloat16, int kHeadDim>
+void attend(const AttendArguments &a, const DecodeItem &item, int head, int first_m, int count) {
+  const int heads = a.kv_heads * a.group;
+  std::vector<uint16_t> tile(kWarpgroupRows * kHeadDim, 0xffff);
+  std::vector<int> visible(kWarpgroupRows, item.num_keys);
+  std::vector<int64_t> results(count);
+  for (int r = 0; r < count; ++r) {
+    const int row = item.first_row + row_of(first_m + r, a.group);
+    const int q_head = head_of(first_m + r, a.group, head);
+    const bool is_only_one = a.merge_ptr[row + 1] - a.merge_ptr[row] == 1;
+    visible[r] = visible_keys(item, a.positions[row]);
+    results[r] = result_of(is_only_one ? a.rows[row] : item.first_slot + row - item.first_row, heads,
+                           q_head, is_only_one);
+    for (int chunk = 0; chunk < kHeadDim / kChunkColumns; ++chunk)
+      std::memcpy(&tile[chunk_offset(r, chunk)],
+                  static_cast<const uint16_t *>(a.q.data) + a.rows[row] * a.q.row_stride +
+                      q_head * a.q.head_stride + chunk * kChunkColumns,
+                  16);
+  }
+  const Matrix q(kBfloat16, tile.data(), kWarpgroupRows, kHeadDim);
+  SoftmaxRows softmax(kHeadDim);
+  for (int first = 0; first < item.num_keys; first += kTileKeys) {
+    const auto load = [&](const TensorMap &map) {
+      return load_tile(map, a, item, head, first, item.num_keys - first, kBfloat16, kHeadDim);
+    };
+    const Matrix k = load(a.k), v = load(a.v);
+    for_each_product(q, k, [&](int r, int c, double s) {
+      if (r < count && first + c < visible[r]) softmax.see(r, s * a.scale_log2, v.row(c));
+    });
+  }
+  for (int r = 0; r < count; ++r) {
+    const bool is_only_one = results[r] < 0;
+    const int64_t result = is_only_one ? ~results[r] : results[r];
+    auto *to = static_cast<uint16_t *>(is_only_one ? a.out : a.partial_out) + result * kHeadDim;
+    const double sum = softmax.sum[r];
+    for (int c = 0; c < kHeadDim; ++c)
+      to[c] = rounded(kBfloat16, sum == 0 ? 0 : softmax.out.row(r)[c] / sum);
+    if (!is_only_one)
+      a.partial_lse[result] = sum == 0 ? -HUGE_VAL : softmax.max[r] + std::log2(sum);
+  }
+}
+
+// Blocks take units in turn.
+template <bool kBfloat16, int kHeadDim> void attend_units(const Launch &launch) {
+  const auto &a = *static_cast<const AttendArguments *>(launch.arguments);
+  require(launch.threads == kAttendThreads && launch.shared_bytes == sizeof(AttendShared<kHeadDim>),
           "threads or shared memory are not what the kernel takes");
-  const int query_heads = a.kv_heads * a.group;
-  for (int block = 0; block < launch.blocks; ++block) {
-    const Part part = part_of_block(block, a.row_blocks, a.kv_heads, kWarpgroups);
-    const DecodeItem item = a.items[part.item];
-    const int all_m = (item.end_row - item.first_row) * a.group;
-    for (int first_m = part.first_m; first_m < part.first_m + kWarpgroups * kTile; first_m += kTile) {
-      const int end_m = std::min(all_m, first_m + kTile);
-      if (first_m >= end_m) continue;
-      std::vector<uint16_t> tile(kTile * kHeadDim);
-      std::vector<int> visible(kTile);
-      for (int m = first_m; m < end_m; ++m) {
-        const int row = item.first_row + row_of(m, a.group);
-        visible[m - first_m] = visible_keys(item, a.positions[row]);
-        for (int chunk = 0; chunk < kHeadDim / kChunkColumns; ++chunk)
-          std::memcpy(&tile[chunk_offset(m - first_m, chunk) / kElementBytes],
-                      static_cast<const uint16_t *>(a.q.data) + a.rows[row] * a.q.row_stride +
-                          head_of(m, a.group, part.head) * a.q.head_stride + chunk * kChunkColumns,
-                      16);
-      }
-      const Matrix q(kBfloat16, tile.data(), kTile, kHeadDim);
-      const int most = *std::max_element(visible.begin(), visible.end());
-      SoftmaxRows softmax(kHeadDim);
-      for (int first = 0; first < most; first += kTile) {
-        const auto load = [&](const TensorMap &map) {
-          return load_tile(map, a, item, part.head, first, most - first, kBfloat16, kHeadDim);
-        };
-        const Matrix k = load(a.k), v = load(a.v);
-        for_each_product(q, k, [&](int r, int c, double s) {
-          if (first + c < visible[r]) softmax.see(r, s * a.scale_log2, v.row(c));
-        });
-      }
-      for (int m = first_m; m < end_m; ++m) {
-        const int r = m - first_m;
-        const int64_t result = (int64_t{item.first_slot} + row_of(m, a.group)) * query_heads +
-                               head_of(m, a.group, part.head);
-        const double sum = softmax.sum[r];
-        for (int c = 0; c < kHeadDim; ++c)
-          a.out[result * kHeadDim + c] = sum == 0 ? 0 : softmax.out.row(r)[c] / sum;
-        a.lse[result] = sum == 0 ? -HUGE_VAL : softmax.max[r] + std::log2(sum);
-      }
+  require(*a.next_unit == 0, "units are taken before the launch");
+  std::vector<int> sequences(launch.blocks, 0); // units that each block has done
+  for (int block = 0;; block = (block + 1) % launch.blocks) {
+    const int index = (*a.next_unit)++;
+    if (index >= a.num_items * a.kv_heads * a.row_tiles) break;
+    const Place place = place_of(index, a.row_tiles, a.kv_heads);
+    const DecodeItem item = a.items[place.item];
+    if (item.end_row == item.first_row) break;
+    const int rows = rows_of_unit(item, a.group, place.first_m);
+    if (rows <= 0) continue;
+    for (int warpgroup = 0; warpgroup < kRowWarpgroups; ++warpgroup) {
+      const int first = first_row_of(rows, sequences[block], warpgroup);
+      if (first >= 0)
+        attend<kBfloat16, kHeadDim>(a, item, place.head, place.first_m + first,
+                                    std::min(rows - first, kWarpgroupRows));
     }
+    ++sequences[block];
   }
 }
 
@@ -97,7 +118,7 @@ template <bool kBfloat16, int kHeadDim> void merge(const Launch &launch) {
   const auto &a = *static_cast<const MergeArguments *>(launch.arguments);
   for (int index = 0; index < launch.blocks * (launch.threads / 32); ++index) { // a warp each
     const int row = index / a.heads, head = index % a.heads;
-    if (row >= a.num_rows) continue;
+    if (row >= a.num_rows || a.merge_ptr[row + 1] - a.merge_ptr[row] == 1) continue;
     double top = -1e30, total = 0;
     std::vector<double> sums(kHeadDim);
     const auto result = [&](int i) { return int64_t{a.merge_slots[i]} * a.heads + head; };
@@ -107,7 +128,8 @@ template <bool kBfloat16, int kHeadDim> void merge(const Launch &launch) {
       const double weight = std::exp2(a.partial_lse[result(i)] - top);
       total += weight;
       for (int c = 0; c < kHeadDim; ++c)
-        sums[c] += weight * a.partial_out[result(i) * kHeadDim + c];
+        sums[c] += weight * value(kBfloat16, static_cast<const uint16_t *>(
+                                                 a.partial_out)[result(i) * kHeadDim + c]);
     }
     uint16_t *out = static_cast<uint16_t *>(a.out) +
                     (int64_t{a.rows[row]} * a.heads + head) * kHeadDim;
@@ -120,10 +142,8 @@ template <bool kBfloat16, int kHeadDim> bool emulate(const Launch &launch) {
   const std::string types =
       (kBfloat16 ? "_bfloat16_" : "_float16_") + std::to_string(kHeadDim);
   if (launch.kernel == "trie_decode_merge" + types) merge<kBfloat16, kHeadDim>(launch);
-  else if (launch.kernel == "trie_decode_partial" + types + "_1")
-    partial<kBfloat16, kHeadDim, 1>(launch);
-  else if (launch.kernel == "trie_decode_partial" + types + "_2")
-    partial<kBfloat16, kHeadDim, 2>(launch);
+  else if (launch.kernel == "trie_decode_attend" + types)
+    attend_units<kBfloat16, kHeadDim>(launch);
   else return false;
   return true;
 }

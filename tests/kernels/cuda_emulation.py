@@ -6,6 +6,7 @@ only, so the calls run in a process of their own.
 """
 
 import ctypes
+import math
 import os
 import subprocess
 from collections.abc import Callable
@@ -69,27 +70,42 @@ class EmulatedGpu:
         return ran.result
 
 
+# FINE_COST at which all kernels are of that grain.
+GRAINS = {"coarse": math.inf, "fine": 0.0}
+
+
 def attention(
-    subtree_ends: Tensor, tensors: list[Tensor], scale: float, multiprocessors: int = 3
+    subtree_ends: Tensor,
+    tensors: list[Tensor],
+    scale: float,
+    grain: str = "coarse",
+    multiprocessors: int = 3,
 ) -> list[Tensor]:
     """out, lse, dq, dk, dv of q, k, v, dout. Runs in the process of an EmulatedGpu."""
-    properties = SimpleNamespace(multi_processor_count=multiprocessors)
-    torch.cuda.get_device_properties = lambda device: properties
+    _pretend_multiprocessors(multiprocessors)
+    cuda_attention.FINE_COST = GRAINS[grain]
     q, k, v, dout = tensors
     plan = cuda_attention.plan(TrieLayout(subtree_ends), q)
     out, lse = cuda_attention.forward(q, k, v, plan, scale)
     return [out, lse, *cuda_attention.backward(dout, q, k, v, out, lse, plan, scale)]
 
 
-def decode(inputs: Inputs, plan: DecodePlan) -> Tensor:
+def decode(inputs: Inputs, plan: DecodePlan, multiprocessors: int = 3) -> Tensor:
     """out of a call, which gets pages of its own. Runs in the process of an EmulatedGpu."""
+    _pretend_multiprocessors(multiprocessors)
     scale = inputs.q.shape[-1] ** -0.5
     x = inputs.copy()
     return cuda_decode.forward(x.q, x.kv, plan, scale, x.new_k, x.new_v, NO_OPTIONS)
 
 
+def _pretend_multiprocessors(count: int) -> None:
+    properties = SimpleNamespace(multi_processor_count=count)
+    torch.cuda.get_device_properties = lambda device: properties
+
+
 def _pretend_a_gpu() -> None:
     torch.set_num_threads(1)
+    _pretend_multiprocessors(3)
     torch.use_deterministic_algorithms(True)  # new tensors hold NaN
     cuda_device.place = lambda q, cubin: (0, STREAM, cubin.name)
 

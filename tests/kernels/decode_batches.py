@@ -1,4 +1,7 @@
-"""Random batches of sequences that share pages, and the definition of trie_decode in float64."""
+"""Random batches of sequences that share pages, and the definition of trie_decode in float64.
+
+Batches are made on the host; the definition computes on the device of its inputs.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -95,6 +98,12 @@ class Inputs:
     new_k: Tensor
     new_v: Tensor
 
+    def to(self, device: str) -> "Inputs":
+        """The same on a device, with pages of its own."""
+        pages = PagedKV(*(x.clone().to(device) for x in (self.kv.k_pages, self.kv.v_pages)))
+        rows = (x.to(device) for x in (self.q, self.new_k, self.new_v))
+        return Inputs(next(rows), pages, *rows)
+
     def copy(self) -> "Inputs":
         """With pages of its own, since a call writes to them."""
         pages = PagedKV(self.kv.k_pages.clone(), self.kv.v_pages.clone())
@@ -140,22 +149,25 @@ def oracle(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """[Q, Hq, D] in float64: each new token over the tokens of its sequence up to itself."""
+    device = inputs.q.device
     pages = [x.double().flatten(0, 1) for x in (inputs.kv.k_pages, inputs.kv.v_pages)]
-    fresh = torch.cat([batch.slots(s)[-n:] for s, n in enumerate(batch.new_tokens)])
+    fresh = torch.cat([batch.slots(s)[-n:] for s, n in enumerate(batch.new_tokens)]).to(device)
     for x, new in zip(pages, (inputs.new_k, inputs.new_v), strict=True):
         x[fresh] = new.double()
     group = inputs.q.shape[1] // inputs.new_k.shape[1]
     outs, first = [], 0
     for s, new in enumerate(batch.new_tokens):
         q = inputs.q[first : first + new].double()
-        k, v = (x[batch.slots(s)].repeat_interleave(group, 1) for x in pages)
+        slots = batch.slots(s).to(device)
+        k, v = (x[slots].repeat_interleave(group, 1) for x in pages)
         scores = torch.einsum("qhd,khd->hqk", q, k) * scale
         if softcap is not None:
             scores = softcap * (scores / softcap).tanh()
-        positions = torch.tensor(batch.positions(s))[:, None]
-        hidden = torch.arange(batch.lengths[s]) > positions
+        positions = torch.tensor(batch.positions(s), device=device)[:, None]
+        keys = torch.arange(batch.lengths[s], device=device)
+        hidden = keys > positions
         if window is not None:
-            hidden |= torch.arange(batch.lengths[s]) <= positions - window
+            hidden |= keys <= positions - window
         weights = scores.masked_fill(hidden, -torch.inf)
         if sinks is not None:
             logits = sinks.double()[:, None, None].expand(-1, new, 1)

@@ -106,14 +106,32 @@ int cuKernelSetAttribute(int attribute, int value, void *kernel, int device) {
   return 0;
 }
 
-int cuLaunchKernel(void *kernel, unsigned x, unsigned y, unsigned z, unsigned threads_x,
-                   unsigned threads_y, unsigned threads_z, unsigned shared, void *stream,
-                   void **parameters, void **) {
-  if (answer("cuLaunchKernel") || y != 1 || z != 1 || threads_y != 1 || threads_z != 1) return 1;
+struct Attribute { // CUlaunchAttribute
+  int id;
+  alignas(8) int value[16];
+};
+struct Config { // CUlaunchConfig
+  unsigned blocks[3], threads[3], shared_bytes;
+  void *stream;
+  const Attribute *attributes;
+  unsigned num_attributes;
+};
+
+int cuLaunchKernelEx(const Config *config, void *kernel, void **parameters, void **) {
+  const auto &[x, y, z] = config->blocks;
+  const auto &[threads_x, threads_y, threads_z] = config->threads;
+  constexpr int kProgrammaticStreamSerialization = 6; // CU_LAUNCH_ATTRIBUTE_... of cuda.h
+  const bool early = config->num_attributes == 1;
+  if (answer("cuLaunchKernelEx") || y != 1 || z != 1 || threads_y != 1 || threads_z != 1 ||
+      config->num_attributes > 1)
+    return 1;
+  if (early && (config->attributes->id != kProgrammaticStreamSerialization ||
+                config->attributes->value[0] != 1))
+    return 1;
   const Launch launch{static_cast<char *>(kernel), static_cast<int>(x), static_cast<int>(threads_x),
-                      static_cast<int>(shared), parameters[0]};
+                      static_cast<int>(config->shared_bytes), parameters[0]};
   record("launch " + launch.kernel + " on stream " +
-         std::to_string(reinterpret_cast<uintptr_t>(stream)));
+         std::to_string(reinterpret_cast<uintptr_t>(config->stream)) + (early ? ", early" : ""));
   try {
     require(emulate_attention(launch) || emulate_decode(launch), "there is no such kernel");
     return 0;

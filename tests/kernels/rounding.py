@@ -24,7 +24,7 @@ def gradient_terms(
     scores = torch.einsum("ihd,jhd->hij", q, k_of) * scale
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
-    p = scores.masked_fill(~mask.to(q.device), -torch.inf).softmax(-1)
+    p = scores.masked_fill(~mask, -torch.inf).softmax(-1)
     dp = torch.einsum("ihd,jhd->hij", dout.abs(), v_of.abs())
     ds = p * (dp + (p * dp).sum(-1, keepdim=True))
     dq = torch.einsum("hij,jhd->ihd", ds, k_of.abs()) * scale

@@ -10,21 +10,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.cuda_emulation import EmulatedGpu, attention
+from tests.kernels.cuda_emulation import GRAINS, EmulatedGpu, attention
 from tests.kernels.rounding import gradient_terms
 from tests.kernels.tries import oracle, random_paths, real_trees, visible
 from tw_kernels import Trie, TrieLayout
 from tw_kernels.attention import cuda as cuda_attention
 
-BFLOAT16 = 2.0**-8  # unit roundoff of a result
+ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # of a result
 EXACT = 1e-6  # what the float32 of lse, lse2 and delta leaves of a double
+in_both_grains = pytest.mark.parametrize("grain", GRAINS)
 
 
-def inputs(n: int, heads: tuple[int, int], head_dim: int, seed: int = 0) -> list[Tensor]:
-    """q, k, v, dout in bfloat16."""
+def inputs(
+    n: int,
+    heads: tuple[int, int],
+    head_dim: int,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[Tensor]:
+    """q, k, v, dout."""
     generator = torch.Generator().manual_seed(seed)
     counts = (heads[0], heads[1], heads[1], heads[0])
-    return [torch.randn(n, h, head_dim, generator=generator).bfloat16() for h in counts]
+    return [torch.randn(n, h, head_dim, generator=generator).to(dtype) for h in counts]
 
 
 def gradients(tensors: list[Tensor], out: Tensor, lse: Tensor, mask: Tensor, scale) -> list[Tensor]:
@@ -46,17 +53,21 @@ def gpu():
     return EmulatedGpu()
 
 
-def assert_equals_the_definition(gpu, layout, tensors: list[Tensor], multiprocessors: int) -> None:
+def assert_equals_the_definition(
+    gpu, layout, tensors: list[Tensor], grain: str, multiprocessors: int
+) -> None:
     scale = tensors[0].shape[2] ** -0.5
-    out, lse, *grads = gpu(attention, layout.subtree_ends, tensors, scale, multiprocessors)
+    out, lse, *grads = gpu(attention, layout.subtree_ends, tensors, scale, grain, multiprocessors)
+    roundoff = ROUNDOFF[out.dtype]
+    least = torch.finfo(out.dtype).smallest_normal * roundoff  # below it errors are absolute
     mask = visible(layout.subtree_ends)
     q, k, v, _ = tensors
     want_out, want_lse = oracle(q, k, v, mask, scale)
     torch.testing.assert_close(lse.double(), want_lse, rtol=EXACT, atol=EXACT)
-    torch.testing.assert_close(out.double(), want_out, rtol=BFLOAT16, atol=EXACT)
+    torch.testing.assert_close(out.double(), want_out, rtol=roundoff, atol=EXACT)
     want = gradients(tensors, out, lse, mask, scale)
     for got, x, terms in zip(grads, want, gradient_terms(tensors, mask, scale), strict=True):
-        assert ((got.double() - x).abs() <= BFLOAT16 * x.abs() + EXACT * terms).all()
+        assert ((got.double() - x).abs() <= roundoff * x.abs() + least + EXACT * terms).all()
 
 
 @settings(max_examples=15, deadline=None)
@@ -68,34 +79,40 @@ def assert_equals_the_definition(gpu, layout, tensors: list[Tensor], multiproces
     kv_heads=st.integers(1, 2),
     group=st.integers(1, 3),
     head_dim=st.sampled_from([64, 128]),
+    dtype=st.sampled_from([*ROUNDOFF]),
+    grain=st.sampled_from([*GRAINS]),
     multiprocessors=st.sampled_from([1, 2, 132]),
 )
 def test_random_forests_agree_with_the_definition(
-    gpu, seed, roots, branches, length, kv_heads, group, head_dim, multiprocessors
+    gpu, seed, roots, branches, length, kv_heads, group, head_dim, dtype, grain, multiprocessors
 ):
     paths = random_paths(np.random.default_rng(seed), roots, branches, length)
     layout = Trie.from_paths(paths).layout()
-    tensors = inputs(layout.num_tokens, (kv_heads * group, kv_heads), head_dim, seed % 997)
-    assert_equals_the_definition(gpu, layout, tensors, multiprocessors)
+    heads = kv_heads * group, kv_heads
+    tensors = inputs(layout.num_tokens, heads, head_dim, seed % 997, dtype)
+    assert_equals_the_definition(gpu, layout, tensors, grain, multiprocessors)
 
 
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 127, 128, 129, 191, 192, 256])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_ragged_last_tiles(gpu, n, head_dim):
+@in_both_grains
+def test_ragged_last_tiles(gpu, n, head_dim, grain):
     layout = TrieLayout(torch.full((n,), n, dtype=torch.int32))
-    assert_equals_the_definition(gpu, layout, inputs(n, (1, 1), head_dim), 2)
+    assert_equals_the_definition(gpu, layout, inputs(n, (1, 1), head_dim), grain, 2)
 
 
-def test_rows_that_see_nothing_of_their_first_tiles(gpu):
+@in_both_grains
+def test_rows_that_see_nothing_of_their_first_tiles(gpu, grain):
     # Three blocks of 128 rows behind a root of 100 tokens, which most of them do not descend from.
     layout = Trie.pack([Trie.from_paths([list(range(n))]) for n in (100, 1, 60, 223)]).layout()
-    assert_equals_the_definition(gpu, layout, inputs(384, (1, 1), 64), 1)
+    assert_equals_the_definition(gpu, layout, inputs(384, (1, 1), 64), grain, 1)
 
 
 @pytest.mark.parametrize("task", sorted(real_trees(0.01))[::5])
-def test_real_trees(gpu, task):
+@in_both_grains
+def test_real_trees(gpu, task, grain):
     layout = real_trees(0.015)[task].layout()
-    assert_equals_the_definition(gpu, layout, inputs(layout.num_tokens, (2, 1), 64), 3)
+    assert_equals_the_definition(gpu, layout, inputs(layout.num_tokens, (2, 1), 64), grain, 3)
 
 
 @pytest.mark.parametrize(

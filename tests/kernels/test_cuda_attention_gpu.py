@@ -13,13 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.cuda_emulation import GRAINS
 from tests.kernels.rounding import TENSOR_CORES, allowed, gradient_terms
 from tests.kernels.tries import oracle, random_layout, real_trees, relative_error, visible
 from tw_kernels import Trie, TrieLayout, backends, trie_attention
+from tw_kernels.attention import cuda as cuda_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_outputs")]
 
 TOLERANCE = 8e-3  # of bfloat16
+STAR = [[0] * 128 + [t + 1] * 96 for t in range(4)]
+RULE = cuda_attention.FINE_COST
 HEADS = [(1, 1), (6, 6), (6, 2), (8, 1)]
 
 
@@ -29,11 +33,23 @@ def kernels_are_built():
         pytest.skip(reason)
 
 
-def inputs(n: int, heads: tuple[int, int], head_dim: int, seed: int = 0) -> list[Tensor]:
+@pytest.fixture(autouse=True, params=GRAINS)
+def grain(request, monkeypatch):
+    """Every test runs with both, whatever the rule would choose for its trie."""
+    monkeypatch.setattr(cuda_attention, "FINE_COST", GRAINS[request.param])
+
+
+def inputs(
+    n: int,
+    heads: tuple[int, int],
+    head_dim: int,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[Tensor]:
     """q, k, v, dout."""
     generator = torch.Generator().manual_seed(seed)
     counts = (heads[0], heads[1], heads[1], heads[0])
-    return [torch.randn(n, h, head_dim, generator=generator).cuda().bfloat16() for h in counts]
+    return [torch.randn(n, h, head_dim, generator=generator).cuda().to(dtype) for h in counts]
 
 
 def run(layout: TrieLayout, tensors: list[Tensor], backend: str = "cuda") -> list[Tensor]:
@@ -46,7 +62,7 @@ def run(layout: TrieLayout, tensors: list[Tensor], backend: str = "cuda") -> lis
 def assert_equals_definition(layout: TrieLayout, tensors: list[Tensor]) -> None:
     got = run(layout, tensors)
     q, k, v = (x.detach().double().requires_grad_() for x in tensors[:3])
-    mask = visible(layout.subtree_ends.cpu()).cuda()
+    mask = visible(layout.subtree_ends)
     out, lse = oracle(q, k, v, mask, q.shape[2] ** -0.5)
     assert relative_error(got[0], out) <= TOLERANCE
     assert relative_error(got[1], lse) <= TOLERANCE
@@ -54,6 +70,25 @@ def assert_equals_definition(layout: TrieLayout, tensors: list[Tensor]) -> None:
     terms = gradient_terms(tensors, mask, q.shape[2] ** -0.5)
     for a, b, sizes in zip(got[2:], grads, terms, strict=True):
         assert (a.double() - b).norm() <= allowed(TOLERANCE, b, sizes, TENSOR_CORES)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_float16_agrees_with_the_oracle(head_dim):
+    layout = on_gpu(random_layout(9, roots=4, branches=12, length=150))
+    assert_equals_definition(
+        layout, inputs(layout.num_tokens, (6, 2), head_dim, dtype=torch.float16)
+    )
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_pack_of_small_tries_takes_fine_kernels_and_agrees_with_triton(head_dim, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(cuda_attention, "FINE_COST", RULE)
+    layout = on_gpu(Trie.pack([Trie.from_paths(STAR)] * 16).layout())
+    assert cuda_attention.fine_is_cheaper(layout, (cuda_attention.OWN_ROWS, 128))
+    tensors = inputs(layout.num_tokens, (32, 8), head_dim)
+    for got, other in zip(run(layout, tensors), run(layout, tensors, "triton"), strict=True):
+        assert relative_error(got, other.double()) <= TOLERANCE
 
 
 def on_gpu(layout: TrieLayout) -> TrieLayout:

@@ -10,9 +10,15 @@ from tw_kernels import cuda_build
 
 SOURCES = [source.stem for source in cuda_build.sources()]
 DTYPES = ("bfloat16", "float16")
-ATTENTION = [f"trie_attention_{name}_{d}" for name in ("forward", "dq", "dkv") for d in (64, 128)]
-DELTAS = [f"trie_attention_delta_{d}" for d in (64, 128)]
-PARTIALS = [f"trie_decode_partial_{t}_{d}_{w}" for t in DTYPES for d in (64, 128) for w in (1, 2)]
+ATTENTION = [
+    f"trie_attention_{name}_{t}_{d}_{grain}"
+    for name in ("forward", "dq", "dkv")
+    for t in DTYPES
+    for d in (64, 128)
+    for grain in ("coarse", "fine")
+]
+DELTAS = [f"trie_attention_delta_{t}_{d}" for t in DTYPES for d in (64, 128)]
+ATTENDS = [f"trie_decode_attend_{t}_{d}" for t in DTYPES for d in (64, 128)]
 MERGES = [f"trie_decode_merge_{t}_{d}" for t in DTYPES for d in (64, 128)]
 
 
@@ -24,12 +30,12 @@ def kernels():
     print()
     for name, row in found.items():
         shown = ("registers", "stack", "HGMMA", "UTMALDG", "UTMASTG", "UBLKCP", "LDL", "STL")
-        print(f"{name:36}", *(f"{x} {row.get(x, 0)}" for x in shown))
+        print(f"{name:40}", *(f"{x} {row.get(x, 0)}" for x in shown))
     return found
 
 
 def test_every_kernel_that_the_host_names_is_there(kernels):
-    assert kernels.keys() == {*ATTENTION, *DELTAS, *PARTIALS, *MERGES, "trie_decode_write"}
+    assert kernels.keys() == {*ATTENTION, *DELTAS, *ATTENDS, *MERGES, "trie_decode_write"}
 
 
 def test_no_kernel_uses_local_memory(kernels):
@@ -45,21 +51,32 @@ def test_the_compiler_has_no_complaint(source):
 
 
 def test_every_product_runs_on_warpgroup_tensor_cores(kernels):
-    products = ATTENTION + PARTIALS
+    products = ATTENTION + ATTENDS
     assert [n for n in products if "HGMMA" not in kernels[n] or "HMMA" in kernels[n]] == []
 
 
 def test_tiles_come_and_go_by_bulk_copies(kernels):
     bulk = ("UTMALDG.3D", "UTMASTG.3D", "UBLKCP")
     assert [n for n in ATTENTION if any(name not in kernels[n] for name in bulk)] == []
-    assert [n for n in PARTIALS if "UTMALDG.4D" not in kernels[n]] == []
+    assert [n for n in ATTENDS if "UTMALDG.4D" not in kernels[n]] == []
 
 
 def test_registers_move_from_the_copying_warps_to_the_computing_ones(kernels):
-    assert [n for n in ATTENTION if kernels[n].get("USETMAXREG") != 2] == []
+    assert [n for n in ATTENTION + ATTENDS if kernels[n].get("USETMAXREG") != 2] == []
+
+
+def test_decoding_takes_its_queries_by_copies_in_flight_and_its_units_by_a_counter(kernels):
+    wanted = ("LDGSTS.E.BYPASS.128", "ATOMG", "STG.E")
+    assert [n for n in ATTENDS if any(name not in kernels[n] for name in wanted)] == []
+
+
+def test_decodings_launches_begin_before_the_last_has_ended(kernels):
+    assert [n for n in ("trie_decode_write", *ATTENDS) if "PREEXIT" not in kernels[n]] == []
+    assert [n for n in ATTENDS + MERGES if "ACQBULK" not in kernels[n]] == []
 
 
 def test_rows_are_read_and_written_16_bytes_at_a_time(kernels):
     assert [n for n in DELTAS if kernels[n].get("LDG.E.128") != 2] == []
     write = kernels["trie_decode_write"]
-    assert "LDG.E.128" in write and write["STG"] == write["STG.E.128"]
+    # One more sets the counter of units.
+    assert "LDG.E.128" in write and write["STG"] == write["STG.E.128"] + 1

@@ -22,6 +22,7 @@ from tests.kernels.decode_batches import (
 from tests.kernels.test_decode import unshared_sdpa
 from tests.kernels.tries import relative_error
 from tw_kernels import PagedKV, PlanSizes, backends, trie_decode
+from tw_kernels.decode.costs import Heads, of_device
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_outputs")]
 
@@ -36,20 +37,14 @@ def kernels_are_built():
         pytest.skip(reason)
 
 
-def on_gpu(inputs: Inputs) -> Inputs:
-    """With pages of its own."""
-    kv = PagedKV(inputs.kv.k_pages.cuda(), inputs.kv.v_pages.cuda())
-    return Inputs(inputs.q.cuda(), kv, inputs.new_k.cuda(), inputs.new_v.cuda())
-
-
 def run(batch: Batch, inputs: Inputs, **options) -> torch.Tensor:
     plan = batch.plan(device="cuda", **{"num_workers": 66, **options})
-    return trie_decode(**on_gpu(inputs).call(), plan=plan, backend="cuda").cpu()
+    return trie_decode(**inputs.to("cuda").call(), plan=plan, backend="cuda")
 
 
 def assert_equals_definition(batch: Batch, inputs: Inputs, **options) -> None:
     got = run(batch, inputs, **options)
-    want = oracle(batch, inputs, inputs.q.shape[-1] ** -0.5)
+    want = oracle(batch, inputs.to("cuda"), inputs.q.shape[-1] ** -0.5)
     assert relative_error(got, want) <= TOLERANCE[inputs.q.dtype]
 
 
@@ -75,11 +70,22 @@ def test_random_forests_agree_with_the_oracle(seed, tile_rows, share):
     assert_equals_definition(batch, inputs, tile_rows=tile_rows, share=share)
 
 
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_wide_items_and_streaming_ones_share_a_launch(head_dim, page_size):
+    # As the plan is cut for the device: 64 threads over a shared prefix, 256 matrix rows a KV head.
+    batch = fork_join_batch(prefix=2048, suffix=100, prompts=1, threads=64, page_size=page_size)
+    inputs = random_inputs(batch, (32, 8, head_dim), torch.bfloat16)
+    costs = of_device(torch.device("cuda"), Heads(32, 8, head_dim))
+    assert_equals_definition(batch, inputs, num_workers=None, costs=costs)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_half_precision_is_no_worse_than_sdpa(dtype, head_dim):
     batch = fork_join_batch(prefix=4096, suffix=100, prompts=2, threads=8, page_size=16)
     inputs = random_inputs(batch, (8, 2, head_dim), dtype)
+    inputs = inputs.to("cuda")
     want = oracle(batch, inputs, head_dim**-0.5)
     usual = relative_error(unshared_sdpa(batch, inputs, head_dim**-0.5), want)
     assert relative_error(run(batch, inputs), want) <= 1.5 * usual
@@ -88,7 +94,7 @@ def test_half_precision_is_no_worse_than_sdpa(dtype, head_dim):
 def test_new_keys_and_values_go_to_their_slots_and_nowhere_else():
     batch = random_batch(12, sequences=20, page_size=16, longest=300, most_new=60)
     inputs = random_inputs(batch, (4, 2, 64), torch.bfloat16)
-    call = on_gpu(inputs)
+    call = inputs.to("cuda")
     trie_decode(**call.call(), plan=batch.plan(device="cuda"), backend="cuda")
     fresh = torch.cat([batch.slots(s)[-n:] for s, n in enumerate(batch.new_tokens)])
     for pages, old, new in (
@@ -104,7 +110,7 @@ def test_new_keys_and_values_go_to_their_slots_and_nowhere_else():
 def test_pages_that_hold_the_new_tokens_already_need_no_writing():
     batch = random_batch(13, sequences=8, page_size=32, longest=200, most_new=30)
     inputs = random_inputs(batch, (4, 2, 64), torch.bfloat16)
-    call, plan = on_gpu(inputs), batch.plan(device="cuda")
+    call, plan = inputs.to("cuda"), batch.plan(device="cuda")
     want = trie_decode(**call.call(), plan=plan, backend="cuda")
     assert torch.equal(trie_decode(call.q, call.kv, plan, backend="cuda"), want)
 
@@ -128,7 +134,7 @@ def test_heads_and_pages_may_be_strided_views():
     kv = PagedKV(pool[:, 0, :16], pool[:, 1, :16])
     plan = batch.plan(device="cuda", num_workers=66)
     got = trie_decode(q, kv, plan, backend="cuda", new_k=new_k, new_v=new_v)
-    assert torch.equal(got.cpu(), want)
+    assert torch.equal(got, want)
 
 
 def test_rows_off_16_bytes_are_copied():
@@ -139,9 +145,9 @@ def test_rows_off_16_bytes_are_copied():
         torch.nn.functional.pad(x, (1, 0))[..., 1:] for x in (inputs.q, inputs.new_k, inputs.new_v)
     ]
     assert all(x.stride(1) % 8 for x in moved)
-    call = on_gpu(Inputs(moved[0], inputs.kv, *moved[1:]))
+    call = Inputs(moved[0], inputs.kv, *moved[1:]).to("cuda")
     plan = batch.plan(device="cuda", num_workers=66)
-    assert torch.equal(trie_decode(**call.call(), plan=plan, backend="cuda").cpu(), want)
+    assert torch.equal(trie_decode(**call.call(), plan=plan, backend="cuda"), want)
 
 
 def test_a_captured_step_replays_on_plans_copied_into_its_own():
@@ -160,16 +166,16 @@ def test_a_captured_step_replays_on_plans_copied_into_its_own():
     with torch.cuda.graph(graph):
         out = trie_decode(**call)
     for batch in batches:
-        inputs = random_inputs(batch, (8, 2, 64), torch.bfloat16)
+        inputs = random_inputs(batch, (8, 2, 64), torch.bfloat16).to("cuda")
         rows = batch.num_rows
         for static_tensor, x in ((q, inputs.q), (new_k, inputs.new_k), (new_v, inputs.new_v)):
-            static_tensor[:rows] = x.cuda()
+            static_tensor[:rows] = x
         for static_pages, x in ((kv.k_pages, inputs.kv.k_pages), (kv.v_pages, inputs.kv.v_pages)):
-            static_pages[: batch.num_pages] = x.cuda()
+            static_pages[: batch.num_pages] = x
         static.copy_(batch.plan(device="cuda", capacity=room))
         graph.replay()
         want = oracle(batch, inputs, 64**-0.5)
-        assert relative_error(out[:rows].cpu(), want) <= TOLERANCE[torch.bfloat16]
+        assert relative_error(out[:rows], want) <= TOLERANCE[torch.bfloat16]
         assert (out[rows:] == 0).all()
 
 

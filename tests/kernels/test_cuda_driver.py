@@ -17,8 +17,8 @@ from tw_kernels import DecodePlan
 from tw_kernels.decode import cuda as cuda_decode
 from tw_kernels.scores import NO_OPTIONS
 
-PARTIAL = "trie_decode_partial_bfloat16_64_1"
-SHARED = 13 * 8192 + 2 * 8 * 12  # of PARTIAL: a tile of q, 12 of keys or values, their barriers
+ATTEND = "trie_decode_attend_bfloat16_64"
+SHARED = 210 * 1024  # of ATTEND: two tiles of q, 12 of keys or values, and what goes with them
 
 
 @pytest.fixture(scope="module")
@@ -39,32 +39,31 @@ def decode_of(cubin: str, inputs: Inputs, plan: DecodePlan) -> Tensor:
     return decode(inputs, plan)
 
 
-def test_a_call_launches_write_partial_and_merge_on_the_callers_stream():
+def test_a_call_launches_write_attend_and_merge_each_before_the_last_has_ended():
     gpu = EmulatedGpu()
     launches = [
-        f"launch {kernel} on stream {STREAM}"
-        for kernel in ("trie_decode_write", PARTIAL, "trie_decode_merge_bfloat16_64")
+        f"launch trie_decode_write on stream {STREAM}",  # after all that came before the call
+        f"launch {ATTEND} on stream {STREAM}, early",
+        f"launch trie_decode_merge_bfloat16_64 on stream {STREAM}, early",
     ]
     assert gpu.run(decode, *call(SMALL)).events == [
         *("retain 0", "push context", "load trie_decode.cubin", launches[0]),
-        *(f"attribute 8 of {PARTIAL} on 0: {SHARED}", *launches[1:], "pop"),
+        *(f"attribute 8 of {ATTEND} on 0: {SHARED}", *launches[1:], "pop"),
     ]
     # The second call finds the context, the kernels and their shared memory ready.
     assert gpu.run(decode, *call(SMALL)).events == ["push context", *launches, "pop"]
 
 
-@pytest.mark.parametrize(("threads", "warpgroups"), [(16, 1), (17, 2)])
-def test_two_warpgroups_share_the_keys_of_more_than_64_matrix_rows(gpu, threads, warpgroups):
-    batch = fork_join_batch(prefix=32, suffix=5, prompts=1, threads=threads, page_size=16)
-    (partial,) = (e for e in gpu.run(decode, *call(batch)).events if "launch trie_decode_p" in e)
-    assert f"partial_bfloat16_64_{warpgroups} " in partial
-
-
 def test_nothing_is_written_if_the_pages_hold_the_new_tokens(gpu):
     inputs, plan = call(SMALL)
-    written = inputs.q, inputs.kv, plan, 0.1, None, None, NO_OPTIONS
-    events = gpu.run(cuda_decode.forward, *written).events
-    assert not any("write" in event for event in events)
+    before = inputs.kv.k_pages.nan_to_num(nan=7.0)
+    assert torch.equal(gpu(pages_after, inputs, plan).nan_to_num(nan=7.0), before)
+
+
+def pages_after(inputs: Inputs, plan: DecodePlan) -> Tensor:
+    """The pages of keys after a call without new ones."""
+    cuda_decode.forward(inputs.q, inputs.kv, plan, 0.1, None, None, NO_OPTIONS)
+    return inputs.kv.k_pages
 
 
 def test_an_empty_step_launches_nothing(gpu):
@@ -80,7 +79,7 @@ def test_an_empty_step_launches_nothing(gpu):
         ("cuLibraryLoadFromFile", "cuLibraryLoadFromFile of fails-to-load: CUDA_ERROR"),
         ("cuLibraryGetKernel", "cuLibraryGetKernel of trie_decode_write: CUDA_ERROR"),
         ("cuTensorMapEncodeTiled", "cuTensorMapEncodeTiled: CUDA_ERROR"),
-        ("cuLaunchKernel", "cuLaunchKernel of trie_decode_write: CUDA_ERROR_INVALID_VALUE"),
+        ("cuLaunchKernelEx", "cuLaunchKernelEx of trie_decode_write: CUDA_ERROR_INVALID_VALUE"),
     ],
 )
 def test_what_the_driver_refuses_is_told_with_its_own_words(gpu, fails, message):

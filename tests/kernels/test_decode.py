@@ -58,11 +58,12 @@ def unshared_sdpa(batch: Batch, inputs: Inputs, scale: float) -> torch.Tensor:
     pages = [x.flatten(0, 1) for x in (inputs.kv.k_pages, inputs.kv.v_pages)]
     outs, first = [], 0
     for s, new in enumerate(batch.new_tokens):
-        slots, rows = batch.slots(s), slice(first, first + new)
+        slots, rows = batch.slots(s).to(inputs.q.device), slice(first, first + new)
         for x, fresh in zip(pages, (inputs.new_k, inputs.new_v), strict=True):
             x[slots[-new:]] = fresh[rows]
         k, v = (x[slots].transpose(0, 1)[None] for x in pages)
         visible = torch.arange(len(slots)) <= torch.tensor(batch.positions(s))[:, None]
+        visible = visible.to(inputs.q.device)
         q = inputs.q[rows].transpose(0, 1)[None]
         out = F.scaled_dot_product_attention(q, k, v, visible, scale=scale, enable_gqa=True)
         outs.append(out[0].transpose(0, 1))

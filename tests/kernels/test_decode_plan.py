@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.kernels.decode_batches import Batch, fork_join_batch, random_batch
 from tw_kernels import DecodePlan, PlanSizes
+from tw_kernels.decode.costs import Heads, of_gpu
 
 batches = st.builds(
     random_batch,
@@ -24,6 +25,9 @@ options = st.fixed_dictionaries(
         "num_workers": st.sampled_from([1, 3, 100]),
         "tile_rows": st.sampled_from([1, 7, 64]),
         "share": st.booleans(),
+        "costs": st.sampled_from(
+            [None, of_gpu(3, Heads(8, 2, 64)), of_gpu(132, Heads(32, 8, 128))]
+        ),
     }
 )
 # A loaded machine must not fail a test by its speed.
@@ -63,7 +67,7 @@ def queries(batch):
 @given(batches, options)
 @example(  # a row whose run above was cut where the last row of another tile ends
     random_batch(seed=442, sequences=10, page_size=16, longest=600, most_new=300),
-    {"num_workers": 1, "tile_rows": 64, "share": True},
+    {"num_workers": 1, "tile_rows": 64, "share": True, "costs": None},
 )
 def test_every_query_gets_every_page_of_its_sequence_exactly_once_and_in_order(batch, options):
     plan = batch.plan(**options)
@@ -126,8 +130,9 @@ def test_no_item_reads_beyond_the_last_token_that_its_rows_see(batch):
 
 @many
 @given(batches, options)
-def test_most_work_comes_first(batch, options):
-    work = [keys * (16 + end - first) for _, keys, _, first, end, _ in batch.plan(**options).items]
+def test_most_work_comes_first_on_a_cpu(batch, options):
+    items = batch.plan(**options | {"costs": None}).items
+    work = [keys * (16 + end - first) for _, keys, _, first, end, _ in items]
     assert work == sorted(work, reverse=True)
 
 

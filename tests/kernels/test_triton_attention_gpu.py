@@ -24,20 +24,21 @@ def test_every_candidate_gives_the_right_answer(dtype, head_dim, window, softcap
     q, k, v, dout = (
         torch.randn(n, h, head_dim, generator=generator).to("cuda", dtype) for h in (4, 2, 2, 4)
     )
-    wide_q, wide_k, wide_v = (x.cpu().double().requires_grad_() for x in (q, k, v))
-    mask = within(visible(ends), window)
+    wide_q, wide_k, wide_v = (x.double().requires_grad_() for x in (q, k, v))
+    layout = TrieLayout(ends.cuda())
+    mask = within(visible(layout.subtree_ends), window)
     want_out, want_lse = oracle(wide_q, wide_k, wide_v, mask, scale, softcap)
     want_dq, want_dk, want_dv = torch.autograd.grad(
-        want_out, (wide_q, wide_k, wide_v), dout.cpu().double()
+        want_out, (wide_q, wide_k, wide_v), dout.double()
     )
     tolerance = 1e-5 if dtype == torch.float32 else 8e-3 if dtype == torch.bfloat16 else 2e-3
 
     def check(got, want):
-        assert relative_error(got.cpu(), want.detach()) <= tolerance
+        assert relative_error(got, want.detach()) <= tolerance
 
-    layout = TrieLayout(ends.cuda())
     trie = layout.subtree_ends, None if window is None else layout.window_starts(window)
-    candidates = candidates_for(dtype, head_dim, window is not None)
+    capability = torch.cuda.get_device_capability()
+    candidates = candidates_for(capability, dtype, head_dim, window is not None)
     out = lse = torch.empty(0)
     for config in candidates.forward:
         schedule = layout.block_schedule(config.block_q, config.block_kv, window)
@@ -62,7 +63,10 @@ def test_tuning_picks_candidates_once_and_can_be_switched_off(monkeypatch):
 
     q = torch.empty(1, 1, 64, dtype=torch.bfloat16, device="cuda")
     variants = [(None, None), (4096, None), (4096, 30.0)]
-    candidates = [tuning.candidates_for(q.dtype, 64, any(variant)) for variant in variants]
+    capability = torch.cuda.get_device_capability()
+    candidates = [
+        tuning.candidates_for(capability, q.dtype, 64, any(variant)) for variant in variants
+    ]
     monkeypatch.delenv("TW_AUTOTUNE", raising=False)
     chosen = [tuning.configs_for(q, *variant) for variant in variants]
     for configs, all_options in zip(chosen, candidates, strict=True):

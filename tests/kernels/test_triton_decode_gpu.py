@@ -3,17 +3,12 @@
 import pytest
 import torch
 
-from tests.kernels.decode_batches import Inputs, oracle, random_batch, random_inputs
+from tests.kernels.decode_batches import oracle, random_batch, random_inputs
 from tests.kernels.tries import relative_error
 from tw_kernels import PagedKV, PlanSizes, trie_decode
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("triton")
-
-
-def on_gpu(inputs: Inputs) -> Inputs:
-    kv = PagedKV(inputs.kv.k_pages.cuda(), inputs.kv.v_pages.cuda())
-    return Inputs(inputs.q.cuda(), kv, inputs.new_k.cuda(), inputs.new_v.cuda())
 
 
 VARIANT = {"window": 90, "softcap": 2.0, "sinks": torch.linspace(-3, 4, 8)}
@@ -33,10 +28,10 @@ def test_every_configuration_gives_the_right_answer(
     dtype, head_dim, page_size, sequences, most_new
 ):
     batch = random_batch(3, sequences, page_size, 700, most_new)
-    inputs = random_inputs(batch, (8, 2, head_dim), dtype)
+    inputs = random_inputs(batch, (8, 2, head_dim), dtype).to("cuda")
     want = oracle(batch, inputs, head_dim**-0.5)
-    got = trie_decode(**on_gpu(inputs).call(), plan=batch.plan(device="cuda", num_workers=66))
-    assert relative_error(got.cpu(), want) <= TOLERANCE[dtype]
+    got = trie_decode(**inputs.copy().call(), plan=batch.plan(device="cuda", num_workers=66))
+    assert relative_error(got, want) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("most_new", [1, 100])
@@ -45,13 +40,13 @@ def test_every_configuration_gives_the_right_answer(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_configuration_has_windows_soft_caps_and_sinks(dtype, head_dim, page_size, most_new):
     batch = random_batch(3, 40, page_size, 700, most_new)
-    inputs = random_inputs(batch, (8, 2, head_dim), dtype)
+    inputs = random_inputs(batch, (8, 2, head_dim), dtype).to("cuda")
     plan = batch.plan(device="cuda", num_workers=66)
     for names in (("window",), ("softcap",), ("sinks",), tuple(VARIANT)):
-        variant = {name: VARIANT[name] for name in names}
+        variant = on_device({name: VARIANT[name] for name in names})
         want = oracle(batch, inputs, head_dim**-0.5, **variant)
-        got = trie_decode(**on_gpu(inputs).call(), plan=plan, **on_device(variant))
-        assert relative_error(got.cpu(), want) <= TOLERANCE[dtype]
+        got = trie_decode(**inputs.copy().call(), plan=plan, **variant)
+        assert relative_error(got, want) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("variant", [{}, VARIANT], ids=["plain", "window, softcap, sinks"])
@@ -65,21 +60,22 @@ def test_a_captured_step_replays_on_plans_copied_into_its_own(variant):
     new_k, new_v = torch.zeros(2, 96, 2, 64, device="cuda")
     static = batches[0].plan(device="cuda", capacity=room)
     call = {"q": q, "kv": kv, "plan": static, "new_k": new_k, "new_v": new_v}
-    call |= on_device(variant)
+    variant = on_device(variant)
+    call |= variant
     trie_decode(**call)  # compiles outside the capture
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = trie_decode(**call)
     for batch in batches:
-        inputs = random_inputs(batch, (8, 2, 64), torch.float32)
+        inputs = random_inputs(batch, (8, 2, 64), torch.float32).to("cuda")
         rows = batch.num_rows
         for static_tensor, x in ((q, inputs.q), (new_k, inputs.new_k), (new_v, inputs.new_v)):
-            static_tensor[:rows] = x.cuda()
+            static_tensor[:rows] = x
         for static_pages, x in ((kv.k_pages, inputs.kv.k_pages), (kv.v_pages, inputs.kv.v_pages)):
-            static_pages[: batch.num_pages] = x.cuda()
+            static_pages[: batch.num_pages] = x
         static.copy_(batch.plan(device="cuda", capacity=room))
         graph.replay()
         want = oracle(batch, inputs, 64**-0.5, **variant)
-        assert relative_error(out[:rows].cpu(), want) <= 1e-5
+        assert relative_error(out[:rows], want) <= 1e-5
         assert (out[rows:] == 0).all()

@@ -1,4 +1,7 @@
-"""Random and real tries, and the definition of trie attention once more, in float64."""
+"""Random and real tries, and the definition of trie attention once more, in float64.
+
+The definition computes on the device of its inputs: a GPU's tests do not wait for CPU cores.
+"""
 
 import json
 from pathlib import Path
@@ -55,7 +58,7 @@ def node_prefixes(trie: Trie) -> list[tuple[int, ...]]:
 
 def visible(subtree_ends: Tensor) -> Tensor:
     """[N, N] bool: row i sees column j (docs/architecture.md, fact 1)."""
-    i = torch.arange(subtree_ends.numel())
+    i = torch.arange(subtree_ends.numel(), device=subtree_ends.device)
     return (i <= i[:, None]) & (i[:, None] < subtree_ends[None, :])
 
 

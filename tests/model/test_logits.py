@@ -1,10 +1,12 @@
 """Output layers: scale, soft cap and ids without a token, in losses, in the engine and as drawn."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.architecture import SMALL
 from tests.model.families import VOCABULARY, large_weights
@@ -23,7 +25,7 @@ from threadweaver.model import (
 from threadweaver.model import logits as model_logits
 from threadweaver.model import loss as model_loss
 from threadweaver.trajectory import Codec
-from tw_kernels import Trie
+from tw_kernels import Trie, fused
 
 ARCH = {**SMALL, "tie_word_embeddings": False}
 VARIANTS = {
@@ -42,7 +44,7 @@ def reference(linear, hidden, targets, scale=1.0, softcap=None, rows=None, unkno
     logits = scale * F.linear(hidden, linear[0], linear[1] if len(linear) > 1 else None)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    known = torch.ones(logits.shape[-1], dtype=torch.bool)
+    known = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
     if rows is not None:
         known[rows:] = False
     if unknown is not None:
@@ -60,16 +62,66 @@ def reference(linear, hidden, targets, scale=1.0, softcap=None, rows=None, unkno
 def test_losses_and_gradients_equal_those_in_float64(variant, multiple, bias, at_once, monkeypatch):
     monkeypatch.setitem(model_loss.LOGITS_AT_ONCE, "cpu", at_once)
     monkeypatch.setitem(model_logits._ROWS_MULTIPLE, "cpu", multiple)
+    check_losses(variant, bias, num_tokens=40)
+
+
+@pytest.fixture
+def by_kernels(monkeypatch):
+    """The output layer runs as on a GPU, in Triton's interpreter, in pieces of 5 tokens."""
+    pytest.importorskip("triton")
+    if reason := fused.why_not(torch.device("cpu")):
+        pytest.skip(reason)
+    monkeypatch.setattr(model_loss, "_by_kernels", lambda hidden: True)
+    monkeypatch.setitem(model_loss.LOGITS_AT_ONCE, "cpu", 5 * 90)
+
+
+@pytest.mark.parametrize(
+    "variant, multiple, bias", [("plain", 1, False), ("rows", 64, True), ("all", 64, False)]
+)
+def test_losses_and_gradients_of_the_kernels_equal_those_in_float64(
+    variant, multiple, bias, by_kernels, monkeypatch
+):
+    monkeypatch.setitem(model_logits._ROWS_MULTIPLE, "cpu", multiple)
+    check_losses(variant, bias, num_tokens=8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_losses_and_gradients_on_a_gpu_equal_those_in_float64(variant, monkeypatch):
+    monkeypatch.setitem(model_loss.LOGITS_AT_ONCE, "cuda", 500)
+    with torch.device("cuda"):
+        check_losses(variant, bias=True, num_tokens=40)
+
+
+@pytest.mark.gpu
+def test_the_weights_gradient_on_a_gpu_is_summed_in_float32(monkeypatch):
+    """Of 4,096 pieces, whose sum in bfloat16 would stand still."""
+    monkeypatch.setitem(model_loss.LOGITS_AT_ONCE, "cuda", 96)
+    with torch.device("cuda"):
+        head = OutputLayer(torch.nn.Linear(24, 96, bias=False))
+        hidden = torch.randn(1, 24).expand(4096, 24)
+        targets = torch.zeros(4096, dtype=torch.int64)
+        want = F.cross_entropy(head(hidden), targets, reduction="sum")
+        with torch.autocast("cuda", torch.bfloat16):
+            got = cross_entropy_sum(hidden, head, targets)
+    (wanted,), (mine,) = (torch.autograd.grad(x, [head.linear.weight]) for x in (want, got))
+    assert (mine - wanted).norm() <= 2e-2 * wanted.norm()
+
+
+def check_losses(variant, bias, num_tokens):
     torch.manual_seed(0)
-    hidden = torch.randn(40, 24, requires_grad=True)
+    variant = dict(VARIANTS[variant])
+    if "unknown" in variant:
+        variant["unknown"] = variant["unknown"].to(torch.get_default_device())
+    hidden = torch.randn(num_tokens, 24, requires_grad=True)
     linear = torch.nn.Linear(24, 90, bias=bias)
-    head = OutputLayer(linear, **VARIANTS[variant])
-    targets = torch.randint(0, 10, (40,)) * 7
-    weights = torch.rand(40), torch.rand(40)
+    head = OutputLayer(linear, **variant)
+    targets = torch.randint(0, 10, (num_tokens,)) * 7
+    weights = torch.rand(num_tokens), torch.rand(num_tokens)
     inputs = [hidden, *linear.parameters()]
     doubles = [x.detach().double().requires_grad_() for x in inputs]
 
-    logprobs, entropies = reference(doubles[1:], doubles[0], targets, **VARIANTS[variant])
+    logprobs, entropies = reference(doubles[1:], doubles[0], targets, **variant)
     got = cross_entropy_sum(hidden, head, targets)
     torch.testing.assert_close(got.double(), -logprobs.sum(), rtol=1e-5, atol=0)
     grads = torch.autograd.grad(got, inputs)
@@ -86,6 +138,69 @@ def test_losses_and_gradients_equal_those_in_float64(variant, multiple, bias, at
     )
     for mine, theirs in zip(grads, want, strict=True):
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-5)
+
+
+class Sizes(TorchDispatchMode):
+    """Records what is computed: the largest result, and how often each operation ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest, self.counts = 0, Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        self.counts[function.overloadpacket.__name__] += 1
+        return result
+
+
+@pytest.mark.parametrize("update", ["sft", "rl"])
+def test_the_kernels_hold_one_piece_of_logits_and_one_gradient_of_the_weight(update, by_kernels):
+    head = OutputLayer(torch.nn.Linear(24, 90, bias=False))
+    hidden, targets = torch.randn(20, 24, requires_grad=True), torch.zeros(20, dtype=torch.int64)
+    with Sizes() as sizes:
+        if update == "sft":
+            loss = cross_entropy_sum(hidden, head, targets)
+        else:
+            loss = token_logprobs(hidden, head, targets).logprobs.sum()
+        loss.backward()
+    assert sizes.largest == 24 * 90  # the weight's gradient; a piece of logits has 5 x 90
+    assert sizes.counts["zeros_like"] == 1
+    # Of each of 4 pieces: its products, in RL twice, and a product for each gradient.
+    assert sizes.counts["mm"] == {"sft": 4 + 4, "rl": 2 * 4 + 4}[update]
+    assert sizes.counts["addmm_"] == 4
+
+
+def test_a_loss_by_kernels_without_a_gradient_computes_none(by_kernels):
+    head = OutputLayer(torch.nn.Linear(24, 90, bias=False))
+    with torch.no_grad(), Sizes() as sizes:
+        cross_entropy_sum(torch.randn(8, 24), head, torch.zeros(8, dtype=torch.int64))
+    assert sizes.counts["mm"] == 2 and not sizes.counts["addmm_"]
+
+
+def test_kernels_under_autocast_sum_the_gradient_of_a_float32_weight_in_float32(by_kernels):
+    torch.manual_seed(1)
+    head = OutputLayer(torch.nn.Linear(24, 90, bias=False))
+    hidden, targets = torch.randn(12, 24, requires_grad=True), torch.randint(0, 90, (12,))
+    want = cross_entropy_sum(hidden, head, targets)
+    inputs = (hidden, head.linear.weight)
+    wanted = torch.autograd.grad(want, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = cross_entropy_sum(hidden, head, targets)
+    grads = torch.autograd.grad(got, inputs)
+    assert got.dtype == grads[1].dtype == torch.float32
+    torch.testing.assert_close(got, want, rtol=1e-2, atol=0)
+    for mine, theirs in zip(grads, wanted, strict=True):
+        assert (mine - theirs).norm() <= 2e-2 * theirs.norm()
+
+
+def test_pieces_of_a_gpu_and_of_a_cpu():
+    vocabulary = 151_936
+    assert model_loss.rows_at_once("cuda", vocabulary) == 1766
+    assert model_loss.rows_at_once("cpu", vocabulary) == 220
+    assert model_loss.rows_at_once("cpu", 2**30) == 1
 
 
 def padded_model(tokenizer):

@@ -1,10 +1,14 @@
 """Hugging Face models over tries: the same loss and gradients as their calls one by one."""
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import _dynamo as dynamo
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+from bench.meter import CpuMeter
 from threadweaver.model import (
     OutputLayer,
     build_tokenizer,
@@ -14,14 +18,15 @@ from threadweaver.model import (
     new_model,
     save_model,
     supervised_tokens,
-    trie_hidden_states,
     trie_loss,
 )
 from threadweaver.model import loss as model_loss
 from threadweaver.tasks.multiplication import question, trajectory
-from threadweaver.train.setup import recompute_activations
+from threadweaver.train.config import ConfigError
+from threadweaver.train.setup import compile_layers, recompute_activations
 from threadweaver.trajectory import Codec, extract_calls, loss_trie
 from tw_kernels import Trie
+from tw_kernels.attention import native
 
 TINY = {
     "hidden_size": 64,
@@ -106,29 +111,72 @@ def test_response_loss_covers_the_joined_path_and_completions_do_not():
     )
 
 
-def test_gradient_checkpointing_changes_no_gradient():
+@pytest.fixture
+def attention_calls(monkeypatch):
+    """How often attention ran forward."""
+    calls, forward = Counter(), native.forward
+
+    def counted(*args):
+        calls["forward"] += 1
+        return forward(*args)
+
+    monkeypatch.setattr(native, "forward", counted)
+    return calls
+
+
+@pytest.mark.parametrize("layers", [True, 1, 2])
+def test_recomputed_layers_have_the_same_gradients_and_run_attention_once(layers, attention_calls):
     model = new_model(TOKENIZER, ARCHS["qwen3"], seed=2).train()
     trie = make_trie([encode((47, 86))], "response")
     want = gradients(model, trie_loss(model, trie))
-    recompute_activations(model)
+    recompute_activations(model, layers)
+    ran = []  # the layer of each MLP that started
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: ran.append(0))
+    model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: ran.append(1))
+    attention_calls.clear()
     got = gradients(model, trie_loss(model, trie))
     assert all(torch.equal(got[name], want[name]) for name in want)
+    assert attention_calls["forward"] == 2
+    assert ran == ([0, 1, 0] if layers is not True and layers == 1 else [0, 1, 1, 0])
 
 
-def test_a_compiled_model_gives_the_same_hidden_states():
-    model = new_model(TOKENIZER, ARCHS["qwen3"], seed=3)
-    compiled = torch.compile(model.base_model, backend="aot_eager", fullgraph=True, dynamic=True)
-    for factors in ((47, 86), (12, 345)):
-        trie = make_trie([encode(factors)], "response")
-        layout = trie.layout()
-        want = trie_hidden_states(model, trie, layout)
-        got = compiled(
-            input_ids=trie.tokens[None],
-            position_ids=trie.positions[None],
-            trie_layout=layout,
-            use_cache=False,
-        ).last_hidden_state[0]
-        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+def test_more_layers_than_there_are_cannot_be_recomputed():
+    model = new_model(TOKENIZER, ARCHS["qwen3"])
+    with pytest.raises(ConfigError, match=r"gradient_checkpointing is 3: the model has 2 layers"):
+        recompute_activations(model, 3)
+
+
+def test_the_more_layers_are_recomputed_the_less_memory_a_step_takes():
+    arch = {**ARCHS["qwen3"], "num_hidden_layers": 6}
+    paths = [[first, *[7] * 50] for first in range(100)]
+    trie = Trie.from_paths(paths, [[0.0] * 50 + [1.0]] * 100)
+    peaks = []
+    for layers in (0, 3, 6):
+        model = new_model(TOKENIZER, arch, seed=2).train()
+        recompute_activations(model, layers)
+        model(trie_layout=Trie.from_paths([[7]]).layout(), input_ids=torch.tensor([[7]]))
+        peaks.append(CpuMeter().peak_bytes(lambda model=model: trie_loss(model, trie).backward()))
+    if None in peaks:
+        pytest.skip("/proc does not say how much memory is resident")
+    none, half, every = peaks
+    assert every < 0.9 * half < 0.9 * 0.9 * none, peaks
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_layers_share_one_graph_for_tries_of_all_sizes(backend, attention_calls):
+    model = new_model(TOKENIZER, ARCHS["qwen3"], seed=3).train()
+    tries = [make_trie([encode(factors)], "response") for factors in ((47, 86), (12, 345))]
+    want = [gradients(model, trie_loss(model, trie)) for trie in tries]
+    dynamo.reset()
+    dynamo.utils.counters.clear()
+    compile_layers(model, backend)
+    recompute_activations(model)
+    attention_calls.clear()
+    for trie, wanted in zip(tries, want, strict=True):
+        for name, gradient in gradients(model, trie_loss(model, trie)).items():
+            torch.testing.assert_close(gradient, wanted[name], atol=1e-5, rtol=1e-5)
+    assert dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert attention_calls["forward"] == 2 * len(tries)
 
 
 def test_bfloat16_autocast_stays_close_to_float32():

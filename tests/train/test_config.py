@@ -91,6 +91,16 @@ def test_a_value_of_the_wrong_type_names_the_setting(new_run, fails):
     assert "optimization.epochs" in fails(new_run()("--optimization.epochs", "many"), 2)
 
 
+def test_recomputed_layers_are_all_none_or_a_number(new_run, fails):
+    for text, value in (("true", True), ("false", False), ("1", 1), ("0", 0)):
+        got = parse("--compute.gradient_checkpointing", text).compute.gradient_checkpointing
+        assert got == value and type(got) is type(value)
+    line = fails(new_run()("--compute.gradient_checkpointing", "some"), 2)
+    assert "compute.gradient_checkpointing" in line
+    line = fails(new_run()("--compute.gradient_checkpointing", "100"), 2)
+    assert "compute.gradient_checkpointing is 100: the model has" in line
+
+
 def test_a_choice_that_does_not_exist_lists_those_that_do(new_run, fails):
     line = fails(new_run()("--data.loss", "all"), 2)
     assert "data.loss" in line and "completions" in line
@@ -162,6 +172,7 @@ def test_a_missing_config_file_is_named(fails, tmp_path):
         ("optimization.warmup", "1.5"),
         ("optimization.gradient_clip", "0"),
         ("compute.threads", "0"),
+        ("compute.gradient_checkpointing", "-1"),
         ("report.keep_checkpoints", "0"),
     ],
 )

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from threadweaver.data import load_examples
 from threadweaver.model import (
+    WeightCopies,
     build_tokenizer,
     load_model,
     new_model,
@@ -173,11 +174,35 @@ def test_norms_do_not_decay_and_matrices_do(new_run):
 
 
 def test_gradient_checkpointing_changes_memory_and_not_the_run(new_run):
-    a, b = new_run("a"), new_run("b")
-    assert a() == 0
-    assert b("--compute.gradient_checkpointing", "true") == 0
-    for plain, recomputed in zip(a.metrics(), b.metrics(), strict=True):
-        assert plain == pytest.approx(recomputed, rel=1e-5)
+    plain = new_run("plain")
+    assert plain() == 0
+    for layers in ("true", "1"):
+        recomputed = new_run(layers)
+        assert recomputed("--compute.gradient_checkpointing", layers) == 0
+        assert recomputed.weights() == plain.weights()
+
+
+def test_weights_copied_once_a_step_train_as_autocast_does(new_run, monkeypatch):
+    """As on a GPU, here for a CPU's autocast."""
+    plain, copied = new_run("plain"), new_run("copied")
+    assert plain("--compute.precision", "bf16") == 0
+    casts = []
+
+    class Copies(WeightCopies):
+        def __init__(self, model, dtype):
+            assert dtype is None  # on a CPU
+            super().__init__(model, torch.bfloat16)
+
+        def cast(self):
+            casts.append(self._layers[0].cast_weight is None)
+            super().cast()
+
+    monkeypatch.setattr("threadweaver.train.run.WeightCopies", Copies)
+    assert copied("--compute.precision", "bf16") == 0
+    # Of 6 steps and 2 validations one each, and none for the validation before a step.
+    assert len(casts) == 8 and sum(casts) == 7
+    for a, b in zip(plain.metrics(), copied.metrics(), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-2)
 
 
 def test_bfloat16_autocast_stays_near_float32(new_run):

@@ -158,12 +158,12 @@ def test_watching_ends_with_the_run_and_leaves_a_page_at_rest(run, tmp_path):
 
 def test_a_watched_page_reads_itself_anew_and_keeps_what_was_chosen(run, browser, tmp_path):
     path = tmp_path / "page.html"
-    write_page(path, run_page(run, 0.2))
+    write_page(path, run_page(run, 0.6))
     page = Opened(browser, path)
     page.view.click("#tabs button >> nth=0")
     with (run / "rl" / "metrics.jsonl").open("a") as file:
         file.write(record(777, reward=1.0))
-    write_page(path, run_page(run, 0.2))
+    write_page(path, run_page(run, 0.6))
     page.view.wait_for_selector("#stages >> text=777")
     page.view.click("#pause")
     assert page.view.get_attribute("#tabs button >> nth=0", "aria-selected") == "true"

@@ -6,9 +6,10 @@ import random
 
 import pytest
 
-from tests.trajectory.trajectories import EXAMPLE
+from tests.trajectory.trajectories import CODEC, EXAMPLE
 from tests.view.browser import Opened, data_of
 from tests.view.test_lanes import text_and_marks
+from threadweaver.data import DataError
 from threadweaver.trajectory import check_format
 from threadweaver.view.page import write_page
 from threadweaver.view.rows import Row
@@ -62,6 +63,11 @@ def test_the_index_counts_every_row():
     assert index["right"][:2] == [1, 0] and index["threads"][:2] == [3, 0]
     assert (index["repeated"][0], index["grams"][0]) == (2, 3)
     assert index["total"][1] == index["longest"][1] == 2 and index["longest"][0] < index["total"][0]
+
+
+def test_a_response_that_the_tokenizer_cannot_take_is_named():
+    with pytest.raises(DataError, match=r"^f.jsonl:1: the vocabulary lacks"):
+        trajectory_page([row("\u2603")], "f", CODEC)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from threadweaver.device import DTYPES, choose, find_device, resolve
@@ -13,7 +12,14 @@ from threadweaver.generate.options import EngineSettings
 from threadweaver.generate.server.address import ServerSettings
 from threadweaver.generate.server.engine import ServerEngine, connect
 from threadweaver.generate.settings import EngineSizes
-from threadweaver.model import end_ids, end_ids_of, load_configs, load_model, load_tokenizer
+from threadweaver.model import (
+    end_ids,
+    end_ids_of,
+    load_configs,
+    load_model,
+    load_tokenizer,
+    to_device,
+)
 from threadweaver.trajectory import Codec, TemplateConfig
 from threadweaver.trajectory.codec import missing_tags
 from threadweaver.trajectory.ids import MOST_IDS
@@ -50,7 +56,7 @@ def load_engine(
             f"{model}: the tokenizer has {len(tokenizer)} tokens and the embedding {rows} rows: "
             "python -m threadweaver.add_tags --model MODEL --out FOLDER makes them agree"
         )
-    torch.nn.Module.to(weights, device)
+    to_device(weights, device)
     sizes = {field.name: getattr(settings, field.name) for field in fields(EngineSizes)}
     return Engine(weights, codec, **sizes), tokenizer
 

@@ -18,7 +18,7 @@ from threadweaver.generate.scheduler import Batch
 from threadweaver.generate.weights import EngineWeights
 from threadweaver.model import PagedStep, kv_shape, output_layer, paged_hidden_states
 from tw_kernels import DecodePlan, PagedKV
-from tw_kernels.decode.plan import default_workers
+from tw_kernels.decode.costs import Heads, of_device
 
 # A step takes one CPU thread for each THREAD_WORK multiply-adds of its largest product, where
 # fetching a weight counts as much as FETCH_ROWS rows. Below it two threads take as long as one, or
@@ -72,6 +72,9 @@ class Runner:
         embedding = model.get_input_embeddings().weight
         self._largest_matrix = max(p.numel() for p in layers if p is not embedding)
         self._graphs: DecodeGraphs | None = None
+        config = self._weights.model.config.get_text_config()
+        *_, kv_heads, head_dim = kv_shape(self._weights.model, num_pages, page_size)
+        self._heads = Heads(config.num_attention_heads, kv_heads, head_dim)
 
     def cast(self) -> None:
         """Takes the model's weights as they are now for all steps until it is called again."""
@@ -150,12 +153,12 @@ class Runner:
             batch.counts,
             self.page_size,
         )
+        costs = of_device(self._device, self._heads)
         if not in_graph:
-            return DecodePlan.build(*sequences, self._device)
-        # Split for the same number of workers as the plan on the device, so that the sizes agree.
-        workers = default_workers(self._device)
-        size = DecodePlan.build(*sequences, num_workers=workers).size
-        return DecodePlan.build(*sequences, self._device, workers, capacity=padded(size))
+            return DecodePlan.build(*sequences, self._device, costs=costs)
+        # Cut by the same costs as the plan on the device, so that the sizes agree.
+        size = DecodePlan.build(*sequences, costs=costs).size
+        return DecodePlan.build(*sequences, self._device, capacity=padded(size), costs=costs)
 
 
 def _inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

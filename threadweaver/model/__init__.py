@@ -10,6 +10,7 @@ from threadweaver.model.attention import (
 from threadweaver.model.context import context_length
 from threadweaver.model.end_tokens import end_ids, end_ids_of
 from threadweaver.model.fingerprint import weights_fingerprint
+from threadweaver.model.fused import fuse, to_device
 from threadweaver.model.load import load_configs, load_model, load_tokenizer
 from threadweaver.model.logits import OutputLayer, mask_unknown_ids, output_layer
 from threadweaver.model.loss import (
@@ -26,12 +27,14 @@ from threadweaver.model.save import save_model
 from threadweaver.model.supported import check_supported
 from threadweaver.model.tokenizer import build_tokenizer
 from threadweaver.model.vocabulary import add_tags
+from threadweaver.model.weight_copies import WeightCopies
 
 __all__ = [
     "ATTENTION",
     "OutputLayer",
     "PagedStep",
     "TokenLogprobs",
+    "WeightCopies",
     "add_tags",
     "build_tokenizer",
     "check_supported",
@@ -39,6 +42,7 @@ __all__ = [
     "cross_entropy_sum",
     "end_ids",
     "end_ids_of",
+    "fuse",
     "kv_shape",
     "load_configs",
     "load_model",
@@ -51,6 +55,7 @@ __all__ = [
     "probe",
     "save_model",
     "supervised_tokens",
+    "to_device",
     "token_logprobs",
     "trie_hidden_states",
     "trie_logprobs",

@@ -42,6 +42,14 @@ class OutputLayer:
         weight = self.linear.weight
         return weight if self.rows is None else weight[: self._width]
 
+    def compute_weight(self, dtype: torch.dtype) -> Tensor:
+        """`weight` in the dtype of a product, without a gradient: the copy that all passes of a
+        step share (weight_copies.py), if there is one."""
+        copy = getattr(self.linear, "cast_weight", None)
+        if copy is None or copy.dtype != dtype:
+            return self.weight.detach().to(dtype)
+        return copy if self.rows is None else copy[: self._width]
+
     @property
     def bias(self) -> Tensor | None:
         """Of the rows of `weight`, or None."""

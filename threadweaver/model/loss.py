@@ -12,16 +12,18 @@ from transformers import PreTrainedModel
 
 from threadweaver.model.attention import trie_hidden_states
 from threadweaver.model.logits import OutputLayer, output_layer
-from tw_kernels import Trie, TrieLayout
+from threadweaver.model.output_pieces import logprobs_and_entropies, negative_log_likelihood
+from tw_kernels import Trie, TrieLayout, fused
 
-# Above this many logits the loss works in pieces and never holds them all. Every piece reads and
-# writes the gradient of the output layer's weights, so few large ones are faster.
+# Most logits that are held at a time. Every piece reads and writes the gradient of the output
+# layer's weights, so few large ones are faster.
 # CPU, 128 MiB in float32: of 2^22 to 2^26, within 5 to 10 % of the fastest in float32 and 20 % in
 #     bfloat16 with AMX, where 2^24 takes 1.5 times as long (49,152 x 576, 151,936 x 1,024; two Xeon
 #     cores, with AVX-512 and held to AVX2).
-# CUDA, 1 GiB: at 151,936 x 2,048 a piece of 1,766 tokens; the gradient's 2.5 GB take 0.8 ms of an
-#     H100's memory beside 4.2 ms for its products, at the rates of copy and product measured there;
-#     with 2^24, of 110 tokens, three times as long as its products. The size is not timed yet.
+# CUDA, 512 MiB in bfloat16: at 151,936 x 2,048 a piece of 1,766 tokens; the gradient's 2.5 GB take
+#     0.8 ms of an H100's memory beside 4.2 ms for its products, at the rates of copy and product
+#     measured there; with 2^24, of 110 tokens, three times as long as its products. The size is not
+#     timed yet.
 LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**28}
 
 
@@ -54,7 +56,11 @@ def cross_entropy_sum(hidden: Tensor, head: OutputLayer, targets: Tensor) -> Ten
     hidden [n, hidden size], targets int64 [n]. Large vocabularies go in pieces, so that the
     [n, vocabulary] logits are never held whole.
     """
-    rows = _rows_at_once(head)
+    rows = rows_at_once(hidden.device.type, len(head.linear.weight))
+    if _by_kernels(hidden):
+        hidden = hidden.to(_compute_dtype(hidden))
+        weight = head.compute_weight(hidden.dtype)
+        return negative_log_likelihood(hidden, head, weight, targets, rows)
     if targets.numel() <= rows:
         return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
     hidden, weight = _in_compute_dtype(hidden, head.weight)
@@ -73,10 +79,14 @@ def cross_entropy_sum(hidden: Tensor, head: OutputLayer, targets: Tensor) -> Ten
     return torch.stack(pieces).sum()
 
 
-def _rows_at_once(head: OutputLayer) -> int:
-    """Most tokens whose logits are held at a time."""
-    weight = head.linear.weight
-    return max(1, LOGITS_AT_ONCE.get(weight.device.type, LOGITS_AT_ONCE["cpu"]) // weight.shape[0])
+def rows_at_once(device: str, vocabulary: int) -> int:
+    """Most tokens whose logits are held at a time on a kind of device."""
+    return max(1, LOGITS_AT_ONCE.get(device, LOGITS_AT_ONCE["cpu"]) // vocabulary)
+
+
+def _by_kernels(hidden: Tensor) -> bool:
+    """Whether the output layer runs piece by piece on kernels of its own (output_pieces.py)."""
+    return hidden.is_cuda and fused.why_not(hidden.device) is None
 
 
 def _cross_entropy_piece(h: Tensor, weight: Tensor, head: OutputLayer, t: Tensor) -> Tensor:
@@ -84,11 +94,16 @@ def _cross_entropy_piece(h: Tensor, weight: Tensor, head: OutputLayer, t: Tensor
     return F.cross_entropy(logits.float(), t, reduction="sum")
 
 
-def _in_compute_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the dtype of the output layer's product: cast once, not in every piece."""
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    """Of the output layer's product."""
     device = hidden.device.type
     enabled = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if enabled else hidden.dtype
+    return torch.get_autocast_dtype(device) if enabled else hidden.dtype
+
+
+def _in_compute_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype of the output layer's product: cast once, not in every piece."""
+    dtype = _compute_dtype(hidden)
     return hidden.to(dtype), weight.to(dtype)
 
 
@@ -132,8 +147,13 @@ def token_logprobs(
 
     hidden [n, hidden size], targets int64 [n]. In pieces, as in `cross_entropy_sum`.
     """
+    rows = rows_at_once(hidden.device.type, len(head.linear.weight))
+    if _by_kernels(hidden):
+        hidden = hidden.to(_compute_dtype(hidden))
+        weight = head.compute_weight(hidden.dtype)
+        found = logprobs_and_entropies(hidden, head, weight, targets, rows, entropy_gradient)
+        return TokenLogprobs(*found)
     hidden, weight = _in_compute_dtype(hidden, head.weight)
-    rows = _rows_at_once(head)
     if targets.numel() <= rows:
         return _logprobs_piece(hidden, weight, head, targets, entropy_gradient)
     pieces = [

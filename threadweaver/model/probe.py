@@ -68,6 +68,14 @@ def probe(model: PreTrainedModel) -> None:
         raise ValueError(f"{model.config.model_type} models are not supported: {reason}")
 
 
+@torch.no_grad()
+def trie_outputs(model: PreTrainedModel) -> Tensor:
+    """Log-probabilities of a small trie under the probe's parameters, [paths, tokens - 1]: what a
+    change of the model must not change. Leaves the model as it was."""
+    with _evaluating(model), _short_windows(model), _random_parameters(model):
+        return _on_trie(model, _paths(model))
+
+
 def _why_not(model: PreTrainedModel, keys: list[tuple[int, torch.Size]]) -> str | None:
     """`keys`: layer and shape of the keys of each call of attention so far."""
     paths = _paths(model)

@@ -174,20 +174,24 @@ class ComputeConfig:
         precision: bf16: bfloat16 autocast over float32 weights; fp32: everything in float32; auto:
             bf16 where the device multiplies bfloat16 itself, else fp32. A run keeps what it started
             with: config.yaml and checkpoints hold it, and why.
-        gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
-        compile: run the model through torch.compile.
+        gradient_checkpointing: recompute activations in the backward pass instead of keeping them,
+            but for the results of attention: true: of all layers; a number: of so many, from the
+            first on. Use as few as the memory allows.
+        compile: run the model's layers through torch.compile.
         threads: CPU threads of PyTorch; default: as many as PyTorch takes, or, in a resumed run, as
             many as before.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | int = False
     compile: bool = False
     threads: int | None = None
 
     def __post_init__(self):
         check_least(1, "compute", self, "threads")
+        if not isinstance(self.gradient_checkpointing, bool):
+            check_least(0, "compute", self, "gradient_checkpointing")
         if self.threads is not None and self.threads > MOST_THREADS:
             raise ConfigError(
                 f"compute.threads is {self.threads}: it must be at most {MOST_THREADS}"

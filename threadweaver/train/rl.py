@@ -25,7 +25,7 @@ from threadweaver.evaluate.reward import reward
 from threadweaver.evaluate.rollouts import fingerprint, fitting, roll_out, texts_of_problems
 from threadweaver.generate.engine import Engine
 from threadweaver.generate.settings import EngineSizes, GenerationSettings
-from threadweaver.model import trie_logprobs
+from threadweaver.model import to_device, trie_logprobs
 from threadweaver.progress import Progress, ResponsesProgress, print_line
 from threadweaver.tasks import Problem, load_task
 from threadweaver.train.advantages import group_advantages
@@ -290,12 +290,14 @@ class RLTrainer(Trainer[RLConfig]):
         title = f"updating, step {self.steps_done + 1}"
         with Progress(self.console, title, passes, "passes") as progress:
             if settings.updates > 1:
+                self.copies.cast()
                 with torch.no_grad():
                     old = [
                         [self._logprobs(self.model, m) for m in progress.track(micros)]
                         for micros in batches
                     ]
             for micros, old_logprobs in zip(batches, old, strict=True):
+                self.copies.cast()
                 step = [
                     self._backward(micro, before, num_tokens / settings.updates)
                     for micro, before in zip(progress.track(micros), old_logprobs, strict=True)
@@ -353,7 +355,7 @@ class RLTrainer(Trainer[RLConfig]):
                 "policy.kl: the reference is the model at model.path: set it, or policy.kl 0"
             )
         reference, _ = build_model(self.config, None)
-        torch.nn.Module.to(reference, self.device)
+        to_device(reference, self.device)
         return reference.eval()
 
     def finish(self) -> None:

@@ -22,7 +22,13 @@ from torch import Tensor
 
 from threadweaver.data.files import data_files
 from threadweaver.data.overlap import Text, find_overlap, texts_of_files
-from threadweaver.model import end_ids, parameter_count, save_model
+from threadweaver.model import (
+    WeightCopies,
+    end_ids,
+    parameter_count,
+    save_model,
+    to_device,
+)
 from threadweaver.progress import has_no_reader, print_line
 from threadweaver.train.checkpoint import (
     all_checkpoints,
@@ -49,6 +55,7 @@ from threadweaver.train.run_dir import (
 from threadweaver.train.setup import (
     build_model,
     build_optimizer,
+    compile_layers,
     prepare_torch,
     recompute_activations,
 )
@@ -186,6 +193,7 @@ class Trainer(Run[T]):
         fingerprint: of the data; set by `load_data`.
         last_record: of the last step that a checkpoint knows of.
         totals: sums over the steps done, by name; they live in checkpoints.
+        copies: of its matrices in the dtype of their products; cast before the passes of a step.
     """
 
     num_steps: int
@@ -217,16 +225,20 @@ class Trainer(Run[T]):
         checkpoint = self.last_checkpoint if self.state else None
         self.model, self.tokenizer = build_model(self.config, checkpoint)
         print_line(self.console, f"model: {parameter_count(self.model)}")
-        torch.nn.Module.to(self.model, self.device).train()
+        to_device(self.model, self.device)
+        self.model.train()
         self.codec = Codec.from_tokenizer(self.tokenizer, end_ids(self.model), self.config.template)
         self.totals: dict[str, float] = {"seconds": 0.0}
         self.last_record: Record = {}
         self.steps_done = 0
         self.load_data()
-        if compute.gradient_checkpointing:
-            recompute_activations(self.model)
         if compute.compile:
-            self.model.base_model.compile(dynamic=True)
+            compile_layers(self.model)
+        if compute.gradient_checkpointing:
+            recompute_activations(self.model, compute.gradient_checkpointing)
+        # On a CPU autocast casts as it always did: results stay the same, bit for bit.
+        by_copies = self.device.type == "cuda" and compute.precision == "bf16"
+        self.copies = WeightCopies(self.model, torch.bfloat16 if by_copies else None)
         self.optimizer = build_optimizer(self.model, self.config.optimization)
         if self.state:
             self._restore(self.last_checkpoint, self.state)
@@ -312,6 +324,7 @@ class Trainer(Run[T]):
             raise save_batch(folder, packs, sources, [float(x) for x in losses], float(norm))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        self.copies.free()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return float(norm)

@@ -21,14 +21,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from threadweaver.data import save_rows, trajectory_row
 from threadweaver.evaluate.grade import Graded, graded_row, summary
 from threadweaver.evaluate.rollouts import fingerprint, fitting, roll_out, texts_of_problems
 from threadweaver.generate.engine import Engine
 from threadweaver.generate.settings import PromptTooLong
-from threadweaver.model import end_ids
+from threadweaver.model import end_ids, to_device
 from threadweaver.progress import ResponsesProgress, print_line
 from threadweaver.tasks import load_task
 from threadweaver.train.config import ConfigError, DataConfig
@@ -171,7 +169,7 @@ class SelfTraining(Run[SelfTrainConfig]):
         """Of a checkpoint, or of the model that the run starts from."""
         config = self.config
         model, tokenizer = build_model(config, checkpoint)
-        torch.nn.Module.to(model, self.device)
+        to_device(model, self.device)
         return Engine(
             model.eval(),
             Codec.from_tokenizer(tokenizer, end_ids(model), config.template),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -63,23 +63,54 @@ def build_model(
     return model, tokenizer
 
 
-def recompute_activations(model: PreTrainedModel) -> None:
-    """From now on every layer keeps its input alone, and runs again in the backward pass.
+def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
+    """From now on the model's layers run through torch.compile, all of them and tries of every size
+    through one graph. To be called before `recompute_activations`.
+
+    Raises:
+        ConfigError: its layers are none that `transformers` knows by their class.
+    """
+    for layer in _layers(model, "compile"):
+        layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
+
+
+def _layers(model: PreTrainedModel, setting: str) -> list[GradientCheckpointingLayer]:
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigError(
+            f"compute.{setting}: the layers of {model.config.model_type} cannot be told; leave it "
+            "out"
+        )
+    return layers
+
+
+# What a layer that is recomputed keeps: attention's result is small beside what computes it.
+_KEEP = partial(create_selective_checkpoint_contexts, [torch.ops.tw_kernels.trie_attention.default])
+
+
+def recompute_activations(model: PreTrainedModel, layers: bool | int = True) -> None:
+    """From now on these layers keep their input and the result of their attention alone, and
+    compute the rest again in the backward pass.
 
     Unlike the model's own gradient_checkpointing_enable also in evaluation mode, in which P-GRPO
     runs it.
 
+    Args:
+        layers: True: all; False: none; a number: so many, from the first on. The backward pass has
+            freed what the others keep when it comes to these.
+
     Raises:
-        ConfigError: its layers are none that `transformers` knows how to run again.
+        ConfigError: its layers are none that `transformers` knows how to run again, or fewer.
     """
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    if not layers:
+    found = _layers(model, "gradient_checkpointing")
+    count = len(found) if layers is True else int(layers)
+    if count > len(found):
         raise ConfigError(
-            f"compute.gradient_checkpointing: no layer of {model.config.model_type} can be "
-            "recomputed; leave it out"
+            f"compute.gradient_checkpointing is {count}: the model has {len(found)} layers; true "
+            "stands for all"
         )
-    for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    for layer in found[:count]:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=_KEEP)
 
 
 def build_optimizer(model: PreTrainedModel, settings: AdamWConfig) -> torch.optim.AdamW:

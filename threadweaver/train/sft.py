@@ -18,7 +18,13 @@ from threadweaver.evaluate.metrics import compare
 from threadweaver.evaluate.modes import evaluate_modes
 from threadweaver.evaluate.rollouts import fitting
 from threadweaver.generate.engine import Engine
-from threadweaver.model import context_length, load_model, supervised_tokens, trie_loss
+from threadweaver.model import (
+    context_length,
+    load_model,
+    supervised_tokens,
+    to_device,
+    trie_loss,
+)
 from threadweaver.progress import Progress, print_line
 from threadweaver.tasks import load_task
 from threadweaver.train.batches import (
@@ -100,6 +106,7 @@ class SFTTrainer(Trainer[SFTConfig]):
         packs = [Trie.pack([self.data.tries[i] for i in micro]) for micro in step.micro_batches]
         supervised = sum(supervised_tokens(trie).numel() for trie in packs)
         losses = []
+        self.copies.cast()
         with self._micro_batches("training", len(packs)) as progress:
             for trie in progress.track(packs):
                 loss = self._loss_sum(trie) / supervised
@@ -148,6 +155,7 @@ class SFTTrainer(Trainer[SFTConfig]):
     def _validation_loss(self, data: TrieSet) -> float:
         """Mean over the supervised tokens of the validation data."""
         self.model.eval()
+        self.copies.cast()
         total, supervised = 0.0, 0
         budget = self.config.optimization.batch_tokens
         packs = pack(data.sizes, range(len(data.tries)), budget)
@@ -218,10 +226,11 @@ class SFTTrainer(Trainer[SFTConfig]):
 
     def _evaluate(self, checkpoint: Path) -> dict[str, float]:
         """Solves the problems with the checkpoint as it can be loaded, in both modes."""
+        self.copies.free()
         torch.nn.Module.to(self.model, "cpu")
         self.optimizer.zero_grad()
         model, _ = load_model(checkpoint)
-        torch.nn.Module.to(model, self.device)
+        to_device(model, self.device)
         evaluations = evaluate_modes(
             ("sequential", "parallel"),
             self._engine(model),

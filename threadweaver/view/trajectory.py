@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from threadweaver.data import DataError
 from threadweaver.trajectory import Codec, Prompt, find_violations
 from threadweaver.trajectory.format import opened_thinking
 from threadweaver.view.lanes import Lanes, count_words, lanes, tokens_of
@@ -34,6 +35,9 @@ def trajectory_page(
         codec: for lengths in tokens; without one they are in words.
         max_depth: how deep blocks may nest, in rows whose file lists no violations.
         on_row: gets the number of rows done, after each.
+
+    Raises:
+        DataError: a response that the tokenizer cannot take; names the row.
     """
     measure = count_words if codec is None else tokens_of(codec)
     index: list[list[Any]] = []
@@ -41,7 +45,10 @@ def trajectory_page(
     part: list[Json] = []
     for row in rows:
         breaches = _breaches(row, max_depth)
-        found = lanes(row.response, [at for _, at in breaches], measure)
+        try:
+            found = lanes(row.response, [at for _, at in breaches], measure)
+        except ValueError as error:
+            raise DataError(f"{row.source}: {error}") from error
         index.append(_entry(row, found, len(breaches)))
         part.append(_detail(row, found, [line for line, _ in breaches]))
         if len(part) == CHUNK:

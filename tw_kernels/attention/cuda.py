@@ -1,8 +1,7 @@
 """trie_attention in CUDA C++ on Hopper GPUs (csrc/cuda/attention/trie_attention.h).
 
-Only taken by name (backend="cuda" or TW_BACKEND=cuda). bfloat16, head dims 64 and 128; no windows
-and no soft caps. Nothing here waits for the device. Each gradient is summed in a fixed order: two
-runs agree to the last bit.
+bfloat16 and float16, head dims 64 and 128; no windows and no soft caps. Nothing here waits for the
+device. Each gradient is summed in a fixed order: two runs agree to the last bit.
 
 What a block of rows and columns shares is multiplied by a zero probability where the trie hides it:
 a NaN or infinity in k, v or dout can reach rows that do not see it, as in any flash attention.
@@ -17,25 +16,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tw_kernels import _C, cuda_build, cuda_device
+from tw_kernels.native import DTYPES
 from tw_kernels.trie import BlockSchedule, TrieLayout
 
-# Of csrc/cuda/attention/index.h: rows or columns that a thread block owns, to a multiple of
-# which subtree_ends is padded too; and by head dim the rows of the tiles that stream past them in
-# forward, dQ, and dK with dV.
+# Of csrc/cuda/attention/index.h. Coarse kernels: rows or columns that a thread block owns, to a
+# multiple of which subtree_ends is padded too; and by head dim the rows of the tiles that stream
+# past them in forward, dQ, and dK with dV. Fine kernels: rows and columns of every block.
 OWN_ROWS = 128
 STREAMED_ROWS = {64: (128, 128, 64), 128: (128, 64, 64)}
+FINE = 64
+
+# What a pair costs in blocks of 64 x 64 over what it costs in coarse ones, at most. A step over 64
+# columns has the waits, the rescaling of the output and the warps' reductions of one over 128, and
+# its score product reads shared memory at the full 128 bytes a cycle, A and B being equally small.
+# An estimate. `python -m bench.attention --device cuda --only "case=pack-*" "peer=ours: cuda,*"`
+# times both.
+FINE_COST = 1.25
 
 FORWARD_CUBIN = cuda_build.CUBINS / "trie_attention_fwd.cubin"
 BACKWARD_CUBIN = cuda_build.CUBINS / "trie_attention_bwd.cubin"
 
 
 class Plan(NamedTuple):
-    """subtree_ends padded with zeros to a multiple of OWN_ROWS, and the schedule of each kernel."""
+    """A trie, and its subtree_ends padded with zeros to a multiple of OWN_ROWS. Schedules depend on
+    the heads of the call; the layout keeps them."""
 
+    layout: TrieLayout
     ends: Tensor
-    forward: BlockSchedule
-    dq: BlockSchedule
-    dkv: BlockSchedule
+
+
+# What csrc/cuda/bindings.cpp takes for them: whether the kernel is the fine one, and addresses.
+Rows = tuple[bool, int, int, int, int]
+Columns = tuple[bool, int, int]
 
 
 def why_not(
@@ -46,26 +58,33 @@ def why_not(
         return "the CUDA kernels have no window and no soft cap"
     if reason := cuda_device.why_not(q):
         return reason
-    if q.dtype != torch.bfloat16:
-        return f"the CUDA kernels take bfloat16, not {q.dtype}"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"the CUDA kernels take bfloat16 and float16, not {q.dtype}"
     if q.shape[-1] not in STREAMED_ROWS:
         return f"the CUDA kernels take head dims 64 and 128, not {q.shape[-1]}"
     return cuda_device.why_not_built(FORWARD_CUBIN, BACKWARD_CUBIN)
 
 
 def plan(layout: TrieLayout, q: Tensor, window: None = None) -> Plan:
-    """The plan for q's head dim. The layout keeps its parts; kernels of equal block sizes share a
-    schedule."""
+    """The plan of a trie. The layout keeps its parts."""
     if "padded_ends" not in layout.memo:
         missing = -layout.num_tokens % OWN_ROWS
         layout.memo["padded_ends"] = F.pad(layout.subtree_ends, (0, missing))
-    forward, dq, dkv = STREAMED_ROWS[q.shape[-1]]
-    return Plan(
-        layout.memo["padded_ends"],
-        layout.block_schedule(OWN_ROWS, forward),
-        layout.block_schedule(OWN_ROWS, dq),
-        layout.block_schedule(dkv, OWN_ROWS),
-    )
+    return Plan(layout, layout.memo["padded_ends"])
+
+
+def fine_is_cheaper(layout: TrieLayout, coarse: tuple[int, int], heads: float = 1.0) -> bool:
+    """Whether a kernel takes blocks of 64 x 64 instead of `coarse` ones (rows, columns).
+
+    Small tries hide most of a large block: of a pack of 64 tries of 512 tokens 52 % of the pairs
+    that 128 x 128 computes are visible, 74 % of those that 64 x 64 does. On long paths both are
+    nearly all, and the larger blocks cost less a pair.
+
+    heads: those computed over those there are, where a block takes two heads of a group.
+    """
+    waste = layout.waste(*coarse)
+    # No waste is below 1, so most long tries need no second schedule.
+    return waste > FINE_COST * heads and waste > FINE_COST * heads * layout.waste(FINE, FINE)
 
 
 def forward(
@@ -80,7 +99,7 @@ def forward(
         scale,
         cuda_device.place(q, FORWARD_CUBIN),
         plan.ends.data_ptr(),
-        _rows(plan.forward),
+        _rows(plan.layout, q, k, STREAMED_ROWS[q.shape[2]][0]),
         (_strided(q), _strided(k), _strided(v), _strided(out)),
         lse.data_ptr(),
     )
@@ -110,8 +129,8 @@ def backward(
         scale,
         cuda_device.place(q, BACKWARD_CUBIN),
         plan.ends.data_ptr(),
-        _rows(plan.dq),
-        _columns(plan.dkv),
+        _rows(plan.layout, q, k, STREAMED_ROWS[q.shape[2]][1]),
+        _columns(plan.layout, STREAMED_ROWS[q.shape[2]][2]),
         (_strided(q), _strided(k), _strided(v), _strided(out)),
         (_strided(dout), _strided(dq), _strided(dk), _strided(dv)),
         (lse.data_ptr(), lse2.data_ptr(), delta.data_ptr()),
@@ -143,14 +162,20 @@ def _strided(x: Tensor) -> tuple[int, int, int]:
     return x.data_ptr(), row_stride, head_stride
 
 
-def _sizes(q: Tensor, k: Tensor) -> tuple[int, int, int, int, int]:
-    """Tokens, heads, KV heads, head dim, multiprocessors of the device."""
+def _sizes(q: Tensor, k: Tensor) -> tuple[int, int, int, int, int, int]:
+    """Tokens, heads, KV heads, head dim, dtype, multiprocessors of the device."""
     multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    return q.shape[0], q.shape[1], k.shape[1], q.shape[2], multiprocessors
+    return q.shape[0], q.shape[1], k.shape[1], q.shape[2], DTYPES[q.dtype], multiprocessors
 
 
-def _rows(schedule: BlockSchedule) -> tuple[int, int, int, int]:
+def _rows(layout: TrieLayout, q: Tensor, k: Tensor, streamed: int) -> Rows:
+    """The schedule of forward or dQ, whose coarse kernel streams tiles of that many rows."""
+    group = q.shape[1] // k.shape[1]
+    fine = fine_is_cheaper(layout, (OWN_ROWS, streamed), (group + group % 2) / group)
+    blocks = (FINE, FINE) if fine else (OWN_ROWS, streamed)
+    schedule: BlockSchedule = layout.block_schedule(*blocks)
     return (
+        fine,
         schedule.row_ptr.data_ptr(),
         schedule.full_end.data_ptr(),
         schedule.kv_blocks.data_ptr(),
@@ -158,5 +183,17 @@ def _rows(schedule: BlockSchedule) -> tuple[int, int, int, int]:
     )
 
 
-def _columns(schedule: BlockSchedule) -> tuple[int, int]:
-    return schedule.q_range.data_ptr(), schedule.kv_order.data_ptr()
+def _columns(layout: TrieLayout, streamed: int) -> Columns:
+    """The schedule of dK and dV, whose kernels stream tiles of that many rows."""
+    coarse = layout.block_schedule(streamed, OWN_ROWS)  # its order is that of both kernels
+    fine = fine_is_cheaper(layout, (streamed, OWN_ROWS))
+    q_range = _even_ranges(layout) if fine else coarse.q_range
+    return fine, q_range.data_ptr(), coarse.kv_order.data_ptr()
+
+
+def _even_ranges(layout: TrieLayout) -> Tensor:
+    """q_range of blocks of 64 x 64, with an empty one at the end of an odd number of them."""
+    if "even_ranges" not in layout.memo:
+        ranges = layout.block_schedule(FINE, FINE).q_range
+        layout.memo["even_ranges"] = F.pad(ranges, (0, 0, 0, len(ranges) % 2))
+    return layout.memo["even_ranges"]

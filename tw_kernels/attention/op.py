@@ -22,12 +22,25 @@ out and adds to lse. The backend's backward gets those, and is right with them a
 
 Which backend runs, unless `backend` or the environment variable TW_BACKEND names one:
 
-    CUDA  triton if it can run the call, else segments, else dense.
+    CUDA  cuda if it can run the call (Hopper, bfloat16 and float16, head dims 64 and 128, no window
+          and no soft cap, kernels built), else triton, else segments, else dense. On one H100, 32
+          query and 8 KV heads, bfloat16, in TFLOP/s of visible pairs, cuda against triton:
+
+                                            forward      backward
+              chain of 8,192, D 128         584 : 444    474 : 358
+              chain of 16,384, D 128        607 : 449    420 : 372
+              star of 16,384, D 128         568 : 414    472 : 349
+              trajectory of 34,408, D 128   568 : 372    401 : 339
+              64 tries of 512, D 128        206 : 147    161 : 107
+              chain of 8,192, D 64          428 : 369    386 : 340
+
+          (2026-11-26, b5af5a5, when cuda had coarse kernels alone.) float16 is not measured: its
+          instructions and their rates are bfloat16's.
     CPU   native if it can run the call (all but float64), else segments, else dense. In bfloat16 on
           a processor with AMX native only up to NATIVE_PAIRS visible pairs: beyond, ATen's kernels
           behind segments win by their matrix instructions, which native has not.
 
-cuda, experimental, is only ever asked for by name.
+flash (FlashAttention 4) is only ever asked for by name: it is not measured.
 """
 
 from __future__ import annotations
@@ -39,7 +52,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from tw_kernels.attention import cuda, dense, native, segments, triton
+from tw_kernels.attention import cuda, dense, flash4, native, segments, triton
 from tw_kernels.cpu import bfloat16_instructions
 from tw_kernels.scores import check_number, check_options
 from tw_kernels.trie import TrieLayout
@@ -50,6 +63,7 @@ TRIE_ATTENTION: dict[str, ModuleType] = {
     "segments": segments,
     "dense": dense,
     "cuda": cuda,
+    "flash": flash4,
 }
 
 # Visible pairs at which segments overtakes native in bfloat16 where ATen has AMX (two Xeon cores, 9
@@ -111,8 +125,8 @@ def trie_attention(
         k, v: [N, Hkv, D], Hq a multiple of Hkv (grouped heads).
         layout: the trie's geometry, on q's device.
         scale: default 1 / sqrt(D).
-        backend: "native", "triton", "segments", "dense" or "cuda"; default: see the module's
-            docstring.
+        backend: "native", "triton", "segments", "dense", "cuda" or "flash"; default: see the
+            module's docstring.
         return_lse: also return the log-sum-exp of each softmax. It carries no gradient.
         window: a token sees itself and its last window - 1 ancestors; default: all of them.
         softcap: a score s becomes softcap * tanh(s / softcap), s = scale * q k; default: stays s.
@@ -173,7 +187,7 @@ def choose_backend(
         if reason := TRIE_ATTENTION[name].why_not(q, k, v, window, softcap):
             raise ValueError(f"trie_attention cannot run on backend {name!r}: {reason}")
         return name
-    order = ["triton", "segments", "dense"]
+    order = ["cuda", "triton", "segments", "dense"]
     if q.device.type == "cpu":
         many = q.dtype == torch.bfloat16 and layout.visible_pairs > NATIVE_PAIRS
         many = many and "AMX" in bfloat16_instructions()

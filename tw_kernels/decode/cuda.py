@@ -1,8 +1,9 @@
 """trie_decode in CUDA C++ on Hopper GPUs (csrc/cuda/decode/trie_decode.h).
 
 Only taken by name (backend="cuda" or TW_DECODE_BACKEND=cuda). Nothing here waits for the device,
-and grids and buffers follow from the plan's capacity, so a call can be captured in a CUDA graph and
-replayed on a plan that another was copied into. A NaN in a key or value that one row of an item
+and grids and buffers follow from the plan's capacity, so a call can be captured in a CUDA graph
+(by CUDA 12.3 or later, whose graphs have launches that begin early) and replayed on a plan that
+another was copied into. A NaN in a key or value that one row of an item
 sees can reach rows beside it that do not, as in any flash attention; what no row sees does not
 matter.
 """
@@ -46,10 +47,11 @@ def forward(
     new_k = None if new_k is None else _with_aligned_rows(new_k)
     new_v = None if new_v is None else _with_aligned_rows(new_v)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    partial_out = torch.empty(
-        plan.capacity.slots, *q.shape[1:], dtype=torch.float32, device=q.device
-    )
+    # Rounded to the dtype of q, partial results add less to the error than the probabilities, which
+    # the tensor cores take so, do already; the weights of the merge stay in float32.
+    partial_out = torch.empty(plan.capacity.slots, *q.shape[1:], dtype=q.dtype, device=q.device)
     partial_lse = torch.empty(partial_out.shape[:2], dtype=torch.float32, device=q.device)
+    next_unit = torch.empty(1, dtype=torch.int32, device=q.device)
     _C.cuda_trie_decode(
         _sizes(q, kv, plan),
         DTYPES[q.dtype],
@@ -60,7 +62,7 @@ def forward(
         pages(kv),
         strided(new_k),
         strided(new_v),
-        (out.data_ptr(), partial_out.data_ptr(), partial_lse.data_ptr()),
+        tuple(x.data_ptr() for x in (out, partial_out, partial_lse, next_unit)),
     )
     return out
 
@@ -76,8 +78,14 @@ Sizes = tuple[int, int, int, int, int, int, int, int, int]
 
 
 def _sizes(q: Tensor, kv: PagedKV, plan: DecodePlan | None = None) -> Sizes:
-    """Rows, items, partial slots, tile rows, heads, KV heads, head dim, pages, page size."""
+    """Rows, items, tile rows, multiprocessors, heads, KV heads, head dim, pages, page size."""
     rows, heads, head_dim = q.shape
     num_pages, page_size, kv_heads, _ = kv.k_pages.shape
-    items, slots, tile_rows = (0, 0, 0) if plan is None else (*plan.capacity[2:], plan.tile_rows)
-    return rows, items, slots, tile_rows, heads, kv_heads, head_dim, num_pages, page_size
+    items, tile_rows, multiprocessors = 0, 0, 0
+    if plan is not None:
+        items, tile_rows = plan.capacity.items, plan.tile_rows
+        multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    return (
+        *(rows, items, tile_rows, multiprocessors),
+        *(heads, kv_heads, head_dim, num_pages, page_size),
+    )

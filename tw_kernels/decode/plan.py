@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tw_kernels import _C
+from tw_kernels.decode.costs import DecodeCosts, of_device
 
 PageTable = Sequence[int] | np.ndarray | Tensor
 
@@ -97,14 +98,15 @@ class DecodePlan:
         slots: [Q], page * page_size + offset where its key and value go; -1 for padding.
         merge_ptr: [Q + 1]; row r merges partial slots merge_slots[merge_ptr[r]:merge_ptr[r + 1]].
         merge_slots: [partial slots], for each row by key position.
-        items: [W, 6], most work first: index into `pages` of the first page, number of keys,
-            position of the first key (which starts a page), first row, end row, partial slot of
-            the first row (that of row r is r - first row further).
+        items: [W, 6], in the order in which workers take them: index into `pages` of the first
+            page, number of keys, position of the first key (which starts a page), first row, end
+            row, partial slot of the first row (that of row r is r - first row further).
         pages: [P], the runs of pages, each run once.
         page_size: tokens a page.
         tile_rows: no item has more rows.
         num_pages: every page id is below it.
         size: what is not padding.
+        predicted: time of a call by the costs that the plan was cut by (ns on a GPU): a model.
         memo: what backends derived from this plan and want to keep with it.
 
     Raises:
@@ -117,6 +119,7 @@ class DecodePlan:
     num_pages: int
     size: PlanSizes
     capacity: PlanSizes
+    predicted: float = 0.0
     memo: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -142,9 +145,10 @@ class DecodePlan:
         device: torch.device | str = "cpu",
         num_workers: int | None = None,
         *,
-        tile_rows: int = 64,
+        tile_rows: int | None = None,
         share: bool = True,
         capacity: PlanSizes | None = None,
+        costs: DecodeCosts | None = None,
     ) -> DecodePlan:
         """Plans a step on the host, in O(pages + rows x runs on their path).
 
@@ -156,11 +160,12 @@ class DecodePlan:
             new_tokens: how many of them, the last ones, are queries of this step; at least 1.
             page_size: tokens a page.
             device: where the plan's tensors go.
-            num_workers: how many items run at a time, for the cut of long runs: threads of a CPU
-                (the default), on a GPU about 2 x multiprocessors / Hkv (default: for Hkv = 8).
-            tile_rows: most rows of an item.
+            num_workers: in place of the costs' workers: threads of a CPU, multiprocessors of a GPU.
+            tile_rows: in place of the costs': most rows of an item.
             share: False plans every sequence alone, as if no page had two readers.
             capacity: room for CUDA graphs: the tensors get these sizes whatever the step holds.
+            costs: what decides how runs are cut (tw_kernels.decode.costs); default: of the device,
+                and on a GPU of 32 query and 8 KV heads of 128.
 
         Raises:
             ValueError: lengths, counts, page ids or sizes out of range, a table too short, two
@@ -169,18 +174,20 @@ class DecodePlan:
             TypeError: tables, lengths, counts or sizes that are not integers.
         """
         device = torch.device(device)
-        if num_workers is None:
-            num_workers = default_workers(device)
+        costs = costs or of_device(device)
+        if num_workers is not None:
+            costs = costs._replace(workers=_integer("num_workers", num_workers))
+        if tile_rows is not None:
+            costs = costs._replace(tile_rows=_integer("tile_rows", tile_rows))
         if capacity is not None:
             rooms = zip(PlanSizes._fields, PlanSizes(*capacity), strict=True)
             capacity = PlanSizes(*(_integer(f"capacity.{name}", n, least=0) for name, n in rooms))
-        buffer, size = _C.decode_plan(
+        buffer, size, predicted = _C.decode_plan(
             _tables(page_tables),
             _integers("lengths", lengths),
             _integers("new_tokens", new_tokens),
             _integer("page_size", page_size),
-            _integer("num_workers", num_workers),
-            _integer("tile_rows", tile_rows),
+            costs,
             bool(share),
             capacity,
         )
@@ -191,7 +198,7 @@ class DecodePlan:
         tensor = torch.from_numpy(buffer)
         if device.type == "cuda":
             tensor = tensor.pin_memory().to(device, non_blocking=True)
-        return cls(tensor, page_size, tile_rows, num_pages, size, room)
+        return cls(tensor, page_size, costs.tile_rows, num_pages, size, room, predicted)
 
     def copy_(self, plan: DecodePlan) -> None:
         """Takes over another plan of the same capacity, in place, as a CUDA graph needs.
@@ -206,15 +213,8 @@ class DecodePlan:
                 f"has {ours}, the other {(plan.capacity, plan.page_size, plan.tile_rows)}"
             )
         self.buffer.copy_(plan.buffer, non_blocking=True)
-        self.num_pages, self.size = plan.num_pages, plan.size
+        self.num_pages, self.size, self.predicted = plan.num_pages, plan.size, plan.predicted
         self.memo.clear()
-
-
-def default_workers(device: torch.device) -> int:
-    """The num_workers of a plan that names none."""
-    if device.type == "cuda":
-        return max(1, torch.cuda.get_device_properties(device).multi_processor_count // 4)
-    return torch.get_num_threads()
 
 
 def _integer(name: str, value: int, least: int = 1) -> int:

@@ -47,7 +47,6 @@ def forward(
         return out
     if new_k is not None and new_v is not None:
         kernels.write(kv, plan, dense_rows(new_k), dense_rows(new_v))
-    config = kernels.config_for(q, kv, plan)
-    parts = kernels.partial(dense_rows(q), kv, plan, scale, options, config)
+    parts = kernels.partial(dense_rows(q), kv, plan, scale, options)
     kernels.merge(plan, *parts, options, out)
     return out

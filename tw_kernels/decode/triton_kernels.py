@@ -2,7 +2,9 @@
 
 partial runs one program per item, KV head and tile of matrix rows. The matrix rows of an item are
 its query rows times the query heads that share the KV head, so that one fetch of a tile of keys
-feeds them all; it leaves a normalised output and a base-2 log-sum-exp per slot. merge weighs the
+feeds them all; it leaves a normalised output and a base-2 log-sum-exp per slot. Where a plan has
+room for items of more than 64 matrix rows it is launched twice: for these, with tiles of 128 rows,
+and for the others, with tiles that let two programs share a multiprocessor. merge weighs the
 slots of each row, in the plan's order, so the result does not depend on scheduling.
 
 `window`, `softcap` and `sinks` are None where there is none: the compiler then drops the argument
@@ -12,67 +14,19 @@ with all that asks for it.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tw_kernels import triton_interpreter
 from tw_kernels.decode.plan import DecodePlan, PagedKV
+from tw_kernels.decode.triton_tiles import launches_for, matrix_rows
 from tw_kernels.scores import ScoreOptions
 from tw_kernels.triton_softcap import tanh
 
 LOG2E = tl.constexpr(math.log2(math.e))
-
-
-class Config(NamedTuple):
-    """Sizes of the partial kernel. block_m: matrix rows of a program, at least 16."""
-
-    block_m: int
-    block_kv: int
-    num_warps: int
-    num_stages: int
-
-
-INTERPRETED = Config(32, 32, 4, 1)
-NARROW = 16  # the fewest rows of a product
-
-# For items of many matrix rows, and of at most NARROW; by bytes per element and the largest head
-# dim they serve. 64 rows are one warpgroup's product on sm_90; a tile of keys is 16 or 32 KiB with
-# its values, three in flight. float32 multiplies outside the tensor cores, for exactness.
-WIDE_CONFIGS = {
-    (2, 64): Config(64, 128, 4, 3),
-    (2, 128): Config(64, 64, 4, 3),
-    (2, 256): Config(64, 32, 8, 3),
-    (4, 64): Config(32, 32, 8, 2),
-    (4, 128): Config(32, 16, 8, 2),
-    (4, 256): Config(16, 16, 8, 2),
-}
-NARROW_CONFIGS = {
-    (2, 64): Config(NARROW, 128, 4, 3),
-    (2, 128): Config(NARROW, 64, 4, 3),
-    (2, 256): Config(NARROW, 32, 4, 3),
-    (4, 64): Config(NARROW, 32, 4, 2),
-    (4, 128): Config(NARROW, 16, 4, 2),
-    (4, 256): Config(NARROW, 16, 4, 2),
-}
-
-
-def config_for(q: Tensor, kv: PagedKV, plan: DecodePlan) -> Config:
-    """What the partial kernel runs with; follows from shapes and capacity alone."""
-    if triton_interpreter.is_on():
-        return INTERPRETED
-    narrow = _matrix_rows(q, kv, plan) <= NARROW
-    configs = NARROW_CONFIGS if narrow else WIDE_CONFIGS
-    largest = min(d for _, d in configs if d >= q.shape[-1])
-    return configs[q.dtype.itemsize, largest]
-
-
-def _matrix_rows(q: Tensor, kv: PagedKV, plan: DecodePlan) -> int:
-    """Of the largest item that the plan has room for."""
-    return min(plan.tile_rows, plan.capacity.rows) * (q.shape[1] // kv.k_pages.shape[2])
 
 
 def _launch(kernel: Any, programs: Any, *args: object, **constants: Any) -> None:
@@ -172,19 +126,19 @@ def _attend(
 
 @triton.jit
 def partial_kernel(
-    q, k_pages, v_pages, partial_out, partial_lse, rows, positions, pages, items, window, scale,
-    softcap, stride_qn, stride_qh, stride_page, stride_slot: tl.constexpr, stride_head,
-    HKV: tl.constexpr, GROUP: tl.constexpr, ROW_TILES: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_KV: tl.constexpr, D: tl.constexpr,
+    q, k_pages, v_pages, partial_out, partial_lse, rows, positions, pages, items, least_m, most_m,
+    window, scale, softcap, stride_qn, stride_qh, stride_page, stride_slot: tl.constexpr,
+    stride_head, HKV: tl.constexpr, GROUP: tl.constexpr, ROW_TILES: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_KV: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """One program per (item, KV head, tile of matrix rows)."""
+    """One program per (item, KV head, tile of matrix rows), for items of least_m to most_m rows."""
     # Row tiles run fastest: those of one item fetch the same pages, all but the first from L2.
     first_m = tl.program_id(0) % ROW_TILES * BLOCK_M
     head = tl.program_id(0) // ROW_TILES % HKV
     item = items + tl.program_id(0) // (ROW_TILES * HKV) * 6
     first_row = tl.load(item + 3)
     num_m = (tl.load(item + 4) - first_row) * GROUP
-    if first_m >= num_m:
+    if first_m >= num_m or num_m < least_m or num_m > most_m:
         return
     pages += tl.load(item)
     num_keys = tl.load(item + 1)
@@ -276,7 +230,6 @@ def partial(
     plan: DecodePlan,
     scale: float,
     options: ScoreOptions,
-    config: Config,
 ) -> tuple[Tensor, Tensor]:
     """Attention of every item: outputs [slots, Hq, D] and base-2 log-sum-exps [slots, Hq], float32.
 
@@ -288,15 +241,17 @@ def partial(
     slots = plan.capacity.slots
     out = torch.empty(slots, num_heads, head_dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(slots, num_heads, dtype=torch.float32, device=q.device)
-    row_tiles = triton.cdiv(_matrix_rows(q, kv, plan), config.block_m)
-    _launch(
-        partial_kernel, plan.capacity.items * num_kv_heads * row_tiles,
-        q, kv.k_pages, kv.v_pages, out, lse, plan.rows, plan.positions, plan.pages, plan.items,
-        options.window, scale, options.softcap, *q.stride()[:2], *kv.k_pages.stride()[:3],
-        HKV=num_kv_heads, GROUP=num_heads // num_kv_heads, ROW_TILES=row_tiles, PAGE=page_size,
-        BLOCK_M=config.block_m, BLOCK_KV=config.block_kv, D=head_dim,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    for config, least, most in launches_for(q, kv, plan):
+        row_tiles = triton.cdiv(min(matrix_rows(q, kv, plan), most), config.block_m)
+        _launch(
+            partial_kernel, plan.capacity.items * num_kv_heads * row_tiles,
+            q, kv.k_pages, kv.v_pages, out, lse, plan.rows, plan.positions, plan.pages, plan.items,
+            least, most, options.window, scale, options.softcap,
+            *q.stride()[:2], *kv.k_pages.stride()[:3],
+            HKV=num_kv_heads, GROUP=num_heads // num_kv_heads, ROW_TILES=row_tiles, PAGE=page_size,
+            BLOCK_M=config.block_m, BLOCK_KV=config.block_kv, D=head_dim,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
     return out, lse
 
 

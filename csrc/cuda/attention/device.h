@@ -11,12 +11,11 @@
 
 namespace tw::cuda {
 
-using Bfloat = cutlass::bfloat16_t;
-
-static_assert(layouts_are_the_copy_engines<Bfloat, 64, 64>() &&
-              layouts_are_the_copy_engines<Bfloat, 64, 128>() &&
-              layouts_are_the_copy_engines<Bfloat, 128, 64>() &&
-              layouts_are_the_copy_engines<Bfloat, 128, 128>());
+// Of tiles of 64 and 128 rows.
+template <class Element, int D> constexpr bool tiles_are_the_copy_engines() {
+  return layouts_are_the_copy_engines<Element, 64, D>() &&
+         layouts_are_the_copy_engines<Element, 128, D>();
+}
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
@@ -29,7 +28,8 @@ static_assert(128 * (kProducerRegisters + kConsumers * kConsumerRegisters) <= 65
 constexpr int kWarpArrivals = 4 * kConsumers; // that release a stage of a ring
 
 // The own tiles, one for each warpgroup.
-template <int D> using OwnTiles = TileLayout<Bfloat, kWarpgroupRows, D, kConsumers>;
+template <class Element, int D>
+using OwnTiles = TileLayout<Element, kWarpgroupRows, D, kConsumers>;
 
 // Copies rows [row, row + kRows) of one head, kRows * D * 2 bytes in all, towards the barrier.
 template <int kRows, int D>
@@ -50,20 +50,20 @@ __device__ void hide(Scores &s, int row, int first_column, const int32_t *ends) 
 
 // Stores a warpgroup's 64 x D tile through its own buffer in shared memory. The tile's rows beyond
 // the tensor's end are cut off by the copy engine.
-template <int D, class Values>
+template <class Element, int D, class Values>
 __device__ void store_tile(const TensorMap &map, Bits *buffer, const Values &values, int head,
                            int row) {
   const int barrier = threadIdx.x / 128;
   int thread = threadIdx.x % 128;
   asm volatile("" : "+r"(thread)); // or its addresses are kept, and spilled, throughout the tile
-  Operand<Bfloat, D> narrowed; // any fragment of that many bfloat16
+  Operand<Element, D> narrowed; // any fragment of that many elements
   narrow(values, narrowed);
   const auto copy =
-      make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Bfloat>{}, SharedProduct<Bfloat, D, 64>{});
+      make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, SharedProduct<Element, D, 64>{});
   const auto slice = copy.get_thread_slice(thread);
   auto from = make_tensor(narrowed.data(), Fragment<D>{}.layout());
-  auto tile = make_tensor(make_smem_ptr(reinterpret_cast<Bfloat *>(buffer)),
-                          TileLayout<Bfloat, kWarpgroupRows, D, 1>{});
+  auto tile = make_tensor(make_smem_ptr(reinterpret_cast<Element *>(buffer)),
+                          TileLayout<Element, kWarpgroupRows, D, 1>{});
 
   if (thread == 0) tma_store_wait<0>(); // the buffer's last store has read it
   cutlass::arch::NamedBarrier::sync(128, barrier);
@@ -78,8 +78,9 @@ __device__ void store_tile(const TensorMap &map, Bits *buffer, const Values &val
 }
 
 // A thread block: one thread copies, two warpgroups compute. `init_barriers`, `produce` and
-// `consume` are those of the kernel's Shared.
-template <class Shared, class Arguments> __device__ void run(const Arguments &a) {
+// `consume` are those of the kernel's Shared; that there is a template `consume` must be known here.
+template <class Element> void consume();
+template <class Element, class Shared, class Arguments> __device__ void run(const Arguments &a) {
   extern __shared__ __align__(1024) unsigned char memory[];
   auto &shared = *reinterpret_cast<Shared *>(memory);
   if (threadIdx.x == 0) {
@@ -93,7 +94,7 @@ template <class Shared, class Arguments> __device__ void run(const Arguments &a)
     if (threadIdx.x == 0) produce(a, shared);
   } else {
     cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
-    consume(a, shared, warpgroup - 1);
+    consume<Element>(a, shared, warpgroup - 1);
     tma_store_wait<0>(); // shared memory must outlive the last store
   }
 }

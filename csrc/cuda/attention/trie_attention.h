@@ -7,7 +7,7 @@
 //   index.h                 sizes and index arithmetic
 //   launch.cpp              the host's half
 //
-// A thread block owns 128 rows (or columns) of one head, 64 a warpgroup, and tiles of the other
+// A thread block owns 64 rows (or columns) a warpgroup (Grain says which), and tiles of the other
 // side stream past them through a ring in shared memory: one warp copies, two warpgroups compute.
 // The grid is persistent: as many blocks as multiprocessors share out the tiles, longest first.
 #pragma once
@@ -19,16 +19,18 @@
 
 namespace tw::cuda {
 
-// Tensors are bfloat16.
 struct TrieAttentionArgs {
+  Element element; // of the tensors: bfloat16 or float16
   int64_t tokens, heads, kv_heads, head_dim; // heads is a multiple of kv_heads; head_dim 64 or 128
   int64_t multiprocessors;
   float scale; // above 0
   const int32_t *ends; // [padded(tokens)]: subtree_ends, then 0
   Heads q, k, v, out;
   float *lse; // [heads, tokens], natural logarithm
-  RowSchedule rows; // of blocks (128, forward_stream) or (128, dq_stream)
+  Grain row_grain;
+  RowSchedule rows; // of blocks (row_block, forward_stream) or (row_block, dq_stream)
   // Backward only.
+  Grain column_grain;
   ColumnSchedule columns; // of blocks (dkv_stream, 128)
   Heads dout, dq, dk, dv;
   float *lse2, *delta; // scratch, [heads, padded(tokens)]
@@ -47,7 +49,7 @@ struct ForwardArguments {
   RowSchedule rows;
   const int32_t *ends;
   float *lse;
-  int32_t tokens, heads, group; // group: query heads that share a KV head
+  int32_t tokens, kv_heads, group; // group: query heads that share a KV head
   int32_t tiles;
   float scale_log2; // scale * log2(e): scores are in base 2
 };
@@ -64,7 +66,7 @@ struct DqArguments {
   RowSchedule rows;
   const int32_t *ends;
   const float *lse2, *delta;
-  int32_t padded, heads, group;
+  int32_t padded, kv_heads, group;
   int32_t tiles;
   float scale, scale_log2;
 };
@@ -81,10 +83,10 @@ struct DkvArguments {
 
 // ---- Shared memory of a thread block. Tiles start at multiples of 1024 bytes (box_offset).
 
-using Bits = uint16_t; // of a bfloat16
+using Bits = uint16_t; // of an element
 
-template <int D> struct alignas(1024) ForwardShared {
-  static constexpr Stream kStream = forward_stream(D);
+template <int D, Grain kGrain> struct alignas(1024) ForwardShared {
+  static constexpr Stream kStream = forward_stream(D, kGrain);
   Bits q[kConsumers][kWarpgroupRows * D];
   Bits out[kConsumers][kWarpgroupRows * D];
   Bits k[kStream.stages][kStream.rows * D];
@@ -95,8 +97,8 @@ template <int D> struct alignas(1024) ForwardShared {
   uint64_t v_full[kStream.stages], v_empty[kStream.stages];
 };
 
-template <int D> struct alignas(1024) DqShared {
-  static constexpr Stream kStream = dq_stream(D);
+template <int D, Grain kGrain> struct alignas(1024) DqShared {
+  static constexpr Stream kStream = dq_stream(D, kGrain);
   Bits q[kConsumers][kWarpgroupRows * D];
   Bits dout[kConsumers][kWarpgroupRows * D];
   Bits dq[kConsumers][kWarpgroupRows * D];
@@ -107,7 +109,7 @@ template <int D> struct alignas(1024) DqShared {
   uint64_t full[kStream.stages], empty[kStream.stages]; // k, v and ends
 };
 
-template <int D> struct alignas(1024) DkvShared {
+template <int D, Grain> struct alignas(1024) DkvShared {
   static constexpr Stream kStream = dkv_stream(D);
   Bits k[kConsumers][kWarpgroupRows * D];
   Bits v[kConsumers][kWarpgroupRows * D];

@@ -11,7 +11,7 @@
 namespace tw::cuda {
 
 // A row is read by D / 8 neighbouring threads, 16 bytes each.
-template <int D> __device__ void delta(const DeltaArguments &a) {
+template <class Element, int D> __device__ void delta(const DeltaArguments &a) {
   constexpr int kLanes = D / kChunkColumns, kRows = delta_rows(D);
   static_assert(kPadding % kRows == 0);
   const int blocks_per_head = a.padded / kRows;
@@ -21,8 +21,8 @@ template <int D> __device__ void delta(const DeltaArguments &a) {
   float sum = 0;
   if (row < a.tokens) {
     const auto read = [&](const Heads &x) {
-      return *reinterpret_cast<const cutlass::AlignedArray<Bfloat, 8> *>(
-          static_cast<const Bfloat *>(x.data) + row * x.row_stride + head * x.head_stride +
+      return *reinterpret_cast<const cutlass::AlignedArray<Element, 8> *>(
+          static_cast<const Element *>(x.data) + row * x.row_stride + head * x.head_stride +
           lane * 8);
     };
     const auto dout = read(a.dout), out = read(a.out);
@@ -48,58 +48,59 @@ template <class Shared> __device__ void init_barriers(Shared &shared) {
     init(shared.full[s], 1), init(shared.empty[s], kWarpArrivals);
 }
 
-// ---- dQ: 128 rows of one query head, the KV blocks of their schedule row streaming past
+// ---- dQ: 64 rows of one query head a warpgroup, the KV blocks of their schedule row streaming past
 
-template <int D> __device__ void produce(const DqArguments &a, DqShared<D> &shared) {
-  constexpr Stream kStream = DqShared<D>::kStream;
+template <int D, Grain kGrain>
+__device__ void produce(const DqArguments &a, DqShared<D, kGrain> &shared) {
+  constexpr Stream kStream = dq_stream(D, kGrain);
   Ring<kStream.stages> ring;
   for (int round = 0, tile; (tile = tile_of(round, gridDim.x, blockIdx.x)) < a.tiles; ++round) {
-    const RowTile t = row_tile(a.rows, a.heads, tile);
+    const RowTile t = row_tile(kGrain, a.rows, a.kv_heads, a.group, tile);
     for (int w = 0; w < kConsumers; ++w) {
       uint64_t &full = shared.own_full[w];
-      const int row = t.first_row + w * kWarpgroupRows;
       wait(shared.own_empty[w], round % 2 ^ 1);
       arrive_expecting(full, sizeof(shared.q[w]) + sizeof(shared.dout[w]));
-      load_tile<kWarpgroupRows, D>(a.q, full, shared.q[w], t.head, row);
-      load_tile<kWarpgroupRows, D>(a.dout, full, shared.dout[w], t.head, row);
+      load_tile<kWarpgroupRows, D>(a.q, full, shared.q[w], t.head(w), t.row(w));
+      load_tile<kWarpgroupRows, D>(a.dout, full, shared.dout[w], t.head(w), t.row(w));
     }
     for (int i = t.begin; i < t.end; ++i) {
       const int s = ring.stage, column = a.rows.kv_blocks[i] * kStream.rows;
       uint64_t &full = shared.full[s];
       wait(shared.empty[s], ring.parity ^ 1);
       arrive_expecting(full, sizeof(shared.k[s]) + sizeof(shared.v[s]) + sizeof(shared.ends[s]));
-      load_tile<kStream.rows, D>(a.k, full, shared.k[s], t.head / a.group, column);
-      load_tile<kStream.rows, D>(a.v, full, shared.v[s], t.head / a.group, column);
+      load_tile<kStream.rows, D>(a.k, full, shared.k[s], t.kv_head, column);
+      load_tile<kStream.rows, D>(a.v, full, shared.v[s], t.kv_head, column);
       load_numbers<kStream.rows>(a.ends + column, full, shared.ends[s]);
       ring.advance();
     }
   }
 }
 
-template <int D>
-__device__ void consume(const DqArguments &a, DqShared<D> &shared, unsigned warpgroup) {
-  constexpr Stream kStream = DqShared<D>::kStream;
-  using Scores = SharedProduct<Bfloat, kStream.rows, D>;
-  using Gradient = RegisterProduct<Bfloat, D, kStream.rows>;
+template <class Element, int D, Grain kGrain>
+__device__ void consume(const DqArguments &a, DqShared<D, kGrain> &shared, unsigned warpgroup) {
+  static_assert(tiles_are_the_copy_engines<Element, D>());
+  constexpr Stream kStream = dq_stream(D, kGrain);
+  using Scores = SharedProduct<Element, kStream.rows, D>;
+  using Gradient = RegisterProduct<Element, D, kStream.rows>;
   const int thread = threadIdx.x % 128;
-  using TileRows = TileLayout<Bfloat, kStream.rows, D, kStream.stages>;
-  using TileColumns = TransposedLayout<Bfloat, kStream.rows, D, kStream.stages>;
-  const auto q = left_operand<Scores, OwnTiles<D>>(shared.q[0]);
-  const auto dout = left_operand<Scores, OwnTiles<D>>(shared.dout[0]);
+  using TileRows = TileLayout<Element, kStream.rows, D, kStream.stages>;
+  using TileColumns = TransposedLayout<Element, kStream.rows, D, kStream.stages>;
+  const auto q = left_operand<Scores, OwnTiles<Element, D>>(shared.q[0]);
+  const auto dout = left_operand<Scores, OwnTiles<Element, D>>(shared.dout[0]);
   const auto k = right_operand<Scores, TileRows>(shared.k[0]);
   const auto v = right_operand<Scores, TileRows>(shared.v[0]);
   const auto k_columns = right_operand<Gradient, TileColumns>(shared.k[0]);
 
   Ring<kStream.stages> ring, running; // running: the stage that the last product reads
   for (int round = 0, tile; (tile = tile_of(round, gridDim.x, blockIdx.x)) < a.tiles; ++round) {
-    const RowTile t = row_tile(a.rows, a.heads, tile);
-    const int first_row = t.first_row + warpgroup * kWarpgroupRows;
+    const RowTile t = row_tile(kGrain, a.rows, a.kv_heads, a.group, tile);
+    const int head = t.head(warpgroup), first_row = t.row(warpgroup);
     const int row = first_row + product_row(thread, 0);
-    const int64_t at = static_cast<int64_t>(t.head) * a.padded + row;
+    const int64_t at = static_cast<int64_t>(head) * a.padded + row;
     const float lse2[2] = {a.lse2[at], a.lse2[at + 8]};
     const float delta[2] = {a.delta[at], a.delta[at + 8]};
     Fragment<kStream.rows> s, dp;
-    Operand<Bfloat, kStream.rows> ds;
+    Operand<Element, kStream.rows> ds;
     Fragment<D> dq;
 
     wait(shared.own_full[warpgroup], round % 2);
@@ -136,7 +137,7 @@ __device__ void consume(const DqArguments &a, DqShared<D> &shared, unsigned warp
     running.advance();
     CUTE_UNROLL
     for (int e = 0; e < size(dq); ++e) dq(e) *= a.scale;
-    store_tile<D>(a.dq, shared.dq[warpgroup], dq, t.head, first_row);
+    store_tile<Element, D>(a.dq, shared.dq[warpgroup], dq, head, first_row);
   }
 }
 
@@ -154,11 +155,12 @@ __device__ void hide_transposed(Scores &s, int first_row, int column, const int 
   }
 }
 
-template <int D> __device__ void produce(const DkvArguments &a, DkvShared<D> &shared) {
-  constexpr Stream kStream = DkvShared<D>::kStream;
+template <int D, Grain kGrain>
+__device__ void produce(const DkvArguments &a, DkvShared<D, kGrain> &shared) {
+  constexpr Stream kStream = dkv_stream(D);
   Ring<kStream.stages> ring;
   for (int round = 0, tile; (tile = tile_of(round, gridDim.x, blockIdx.x)) < a.tiles; ++round) {
-    const ColumnTile t = column_tile(a.columns, a.kv_heads, tile);
+    const ColumnTile t = column_tile(kGrain, a.columns, a.kv_heads, tile);
     for (int w = 0; w < kConsumers; ++w) {
       uint64_t &full = shared.own_full[w];
       const int column = t.first_column + w * kWarpgroupRows;
@@ -184,16 +186,17 @@ template <int D> __device__ void produce(const DkvArguments &a, DkvShared<D> &sh
   }
 }
 
-template <int D>
-__device__ void consume(const DkvArguments &a, DkvShared<D> &shared, unsigned warpgroup) {
-  constexpr Stream kStream = DkvShared<D>::kStream;
-  using Scores = SharedProduct<Bfloat, kStream.rows, D>;
-  using Gradient = RegisterProduct<Bfloat, D, kStream.rows>;
+template <class Element, int D, Grain kGrain>
+__device__ void consume(const DkvArguments &a, DkvShared<D, kGrain> &shared, unsigned warpgroup) {
+  static_assert(tiles_are_the_copy_engines<Element, D>());
+  constexpr Stream kStream = dkv_stream(D);
+  using Scores = SharedProduct<Element, kStream.rows, D>;
+  using Gradient = RegisterProduct<Element, D, kStream.rows>;
   const int thread = threadIdx.x % 128;
-  using TileRows = TileLayout<Bfloat, kStream.rows, D, kStream.stages>;
-  using TileColumns = TransposedLayout<Bfloat, kStream.rows, D, kStream.stages>;
-  const auto k = left_operand<Scores, OwnTiles<D>>(shared.k[0]);
-  const auto v = left_operand<Scores, OwnTiles<D>>(shared.v[0]);
+  using TileRows = TileLayout<Element, kStream.rows, D, kStream.stages>;
+  using TileColumns = TransposedLayout<Element, kStream.rows, D, kStream.stages>;
+  const auto k = left_operand<Scores, OwnTiles<Element, D>>(shared.k[0]);
+  const auto v = left_operand<Scores, OwnTiles<Element, D>>(shared.v[0]);
   const auto q = right_operand<Scores, TileRows>(shared.q[0]);
   const auto dout = right_operand<Scores, TileRows>(shared.dout[0]);
   const auto q_columns = right_operand<Gradient, TileColumns>(shared.q[0]);
@@ -201,12 +204,13 @@ __device__ void consume(const DkvArguments &a, DkvShared<D> &shared, unsigned wa
 
   Ring<kStream.stages> ring;
   for (int round = 0, tile; (tile = tile_of(round, gridDim.x, blockIdx.x)) < a.tiles; ++round) {
-    const ColumnTile t = column_tile(a.columns, a.kv_heads, tile);
+    const ColumnTile t = column_tile(kGrain, a.columns, a.kv_heads, tile);
+    const RowRange range = t.range(a.columns, warpgroup);
     const int first_column = t.first_column + warpgroup * kWarpgroupRows;
     const int column = first_column + product_row(thread, 0);
     const int ends[2] = {a.ends[column], a.ends[column + 8]};
     Fragment<kStream.rows> s, dp;
-    Operand<Bfloat, kStream.rows> p, ds;
+    Operand<Element, kStream.rows> p, ds;
     Fragment<D> dk, dv;
 
     wait(shared.own_full[warpgroup], round % 2);
@@ -215,10 +219,15 @@ __device__ void consume(const DkvArguments &a, DkvShared<D> &shared, unsigned wa
     for (int head = 0; head < a.group; ++head)
       for (int block = t.first; block < t.last; ++block) {
         wait(shared.full[ring.stage], ring.parity);
+        if (kGrain == Grain::fine && !range.has(block)) {
+          release(shared.empty[ring.stage]);
+          ring.advance();
+          continue;
+        }
         start(Scores{}, own_k, q(_, _, _, ring.stage), s, Into::zero);
         start(Scores{}, own_v, dout(_, _, _, ring.stage), dp, Into::zero);
         finish<1>(s);
-        if (t.is_masked(block)) hide_transposed(s, block * kStream.rows, column, ends);
+        if (range.is_masked(block)) hide_transposed(s, block * kStream.rows, column, ends);
         const float *lse2 = shared.lse2[ring.stage], *delta = shared.delta[ring.stage];
         CUTE_UNROLL
         for (int e = 0; e < size(s); ++e)
@@ -240,26 +249,36 @@ __device__ void consume(const DkvArguments &a, DkvShared<D> &shared, unsigned wa
     release(shared.own_empty[warpgroup]);
     CUTE_UNROLL
     for (int e = 0; e < size(dk); ++e) dk(e) *= a.scale;
-    store_tile<D>(a.dk, shared.dk[warpgroup], dk, t.kv_head, first_column);
-    store_tile<D>(a.dv, shared.dv[warpgroup], dv, t.kv_head, first_column);
+    store_tile<Element, D>(a.dk, shared.dk[warpgroup], dk, t.kv_head, first_column);
+    store_tile<Element, D>(a.dv, shared.dv[warpgroup], dv, t.kv_head, first_column);
   }
 }
 
 } // namespace tw::cuda
 
-#define TW_KERNELS(D)                                                                              \
+#define TW_DELTA(DTYPE, ELEMENT, D)                                                                \
   extern "C" __global__ void __launch_bounds__(tw::cuda::kDeltaThreads)                            \
-      trie_attention_delta_##D(const __grid_constant__ tw::cuda::DeltaArguments arguments) {       \
-    tw::cuda::delta<D>(arguments);                                                                 \
-  }                                                                                                \
-  extern "C" __global__ void __launch_bounds__(tw::cuda::kThreads, 1)                              \
-      trie_attention_dq_##D(const __grid_constant__ tw::cuda::DqArguments arguments) {             \
-    tw::cuda::run<tw::cuda::DqShared<D>>(arguments);                                               \
-  }                                                                                                \
-  extern "C" __global__ void __launch_bounds__(tw::cuda::kThreads, 1)                              \
-      trie_attention_dkv_##D(const __grid_constant__ tw::cuda::DkvArguments arguments) {           \
-    tw::cuda::run<tw::cuda::DkvShared<D>>(arguments);                                              \
+      trie_attention_delta_##DTYPE##_##D(                                                          \
+          const __grid_constant__ tw::cuda::DeltaArguments arguments) {                            \
+    tw::cuda::delta<ELEMENT, D>(arguments);                                                        \
   }
+#define TW_GRADIENTS(DTYPE, ELEMENT, D, GRAIN)                                                     \
+  extern "C" __global__ void __launch_bounds__(tw::cuda::kThreads, 1)                              \
+      trie_attention_dq_##DTYPE##_##D##_##GRAIN(                                                   \
+          const __grid_constant__ tw::cuda::DqArguments arguments) {                               \
+    tw::cuda::run<ELEMENT, tw::cuda::DqShared<D, tw::cuda::Grain::GRAIN>>(arguments);              \
+  }                                                                                                \
+  extern "C" __global__ void __launch_bounds__(tw::cuda::kThreads, 1)                              \
+      trie_attention_dkv_##DTYPE##_##D##_##GRAIN(                                                  \
+          const __grid_constant__ tw::cuda::DkvArguments arguments) {                              \
+    tw::cuda::run<ELEMENT, tw::cuda::DkvShared<D, tw::cuda::Grain::GRAIN>>(arguments);             \
+  }
+#define TW_KERNELS(DTYPE, ELEMENT, D)                                                              \
+  TW_DELTA(DTYPE, ELEMENT, D)                                                                      \
+  TW_GRADIENTS(DTYPE, ELEMENT, D, coarse)                                                          \
+  TW_GRADIENTS(DTYPE, ELEMENT, D, fine)
 
-TW_KERNELS(64)
-TW_KERNELS(128)
+TW_KERNELS(bfloat16, cutlass::bfloat16_t, 64)
+TW_KERNELS(bfloat16, cutlass::bfloat16_t, 128)
+TW_KERNELS(float16, cutlass::half_t, 64)
+TW_KERNELS(float16, cutlass::half_t, 128)

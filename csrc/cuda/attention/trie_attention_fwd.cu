@@ -1,5 +1,5 @@
-// Forward: out and lse. A thread block owns 128 rows of one query head, 64 a warpgroup, and streams
-// the KV blocks of its schedule row past them: scores by wgmma, softmax online in base 2, and while
+// Forward: out and lse. A warpgroup owns 64 rows of one query head, and the KV blocks of their
+// schedule row stream past the two of a thread block: scores by wgmma, softmax online in base 2, and while
 // the softmax of one tile runs the product of the last one's probabilities with V.
 //
 // What bounds it: at head dim 128, 4 * D operations a pair of row and column in the tensor cores
@@ -9,20 +9,21 @@
 
 namespace tw::cuda {
 
-template <int D> __device__ void init_barriers(ForwardShared<D> &shared) {
+template <int D, Grain kGrain>
+__device__ void init_barriers(ForwardShared<D, kGrain> &shared) {
   for (int w = 0; w < kConsumers; ++w) {
     init(shared.q_full[w], 1);
     init(shared.q_empty[w], kWarpArrivals / kConsumers);
   }
-  for (int s = 0; s < ForwardShared<D>::kStream.stages; ++s) {
+  for (int s = 0; s < shared.kStream.stages; ++s) {
     init(shared.k_full[s], 1), init(shared.k_empty[s], kWarpArrivals);
     init(shared.v_full[s], 1), init(shared.v_empty[s], kWarpArrivals);
   }
 }
 
-template <int D>
-__device__ void produce(const ForwardArguments &a, ForwardShared<D> &shared) {
-  constexpr Stream kStream = ForwardShared<D>::kStream;
+template <int D, Grain kGrain>
+__device__ void produce(const ForwardArguments &a, ForwardShared<D, kGrain> &shared) {
+  constexpr Stream kStream = forward_stream(D, kGrain);
   Ring<kStream.stages> k_ring, v_ring;
   const auto load_k = [&](int head, int row) {
     uint64_t &full = shared.k_full[k_ring.stage];
@@ -40,46 +41,46 @@ __device__ void produce(const ForwardArguments &a, ForwardShared<D> &shared) {
     v_ring.advance();
   };
   for (int round = 0, tile; (tile = tile_of(round, gridDim.x, blockIdx.x)) < a.tiles; ++round) {
-    const RowTile t = row_tile(a.rows, a.heads, tile);
-    const int kv_head = t.head / a.group;
+    const RowTile t = row_tile(kGrain, a.rows, a.kv_heads, a.group, tile);
     for (int w = 0; w < kConsumers; ++w) {
       wait(shared.q_empty[w], round % 2 ^ 1);
       arrive_expecting(shared.q_full[w], sizeof(shared.q[w]));
-      load_tile<kWarpgroupRows, D>(a.q, shared.q_full[w], shared.q[w], t.head,
-                                   t.first_row + w * kWarpgroupRows);
+      load_tile<kWarpgroupRows, D>(a.q, shared.q_full[w], shared.q[w], t.head(w), t.row(w));
     }
     // In the order in which the consumers need them: a V after the K of the next block.
     int row = a.rows.kv_blocks[t.begin] * kStream.rows;
-    load_k(kv_head, row);
+    load_k(t.kv_head, row);
     for (int i = t.begin + 1; i < t.end; ++i) {
       const int next = a.rows.kv_blocks[i] * kStream.rows;
-      load_k(kv_head, next);
-      load_v(kv_head, row);
+      load_k(t.kv_head, next);
+      load_v(t.kv_head, row);
       row = next;
     }
-    load_v(kv_head, row);
+    load_v(t.kv_head, row);
   }
 }
 
-template <int D>
-__device__ void consume(const ForwardArguments &a, ForwardShared<D> &shared, unsigned warpgroup) {
-  constexpr Stream kStream = ForwardShared<D>::kStream;
-  using Scores = SharedProduct<Bfloat, kStream.rows, D>;
-  using Output = RegisterProduct<Bfloat, D, kStream.rows>;
-  using TileRows = TileLayout<Bfloat, kStream.rows, D, kStream.stages>;
-  using TileColumns = TransposedLayout<Bfloat, kStream.rows, D, kStream.stages>;
-  const auto q = left_operand<Scores, OwnTiles<D>>(shared.q[0]);
+template <class Element, int D, Grain kGrain>
+__device__ void consume(const ForwardArguments &a, ForwardShared<D, kGrain> &shared,
+                        unsigned warpgroup) {
+  static_assert(tiles_are_the_copy_engines<Element, D>());
+  constexpr Stream kStream = forward_stream(D, kGrain);
+  using Scores = SharedProduct<Element, kStream.rows, D>;
+  using Output = RegisterProduct<Element, D, kStream.rows>;
+  using TileRows = TileLayout<Element, kStream.rows, D, kStream.stages>;
+  using TileColumns = TransposedLayout<Element, kStream.rows, D, kStream.stages>;
+  const auto q = left_operand<Scores, OwnTiles<Element, D>>(shared.q[0]);
   const auto k = right_operand<Scores, TileRows>(shared.k[0]);
   const auto v = right_operand<Output, TileColumns>(shared.v[0]);
 
   Ring<kStream.stages> k_ring, v_ring;
   for (int round = 0, tile; (tile = tile_of(round, gridDim.x, blockIdx.x)) < a.tiles; ++round) {
-    const RowTile t = row_tile(a.rows, a.heads, tile);
-    const int first_row = t.first_row + warpgroup * kWarpgroupRows;
+    const RowTile t = row_tile(kGrain, a.rows, a.kv_heads, a.group, tile);
+    const int head = t.head(warpgroup), first_row = t.row(warpgroup);
     const int row = first_row + product_row(threadIdx.x % 128, 0);
     Softmax softmax;
     Fragment<kStream.rows> s;
-    Operand<Bfloat, kStream.rows> p;
+    Operand<Element, kStream.rows> p;
     Fragment<D> out;
 
     const auto wait_for_k = [&] { wait(shared.k_full[k_ring.stage], k_ring.parity); };
@@ -127,22 +128,27 @@ __device__ void consume(const ForwardArguments &a, ForwardShared<D> &shared, uns
 
     const float sums[2] = {softmax.total(0), softmax.total(1)};
     scale_rows(out, {1 / sums[0], 1 / sums[1]}); // rows beyond N: NaN, not stored
-    store_tile<D>(a.out, shared.out[warpgroup], out, t.head, first_row);
+    store_tile<Element, D>(a.out, shared.out[warpgroup], out, head, first_row);
     for (int h = 0; h < 2; ++h)
       if (threadIdx.x % 4 == 0 && row + 8 * h < a.tokens)
-        a.lse[static_cast<int64_t>(t.head) * a.tokens + row + 8 * h] =
+        a.lse[static_cast<int64_t>(head) * a.tokens + row + 8 * h] =
             (softmax.max[h] + log2f(sums[h])) * kLn2;
   }
 }
 
 } // namespace tw::cuda
 
-extern "C" __global__ void __launch_bounds__(tw::cuda::kThreads, 1)
-    trie_attention_forward_64(const __grid_constant__ tw::cuda::ForwardArguments arguments) {
-  tw::cuda::run<tw::cuda::ForwardShared<64>>(arguments);
-}
+#define TW_KERNEL(DTYPE, ELEMENT, D, GRAIN)                                                        \
+  extern "C" __global__ void __launch_bounds__(tw::cuda::kThreads, 1)                              \
+      trie_attention_forward_##DTYPE##_##D##_##GRAIN(                                              \
+          const __grid_constant__ tw::cuda::ForwardArguments arguments) {                          \
+    tw::cuda::run<ELEMENT, tw::cuda::ForwardShared<D, tw::cuda::Grain::GRAIN>>(arguments);         \
+  }
+#define TW_KERNELS(DTYPE, ELEMENT)                                                                 \
+  TW_KERNEL(DTYPE, ELEMENT, 64, coarse)                                                            \
+  TW_KERNEL(DTYPE, ELEMENT, 64, fine)                                                              \
+  TW_KERNEL(DTYPE, ELEMENT, 128, coarse)                                                           \
+  TW_KERNEL(DTYPE, ELEMENT, 128, fine)
 
-extern "C" __global__ void __launch_bounds__(tw::cuda::kThreads, 1)
-    trie_attention_forward_128(const __grid_constant__ tw::cuda::ForwardArguments arguments) {
-  tw::cuda::run<tw::cuda::ForwardShared<128>>(arguments);
-}
+TW_KERNELS(bfloat16, cutlass::bfloat16_t)
+TW_KERNELS(float16, cutlass::half_t)

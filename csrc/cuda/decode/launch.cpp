@@ -1,7 +1,10 @@
 #include <algorithm>
 #include <cmath>
+#include <limits>
+#include <stdexcept>
 
 #include "cuda/decode/index.h"
+#include "cuda/decode/shared.h"
 #include "cuda/decode/trie_decode.h"
 
 namespace tw::cuda {
@@ -27,7 +30,7 @@ std::string why_not(const TrieDecodeArgs &a) {
     return "the CUDA kernels take bfloat16 and float16, not float32";
   if (a.head_dim != 64 && a.head_dim != 128)
     return "the CUDA kernels take head dims 64 and 128, not " + std::to_string(a.head_dim);
-  if (a.page_size != 16 && a.page_size != 32 && (a.page_size < kTile || a.page_size % kTile))
+  if (a.page_size != 16 && a.page_size != 32 && (a.page_size < 64 || a.page_size % 64))
     return "the CUDA kernels take pages of 16, 32 or a multiple of 64 tokens, not " +
            std::to_string(a.page_size);
   for (const void *pages : {a.kv.k, a.kv.v}) {
@@ -43,38 +46,45 @@ void trie_decode(const TrieDecodeArgs &a, const Launcher &launcher) {
   const std::string types =
       (a.element == Element::bfloat16 ? "_bfloat16_" : "_float16_") + std::to_string(head_dim);
 
-  if (a.new_k.data) {
-    WriteArguments w{};
-    w.new_k = a.new_k, w.new_v = a.new_v, w.kv = a.kv;
-    w.rows = a.caller_rows, w.slots = a.slots;
-    w.kv_heads = a.kv_heads, w.head_dim = a.head_dim, w.page_size = a.page_size;
-    launcher.start("trie_decode_write", {a.rows, kWriteThreads}, &w);
-  }
+  const int64_t row_tiles = // of the largest item that the plan has room for
+      ceil_div(std::min(a.tile_rows, a.rows) * (a.heads / a.kv_heads), kUnitRows);
+  const int64_t units = a.num_items * a.kv_heads * row_tiles;
+  if (units > std::numeric_limits<int32_t>::max())
+    throw std::invalid_argument("the CUDA kernels take fewer than 2^31 units of work, not " +
+                                std::to_string(units) + ": plan fewer rows at a time");
 
-  // Of the largest item that the plan has room for.
-  const int64_t matrix_rows = std::min(a.tile_rows, a.rows) * (a.heads / a.kv_heads);
-  const int warpgroups = matrix_rows > kTile ? kMaxWarpgroups : 1; // that share a tile of keys
-  PartialArguments p{};
+  WriteArguments w{};
+  w.new_k = a.new_k, w.new_v = a.new_v, w.kv = a.kv;
+  w.rows = a.caller_rows, w.slots = a.slots;
+  w.next_unit = a.next_unit;
+  w.num_rows = a.new_k.data ? a.rows : 0;
+  w.kv_heads = a.kv_heads, w.head_dim = a.head_dim, w.page_size = a.page_size;
+  launcher.start("trie_decode_write", {std::max<int64_t>(1, w.num_rows), kWriteThreads}, &w);
+
+  AttendArguments p{};
   p.k = launcher.tensor_map(page_tiles(a, a.kv.k));
   p.v = launcher.tensor_map(page_tiles(a, a.kv.v));
   p.q = a.q;
-  p.out = a.partial_out, p.lse = a.partial_lse;
-  p.rows = a.caller_rows, p.positions = a.positions, p.pages = a.pages, p.items = a.items;
+  p.out = a.out, p.partial_out = a.partial_out, p.partial_lse = a.partial_lse;
+  p.next_unit = a.next_unit;
+  p.rows = a.caller_rows, p.positions = a.positions, p.merge_ptr = a.merge_ptr, p.pages = a.pages;
+  p.items = a.items;
+  p.num_items = a.num_items;
   p.kv_heads = a.kv_heads, p.group = a.heads / a.kv_heads;
   p.page_size = a.page_size;
-  p.row_blocks = ceil_div(matrix_rows, warpgroups * kTile);
+  p.row_tiles = row_tiles;
   p.scale_log2 = static_cast<float>(a.scale * M_LOG2E);
-  launcher.start("trie_decode_partial" + types + "_" + std::to_string(warpgroups),
-                 {a.num_items * a.kv_heads * p.row_blocks, partial_threads(warpgroups),
-                  partial_shared_bytes(head_dim, warpgroups)},
-                 &p);
+  const int shared_bytes =
+      head_dim == 128 ? sizeof(AttendShared<128>) : sizeof(AttendShared<64>);
+  launcher.start("trie_decode_attend" + types,
+                 {std::min(a.multiprocessors, units), kAttendThreads, shared_bytes, true}, &p);
 
   MergeArguments m{};
   m.partial_out = a.partial_out, m.partial_lse = a.partial_lse, m.out = a.out;
   m.rows = a.caller_rows, m.merge_ptr = a.merge_ptr, m.merge_slots = a.merge_slots;
   m.num_rows = a.rows, m.heads = a.heads;
   launcher.start("trie_decode_merge" + types,
-                 {ceil_div(a.rows * a.heads, kMergeThreads / 32), kMergeThreads}, &m);
+                 {ceil_div(a.rows * a.heads, kMergeThreads / 32), kMergeThreads, 0, true}, &m);
 }
 
 } // namespace tw::cuda

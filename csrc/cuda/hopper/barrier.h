@@ -55,6 +55,14 @@ __device__ inline void arrive_of_warp(uint64_t &barrier) {
   if (threadIdx.x % 32 == 0) arrive(barrier);
 }
 
+// The same, which counts for so many.
+__device__ inline void arrive_of_warp(uint64_t &barrier, int arrivals) {
+  if (threadIdx.x % 32 == 0)
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)),
+                 "r"(arrivals)
+                 : "memory");
+}
+
 // The same, when all its lanes are here: for buffers that lanes read themselves.
 __device__ inline void release(uint64_t &barrier) {
   __syncwarp();

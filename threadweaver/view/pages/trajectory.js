@@ -162,7 +162,7 @@ function blockElement(block, shown, path) {
   box.id = `block-${shown.blocks}`;
   const threads = block.b.filter((part) => part.t);
   box.append(make("header", "", null, make("h3", "", `Block ${++shown.blocks}`),
-    make("span", "muted", threads.length ? `${plural(threads.length, "thread")} side by side` : "no thread")));
+    make("span", "muted", threads.length > 1 ? `${count(threads.length)} threads side by side` : threads.length ? "1 thread" : "no thread")));
   let text = null, lanes = null, before = 0;
   for (const part of block.b) {
     if (part.s) {

@@ -1,14 +1,14 @@
 """Block sizes, warps and pipeline stages of the Triton kernels.
 
-Each kernel has a few candidates. On a GPU they are timed once per device model, head dim and dtype,
-on one fixed trie, and the fastest is kept while the process lives; TW_AUTOTUNE=0 takes the first of
-each instead. With a window, a soft cap or both, which change what a kernel does and the registers
-it needs, they are timed anew. The interpreter always runs INTERPRETED.
+Each kernel has a few candidates, which depend on the products that a GPU has. On a GPU they are
+timed once per device model, head dim and dtype, on one fixed trie, and the fastest is kept while
+the process lives; TW_AUTOTUNE=0 takes the first of each instead. With a window, a soft cap or both,
+which change what a kernel does and the registers it needs, they are timed anew. The interpreter
+always runs INTERPRETED.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from functools import cache
@@ -46,10 +46,21 @@ class Candidates(NamedTuple):
     dkv: tuple[Config, ...]
 
 
-# By bytes per element and the largest head dim they serve. For two bytes and up to head dim 128
-# none spills a register when compiled for sm_90 (test_triton_compile.py). float32 multiplies
-# outside the tensor cores, for exactness; its one configuration is what fits.
-CANDIDATES = {
+# By bytes per element and the largest head dim they serve.
+Table = dict[tuple[int, int], Candidates]
+
+# On every GPU: float32 multiplies outside the tensor cores, for exactness. These fit, but at head
+# dim 128, and at 256 with a window, registers spill.
+FLOAT32: Table = {
+    (4, 64): Candidates(*[(Config(32, 32, 8, 2, 1),)] * 3),
+    (4, 128): Candidates(*[(Config(16, 32, 8, 2, 1),)] * 3),
+    (4, 256): Candidates(*[(Config(16, 16, 8, 1, 1),)] * 3),
+}
+
+# Compute capabilities 9.0 to 11.x, whose products read a tile from shared memory, of which a block
+# has 227 KiB. Up to head dim 128 none spills a register when compiled for sm_90
+# (test_triton_compile.py).
+WARPGROUP: Table = FLOAT32 | {
     (2, 64): Candidates(
         forward=(Config(128, 64, 4, 3, 1), Config(128, 128, 8, 3, 1), Config(64, 64, 4, 3, 2)),
         dq=(Config(128, 64, 8, 3, 2), Config(128, 32, 4, 3, 1), Config(64, 64, 4, 3, 2)),
@@ -65,14 +76,11 @@ CANDIDATES = {
         dq=(Config(128, 32, 8, 2, 1),),
         dkv=(Config(32, 64, 8, 2, 1), Config(32, 32, 8, 2, 1)),
     ),
-    (4, 64): Candidates(*[(Config(32, 32, 8, 2, 1),)] * 3),
-    (4, 128): Candidates(*[(Config(16, 32, 8, 2, 1),)] * 3),
-    (4, 256): Candidates(*[(Config(16, 16, 8, 1, 1),)] * 3),
 }
 
 
 # With a window or a soft cap, which take registers of their own; none of these spills with both.
-VARIANT_CANDIDATES = CANDIDATES | {
+WARPGROUP_VARIANTS: Table = WARPGROUP | {
     (2, 64): Candidates(
         forward=(Config(128, 64, 8, 3, 1), Config(64, 64, 4, 3, 2)),
         dq=(Config(128, 64, 8, 3, 2), Config(128, 32, 4, 3, 1)),
@@ -85,17 +93,50 @@ VARIANT_CANDIDATES = CANDIDATES | {
     ),
 }
 
+# All other compute capabilities: 8.x, and 12.x, whose products read registers (mma.sync). Operands
+# take those of a thread before shared memory runs out. So what spills nothing, with a window and a
+# soft cap too, fits in the 99 KiB that a block has on 8.6, 8.9 and 12.x; the same tiles serve an
+# A100, which has 163. None was timed on such a GPU; test_triton_compile_other_gpus.py has what the
+# compiler says.
+WARP: Table = FLOAT32 | {
+    (2, 64): Candidates(
+        forward=(Config(128, 64, 8, 3, 1), Config(64, 64, 4, 3, 1)),
+        dq=(Config(128, 32, 8, 3, 1), Config(64, 32, 4, 3, 1)),
+        dkv=(Config(32, 64, 4, 3, 1),),
+    ),
+    (2, 128): Candidates(
+        forward=(Config(128, 32, 8, 3, 1), Config(64, 32, 4, 3, 1)),
+        dq=(Config(64, 64, 8, 2, 1), Config(64, 32, 8, 2, 1)),
+        dkv=(Config(32, 64, 8, 2, 1),),
+    ),
+    (2, 256): Candidates(
+        forward=(Config(64, 32, 8, 2, 1), Config(32, 32, 4, 2, 1)),
+        dq=(Config(32, 32, 8, 2, 1),),
+        dkv=(Config(32, 32, 8, 1, 1),),
+    ),
+}
+
 # What is timed with.
 WINDOW, SOFTCAP = 1024, 50.0
 
 
-def candidates_for(dtype: torch.dtype, head_dim: int, variant: bool = False) -> Candidates:
+def has_warpgroup_products(capability: tuple[int, int]) -> bool:
+    """Whether products read their operands from shared memory (wgmma, tcgen05), not registers."""
+    return 9 <= capability[0] <= 11
+
+
+def candidates_for(
+    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, variant: bool = False
+) -> Candidates:
     """Those of the smallest head dim in the table that is not below this one.
 
     variant: whether there is a window or a soft cap.
     """
-    largest = min(d for _, d in CANDIDATES if d >= head_dim)
-    return (VARIANT_CANDIDATES if variant else CANDIDATES)[dtype.itemsize, largest]
+    table = WARP
+    if has_warpgroup_products(capability):
+        table = WARPGROUP_VARIANTS if variant else WARPGROUP
+    largest = min(d for _, d in table if d >= head_dim)
+    return table[dtype.itemsize, largest]
 
 
 def configs_for(q: Tensor, window: int | None = None, softcap: float | None = None) -> Configs:
@@ -104,7 +145,9 @@ def configs_for(q: Tensor, window: int | None = None, softcap: float | None = No
         return INTERPRETED
     has = window is not None, softcap is not None
     if os.environ.get("TW_AUTOTUNE") == "0":
-        return Configs(*(options[0] for options in candidates_for(q.dtype, q.shape[-1], any(has))))
+        capability = torch.cuda.get_device_capability(q.device)
+        options = candidates_for(capability, q.dtype, q.shape[-1], any(has))
+        return Configs(*(of_kernel[0] for of_kernel in options))
     with torch.cuda.device(q.device):
         return _fastest(torch.cuda.get_device_name(), q.dtype, q.shape[-1], *has)
 
@@ -115,7 +158,8 @@ def _fastest(
 ) -> Configs:
     """Times the candidates on the current device, of that name."""
     device = torch.device("cuda")
-    options = candidates_for(dtype, head_dim, has_window or has_softcap)
+    capability = torch.cuda.get_device_capability()
+    options = candidates_for(capability, dtype, head_dim, has_window or has_softcap)
     window, softcap = WINDOW if has_window else None, SOFTCAP if has_softcap else None
     layout = TrieLayout(fork_join_subtree_ends().to(device))
     num_tokens, scale = layout.num_tokens, head_dim**-0.5
@@ -147,10 +191,7 @@ def _fastest_of(options: tuple[Config, ...], run: Callable[[Config], object]) ->
         return options[0]
 
     def milliseconds(config: Config) -> float:
-        try:
-            return cast(float, triton.testing.do_bench(lambda: run(config)))
-        except triton.OutOfResources:  # a GPU with less shared memory than the table's
-            return math.inf
+        return cast(float, triton.testing.do_bench(lambda: run(config)))
 
     return min(options, key=milliseconds)
 
