@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -64,6 +65,10 @@ class TeacherSettings:
                 raise ValueError(f"teacher.{name} is {value}: it must be at least 0 and finite")
         if set(self.extra) & {"model", "messages", "stream", "n"}:
             raise ValueError("teacher.extra: model, messages, stream and n are set already")
+        try:
+            json.dumps(self.extra, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"teacher.extra cannot be sent as JSON: {error}") from error
 
 
 @dataclass(frozen=True)
