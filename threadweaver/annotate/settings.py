@@ -67,7 +67,7 @@ class TeacherSettings:
         try:
             json.dumps(self.extra, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"teacher.extra: cannot be sent as JSON: {error}") from error
+            raise ValueError(f"teacher.extra cannot be sent as JSON: {error}") from error
 
 
 @dataclass(frozen=True)
