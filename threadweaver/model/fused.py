@@ -51,7 +51,7 @@ def fuse(model: PreTrainedModel) -> str | None:
     if reason := fused.why_not(model.device):
         return reason
     before = trie_outputs(model)
-    undo = install(model)
+    undo = _install(model)
     try:
         worst = (trie_outputs(model) - before).abs().max().item()
         reason = f"log-probabilities would differ by {worst:.2g} nats"
@@ -78,7 +78,7 @@ def _warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
-def install(model: PreTrainedModel) -> list[tuple[Any, str, Any]]:
+def _install(model: PreTrainedModel) -> list[tuple[Any, str, Any]]:
     """Replaces what it can; returns what to set back, as (object, attribute, value)."""
     undo: list[tuple[Any, str, Any]] = []
 

@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _plan(config: RunConfig, console: Console) -> int:
-    from threadweaver.memory.command import show_plan
+    from threadweaver.train.memory.command import show_plan
 
     return show_plan(config, console)
 

@@ -41,7 +41,7 @@ def as_on_gpu(model: PreTrainedModel) -> Iterator[None]:
         if importlib.util.find_spec("triton") is not None:
             for name in _KERNELS:
                 replace(importlib.import_module(f"tw_kernels.fused.{name}"), "launch", _nothing)
-            undo = fused.install(model)
+            undo = fused._install(model)
             replace(fused, "_runs_fused", lambda x: True)
             replace(loss, "_by_kernels", lambda hidden: True)
         try:

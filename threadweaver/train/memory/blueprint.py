@@ -15,8 +15,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from threadweaver.memory.gpu import as_on_gpu
-from threadweaver.memory.live import LiveBytes
 from threadweaver.model import (
     ATTENTION,
     add_tags,
@@ -30,6 +28,8 @@ from threadweaver.model.files import reading
 from threadweaver.model.new import config_of
 from threadweaver.model.vocabulary import table_rows
 from threadweaver.train.config import ConfigError, ModelConfig
+from threadweaver.train.memory.gpu import as_on_gpu
+from threadweaver.train.memory.live import LiveBytes
 
 
 @dataclass

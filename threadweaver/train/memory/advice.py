@@ -8,8 +8,8 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 from threadweaver.generate.settings import EngineSizes
-from threadweaver.memory.plan import Phase, Plan, Planner
 from threadweaver.train.config import AdamWConfig, RunConfig
+from threadweaver.train.memory.plan import Phase, Plan, Planner
 
 S = TypeVar("S")
 _LEAST_KV = 5e8  # bytes; fewer pages make rollouts wait for each other

@@ -1,6 +1,6 @@
-"""`python -m tests.memory.measured_peak FIRST SECOND` runs SFT on the CPU with the settings of two
-files, and prints by how many bytes the resident set grew at most in the second run. The first is
-one of a tiny model, after which all that a run imports and sets up is there."""
+"""`python -m tests.train.memory.measured_peak FIRST SECOND` runs SFT on the CPU with the settings
+of two files, and prints by how many bytes the resident set grew at most in the second run. The
+first is one of a tiny model, after which all that a run imports and sets up is there."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from threadweaver.memory.blueprint import Architecture, Blueprint, counting
 from threadweaver.model import (
     WeightCopies,
     cross_entropy_sum,
@@ -15,6 +14,7 @@ from threadweaver.model import (
     token_logprobs,
     trie_hidden_states,
 )
+from threadweaver.train.memory.blueprint import Architecture, Blueprint, counting
 from threadweaver.train.setup import recompute_activations
 from tw_kernels import Trie
 

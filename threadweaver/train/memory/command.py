@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from threadweaver.memory.advice import advice
-from threadweaver.memory.plan import SHARE_KEPT_FREE, Part, Phase, Plan, Planner
 from threadweaver.progress import print_line
 from threadweaver.train.config import RunConfig
+from threadweaver.train.memory.advice import advice
+from threadweaver.train.memory.plan import SHARE_KEPT_FREE, Part, Phase, Plan, Planner
 
 
 def show_plan(config: RunConfig, console: Console) -> int:

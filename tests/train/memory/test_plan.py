@@ -14,14 +14,14 @@ import yaml
 
 from tests.architecture import SMALL
 from threadweaver.data import save_rows
-from threadweaver.memory.live import LiveBytes
-from threadweaver.memory.plan import Planner
 from threadweaver.tasks.multiplication import make_rows, split_problems
 from threadweaver.train.__main__ import main
-from threadweaver.train.config import DataConfig, ModelConfig, OptimizationConfig
+from threadweaver.train.config import ComputeConfig, DataConfig, ModelConfig, OptimizationConfig
+from threadweaver.train.memory.live import LiveBytes
+from threadweaver.train.memory.plan import Planner
 from threadweaver.train.stages import SFTConfig
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TOLERANCE = 0.1
 QWEN3_8B = {
     "model_type": "qwen3",
@@ -80,23 +80,18 @@ def test_the_plan_is_what_a_process_takes(name, tmp_path):
     MB it keeps by default, and cannot use for others of another size."""
     problems, _ = split_problems(train=400, validation=1, digits=2, factors=2, seed=0)
     save_rows(list(make_rows(problems, parallel_share=0.5, seed=0)), tmp_path / "data.jsonl")
-    files = []
-    for run, (model, optimization, compute) in {
-        "tiny": ({"arch": arch(128, 2)}, {"batch_tokens": 512}, {}),
-        "whole": CASES[name],
-    }.items():
-        settings = {
-            "run_dir": str(tmp_path / run),
-            "model": model,
-            "data": {"train": str(tmp_path / "data.jsonl")},
-            "optimization": {"max_steps": 2, "learning_rate": 1e-4, **optimization},
-            "compute": {"device": "cpu", "precision": "fp32", "threads": 1, **compute},
-        }
-        files.append(tmp_path / f"{run}.yaml")
-        files[-1].write_text(yaml.safe_dump(settings))
+    model, optimization, compute = CASES[name]
+    compute = {"device": "cpu", "precision": "fp32", "threads": 1, **compute}
+    optimization = {"max_steps": 2, "learning_rate": 1e-4, **optimization}
+    tiny = {"arch": arch(128, 2)}, {**optimization, "batch_tokens": 512}
+    files = [tmp_path / f"{run}.yaml" for run in ("tiny", "whole")]
+    data = {"train": str(tmp_path / "data.jsonl")}
+    for file, (of_run, steps) in zip(files, (tiny, (model, optimization)), strict=True):
+        settings = {"run_dir": str(file.with_suffix("")), "data": data, "compute": compute}
+        file.write_text(yaml.safe_dump({**settings, "model": of_run, "optimization": steps}))
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "100000", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.memory.measured_peak", *map(str, files)],
+        [sys.executable, "-m", "tests.train.memory.measured_peak", *map(str, files)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -107,11 +102,10 @@ def test_the_plan_is_what_a_process_takes(name, tmp_path):
     config = SFTConfig(
         run_dir="unused",
         model=ModelConfig(**model),
-        data=DataConfig(**settings["data"]),
-        optimization=OptimizationConfig(**settings["optimization"]),
+        data=DataConfig(train=data["train"]),
+        optimization=OptimizationConfig(**optimization),
+        compute=ComputeConfig(**compute),
     )
-    for key, value in settings["compute"].items():
-        setattr(config.compute, key, value)
     planned = Planner(config).plan(config).fullest.total
     assert planned == pytest.approx(measured, rel=TOLERANCE)
 

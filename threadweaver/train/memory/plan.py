@@ -11,11 +11,11 @@ import torch
 
 from threadweaver.device import DTYPES, choose, memory_of
 from threadweaver.generate.settings import EngineSizes
-from threadweaver.memory.blueprint import architecture_of
-from threadweaver.memory.optimizer import state_bytes, step_bytes
-from threadweaver.memory.rollout import EngineBytes, EngineUse, count_engine
-from threadweaver.memory.update import Passes, UpdateBytes, count_update
 from threadweaver.train.config import AdamWConfig, ComputeConfig, RunConfig
+from threadweaver.train.memory.blueprint import architecture_of
+from threadweaver.train.memory.optimizer import state_bytes, step_bytes
+from threadweaver.train.memory.rollout import EngineBytes, EngineUse, count_engine
+from threadweaver.train.memory.update import Passes, UpdateBytes, count_update
 from threadweaver.train.policy_loss import PolicyConfig
 from threadweaver.train.run_dir import device_of
 from threadweaver.train.stages import PipelineConfig, RLConfig, SelfTrainConfig, SFTConfig

@@ -9,8 +9,8 @@ import torch
 
 from threadweaver.generate.settings import EngineSizes
 from threadweaver.generate.weights import EngineWeights
-from threadweaver.memory.blueprint import Architecture, counting
 from threadweaver.model import kv_shape, output_layer, trie_hidden_states
+from threadweaver.train.memory.blueprint import Architecture, counting
 from tw_kernels import Trie
 
 
