@@ -17,7 +17,13 @@ ROOT = Path(__file__).parents[1]
 # From the bottom up: a module imports from its own room and from rows below (docs/architecture.md).
 ROOMS = [
     ["tw_kernels"],
-    ["threadweaver", "threadweaver.device", "threadweaver.output"],
+    [
+        "threadweaver",
+        "threadweaver.device",
+        "threadweaver.lock",
+        "threadweaver.output",
+        "threadweaver.whole_file",
+    ],
     ["threadweaver.command", "threadweaver.progress"],
     ["threadweaver.trajectory"],
     ["threadweaver.data", "threadweaver.grading"],

@@ -205,12 +205,35 @@ def test_what_fails_is_left_out_with_its_reason_and_never_fatal_to_the_rest(
 
 
 def test_what_got_no_reply_is_asked_again_by_the_next_run(annotate, tmp_path):
-    with StubServer(lambda messages: Fault(500)) as server:
-        assert annotate(server, "--limit", "1", "--teacher.retries", "0") == 0
+    script = lambda messages: Fault(500) if len(server.received) == 1 else right(messages)  # noqa: E731
+    with StubServer(script) as server:
+        assert annotate(server, "--limit", "2", "--teacher.retries", "0") == 0
     assert len(read(tmp_path / "out" / "rejected.jsonl")) == 1
     with StubServer() as server:
-        assert annotate(server, "--limit", "1") == 0
-    assert len(read(tmp_path / "out" / "kept.jsonl")) == 1
+        assert annotate(server, "--limit", "2") == 0
+    assert len(read(tmp_path / "out" / "kept.jsonl")) == 2
+
+
+def test_a_server_that_never_replies_ends_even_a_short_run_and_says_why(annotate, capsys):
+    options = ("--limit", "2", "--teacher.retries", "0", "--teacher.url", "http://127.0.0.1:9/v1")
+    assert annotate(None, *options) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: the teacher answers no more (Connection error. ")
+    assert "attempts failed" in error and "run the same command again" in error
+
+
+def test_a_folder_is_refused_before_models_are_read_and_a_bad_model_leaves_none(
+    annotate, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    url = ("--teacher.url", "http://127.0.0.1:9/v1")
+    assert annotate(None, *url, "--student", "nowhere") == 2
+    assert "nowhere: no model here" in capsys.readouterr().err and not out.exists()
+    out.mkdir()
+    (out / "mine").write_text("")
+    assert annotate(None, *url, "--student", "nowhere") == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert [p.name for p in out.iterdir()] == ["mine"]
 
 
 def test_a_dissolved_block_stands_as_its_lines(annotate, tmp_path, rows):
@@ -287,7 +310,9 @@ def test_a_signal_lets_open_requests_end_and_makes_no_other(annotate, tmp_path, 
     with StubServer(script) as server:
         options = ["--limit", "6", "--teacher.at_once", "3"]
         assert annotate(server, *options) == 128 + number
-        assert "run the same command again" in capsys.readouterr().err.splitlines()[-1]
+        *_, told, last = capsys.readouterr().err.splitlines()
+        assert "stopping as soon as the open requests have ended" in told
+        assert "run the same command again" in last
         stopped = list(server.received)
         assert 5 <= len(stopped) <= 6  # those that were open
         assert annotate(server, *options) == 0
@@ -315,6 +340,8 @@ def test_a_dry_run_prints_the_prompts_and_asks_and_makes_nothing(tmp_path, rows,
     ("options", "says"),
     [
         (["--teacher.url", "localhost:80"], "teacher.url is 'localhost:80'"),
+        (["--teacher.url", "http://localhost:99999/v1"], "teacher.url is 'http://localhost:99999"),
+        (["--teacher.url", "http://local host/v1"], "teacher.url is 'http://local host/v1'"),
         (["--teacher.model="], "teacher.model"),
         (["--teacher.at_once", "0"], "teacher.at_once is 0"),
         (["--teacher.timeout", "0"], "teacher.timeout is 0"),
@@ -323,6 +350,7 @@ def test_a_dry_run_prints_the_prompts_and_asks_and_makes_nothing(tmp_path, rows,
         (["--teacher.temperature", "-1"], "teacher.temperature is -1"),
         (["--teacher.input_price", "-1"], "teacher.input_price is -1"),
         (["--teacher.extra", "{messages: []}"], "teacher.extra"),
+        (["--teacher.extra", "{a: .nan}"], "teacher.extra cannot be sent as JSON"),
         (["--teacher.urll", "x"], "did you mean 'teacher.url'?"),
         (["--generation.sampling.temperature", "-1"], "temperature is -1"),
         (["--limit", "0"], "limit is 0"),
@@ -370,7 +398,7 @@ def test_a_folder_belongs_to_one_process_at_a_time(annotate, tmp_path):
     refusals = []
 
     def script(messages: Messages) -> str | Fault:
-        with pytest.raises(ValueError, match="another process works in") as caught:
+        with pytest.raises(ValueError, match=f"is in use by process {os.getpid()} on ") as caught:
             Store(tmp_path / "out", {})
         refusals.append(caught)
         return right(messages)

@@ -29,9 +29,17 @@ from threadweaver.generate.load import load_engine
 from threadweaver.generate.options import EngineSettings
 from threadweaver.trajectory import TemplateConfig
 
+
+def short_replacements() -> Form:
+    """Of replacements of a few words, for weights that never want to end one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("threadweaver.annotate.grammar.MOST_PIECES", 1)
+        return independent_form()
+
+
 FORMS = {
     "map": (map_form(12), lambda reply: read_map(reply, 12)),
-    "independent": (independent_form(), lambda reply: read_independent(reply, "a b c")),
+    "independent": (short_replacements(), lambda reply: read_independent(reply, "a b c")),
     "outline": (outline_form(2), lambda reply: read_outlines(reply, ["a", "b"], "")),
 }
 ASKED = [{"role": "user", "content": "How?"}]

@@ -127,6 +127,13 @@ def test_settings_reach_the_server():
     assert sent == [known | extra]
 
 
+@pytest.mark.parametrize("key", ["ключ", "two words", "a\nb"])
+def test_a_key_that_is_none_is_refused_before_any_request(monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(ValueError, match="OPENAI_API_KEY: is no key"):
+        OpenAITeacher(TeacherSettings(url="http://127.0.0.1:9/v1", model="stub"))
+
+
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(ValueError, match=r"threadweaver\[annotate\]"):

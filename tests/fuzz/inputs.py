@@ -21,7 +21,7 @@ from tests.fuzz.place import SAMPLED, Place
 from tests.fuzz.settings import TEXTS, is_large, means, value
 from tests.fuzz.verdict import Input, Outcome
 from tests.model.test_load import CONTENTS, FIELDS, FILES, INDICES, WEIGHTS, change, change_weights
-from threadweaver.evaluate.__main__ import _parser as eval_parser
+from threadweaver.evaluate.options import build_parser as eval_parser
 from threadweaver.generate.__main__ import _parser as generate_parser
 from threadweaver.train.config import parser_of
 from threadweaver.train.stages import PipelineConfig, RLConfig, SelfTrainConfig, SFTConfig

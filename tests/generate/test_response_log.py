@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -94,6 +95,19 @@ def test_a_damaged_line_and_a_second_process_are_refused(begun):
         log.rollout(Key("parallel", 3, 1), CODEC.encode(PROMPTS[0]), SETTINGS, CODEC, 1024)
 
 
+def test_a_full_disk_is_told_once_and_what_it_does_not_take_does_not_count(begun, rollout, capsys):
+    log = ResponseLog(begun, WANTED)
+    log._file.close()
+    log._file = Path("/dev/full").open("ab")  # noqa: SIM115
+    for sample in (2, 3):
+        log.add(Key("parallel", 3, sample), rollout, "", 3.0)
+    log.close(remove=False)
+    assert list(log.rows) == [Key("parallel", 3, 1)]
+    error = capsys.readouterr().err
+    assert error.count("warning: ") == 1
+    assert "r.jsonl.partial: No space left on device: it keeps no more responses" in error
+
+
 # python -m threadweaver.generate --data FILE --out FILE
 
 
@@ -183,5 +197,7 @@ def test_a_file_that_is_there_is_not_overwritten_unasked(answer, tmp_path, capsy
     assert answer("--max_tokens", "3") == 2
     assert "out.jsonl: there already" in capsys.readouterr().err
     assert (tmp_path / "out.jsonl").read_text() == "mine\n"
+    assert answer("--overwrite", out="data.jsonl") == 2
+    assert "data.jsonl is a file of --data" in capsys.readouterr().err
     assert answer("--max_tokens", "3", "--overwrite") == 0
     assert (tmp_path / "out.jsonl").read_text() != "mine\n"

@@ -155,7 +155,12 @@ def test_what_cannot_be_a_server_for_this_model_is_refused_before_it_decodes(ser
     server.fault = Fault(status=401)
     with pytest.raises(ServerError, match="answers 401"):
         engine_at(server)
-    for wrong, name in (({"url": "localhost"}, "server is"), ({"timeout": 0}, "server_timeout")):
+    for wrong, name in (
+        ({"url": "localhost"}, "server is 'localhost': give its address"),
+        ({"url": "http://localhost:99999"}, "server is 'http://localhost:99999': Port out"),
+        ({"url": "http:///v1"}, "server is"),
+        ({"timeout": 0}, "server_timeout"),
+    ):
         with pytest.raises(ValueError, match=name):
             ServerSettings(**{"url": "http://x", **wrong})
 

@@ -49,8 +49,8 @@ def test_a_task_of_an_installed_package_loads_by_its_name_with_its_options():
         ("half", {}, "half: Half is no task: it lacks problems, is_correct, demonstration"),
         ("gone", {}, "task 'gone': its entry point echo_tasks:Gone cannot be loaded: AttributeErr"),
         ("absent", {}, "its entry point absent_module:Task cannot be loaded: ModuleNotFoundError:"),
-        ("ech", {}, "no task 'ech' (did you mean 'echo'?): there are multiplication, reasoning_gym:"
-         "<dataset>, absent, echo, gone, half and data files"),
+        ("ech", {}, "olympiadbench, absent, echo, gone, half and data files"),
+        ("ech", {}, "no task 'ech' (did you mean 'echo'?): there are multiplication"),
     ],
 )  # fmt: skip
 def test_a_broken_entry_point_is_named_in_one_line(name, options, message):

@@ -41,11 +41,13 @@ def test_files_are_compared_and_the_report_names_line_and_count(tmp_path):
     problems.append(Text("b:25", " ".join(WORDS[25:40])))
     found = find_overlap(problems, texts_of_files([str(path)]))
     assert found.lines()[0] == (
-        "overlap: 3 of 5 problems and 6 of 6 training rows have 13 words in a row in common"
+        "overlap: 3 of 5 problems and 6 of 6 training rows have 13 words in a row, "
+        "or a shorter prompt, in common"
     )
     assert f"b:2 and {path}:2: 'w2 w3" in found.lines()[2] and len(found.lines()) == 4
     assert json.loads(json.dumps(found.as_dict()))["examples"][0]["problem"] == "b:0"
     nothing = find_overlap([Text("b:1", "x " * 30)], texts_of_files([str(path)]))
     assert nothing.lines() == [
-        "overlap: none of 1 problems and 0 of 6 training rows have 13 words in a row in common"
+        "overlap: none of 1 problems and 0 of 6 training rows have 13 words in a row, "
+        "or a shorter prompt, in common"
     ]

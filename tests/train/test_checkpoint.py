@@ -47,7 +47,7 @@ def test_a_checkpoint_is_a_plain_hugging_face_folder(tmp_path):
     assert tokenizer.encode(text) == TOKENIZER.encode(text)
 
 
-@pytest.mark.parametrize("dies_in", ["save_model", "_sync"])
+@pytest.mark.parametrize("dies_in", ["save_model", "sync"])
 def test_a_write_that_dies_leaves_no_checkpoint_and_its_leftovers_go(
     tmp_path, monkeypatch, dies_in
 ):

@@ -10,7 +10,7 @@ import torch
 
 from threadweaver.train.config import ConfigError
 from threadweaver.train.log import MetricsLog
-from threadweaver.train.run_dir import read_json, write_whole
+from threadweaver.train.run_dir import read_json
 
 from .test_resume import stop_before, stopped  # noqa: F401 (a fixture)
 from .test_self_train import run as self_training  # noqa: F401 (a fixture)
@@ -157,20 +157,6 @@ def test_an_output_on_a_full_disk_does_not_end_a_run(new_run, monkeypatch):
         patch.setattr(sys, "stdout", full)
         assert run() == 0
     assert run.summary()["steps"] == 6
-
-
-def test_a_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path, monkeypatch):
-    path = tmp_path / "a.json"
-    path.write_text("before")
-
-    def full(file):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space left") as error:
-        write_whole(path, "after")
-    assert error.value.filename == str(path)
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"] and path.read_text() == "before"
 
 
 def test_a_record_that_cannot_be_written_names_the_file(tmp_path):

@@ -17,7 +17,10 @@ def test_overlap_with_a_benchmark_is_shown_before_training_and_kept(
     run.settings["report"] = {"overlap": [str(benchmark)]}
     assert run() == 0
     shown = capsys.readouterr().out
-    line = "overlap: 1 of 2 problems and 1 of 24 training rows have 13 words in a row in common"
+    line = (
+        "overlap: 1 of 2 problems and 1 of 24 training rows have 13 words in a row, "
+        "or a shorter prompt, in common"
+    )
     assert shown.count("overlap: ") == 1 and shown.index(line) < shown.index("step 1")
     assert f"{benchmark}:1 and {data_files[0]}:5: '" in shown
     assert run.summary()["overlap"]["problems_shared"] == 1

@@ -207,8 +207,8 @@ def test_gradient_checkpointing_changes_memory_and_not_the_run(new_run, monkeypa
 def test_logits_that_are_not_finite_end_the_run_with_the_request_named(
     new_run, monkeypatch, capsys
 ):
-    forward = Runner.forward
-    monkeypatch.setattr(Runner, "forward", lambda self, batch: forward(self, batch) * math.nan)
+    logits = Runner._logits
+    monkeypatch.setattr(Runner, "_logits", lambda self, inputs: logits(self, inputs) * math.nan)
     assert new_run()() == 1
     error = capsys.readouterr().err
     assert error.startswith("error: generation 0, request (0,)") and error.count("\n") == 1
@@ -263,21 +263,20 @@ def test_validation_comes_every_so_many_steps_and_at_the_end_and_changes_nothing
 
 def test_validation_and_rollouts_take_their_kv_pages_in_turn(new_run, monkeypatch):
     run = validated(new_run())
-    forward, update = Runner.forward, RLTrainer.update
+    launch, update = Runner.launch, RLTrainer.update
     runners, held = [], []
 
-    def watch_forward(self, batch):
+    def watch_launch(self, step):
         if self not in runners:
             runners.append(self)
-        logits = forward(self, batch)
+        launch(self, step)
         held.append([runner._pages is not None for runner in runners].count(True))
-        return logits
 
     def watch_update(self, *arguments):
         assert all(runner._pages is None for runner in runners)
         return update(self, *arguments)
 
-    monkeypatch.setattr(Runner, "forward", watch_forward)
+    monkeypatch.setattr(Runner, "launch", watch_launch)
     monkeypatch.setattr(RLTrainer, "update", watch_update)
     assert run() == 0
     assert len(runners) == 2 and set(held) == {1}

@@ -13,31 +13,9 @@ import sys
 import pytest
 
 from threadweaver.train.__main__ import main
-from threadweaver.train.lock import RunLock
 from threadweaver.train.sft import SFTTrainer
 
 from .test_resume import stop_before
-
-
-def test_a_run_that_another_process_works_in_is_refused_and_names_it(new_run, fails):
-    run = new_run()
-    code = (
-        "import sys, pathlib; from threadweaver.train.lock import RunLock; "
-        "lock = RunLock(pathlib.Path(sys.argv[1])); print(flush=True); sys.stdin.read()"
-    )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(run.folder)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert holder.stdout is not None and holder.stdin is not None
-    holder.stdout.readline()
-    line = fails(run(), 2)
-    assert f"{run.folder} is in use by process {holder.pid} on " in line
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
-    assert (run.folder / ".lock").exists()
-    assert run() == 0
 
 
 def test_a_run_under_way_is_refused_with_and_without_resume(new_run, monkeypatch, fails):
@@ -76,13 +54,6 @@ def test_a_lock_that_is_a_folder_is_named(new_run, fails):
     run = new_run()
     (run.folder / ".lock").mkdir(parents=True)
     assert f"{run.folder / '.lock'} cannot be written" in fails(run(), 2)
-
-
-def test_a_lock_that_was_given_back_can_be_had(tmp_path):
-    RunLock(tmp_path / "a" / "b").release(undo=True)
-    assert list(tmp_path.iterdir()) == []
-    RunLock(tmp_path / "a").release()
-    RunLock(tmp_path / "a").release()
 
 
 def test_paths_with_brackets_and_spaces_are_printed_and_resumed_as_they_are(

@@ -5,11 +5,12 @@ import re
 import pytest
 
 from tests.view.browser import Opened, data_of, tags_of
-from threadweaver.view.page import as_json, build_page, check_out, packed, write_page
+from threadweaver.view.page import as_json, build_page, check_out, packed
 from threadweaver.view.rows import Row
 from threadweaver.view.run import run_page
 from threadweaver.view.trajectory import trajectory_page
 from threadweaver.view.trie import trie_page
+from threadweaver.whole_file import write_whole
 from tw_kernels import Trie
 
 NASTY = [
@@ -64,7 +65,7 @@ def test_untrusted_text_never_becomes_markup(made, kind):
 
 @pytest.mark.parametrize("kind", ["trajectory", "trie", "run"])
 def test_untrusted_text_is_shown_as_text(made, kind, browser, tmp_path):
-    write_page(tmp_path / "page.html", made[kind])
+    write_whole(tmp_path / "page.html", made[kind])
     page = Opened(browser, tmp_path / "page.html")
     assert page.view.evaluate("window.hit") is None
     page.view.evaluate("document.querySelectorAll('details').forEach((d) => (d.open = true))")
@@ -90,7 +91,7 @@ def test_a_number_that_json_has_not_is_refused():
 def test_a_page_is_overwritten_and_nothing_else(tmp_path):
     page, other = tmp_path / "page.html", tmp_path / "other.html"
     check_out(page, False)
-    write_page(page, build_page("trie", "t", {}))
+    write_whole(page, build_page("trie", "t", {}))
     check_out(page, False)
     other.write_text("<!doctype html>\n<p>mine</p>")
     with pytest.raises(ValueError, match="there already"):

@@ -47,6 +47,15 @@ def test_a_prompt_that_is_rendered_stays_so(tmp_path):
     assert [isinstance(prompt, Rendered) for prompt in prompts] == [True, True, False]
 
 
+def test_answers_of_generate_may_be_empty_or_hold_anything(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    prompts = ["q", Rendered("<|a|>q")]
+    responses = ["", "<|im_start|> <think>"]
+    save_rows([trajectory_row(p, r, 2) for p in prompts for r in responses][:3], path)
+    found = [(row.prompt, row.response) for row in read_trajectories(str(path))]
+    assert found == [("q", ""), ("q", "<|im_start|> <think>"), ("<|a|>q", "")]
+
+
 def test_rows_of_an_evaluation(tmp_path):
     path = tmp_path / "responses.jsonl"
     row = {"mode": "parallel", "sample": 0, "prompt": "1+1?", "answer": "2", **GRADED}

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.view.browser import Opened, data_of
-from threadweaver.view.page import write_page
 from threadweaver.view.run import MAX_POINTS, check_run, run_page, watch
+from threadweaver.whole_file import write_whole
 
 GRADED = {"question": "1+1?", "ground_truth": "2", "response": "\\boxed{2}", "violations": []}
 
@@ -158,12 +158,12 @@ def test_watching_ends_with_the_run_and_leaves_a_page_at_rest(run, tmp_path):
 
 def test_a_watched_page_reads_itself_anew_and_keeps_what_was_chosen(run, browser, tmp_path):
     path = tmp_path / "page.html"
-    write_page(path, run_page(run, 0.6))
+    write_whole(path, run_page(run, 0.6))
     page = Opened(browser, path)
     page.view.click("#tabs button >> nth=0")
     with (run / "rl" / "metrics.jsonl").open("a") as file:
         file.write(record(777, reward=1.0))
-    write_page(path, run_page(run, 0.6))
+    write_whole(path, run_page(run, 0.6))
     page.view.wait_for_selector("#stages >> text=777")
     page.view.click("#pause")
     assert page.view.get_attribute("#tabs button >> nth=0", "aria-selected") == "true"
@@ -171,7 +171,7 @@ def test_a_watched_page_reads_itself_anew_and_keeps_what_was_chosen(run, browser
 
 
 def test_curves_can_be_read_off_and_found(run, browser, tmp_path):
-    write_page(tmp_path / "page.html", run_page(run))
+    write_whole(tmp_path / "page.html", run_page(run))
     page = Opened(browser, tmp_path / "page.html", "dark")
     names = page.view.eval_on_selector_all(".chart h3", "all => all.map(h => h.textContent)")
     assert names == ["loss", "reward", "accuracy", "redundancy"]

@@ -11,9 +11,9 @@ from tests.view.browser import Opened, data_of
 from tests.view.test_lanes import text_and_marks
 from threadweaver.data import DataError
 from threadweaver.trajectory import check_format
-from threadweaver.view.page import write_page
 from threadweaver.view.rows import Row
 from threadweaver.view.trajectory import CHUNK, trajectory_page
+from threadweaver.whole_file import write_whole
 
 BROKEN = "<think>\U0001f40c\nab</Thread>c</think>\\boxed{2}"
 
@@ -80,7 +80,7 @@ def opened(browser, tmp_path_factory):
         row(""),
     ]
     path = tmp_path_factory.mktemp("page") / "page.html"
-    write_page(path, trajectory_page(rows, "rows.jsonl"))
+    write_whole(path, trajectory_page(rows, "rows.jsonl"))
     page = Opened(browser, path)
     yield page
     page.close()
@@ -173,7 +173,7 @@ def test_the_list_is_sorted_by_what_is_asked(page):
 
 
 def test_the_theme_follows_the_system_until_it_is_chosen(browser, tmp_path):
-    write_page(tmp_path / "page.html", trajectory_page([row("a")], "f"))
+    write_whole(tmp_path / "page.html", trajectory_page([row("a")], "f"))
     page = Opened(browser, tmp_path / "page.html", "dark")
     theme = "document.documentElement.dataset.theme"
     assert page.view.evaluate(theme) == "dark"
@@ -197,7 +197,7 @@ def test_ten_thousand_trajectories_open_in_two_seconds(browser, tmp_path):
         for _ in range(10_000)
     ]
     path = tmp_path / "page.html"
-    write_page(path, trajectory_page(rows, "f"))
+    write_whole(path, trajectory_page(rows, "f"))
     seconds = []
     for _ in range(3):
         page = Opened(browser, path, hash="#row=9000")

@@ -13,9 +13,9 @@ from tests.trajectory.trajectories import CODEC
 from tests.view.browser import Opened, data_of
 from threadweaver.data import DataError
 from threadweaver.trajectory import extract_calls
-from threadweaver.view.page import write_page
 from threadweaver.view.rows import Row
 from threadweaver.view.trie import blocks_of, trie_of, trie_page
+from threadweaver.whole_file import write_whole
 from tw_kernels import Trie
 
 EXAMPLE = """<think>
@@ -99,7 +99,7 @@ def test_a_row_without_a_trie_is_named():
 @pytest.fixture(scope="module")
 def page(browser, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "page.html"
-    write_page(
+    write_whole(
         path, trie_page(trie_of(row(EXAMPLE), CODEC, 1), text_of, "f", block_q=16, block_kv=16)
     )
     page = Opened(browser, path)
@@ -175,7 +175,7 @@ def test_no_line_of_the_list_mixes_nodes(page):
 def test_a_trie_of_34408_tokens_opens_in_two_seconds(browser, tmp_path):
     trie = trajectory(34408, 6).trie
     path = tmp_path / "page.html"
-    write_page(path, trie_page(trie, text_of, "trajectory-34408", block_q=128, block_kv=128))
+    write_whole(path, trie_page(trie, text_of, "trajectory-34408", block_q=128, block_kv=128))
     seconds = []
     for _ in range(3):
         page = Opened(browser, path)

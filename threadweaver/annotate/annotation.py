@@ -19,7 +19,7 @@ from threadweaver.annotate.prompts import PLACES, Prompts
 from threadweaver.annotate.report import plot_summary
 from threadweaver.annotate.run import NO_REPLY, Given, Run, problem_text
 from threadweaver.annotate.settings import AnnotateSettings
-from threadweaver.annotate.store import Store, write_json, write_lines
+from threadweaver.annotate.store import Store, write_json
 from threadweaver.annotate.student import answer, answered, unanswered
 from threadweaver.annotate.summary import summarize
 from threadweaver.annotate.teacher import Teacher
@@ -30,6 +30,7 @@ from threadweaver.model import add_tags, load_tokenizer
 from threadweaver.progress import Progress, print_line
 from threadweaver.tasks import Problem, Task
 from threadweaver.trajectory import Codec
+from threadweaver.whole_file import write_whole
 
 
 class Annotation:
@@ -78,15 +79,19 @@ class Annotation:
         """
         assert options.out and options.student and options.teacher.model  # AnnotateSettings
         find_device(options.engine.device)
-        tokenizer = load_tokenizer(options.student)
-        add_tags(tokenizer)
-        codec = Codec.from_tokenizer(tokenizer, template=options.template)
-        server = None
-        if options.teacher.url is None:
-            load_tokenizer(options.teacher.model)  # the model is loaded when the student is gone
-        else:
-            server = OpenAITeacher(options.teacher)
+        server = OpenAITeacher(options.teacher) if options.teacher.url else None
         store = Store(options.out, _made_with(options, task.problems("train", None), prompts))
+        try:
+            tokenizer = load_tokenizer(options.student)
+            add_tags(tokenizer)
+            codec = Codec.from_tokenizer(tokenizer, template=options.template)
+            if server is None and options.teacher.model != options.student:
+                # To see that it is one: the model is loaded when the student is gone.
+                load_tokenizer(options.teacher.model)
+            store.begin()
+        except BaseException:
+            store.close()
+            raise
         return cls(options, task, problems, prompts, codec, server, store, console, progress)
 
     def __enter__(self) -> Self:
@@ -148,8 +153,8 @@ class Annotation:
                 self._results[number] = reason
         rejected = {n: r for n, r in sorted(self._results.items()) if isinstance(r, LeftOut)}
         folder = self.folder
-        write_lines(folder / "kept.jsonl", _lines(rows))
-        write_lines(
+        write_whole(folder / "kept.jsonl", _lines(rows))
+        write_whole(
             folder / "rejected.jsonl",
             _lines(
                 {

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from typing import Any
 
 from threadweaver.annotate.failures import NoReply, Refused
 from threadweaver.annotate.form import Form
 from threadweaver.annotate.settings import TeacherSettings
 from threadweaver.annotate.teacher import Reply, reply_of
+from threadweaver.generate.server.address import open_client
 from threadweaver.trajectory import Message
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 8.0  # seconds before a repetition, twice as long each time
@@ -23,27 +23,16 @@ class OpenAITeacher:
     repeated here.
 
     Raises:
-        ValueError: the package is missing, or the address is none.
+        ValueError: as `open_client`.
     """
 
     def __init__(self, settings: TeacherSettings):
-        try:
-            import openai
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                "teacher.url: needs the package 'openai': pip install 'threadweaver[annotate]'"
-            ) from error
-        self._openai, self._settings = openai, settings
-        try:
-            self._client = openai.AsyncOpenAI(
-                base_url=settings.url,
-                # Servers of one's own mostly ask for none, and the package does not go without.
-                api_key=os.environ.get("OPENAI_API_KEY") or "none",
-                timeout=settings.timeout,
-                max_retries=settings.retries,
-            )
-        except Exception as error:  # whatever it finds wrong with the address
-            raise ValueError(f"teacher.url: {settings.url}: {error}") from error
+        assert settings.url is not None
+        self._settings = settings
+        self._client = open_client("teacher.url", settings.url, settings.timeout, settings.retries)
+        import openai
+
+        self._openai = openai
 
     async def ask(self, messages: list[Message], form: Form, seed: int) -> Reply:
         """See `Teacher`."""
@@ -80,7 +69,8 @@ class OpenAITeacher:
     def _failure(self, error: Exception) -> Exception:
         """What an error of the package means here; it has repeated what may be repeated."""
         status = getattr(error, "status_code", None)
-        said = " ".join(str(error).split())[:300]
+        cause = error.__cause__ if isinstance(error, self._openai.APIConnectionError) else None
+        said = " ".join(f"{error} {cause or ''}".split())[:300]
         if status in (401, 403):
             return ValueError(f"teacher.url: {said}: set OPENAI_API_KEY to a key of this server")
         if status == 404:

@@ -18,7 +18,7 @@ from threadweaver.annotate.store import STEPS, Ask, Store
 from threadweaver.annotate.teacher import Reply, Teacher
 from threadweaver.annotate.trajectory import Trajectory
 from threadweaver.generate.sampler import stream_key
-from threadweaver.progress import Progress
+from threadweaver.progress import Progress, print_line
 from threadweaver.tasks import Problem
 from threadweaver.trajectory import Message, Prompt
 
@@ -36,7 +36,7 @@ class Stopped(Exception):  # noqa: N818 (named for what was found)
 
 
 class TeacherIsGone(Exception):  # noqa: N818 (named for what was found)
-    """Many requests one after the other got no reply."""
+    """Many requests one after the other got no reply, or all of them."""
 
 
 class _End(Exception):  # noqa: N818 (named for what it is)
@@ -73,6 +73,8 @@ class Run:
         self._console = console
         self._end: Exception | None = None  # why no further request is made
         self._silent = 0  # requests without a reply since the last with one
+        self._why_silent = ""
+        self._replied = False  # to any request
         self._step: dict[int, Step] = {}  # that the last request was of, by number
         self.results: dict[int, str | LeftOut] = {}
 
@@ -81,10 +83,12 @@ class Run:
 
         Raises:
             Stopped: by a signal. The first lets open requests end, the second does not.
-            TeacherIsGone: the last so many requests got no reply.
+            TeacherIsGone: the last so many requests got no reply, or none did.
             ValueError: the teacher cannot be used.
         """
         asyncio.run(self._run())
+        if self._silent and not self._replied:
+            self._end = self._end or TeacherIsGone(self._why_silent)
         if self._end is not None:
             raise self._end
         return self.results
@@ -105,6 +109,10 @@ class Run:
         if isinstance(self._end, Stopped):
             raise KeyboardInterrupt
         self._end = Stopped(number)
+        print_line(
+            self._console,
+            "stopping as soon as the open requests have ended; a second signal does not wait",
+        )
 
     async def _work(self, rest: Iterator[tuple[int, Given]]) -> None:
         """One trajectory after another."""
@@ -115,11 +123,13 @@ class Run:
                 self.results[number] = reason
             except Refused as error:
                 self.results[number] = LeftOut(self._step[number], REFUSED, str(error))
+                self._replied = True
             except NoReply as error:
                 self.results[number] = LeftOut(self._step[number], NO_REPLY, str(error))
                 self._silent += 1
+                self._why_silent = str(error)
                 if self._silent >= 2 * self._at_once:
-                    self._end = self._end or TeacherIsGone(str(error))
+                    self._end = self._end or TeacherIsGone(self._why_silent)
             except _End:
                 return
             except Exception as error:
@@ -151,7 +161,7 @@ class Run:
         number, step = of[1], STEPS[of[2]]
         self._step[number] = step
         reply = await self._teacher.ask(messages, form, stream_key((*of, request)))
-        self._silent = 0
+        self._silent, self._replied = 0, True
         return reply
 
 

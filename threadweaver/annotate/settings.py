@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from threadweaver.generate.options import EngineSettings
+from threadweaver.generate.server.address import check_url
 from threadweaver.generate.settings import GenerationSettings
 from threadweaver.trajectory import TemplateConfig
 
@@ -49,9 +50,8 @@ class TeacherSettings:
     output_price: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.url is not None and not re.match(r"https?://[^/\s]", self.url):
-            url = self.url[:200]
-            raise ValueError(f"teacher.url is {url!r}: it must start with http:// or https://")
+        if self.url is not None:
+            check_url("teacher.url", self.url)
         for name, least in (("at_once", 1), ("retries", 0), ("max_tokens", 1)):
             value = getattr(self, name)
             if value is not None and not least <= value <= 10**6:
@@ -64,6 +64,10 @@ class TeacherSettings:
                 raise ValueError(f"teacher.{name} is {value}: it must be at least 0 and finite")
         if set(self.extra) & {"model", "messages", "stream", "n"}:
             raise ValueError("teacher.extra: model, messages, stream and n are set already")
+        try:
+            json.dumps(self.extra, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"teacher.extra cannot be sent as JSON: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -12,20 +12,20 @@ killed goes on by running again, and asks nothing twice but what was on its way 
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from threadweaver.annotate.failures import Breach, Step
 from threadweaver.annotate.form import Form
 from threadweaver.annotate.teacher import Reply
 from threadweaver.command import is_writable
+from threadweaver.lock import LOCK_FILE, FolderLock, InUse
 from threadweaver.trajectory import Message
+from threadweaver.whole_file import write_whole
 
 STEPS: tuple[Step, ...] = ("0-answer", "1-map", "2-cut", "3-independent", "4-outline")
 MANIFEST = "manifest.json"
@@ -53,16 +53,22 @@ class Store:
             settings = json.loads(json.dumps(settings))
             if path.exists():
                 _check_same(path, read_json(path, "settings")["settings"], settings)
-            elif any(p.name != ".lock" and p.suffix != ".partial" for p in folder.iterdir()):
+            elif any(p.name != LOCK_FILE and p.suffix != ".partial" for p in folder.iterdir()):
                 raise ValueError(f"out: {folder} is not empty; name a new folder")
-            else:
-                write_json(path, {"settings": settings})
+            self._settings = settings
         except BaseException:
             self.close()
             raise
 
+    def begin(self) -> None:
+        """Makes it the folder of these settings."""
+        path = self.folder / MANIFEST
+        if not path.exists():
+            write_json(path, {"settings": self._settings})
+
     def close(self) -> None:
-        self._lock.close()
+        """Lets others in; nothing is left of a folder that was not begun."""
+        self._lock.release(undo=not (self.folder / MANIFEST).exists())
 
     def log(self, step: str, number: int, given: dict[str, Any], ask: Ask) -> Log:
         """The file of a step of a trajectory, with what it holds already."""
@@ -114,30 +120,13 @@ class Log:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """As `write_lines`. A file that holds it already is left alone: a run that goes on comes by
+    """As `write_whole`. A file that holds it already is left alone: a run that goes on comes by
     all that was done before."""
     text = json.dumps(value, ensure_ascii=False, indent=1) + "\n"
     with suppress(OSError, ValueError):
         if path.read_text(encoding="utf-8") == text:
             return
-    write_lines(path, [text])
-
-
-def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """The file appears with all of its text, on disk, or stays as it was."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    write_whole(path, text)
 
 
 def read_json(path: Path, *keys: str) -> Any:
@@ -183,29 +172,15 @@ def _check_same(path: Path, made: Any, settings: dict[str, Any]) -> None:
             )
 
 
-def _take(folder: Path) -> IO[str]:
-    """The lock of the system on a folder, which is made if need be. It ends with the process."""
+def _take(folder: Path) -> FolderLock:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out: {folder} is a file; name a folder")
     if not is_writable(folder):
         raise ValueError(f"out: {folder} cannot be written; name another folder")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a")
+        return FolderLock(folder)
+    except InUse as error:
+        raise ValueError(f"out: {error}") from error
     except OSError as error:
-        raise ValueError(f"out: {folder}: {error.strerror}; name another folder") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(f"out: another process works in {folder}: wait for it to end") from error
-    except OSError:  # a file system without locks
-        pass
-    return file
-
-
-def _sync_folder(folder: Path) -> None:
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
+        where = error.filename or folder
+        raise ValueError(f"out: {where}: {error.strerror}; name another folder") from error

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import glob
 import json
-import os
 import stat
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from threadweaver.whole_file import whole_file, write_whole
 
 
 class DataError(ValueError):
@@ -32,27 +33,20 @@ def save_rows(rows: Sequence[dict], path: str | Path) -> None:
     path = Path(path)
     if path.suffix not in (".jsonl", ".parquet"):
         raise DataError(f"{path}: cannot write '{path.suffix}'; name it .jsonl or .parquet")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if path.suffix == ".jsonl":
+        write_whole(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return
     try:
-        if path.suffix == ".jsonl":
-            with partial.open("w", encoding="utf-8", newline="\n") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        else:
-            try:
-                from datasets import Dataset
-            except ImportError as error:
-                raise DataError(
-                    f"{path}: writing parquet needs the package 'datasets'; "
-                    f"install it or write .jsonl"
-                ) from error
-            # Of all rows: by itself it takes the columns of the first.
-            columns = dict.fromkeys(name for row in rows for name in row)
-            table = {name: [row.get(name) for row in rows] for name in columns}
-            Dataset.from_dict(table).to_parquet(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        from datasets import Dataset
+    except ImportError as error:
+        raise DataError(
+            f"{path}: writing parquet needs the package 'datasets'; install it or write .jsonl"
+        ) from error
+    # Of all rows: by itself it takes the columns of the first.
+    columns = dict.fromkeys(name for row in rows for name in row)
+    table = {name: [row.get(name) for row in rows] for name in columns}
+    with whole_file(path) as partial:
+        Dataset.from_dict(table).to_parquet(partial)
 
 
 # A row is a line: one of more bytes is no row.

@@ -60,7 +60,8 @@ class Overlap:
         some = f"{self.problems_shared:,}" if self.problems_shared else "none"
         lines = [
             f"overlap: {some} of {self.problems:,} problems and {self.rows_shared:,} of "
-            f"{self.rows:,} training rows have {WORDS} words in a row in common"
+            f"{self.rows:,} training rows have {WORDS} words in a row, or a shorter prompt, in "
+            "common"
         ]
         return lines + [f"  {one.problem} and {one.row}: {one.words!r}" for one in self.examples]
 

@@ -22,7 +22,6 @@ when stopped by Ctrl-C.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 from argparse import ArgumentError
@@ -49,6 +48,7 @@ with train_extra():
     from threadweaver.output import Output
     from threadweaver.progress import has_no_reader, print_line
     from threadweaver.tasks import load_task
+    from threadweaver.whole_file import write_whole
 
 if TYPE_CHECKING:
     from threadweaver.evaluate.metrics import Evaluation
@@ -204,13 +204,7 @@ def _write(path: Path, lines: Iterable[str]) -> None:
         with path.open("w", encoding="utf-8") as file:
             file.writelines(lines)
         return
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.writelines(lines)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, lines)
 
 
 def _rows(mode: str, evaluation: Evaluation) -> list[dict[str, Any]]:

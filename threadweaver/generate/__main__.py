@@ -49,6 +49,7 @@ with train_extra():
     from jsonargparse import ArgumentParser, Namespace
     from rich.console import Console
 
+    from threadweaver.data.files import data_files
     from threadweaver.generate.options import (
         add_options,
         engine_settings,
@@ -218,6 +219,8 @@ def _check_files(options: Namespace) -> None:
         raise ValueError(f"out: {out.parent}: no such folder; make it, or name another")
     if out.is_dir() or not is_writable(out):
         raise ValueError(f"out: {out} cannot be written; name another file")
+    if out.exists() and any(out.samefile(file) for file in data_files(options.data)):
+        raise ValueError(f"out: {out} is a file of --data; name another")
     if not partial_of(out).exists():
         check_overwrite([out], options.overwrite)
 

@@ -7,15 +7,16 @@ all its requests, of which the state machine makes the same rollout again.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from threadweaver.generate.rollout import Completion, Rollout
 from threadweaver.generate.settings import GenerationSettings
+from threadweaver.lock import InUse, open_locked
 from threadweaver.trajectory import Codec
 
 VERSION = 1
@@ -42,8 +43,7 @@ class ResponseLog:
         restart: whether responses of other settings are to be given up.
 
     Attributes:
-        rows: the lines that are there, by key.
-        error: why nothing is written any more (a full disk); None as long as it is.
+        rows: the responses that are in the file, by key.
 
     Raises:
         LogError: it holds responses of other settings, is in use, or is damaged.
@@ -53,35 +53,25 @@ class ResponseLog:
     def __init__(self, target: Path, settings: Mapping[str, Any], *, restart: bool = False):
         self.path = partial_of(target)
         self.rows: dict[Key, dict[str, Any]] = {}
-        self.error: OSError | None = None
+        self._failed = False  # the disk is full, say
         settings = json.loads(json.dumps({"version": VERSION, **settings}))
-        self._file = self._lock()
+        try:
+            self._file = open_locked(self.path)
+        except InUse as error:
+            raise LogError(str(error)) from error
         try:
             whole = self._read(settings, restart)
+            self._file.truncate(whole)
         except BaseException:
             self._file.close()
             raise
-        self._file.truncate(whole)
-        self._file.seek(whole)
         if whole == 0:
             self._write({"settings": settings})
-
-    def _lock(self) -> IO[bytes]:
-        file = self.path.open("r+b") if self.path.exists() else self.path.open("w+b")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.close()
-            raise LogError(
-                f"{self.path}: in use by another process: wait for it to end, or name another file"
-            ) from error
-        except OSError:
-            pass  # a file system without locks
-        return file
 
     def _read(self, settings: Mapping[str, Any], restart: bool) -> int:
         """Takes the rows; returns how many bytes of the file are whole lines of these settings."""
         whole = 0
+        self._file.seek(0)
         for number, line in enumerate(self._file, 1):
             if not line.endswith(b"\n"):
                 break  # the process was killed while it wrote
@@ -111,13 +101,13 @@ class ResponseLog:
         return whole
 
     def add(self, key: Key, rollout: Rollout, text: str, elapsed: float) -> None:
-        """Writes a response.
+        """Writes a response, unless it failed before, of which there was a warning.
 
         Args:
             text: of it, for who looks at the file.
             elapsed: seconds of decoding in its mode so far.
         """
-        self.rows[key] = row = {
+        row = {
             "key": key,
             "response": text,
             "decode_steps": rollout.decode_steps,
@@ -125,7 +115,8 @@ class ResponseLog:
             "elapsed": elapsed,
             "completions": [[c.request, c.reason, c.tokens] for c in rollout.completions],
         }
-        self._write(row)
+        if self._write(row):
+            self.rows[key] = row
 
     def elapsed(self, mode: str) -> float:
         """Seconds of decoding in a mode, up to its last response."""
@@ -174,16 +165,25 @@ class ResponseLog:
         """Ends the log; with `remove` the file too, as when all that it was for is written."""
         if remove:
             self.path.unlink(missing_ok=True)
-        self._file.close()
+        with suppress(OSError):  # on a full disk
+            self._file.close()
 
-    def _write(self, row: Mapping[str, Any]) -> None:
-        if self.error is not None:
-            return
+    def _write(self, row: Mapping[str, Any]) -> bool:
+        """Returns whether it is in the file."""
+        if self._failed:
+            return False
         try:
             self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             self._file.flush()
         except OSError as error:
-            self.error = OSError(error.errno, os.strerror(error.errno or 0), str(self.path))
+            self._failed = True
+            print(
+                f"warning: {self.path}: {error.strerror}: it keeps no more responses, and what "
+                "comes from here on is lost if the command is stopped",
+                file=sys.stderr,
+                flush=True,
+            )
+        return not self._failed
 
 
 def partial_of(target: Path) -> Path:

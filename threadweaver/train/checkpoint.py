@@ -7,7 +7,6 @@ every folder named step-N is complete, whenever the process is killed.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from threadweaver.model import save_model
 from threadweaver.train.config import ConfigError
+from threadweaver.whole_file import sync
 
 STATE_FILE = "trainer_state.pt"
 
@@ -55,7 +55,7 @@ def save_checkpoint(
         save_model(model, tokenizer, partial)
         torch.save({**state, "shapes": shapes}, partial / STATE_FILE)
         for path in (*partial.rglob("*"), partial):
-            _sync(path)
+            sync(path)
     except Exception as error:
         # PyTorch and safetensors have errors of their own for a full disk.
         shutil.rmtree(partial, ignore_errors=True)
@@ -67,18 +67,10 @@ def save_checkpoint(
             "continue with --resume"
         ) from error
     target = partial.rename(folder / f"step-{step}")
-    _sync(folder)
+    sync(folder)
     for old in all_checkpoints(folder)[:-keep]:
         shutil.rmtree(old.rename(folder / f".{old.name}.deleted"))
     return target
-
-
-def _sync(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
 
 
 def load_state(checkpoint: Path, *keys: str) -> dict[str, Any]:

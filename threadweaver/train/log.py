@@ -13,8 +13,8 @@ from rich.console import Console
 
 from threadweaver.progress import LINE_SECONDS, Bar, Pace, print_line
 from threadweaver.train.config import ConfigError
-from threadweaver.train.run_dir import write_whole
 from threadweaver.train.trackers import Tracker
+from threadweaver.whole_file import write_whole
 
 
 class MetricsLog:
@@ -43,7 +43,7 @@ class MetricsLog:
         path = run_dir / "metrics.jsonl"
         records = read_metrics(path, steps_done) if path.exists() else []
         self.last: dict[str, Any] = records[-1] if records else last or {}
-        write_whole(path, "".join(f"{json.dumps(record)}\n" for record in records))
+        write_whole(path, (f"{json.dumps(record)}\n" for record in records))
         self._path = path
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._trackers = trackers

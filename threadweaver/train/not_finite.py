@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from threadweaver.train.run_dir import write_whole
+from threadweaver.whole_file import write_whole
 from tw_kernels import Trie
 
 

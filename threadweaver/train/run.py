@@ -11,8 +11,8 @@ import shlex
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from threadweaver.data.files import data_files
 from threadweaver.data.overlap import Text, find_overlap, texts_of_files
+from threadweaver.lock import FolderLock, InUse, check_free
 from threadweaver.model import (
     WeightCopies,
     end_ids,
@@ -40,7 +41,6 @@ from threadweaver.train.checkpoint import (
 )
 from threadweaver.train.config import ConfigError, RunConfig
 from threadweaver.train.interrupt import Interrupts
-from threadweaver.train.lock import RunLock, check_free
 from threadweaver.train.log import MetricsLog, ProgressLog
 from threadweaver.train.not_finite import save_batch
 from threadweaver.train.optimizer import (
@@ -86,6 +86,20 @@ T = TypeVar("T", bound=SFTConfig | RLConfig)
 Record = dict[str, Any]
 
 
+@contextmanager
+def _lock_errors(run_dir: Path) -> Iterator[None]:
+    """Raises ConfigError for a run_dir that another process holds, or that cannot be written."""
+    try:
+        yield
+    except InUse as error:
+        raise ConfigError(f"run_dir: {error}") from error
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir: {error.filename or run_dir} cannot be written ({error.strerror}); name "
+            "another folder"
+        ) from error
+
+
 class Run(ABC, Generic[C]):
     """A run that `prepare` makes ready.
 
@@ -99,7 +113,7 @@ class Run(ABC, Generic[C]):
 
     resume_command: str
     device: torch.device
-    lock: RunLock
+    lock: FolderLock
     state: dict[str, Any] | None = None
 
     def __init__(self, config: C, console: Console):
@@ -134,7 +148,8 @@ class Run(ABC, Generic[C]):
             ValueError: settings or data that cannot be used.
         """
         run = cls(config, console)
-        check_free(run.run_dir)
+        with _lock_errors(run.run_dir):
+            check_free(run.run_dir)
         check_run_dir(run.run_dir, holds_run(run.run_dir) if resume is None else resume)
         if run.is_finished():
             summary = run.run_dir / "summary.json"
@@ -143,7 +158,8 @@ class Run(ABC, Generic[C]):
         check_trackers(config.report.trackers)
         for path in config.report.overlap:
             data_files(path)
-        run.lock = RunLock(run.run_dir)
+        with _lock_errors(run.run_dir):
+            run.lock = FolderLock(run.run_dir)
         try:
             precision_note = settle_precision(config, console)
             check_optimizers(config, device_of(config.compute))

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,11 @@ from jsonargparse import Namespace
 from rich.console import Console
 
 from threadweaver.device import choose, find_device, resolve
+from threadweaver.lock import LOCK_FILE
 from threadweaver.progress import print_line
 from threadweaver.train.checkpoint import all_checkpoints
 from threadweaver.train.config import ComputeConfig, ConfigError, RunConfig
-from threadweaver.train.lock import LOCK_FILE
+from threadweaver.whole_file import write_whole
 
 PRECISION_NOTE = "# compute.precision: "
 
@@ -63,28 +63,8 @@ def has_begun(run_dir: Path) -> bool:
     return any(True for pattern in made for _ in run_dir.glob(pattern))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """The file appears with all of the text, on disk, or stays as it was.
-
-    Raises:
-        OSError: it cannot be written, as on a full disk; names the file.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
-    """As `write_whole`."""
+    """As `whole_file.write_whole`."""
     write_whole(path, json.dumps(value, indent=indent) + "\n")
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from threadweaver.progress import print_line
 from threadweaver.train.config import ConfigError, RunConfig, TrackerName
-from threadweaver.train.run_dir import write_whole
+from threadweaver.whole_file import write_whole
 
 MODULES: dict[TrackerName, str] = {
     "tensorboard": "torch.utils.tensorboard",

@@ -28,7 +28,8 @@ with train_extra():
     from rich.console import Console
 
     from threadweaver.progress import Progress, print_line
-    from threadweaver.view.page import check_out, write_page
+    from threadweaver.view.page import check_out
+    from threadweaver.whole_file import write_whole
 
 if TYPE_CHECKING:
     from threadweaver.trajectory import Codec
@@ -66,7 +67,7 @@ def _trajectory(options: Namespace) -> None:
         text = trajectory_page(
             rows, options.file, codec, max_depth=options.max_depth, on_row=progress.update
         )
-    write_page(options.out, text)
+    write_whole(options.out, text)
 
 
 def _trie(options: Namespace) -> None:
@@ -85,7 +86,7 @@ def _trie(options: Namespace) -> None:
         block_q=options.block_q,
         block_kv=options.block_kv,
     )
-    write_page(options.out, text)
+    write_whole(options.out, text)
 
 
 def _run(options: Namespace) -> None:
@@ -94,7 +95,7 @@ def _run(options: Namespace) -> None:
     folder = Path(options.dir)
     check_run(folder)
     if options.watch is None:
-        write_page(options.out, run_page(folder))
+        write_whole(options.out, run_page(folder))
         return
     console = Console(stderr=True)
     print_line(console, f"{options.out}: written every {options.watch:g} s; Ctrl-C ends it")

@@ -14,7 +14,6 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -81,17 +80,6 @@ def check_out(path: Path, overwrite: bool) -> None:
         raise ValueError(f"out: {path} cannot be written; name another file")
     if not _is_page(path):
         check_overwrite([path], overwrite)
-
-
-def write_page(path: Path, text: str) -> None:
-    """The file appears with all of the text, or stays as it was."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_text(text, encoding="utf-8", newline="\n")
-        partial.replace(path)
-    finally:
-        with suppress(OSError):
-            partial.unlink()
 
 
 def _is_page(path: Path) -> bool:

@@ -82,9 +82,15 @@ def _rollouts(file: Path) -> list[Any] | None:
 def _row(row: dict[str, Any], source: str) -> Row:
     row = {name: value for name, value in row.items() if value is not None}
     prompt = next((row[name] for name in PROMPTS if name in row), None)
-    response = row.get("response")
-    # Where a `qwen_text` parts into prompt and response is said in one place.
-    if "qwen_text" not in row and isinstance(response, str) and _is_prompt(prompt):
+    response, text = row.get("response"), row.get("qwen_text")
+    if prompt is None and isinstance(text, str) and isinstance(response, str) and not response:
+        prompt = Rendered(text)
+    # Where any other `qwen_text` parts into prompt and response is said in one place.
+    if (
+        isinstance(response, str)
+        and _is_prompt(prompt)
+        and (text is None or (isinstance(prompt, str) and text == prompt + response))
+    ):
         if row.get("rendered") is True and isinstance(prompt, str):
             prompt = Rendered(prompt)
         truth = row.get("reward_model")

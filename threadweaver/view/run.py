@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from threadweaver.view.page import as_json, build_page, write_page
+from threadweaver.view.page import as_json, build_page
 from threadweaver.view.run_files import is_run, read_run
+from threadweaver.whole_file import write_whole
 
 MAX_POINTS = 2000  # of a curve: more than a screen has columns
 
@@ -47,10 +48,10 @@ def watch(folder: Path, out: Path, seconds: float) -> None:
     is interrupted, once more, as a page that does not reload itself."""
     try:
         while not (folder / "summary.json").exists():
-            write_page(out, run_page(folder, seconds))
+            write_whole(out, run_page(folder, seconds))
             time.sleep(seconds)
     finally:
-        write_page(out, run_page(folder))
+        write_whole(out, run_page(folder))
 
 
 def _thin(stage: dict) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -24,6 +26,44 @@ class ServerError(Exception):
     def __init__(self, message: str, status: int | None = None):
         super().__init__(message)
         self.status = status
+
+
+def check_url(setting: str, url: str) -> None:
+    """Raises ValueError, with the name of the setting, for what is no address of a server."""
+    reason = "give its address, such as http://localhost:8000"
+    try:
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and not re.search(r"\s", url):
+            _ = parts.port  # raises if it is none
+            return
+    except ValueError as error:
+        reason = str(error)
+    raise ValueError(f"{setting} is {url[:MOST_SHOWN]!r}: {reason}")
+
+
+def open_client(setting: str, url: str, timeout: float, retries: int) -> AsyncOpenAI:
+    """A client of the package `openai`; the key is read from OPENAI_API_KEY.
+
+    Args:
+        setting: that a message names.
+
+    Raises:
+        ValueError: the package is missing, or the key or the address is none.
+    """
+    try:
+        from openai import AsyncOpenAI
+    except ImportError as error:
+        raise ValueError(
+            f"{setting}: this needs the package 'openai': pip install 'threadweaver[annotate]'"
+        ) from error
+    # Servers of one's own mostly ask for none, and the package does not go without.
+    key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"
+    if not re.fullmatch("[!-~]+", key):
+        raise ValueError("OPENAI_API_KEY: is no key: it holds white space or other than ASCII")
+    try:
+        return AsyncOpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries)
+    except Exception as error:  # whatever it finds wrong with the address
+        raise ValueError(f"{setting}: {url}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -47,10 +87,7 @@ class ServerSettings:
     retries: int = 2
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise ValueError(
-                f"server is {self.url!r}: give its address, such as http://localhost:8000"
-            )
+        check_url("server", self.url)
         if not 0 < self.timeout < float("inf"):
             raise ValueError(f"server_timeout is {self.timeout}: it must be above 0 and finite")
         if not 0 <= self.retries <= 1000:
@@ -103,20 +140,9 @@ async def connection(settings: ServerSettings) -> AsyncIterator[Connection]:
     """Requests to the server, within the event loop that it is entered in.
 
     Raises:
-        ValueError: the package `openai` is not installed.
+        ValueError: as `open_client`.
     """
-    try:
-        from openai import AsyncOpenAI
-    except ImportError as error:
-        raise ValueError(
-            "server: this needs the package 'openai': pip install 'threadweaver[annotate]'"
-        ) from error
-    client = AsyncOpenAI(
-        base_url=settings.root,
-        api_key=os.environ.get("OPENAI_API_KEY") or "none",
-        timeout=settings.timeout,
-        max_retries=settings.retries,
-    )
+    client = open_client("server", settings.root, settings.timeout, settings.retries)
     async with client:
         yield Connection(client, settings.root)
 
