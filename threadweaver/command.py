@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec
 
@@ -18,6 +19,11 @@ from threadweaver.output import drop
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
+
+# transformers imports torchao where it is installed, which then warns of kernels that it cannot
+# load and nobody here uses.
+for name in ("torchao", "torch.utils._pytree"):
+    getLogger(name).setLevel(ERROR)
 
 MOST_CHARACTERS = 2000  # of an error
 

@@ -60,7 +60,7 @@ def new_model(
             model with layers a trie cannot use.
     """
     with reading("model.arch"):
-        config = _config(tokenizer, arch)
+        config = config_of(tokenizer, arch)
         check_supported(config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -81,7 +81,8 @@ def parameter_count(model: torch.nn.Module) -> str:
     return f"{count} parameters"
 
 
-def _config(tokenizer: PreTrainedTokenizerBase, arch: dict[str, Any]) -> PretrainedConfig:
+def config_of(tokenizer: PreTrainedTokenizerBase, arch: dict[str, Any]) -> PretrainedConfig:
+    """Of a new model; arguments and errors as those of `new_model`."""
     given = dict(arch)
     kind = given.pop("model_type", None)
     if kind is None:

@@ -38,12 +38,18 @@ def add_tags(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None =
     return missing
 
 
+def table_rows(old_rows: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows of a model's tables once it has one for every token of the tokenizer."""
+    needed = max(old_rows, max(tokenizer.get_vocab().values()) + 1)
+    return -(-needed // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
+
+
 def _extend_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, added: list[str]
 ) -> None:
     vocab = tokenizer.get_vocab()
     old_rows = _tables(model)[0].shape[0]
-    rows = -(-max(old_rows, max(vocab.values()) + 1) // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
+    rows = table_rows(old_rows, tokenizer)
     # A tag may be new to the model though the tokenizer came with it.
     new_tags = [tag for tag in TAGS if tag in added or vocab[tag] >= old_rows]
     if rows != old_rows:

@@ -31,7 +31,7 @@ with train_extra():
     from rich.console import Console
 
     from threadweaver.output import Output
-    from threadweaver.train.config import ConfigError, config_of, parser_of
+    from threadweaver.train.config import ConfigError, RunConfig, config_of, parser_of
     from threadweaver.train.stages import PipelineConfig, RLConfig, SelfTrainConfig, SFTConfig
 
 if TYPE_CHECKING:
@@ -86,6 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
     # Optimizer steps end before a run stops; all else is done again when it is resumed.
     with Interrupts(at_once=True):
         try:
+            if settings.plan:
+                return _plan(config, console)
             run = _kind_of_run(kind).prepare(config, settings.resume, console)
         except (ValueError, OSError) as error:
             return fail(error, 2)
@@ -102,6 +104,12 @@ def main(arguments: list[str] | None = None) -> int:
         except KeyboardInterrupt as error:
             message = "interrupted; continue from what was saved with --resume"
             return fail(message, exit_code(error))
+
+
+def _plan(config: RunConfig, console: Console) -> int:
+    from threadweaver.train.memory.command import show_plan
+
+    return show_plan(config, console)
 
 
 def _config_file(arguments: list[str]) -> str:

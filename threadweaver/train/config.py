@@ -20,6 +20,7 @@ from threadweaver.trajectory.loss import Loss
 T = TypeVar("T")
 MOST = 2**31 - 1  # of what is counted
 MOST_THREADS = 1024
+OptimizerName = Literal["adamw", "adamw-8bit", "adamw-offload"]
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
 
@@ -122,6 +123,9 @@ class AdamWConfig:
         weight_decay: on matrices (embeddings too) and not on norms and biases.
         warmup: share of all steps in which the learning rate climbs.
         gradient_clip: largest norm of the gradient.
+        optimizer: adamw: both moments on the device, in the dtype of the parameters; adamw-8bit:
+            moments of 8 bits; adamw-offload: moments, and the step, on the host, for a GPU. The
+            latter two need the extra `memory`.
     """
 
     batch_tokens: int = 40960
@@ -130,6 +134,7 @@ class AdamWConfig:
     weight_decay: float = 1e-4
     warmup: float = 0.05
     gradient_clip: float = 1.0
+    optimizer: OptimizerName = "adamw"
 
     def __post_init__(self):
         for name, valid, rule in (
@@ -174,6 +179,10 @@ class ComputeConfig:
         precision: bf16: bfloat16 autocast over float32 weights; fp32: everything in float32; auto:
             bf16 where the device multiplies bfloat16 itself, else fp32. A run keeps what it started
             with: config.yaml and checkpoints hold it, and why.
+        parameters: dtype of what is trained. bf16: half the memory for weights, gradients and
+            moments, updates rounded to one of the two nearest values at random, in proportion to
+            how near they are; needs the extra `memory` and precision bf16, which auto then is.
+        device_gb: memory of the device for --plan, in 1e9 bytes; default: what it has.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them,
             but for the results of attention: true: of all layers; a number: of so many, from the
             first on. Use as few as the memory allows.
@@ -184,12 +193,25 @@ class ComputeConfig:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    parameters: Literal["fp32", "bf16"] = "fp32"
+    device_gb: float | None = None
     gradient_checkpointing: bool | int = False
     compile: bool = False
     threads: int | None = None
 
     def __post_init__(self):
         check_least(1, "compute", self, "threads")
+        if self.device_gb is not None and not 0 < self.device_gb < math.inf:
+            raise ConfigError(
+                f"compute.device_gb is {self.device_gb}: it must be above 0 and finite"
+            )
+        if self.parameters == "bf16" and self.precision == "fp32":
+            raise ConfigError(
+                "compute.parameters is bf16 and compute.precision fp32: bfloat16 parameters are "
+                "multiplied in bfloat16; set precision bf16"
+            )
+        if self.parameters == "bf16":
+            self.precision = "bf16"
         if not isinstance(self.gradient_checkpointing, bool):
             check_least(0, "compute", self, "gradient_checkpointing")
         if self.threads is not None and self.threads > MOST_THREADS:
@@ -247,6 +269,7 @@ class RunConfig:
     free_on_resume: ClassVar[tuple[str, ...]] = (
         "run_dir",
         "compute.device",
+        "compute.device_gb",
         "compute.threads",
         "compute.gradient_checkpointing",
         "report",
@@ -295,6 +318,11 @@ def parser_of(kind: type) -> ArgumentParser:
     parser.add_argument("--config", action="config", help="YAML file of settings.")
     parser.add_argument(
         "--resume", action="store_true", help="Continue the run in run_dir where it was stopped."
+    )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="Only show what the run will hold in memory, and whether it fits.",
     )
     parser.add_class_arguments(kind, None)
     return parser

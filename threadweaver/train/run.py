@@ -43,10 +43,17 @@ from threadweaver.train.config import ConfigError, RunConfig
 from threadweaver.train.interrupt import Interrupts
 from threadweaver.train.log import MetricsLog, ProgressLog
 from threadweaver.train.not_finite import save_batch
+from threadweaver.train.optimizer import (
+    build_optimizer,
+    check_optimizers,
+    clip_gradient,
+    set_learning_rate,
+)
 from threadweaver.train.run_dir import (
     check_run_dir,
     check_same_config,
     check_same_settings,
+    device_of,
     holds_run,
     settings_of,
     settle_precision,
@@ -54,7 +61,6 @@ from threadweaver.train.run_dir import (
 )
 from threadweaver.train.setup import (
     build_model,
-    build_optimizer,
     compile_layers,
     prepare_torch,
     recompute_activations,
@@ -156,6 +162,7 @@ class Run(ABC, Generic[C]):
             run.lock = FolderLock(run.run_dir)
         try:
             precision_note = settle_precision(config, console)
+            check_optimizers(config, device_of(config.compute))
             run.find_state()
             run.device = prepare_torch(config, run.state)
             run.load()
@@ -333,13 +340,12 @@ class Trainer(Run[T]):
             NotFiniteError: a loss or the norm; the weights and the micro-batches are saved.
         """
         largest = self.config.optimization.gradient_clip
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest)
+        norm = clip_gradient(self.model, self.optimizer, largest)
         if not torch.isfinite(torch.stack([*losses, norm])).all():
             folder = self.run_dir / f"nan-step-{self.steps_done + 1}"
             save_model(self.model, self.tokenizer, folder / "model")
             raise save_batch(folder, packs, sources, [float(x) for x in losses], float(norm))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self.optimizer, learning_rate)
         self.copies.free()
         self.optimizer.step()
         self.optimizer.zero_grad()

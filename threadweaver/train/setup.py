@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from threadweaver.device import DTYPES
 from threadweaver.model import add_tags, build_tokenizer, load_model, new_model
-from threadweaver.train.config import AdamWConfig, ConfigError, RunConfig
+from threadweaver.train.config import ConfigError, RunConfig
 from threadweaver.train.run_dir import device_of
 
 
@@ -38,15 +39,20 @@ def prepare_torch(config: RunConfig, state: dict[str, Any] | None) -> torch.devi
 def build_model(
     config: RunConfig, checkpoint: Path | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model to train, in float32 on the CPU: of a checkpoint if given, else of the settings.
+    """The model to train, in compute.parameters on the CPU: of a checkpoint if given, else of the
+    settings.
 
     Raises:
         ValueError: there is none, it is damaged, or it cannot be trained on tries.
     """
+    dtype = DTYPES[config.compute.parameters]
     path = checkpoint or config.model.path
     if path is None:
         tokenizer = build_tokenizer()
-        return new_model(tokenizer, config.model.arch or {}, config.seed), tokenizer
+        model = new_model(tokenizer, config.model.arch or {}, config.seed)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return model, tokenizer
     try:
         model, tokenizer = load_model(path)
     except ValueError as error:
@@ -59,7 +65,7 @@ def build_model(
     # A matrix product may round by where its operands lie. Loaded weights lie as they do in the
     # file; copies lie as in a model that was never saved.
     for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
+        parameter.data = parameter.data.to(dtype, copy=True)
     return model, tokenizer
 
 
@@ -111,13 +117,3 @@ def recompute_activations(model: PreTrainedModel, layers: bool | int = True) -> 
         )
     for layer in found[:count]:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=_KEEP)
-
-
-def build_optimizer(model: PreTrainedModel, settings: AdamWConfig) -> torch.optim.AdamW:
-    """AdamW without weight decay on vectors (norms, biases). The rate is set step by step."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, betas=settings.betas, fused=True)
