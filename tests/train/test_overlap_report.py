@@ -27,4 +27,5 @@ def test_overlap_with_a_benchmark_is_shown_before_training_and_kept(
     again = new_run("other")
     again.settings["report"] = {"overlap": [str(tmp_path / "none.jsonl")]}
     assert again() == 2
-    assert "none.jsonl: no such file" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("error: report.overlap: ") and "none.jsonl: no such file" in error

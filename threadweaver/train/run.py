@@ -157,7 +157,10 @@ class Run(ABC, Generic[C]):
             return None
         check_trackers(config.report.trackers)
         for path in config.report.overlap:
-            data_files(path)
+            try:
+                data_files(path)
+            except ValueError as error:
+                raise ConfigError(f"report.overlap: {error}") from error
         with _lock_errors(run.run_dir):
             run.lock = FolderLock(run.run_dir)
         try:
