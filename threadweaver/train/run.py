@@ -164,8 +164,8 @@ class Run(ABC, Generic[C]):
         with _lock_errors(run.run_dir):
             run.lock = FolderLock(run.run_dir)
         try:
-            precision_note = settle_precision(config, console)
             check_optimizers(config, device_of(config.compute))
+            precision_note = settle_precision(config, console)
             run.find_state()
             run.device = prepare_torch(config, run.state)
             run.load()
