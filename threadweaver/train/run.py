@@ -299,9 +299,7 @@ class Trainer(Run[T]):
             recompute_activations(self.model, compute.gradient_checkpointing)
         # On a CPU autocast casts as it always did: results stay the same, bit for bit. Sharded
         # parameters are gathered in the dtype of their products.
-        by_copies = (
-            self.device.type == "cuda" and compute.precision == "bf16" and ranks.size() == 1
-        )
+        by_copies = self.device.type == "cuda" and compute.precision == "bf16" and ranks.size() == 1
         self.copies = WeightCopies(self.model, torch.bfloat16 if by_copies else None)
         self.optimizer = build_optimizer(self.model, self.config.optimization)
         if self.state:

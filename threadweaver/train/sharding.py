@@ -58,7 +58,10 @@ class Passes(nn.Module):
 
 
 def shard(
-    full: PreTrainedModel | None, like: PreTrainedModel, compute: ComputeConfig, device: torch.device
+    full: PreTrainedModel | None,
+    like: PreTrainedModel,
+    compute: ComputeConfig,
+    device: torch.device,
 ) -> Passes:
     """Divides a model among the ranks, which all call it.
 
