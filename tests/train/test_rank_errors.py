@@ -2,12 +2,11 @@
 
 import os
 import signal
-import time
 
 import pytest
 import torch
 
-from tests.train.on_ranks import Ranks, on_ranks
+from tests.train.on_ranks import on_ranks
 from threadweaver import ranks
 from threadweaver.train.config import ConfigError
 from threadweaver.train.same_on_ranks import check_data

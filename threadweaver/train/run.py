@@ -388,10 +388,10 @@ class Trainer(Run[T]):
         if ranks.largest(not is_finite):
             folder = self.run_dir / f"nan-step-{self.steps_done + 1}"
             export(self.model, self.tokenizer, folder / "model")
-            batch = packs, sources, [float(x) for x in losses]
-            parts = ranks.gather(batch)
+            micro_batches = zip(packs, sources, map(float, losses), strict=True)
+            of_all = list(chain(*ranks.gather(list(micro_batches))))
             raise ranks.on_first(
-                lambda: save_batch(folder, *(list(chain(*p)) for p in zip(*parts)), float(norm))
+                lambda: save_batch(folder, *zip(*of_all, strict=True), float(norm))
             )
         set_learning_rate(self.optimizer, learning_rate)
         self.copies.free()
