@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tw_kernels import triton_device
+from tw_kernels.native import dense_rows
 from tw_kernels.sampling.rows import SamplingRows
 from tw_kernels.triton_device import launch
 
@@ -31,6 +32,7 @@ def forward(logits: Tensor, rows: SamplingRows, points: Tensor | None) -> Tensor
     """Packed draws, int32 [S, 3]."""
     from tw_kernels.sampling import triton_kernels as kernels
 
+    logits = dense_rows(logits)
     count, vocabulary = logits.shape
     device = logits.device
     out = torch.empty(count, 3, dtype=torch.int32, device=device)
