@@ -23,12 +23,12 @@ from threadweaver.device import memory_of
 from threadweaver.generate.constraint import Constraint
 from threadweaver.generate.pages import PagePool
 from threadweaver.generate.rollout import Completion, Rollout
-from threadweaver.generate.runner import Counts, Runner, Step
+from threadweaver.generate.runner import Counts, Runner, Step, kv_page_bytes
 from threadweaver.generate.sampler import stream_key
 from threadweaver.generate.scheduler import Batch, Branch, Family, Scheduler, Sequence
 from threadweaver.generate.settings import GenerationSettings
 from threadweaver.generate.weaver import Reason, RequestId, Weaver
-from threadweaver.model import context_length, kv_shape, weights_fingerprint
+from threadweaver.model import context_length, weights_fingerprint
 from threadweaver.trajectory import Codec
 from threadweaver.trajectory.ids import MOST_IDS, token_ids
 from tw_kernels.sampling import SamplingRows
@@ -124,7 +124,7 @@ class Engine:
         autocast: bool = False,
     ):
         if num_pages is None:
-            page_bytes = math.prod(kv_shape(model, 1, max(page_size, 1))) * model.dtype.itemsize
+            page_bytes = kv_page_bytes(model, max(page_size, 1), autocast)
             memory = memory_of(model.device)
             if kv_gigabytes * 1e9 > memory:
                 raise ValueError(
