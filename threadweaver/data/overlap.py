@@ -109,7 +109,7 @@ def find_overlap(problems: Iterable[Text], rows: Iterable[Text]) -> Overlap:
         words = _words(f"{row.prompt}\n{row.rest}")
         for at, key in enumerate(_hashes(words)):
             gram, numbers = grams.get(key, ([], []))
-            if gram and gram == words[at : at + WORDS]:  # and not its hash alone
+            if gram == words[at : at + WORDS]:  # and not its hash alone
                 for number in numbers:
                     hits.setdefault(number, " ".join(gram))
         for number, text in hits.items():
