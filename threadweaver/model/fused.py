@@ -132,7 +132,7 @@ class _Fused(nn.Module):
 
 def _of_class(kind: type, original: type) -> nn.Module:
     """A module without attributes, to be filled by pickle or copy."""
-    fused_class = _with(kind, original)
+    fused_class: Any = _with(kind, original)
     return fused_class.__new__(fused_class)
 
 
