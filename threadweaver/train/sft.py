@@ -200,6 +200,14 @@ class SFTTrainer(Trainer[SFTConfig]):
             f"unrolled), {data.dropped_calls:,} calls cut to fit optimization.batch_tokens, "
             f"{data.dropped_trajectories:,} malformed trajectories dropped",
         )
+        most = self.config.compute.pass_tokens
+        paths = [int(trie.positions.max()) + 1 for trie in data.tries]
+        if most is not None and (longer := [n for n in paths if n > most]):
+            print_line(
+                self.console,
+                f"{path}: paths of {len(longer):,} tries are longer than compute.pass_tokens "
+                f"({most:,}), and so are their passes: up to {max(longer):,} tokens",
+            )
         return data
 
     @torch.no_grad()
