@@ -68,7 +68,7 @@ class PolicyTrie:
         )
 
     def split(self, most_tokens: int) -> list[PolicyTrie]:
-        """Passes as of `passes.split`; what a token was sampled with goes to the one that owns it."""
+        """Passes as of `passes.split`; what is said of a sampled token goes to its owner."""
         number = torch.full((len(self),), -1)  # of a token among those sampled
         number[self.sampled] = torch.arange(len(self.sampled))
         parts = []
