@@ -186,6 +186,8 @@ class ComputeConfig:
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them,
             but for the results of attention: true: of all layers; a number: of so many, from the
             first on. Use as few as the memory allows.
+        activation_offload: keep activations on the host between forward and backward pass, for a
+            GPU. With gradient_checkpointing, without which there are far more of them to copy.
         pass_tokens: most tokens of a forward and backward pass; a larger trie or pack of tries is
             computed in several, whose gradients add up to its own. What they share is computed in
             each, which costs time. No path is cut, so the longest may be more; default: no limit.
@@ -199,6 +201,7 @@ class ComputeConfig:
     parameters: Literal["fp32", "bf16"] = "fp32"
     device_gb: float | None = None
     gradient_checkpointing: bool | int = False
+    activation_offload: bool = False
     pass_tokens: int | None = None
     compile: bool = False
     threads: int | None = None
@@ -276,6 +279,7 @@ class RunConfig:
         "compute.device_gb",
         "compute.threads",
         "compute.gradient_checkpointing",
+        "compute.activation_offload",
         "compute.pass_tokens",
         "report",
         "evaluate",

@@ -340,7 +340,7 @@ class RLTrainer(Trainer[RLConfig]):
         if self.reference is not None:
             with torch.no_grad():
                 reference = self._logprobs(self.reference, micro)
-        with self.autocast():
+        with self.forward_pass():
             layout = micro.trie.layout(self.device)
             current = trie_logprobs(
                 self.model, micro.trie, layout, micro.sampled, policy.entropy > 0

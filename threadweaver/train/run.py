@@ -12,7 +12,7 @@ import signal
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
@@ -43,6 +43,7 @@ from threadweaver.train.config import ConfigError, RunConfig
 from threadweaver.train.interrupt import Interrupts
 from threadweaver.train.log import MetricsLog, ProgressLog
 from threadweaver.train.not_finite import save_batch
+from threadweaver.train.offload import ActivationOffload, check_offload
 from threadweaver.train.optimizer import (
     build_optimizer,
     check_optimizers,
@@ -165,6 +166,7 @@ class Run(ABC, Generic[C]):
             run.lock = FolderLock(run.run_dir)
         try:
             check_optimizers(config, device_of(config.compute))
+            check_offload(config.compute, device_of(config.compute))
             precision_note = settle_precision(config, console)
             run.find_state()
             run.device = prepare_torch(config, run.state)
@@ -219,12 +221,14 @@ class Trainer(Run[T]):
         fingerprint: of the data; set by `load_data`.
         last_record: of the last step that a checkpoint knows of.
         totals: sums over the steps done, by name; they live in checkpoints.
+        offload: of its activations, if compute.activation_offload is set.
         copies: of its matrices in the dtype of their products; cast before the passes of a step.
     """
 
     num_steps: int
     trains_on: str
     fingerprint: str
+    offload: ActivationOffload | None = None
 
     @abstractmethod
     def load_data(self) -> None:
@@ -260,8 +264,10 @@ class Trainer(Run[T]):
         self.load_data()
         if compute.compile:
             compile_layers(self.model)
+        if compute.activation_offload:
+            self.offload = ActivationOffload(self.model)
         if compute.gradient_checkpointing:
-            recompute_activations(self.model, compute.gradient_checkpointing)
+            recompute_activations(self.model, compute.gradient_checkpointing, self.offload)
         # On a CPU autocast casts as it always did: results stay the same, bit for bit.
         by_copies = self.device.type == "cuda" and compute.precision == "bf16"
         self.copies = WeightCopies(self.model, torch.bfloat16 if by_copies else None)
@@ -322,6 +328,13 @@ class Trainer(Run[T]):
         """In which the model computes, if compute.precision is bf16."""
         enabled = self.config.compute.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    @contextmanager
+    def forward_pass(self) -> Iterator[None]:
+        """In which the model computes what has a gradient."""
+        offload = self.offload.forward_pass() if self.offload else nullcontext()
+        with self.autocast(), offload:
+            yield
 
     def update(
         self,

@@ -145,7 +145,7 @@ class SFTTrainer(Trainer[SFTConfig]):
         return record
 
     def _loss_sum(self, trie: Trie) -> Tensor:
-        with self.autocast():
+        with self.forward_pass():
             return trie_loss(self.model, trie)
 
     def _passes(self, trie: Trie) -> list[Trie]:
