@@ -213,6 +213,11 @@ class ComputeConfig:
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them,
             but for the results of attention: true: of all layers; a number: of so many, from the
             first on. Use as few as the memory allows.
+        activation_offload: keep activations on the host between forward and backward pass, for a
+            GPU. With gradient_checkpointing, without which there are far more of them to copy.
+        pass_tokens: most tokens of a forward and backward pass; a larger trie or pack of tries is
+            computed in several, whose gradients add up to its own. What they share is computed in
+            each, which costs time. No path is cut, so the longest may be more; default: no limit.
         compile: run the model's layers through torch.compile.
         threads: CPU threads of PyTorch; default: as many as PyTorch takes, or, in a resumed run, as
             many as before.
@@ -223,11 +228,13 @@ class ComputeConfig:
     parameters: Literal["fp32", "bf16"] = "fp32"
     device_gb: float | None = None
     gradient_checkpointing: bool | int = False
+    activation_offload: bool = False
+    pass_tokens: int | None = None
     compile: bool = False
     threads: int | None = None
 
     def __post_init__(self):
-        check_least(1, "compute", self, "threads")
+        check_least(1, "compute", self, "pass_tokens", "threads")
         if self.device_gb is not None and not 0 < self.device_gb < math.inf:
             raise ConfigError(
                 f"compute.device_gb is {self.device_gb}: it must be above 0 and finite"
@@ -292,8 +299,8 @@ class RunConfig:
     Attributes:
         command: its name on the command line.
         free_on_resume: settings and sections of them, by dotted name, that a resumed run may
-            change: none that says what the weights are. (Sizes of an engine and recomputed
-            activations may make a sum round otherwise.)
+            change: none that says what the weights are. (Sizes of an engine or of
+            passes, and recomputed activations, may make a sum round otherwise.)
     """
 
     command: ClassVar[str]
@@ -303,6 +310,8 @@ class RunConfig:
         "compute.device_gb",
         "compute.threads",
         "compute.gradient_checkpointing",
+        "compute.activation_offload",
+        "compute.pass_tokens",
         "report",
         "evaluate",
     )

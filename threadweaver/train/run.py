@@ -11,8 +11,8 @@ import shlex
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
@@ -46,6 +46,7 @@ from threadweaver.train.interrupt import Interrupts
 from threadweaver.train.log import MetricsLog, ProgressLog
 from threadweaver.train.lora import RunAdapters, check_lora
 from threadweaver.train.not_finite import save_batch
+from threadweaver.train.offload import ActivationOffload, check_offload
 from threadweaver.train.optimizer import (
     build_optimizer,
     check_optimizers,
@@ -169,6 +170,7 @@ class Run(ABC, Generic[C]):
         try:
             check_lora(config.model)
             check_optimizers(config, device_of(config.compute))
+            check_offload(config.compute, device_of(config.compute))
             precision_note = settle_precision(config, console)
             run.find_state()
             run.device = prepare_torch(config, run.state)
@@ -224,12 +226,14 @@ class Trainer(Run[T]):
         last_record: of the last step that a checkpoint knows of.
         totals: sums over the steps done, by name; they live in checkpoints.
         lora: the adapters that are trained in place of the weights; None: the weights are.
+        offload: of its activations, if compute.activation_offload is set.
         copies: of its matrices in the dtype of their products; cast before the passes of a step.
     """
 
     num_steps: int
     trains_on: str
     fingerprint: str
+    offload: ActivationOffload | None = None
 
     @abstractmethod
     def load_data(self) -> None:
@@ -266,8 +270,10 @@ class Trainer(Run[T]):
         self.load_data()
         if compute.compile:
             compile_layers(self.model)
+        if compute.activation_offload:
+            self.offload = ActivationOffload(self.model)
         if compute.gradient_checkpointing:
-            recompute_activations(self.model, compute.gradient_checkpointing)
+            recompute_activations(self.model, compute.gradient_checkpointing, self.offload)
         # On a CPU autocast casts as it always did: results stay the same, bit for bit.
         by_copies = self.device.type == "cuda" and compute.precision == "bf16"
         self.copies = WeightCopies(self.model, torch.bfloat16 if by_copies else None)
@@ -351,6 +357,13 @@ class Trainer(Run[T]):
         enabled = self.config.compute.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
+    @contextmanager
+    def forward_pass(self) -> Iterator[None]:
+        """In which the model computes what has a gradient."""
+        offload = self.offload.forward_pass() if self.offload else nullcontext()
+        with self.autocast(), offload:
+            yield
+
     def update(
         self,
         learning_rate: float,
@@ -381,6 +394,38 @@ class Trainer(Run[T]):
         self.optimizer.step()
         self.optimizer.zero_grad()
         return float(norm)
+
+    def cost_of(self, passes: Sequence[Sized], trie_tokens: int) -> Record:
+        """What the record of a step says of its passes, where compute.pass_tokens makes them.
+
+        Args:
+            passes: of the step.
+            trie_tokens: of the tries that they are parts of.
+        """
+        if self.config.compute.pass_tokens is None:
+            return {}
+        repeated = sum(map(len, passes)) - trie_tokens
+        largest = max(map(len, passes), default=0)
+        self.add_to_totals(repeated_tokens=repeated)
+        of_all = max(largest, self.totals.get("largest_pass_tokens", 0))
+        self.totals["largest_pass_tokens"] = of_all
+        return {
+            "passes": len(passes),
+            "largest_pass_tokens": largest,
+            "repeated_tokens": repeated,
+        }
+
+    @property
+    def total_cost(self) -> Record:
+        """Likewise of all steps, for summary.json."""
+        totals = self.totals
+        if "repeated_tokens" not in totals:
+            return {}
+        share = totals["repeated_tokens"] / max(totals["trie_tokens"], 1)
+        return {
+            "computed_per_trie_token": 1 + share,
+            "largest_pass_tokens": totals["largest_pass_tokens"],
+        }
 
     def add_to_totals(self, **amounts: float) -> None:
         for name, amount in amounts.items():
