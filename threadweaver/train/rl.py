@@ -71,7 +71,8 @@ class RLTrainer(Trainer[RLConfig]):
         )
         if config.report.validate_every is not None:
             self._load_held_out()
-        self.reference = self._load_reference() if config.policy.kl else None
+        with_second = config.policy.kl and self.lora is None
+        self.reference = self._load_reference() if with_second else None
 
     def _engine(self, sizes: EngineSizes) -> Engine:
         autocast = self.config.compute.precision == "bf16"
@@ -282,7 +283,7 @@ class RLTrainer(Trainer[RLConfig]):
         warmup = math.ceil(settings.warmup * self.num_steps)
         rate = settings.learning_rate * min(1.0, (self.steps_done + 1) / max(warmup, 1))
         parts = [tries[i :: settings.updates] for i in range(settings.updates)]
-        batches = [micro_batches(part, settings.batch_tokens) for part in parts if part]
+        batches = [self._passes_of(part) for part in parts if part]
         old: list[list[Tensor | None]] = [[None] * len(micros) for micros in batches]
         losses: list[PolicyLoss] = []
         norms = []
@@ -325,16 +326,22 @@ class RLTrainer(Trainer[RLConfig]):
             "gradient_norm": fmean(norms) if norms else 0.0,
             "learning_rate": rate,
             "updates": len(norms),
+            **self.cost_of([micro for micros in batches for micro in micros], sum(map(len, tries))),
         }
+
+    def _passes_of(self, tries: list[PolicyTrie]) -> list[PolicyTrie]:
+        micros = micro_batches(tries, self.config.optimization.batch_tokens)
+        most = self.config.compute.pass_tokens
+        return micros if most is None else [part for m in micros for part in m.split(most)]
 
     def _backward(self, micro: PolicyTrie, old: Tensor | None, num_tokens: float) -> PolicyLoss:
         """Adds the gradient of a micro-batch; its loss."""
         policy = self.config.policy
         reference = None
-        if self.reference is not None:
+        if policy.kl:
             with torch.no_grad():
-                reference = self._logprobs(self.reference, micro)
-        with self.autocast():
+                reference = self._reference_logprobs(micro)
+        with self.forward_pass():
             layout = micro.trie.layout(self.device)
             current = trie_logprobs(
                 self.model, micro.trie, layout, micro.sampled, policy.entropy > 0
@@ -347,6 +354,14 @@ class RLTrainer(Trainer[RLConfig]):
         with self.autocast():
             layout = micro.trie.layout(self.device)
             return trie_logprobs(model, micro.trie, layout, micro.sampled).logprobs
+
+    def _reference_logprobs(self, micro: PolicyTrie) -> Tensor:
+        """Of the model that the run started from: without its adapters it is still that."""
+        if self.lora is None:
+            assert self.reference is not None
+            return self._logprobs(self.reference, micro)
+        with self.lora.adapters.disabled():
+            return self._logprobs(self.model, micro)
 
     def _load_reference(self) -> PreTrainedModel:
         """What the run started from, tags included, so that the first KL is 0."""
@@ -375,9 +390,10 @@ class RLTrainer(Trainer[RLConfig]):
             "rollout_tokens_per_second": totals["rollout_tokens"] / totals["rollout_seconds"],
             "trie_tokens": trie_tokens,
             "unrolled_per_trie_token": totals["unrolled_tokens"] / max(trie_tokens, 1),
+            **self.total_cost,
             "update_tokens_per_second": trie_tokens / totals["update_seconds"],
             "seconds": time.perf_counter() - self.origin,
-            "checkpoint": str(self.last_checkpoint),
+            "checkpoint": str(self.plain_checkpoint),
         }
         print_rl_table(self.console, result, self.run_dir)
         write_json(self.run_dir / "summary.json", result | self.overlap)
