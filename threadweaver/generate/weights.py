@@ -61,6 +61,12 @@ class EngineWeights:
             else:
                 own.data = parameter.to(own.dtype)
 
+    @property
+    def bytes_to_copy(self) -> int:
+        """What `cast` takes that is not there yet."""
+        missing = [(own, p) for own, p in self._copies if own.shape != p.shape]
+        return sum(p.numel() * own.dtype.itemsize for own, p in missing)
+
     def free(self) -> None:
         """Gives the memory of the copies back."""
         for own, _ in self._copies:
