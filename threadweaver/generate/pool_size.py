@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -117,6 +118,8 @@ def pool_size(
     needs = PageNeeds.of(model, sizes, dtype)
     memory = memory_of(device)
     if asked == "auto":
+        if device.type == "cpu":
+            memory //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks of torchrun share it
         unused = unused_memory(device) - reserve if device.type == "cuda" else memory
         size = needs.auto(device.type, memory, unused)
         short = f"auto, and {size.reason}: {size.bytes / 1e9:.3g} GB"

@@ -183,6 +183,8 @@ class ComputeConfig:
             moments, updates rounded to one of the two nearest values at random, in proportion to
             how near they are; needs the extra `memory` and precision bf16, which auto then is.
         device_gb: memory of the device for --plan, in 1e9 bytes; default: what it has.
+        ranks: for --plan, how many there are, with a device each; default: as many as torchrun
+            started.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them,
             but for the results of attention: true: of all layers; a number: of so many, from the
             first on. Use as few as the memory allows.
@@ -195,12 +197,13 @@ class ComputeConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     parameters: Literal["fp32", "bf16"] = "fp32"
     device_gb: float | None = None
+    ranks: int | None = None
     gradient_checkpointing: bool | int = False
     compile: bool = False
     threads: int | None = None
 
     def __post_init__(self):
-        check_least(1, "compute", self, "threads")
+        check_least(1, "compute", self, "threads", "ranks")
         if self.device_gb is not None and not 0 < self.device_gb < math.inf:
             raise ConfigError(
                 f"compute.device_gb is {self.device_gb}: it must be above 0 and finite"
@@ -270,6 +273,7 @@ class RunConfig:
         "run_dir",
         "compute.device",
         "compute.device_gb",
+        "compute.ranks",
         "compute.threads",
         "compute.gradient_checkpointing",
         "report",

@@ -18,7 +18,7 @@ from threadweaver.tasks.multiplication import make_rows, split_problems
 from threadweaver.train.__main__ import main
 from threadweaver.train.config import ComputeConfig, DataConfig, ModelConfig, OptimizationConfig
 from threadweaver.train.memory.live import LiveBytes
-from threadweaver.train.memory.plan import Planner
+from threadweaver.train.memory.planner import Planner
 from threadweaver.train.stages import SFTConfig
 
 ROOT = Path(__file__).parents[3]

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from threadweaver.generate.settings import EngineSizes
 from threadweaver.train.config import AdamWConfig, RunConfig
-from threadweaver.train.memory.plan import Phase, Plan, Planner
+from threadweaver.train.memory.plan import Phase, Plan
+from threadweaver.train.memory.planner import Planner
 
 S = TypeVar("S")
 _LEAST_KV = 5e8  # bytes; fewer pages make rollouts wait for each other
@@ -89,13 +90,14 @@ def _changes(config: RunConfig, plan: Plan) -> Iterator[Change]:
 def _smaller_pool(config: RunConfig, plan: Plan, phase: Phase) -> Iterator[Change]:
     """The KV pages that what else there is leaves room for."""
     assert phase.engine is not None
-    pages = next(part.bytes for part in phase.parts if part.name == "KV pages")
+    sizes, pages = _sections(config, EngineSizes)[phase.engine], phase.part("KV pages")
     room = plan.target.usable - (phase.total - pages)
-    asked = _sections(config, EngineSizes)[phase.engine].kv_gigabytes
-    # Pages may take less than was asked for, if they are in another dtype than the parameters.
-    gigabytes = int(10 * asked * room / pages) / 10
-    if _LEAST_KV <= room < pages:
-        yield Change({f"{phase.engine}.kv_gigabytes": gigabytes})
+    if not _LEAST_KV <= room < pages:
+        return
+    if plan.target.on_gpu and sizes.kv_gigabytes != "auto":
+        yield Change({f"{phase.engine}.kv_gigabytes": "auto"})
+    elif not plan.target.on_gpu:
+        yield Change({f"{phase.engine}.kv_gigabytes": int(room / 1e8) / 10})
 
 
 def _all(sections: dict[str, Any], leaf: str, value: Any) -> Change:

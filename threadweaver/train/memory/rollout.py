@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
+from threadweaver.generate.pool_size import PageNeeds
 from threadweaver.generate.settings import EngineSizes
 from threadweaver.generate.weights import EngineWeights
-from threadweaver.model import kv_shape, output_layer, trie_hidden_states
+from threadweaver.model import output_layer, trie_hidden_states
 from threadweaver.train.memory.blueprint import Architecture, counting
 from tw_kernels import Trie
 
@@ -38,13 +38,13 @@ class EngineBytes:
     Attributes:
         parameters: of the model, which a trainer may hold already; and buffers.
         copies: of its weights.
-        kv_pages: all of them. On a CPU a page takes memory only once it is written.
+        pages: what the number of KV pages follows from.
         step: what the largest prefill takes while it runs, and the logits of all sequences.
     """
 
     parameters: int
     copies: int
-    kv_pages: int
+    pages: PageNeeds
     step: int
 
 
@@ -57,10 +57,7 @@ def count_engine(architecture: Architecture, use: EngineUse) -> EngineBytes:
     with counting(architecture, use.parameters, use.on_gpu) as blueprint, torch.no_grad():
         live, model = blueprint.live, blueprint.model
         parameters = live.now
-        page_bytes = math.prod(kv_shape(model, 1, sizes.page_size)) * model.dtype.itemsize
-        pages = int(sizes.kv_gigabytes * 1e9 / page_bytes)
-        kv_dtype = torch.bfloat16 if use.autocast else model.dtype
-        kv_pages = math.prod(kv_shape(model, pages, sizes.page_size)) * kv_dtype.itemsize
+        pages = PageNeeds.of(model, sizes, torch.bfloat16 if use.autocast else model.dtype)
         weights = EngineWeights(model, torch.bfloat16 if use.autocast else None)
         weights.cast()
         held = live.now
@@ -69,4 +66,4 @@ def count_engine(architecture: Architecture, use: EngineUse) -> EngineBytes:
             hidden = trie_hidden_states(weights.model, trie, layout)
             last = hidden[: sizes.max_sequences]
             output_layer(weights.model)(last).float().log_softmax(-1)
-        return EngineBytes(parameters, held - parameters, kv_pages, live.peak - held)
+        return EngineBytes(parameters, held - parameters, pages, live.peak - held)

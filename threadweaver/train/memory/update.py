@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from threadweaver.model import (
     WeightCopies,
@@ -33,6 +35,7 @@ class Passes:
         entropy: whether entropies have a gradient.
         sums_gradients: whether a pass finds the gradients of another, with which its own are
             summed.
+        sharded: whether a gradient leaves as soon as it is there, for the ranks that sum it.
     """
 
     tokens: int
@@ -43,6 +46,22 @@ class Passes:
     policy: bool = False
     entropy: bool = False
     sums_gradients: bool = False
+    sharded: bool = False
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Elements of the largest decoder layer, or of all that is in none.
+
+    Attributes:
+        parameters: all of them.
+        trained: those that have gradients.
+        output: of these the output layer's, whose gradient is there first.
+    """
+
+    parameters: int
+    trained: int
+    output: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,9 +74,11 @@ class UpdateBytes:
         gradients: of all parameters.
         activations: that the forward pass keeps for the backward pass.
         output_pieces: what the output layer holds on top, forward and backward.
-        peak: most that is held at a time: less than the sum of all these, since the gradients are
+        in_output, in_layers: most that is held beside parameters and copies while the output layer
+            runs, and while the others do: less than the sum of the above, since the gradients are
             not there while all activations are, or more by what a layer takes while it runs.
         elements: of each parameter that is trained.
+        layer, rest: what FSDP2 gathers at a time.
     """
 
     parameters: int
@@ -65,8 +86,16 @@ class UpdateBytes:
     gradients: int
     activations: int
     output_pieces: int
-    peak: int
+    in_output: int
+    in_layers: int
     elements: tuple[int, ...]
+    layer: Unit
+    rest: Unit
+
+    @property
+    def peak(self) -> int:
+        """Most that is held at a time."""
+        return self.parameters + self.copies + max(self.in_output, self.in_layers)
 
 
 def count_update(architecture: Architecture, passes: Passes) -> UpdateBytes:
@@ -88,7 +117,10 @@ def count_update(architecture: Architecture, passes: Passes) -> UpdateBytes:
         copies.cast()
         held = live.now
         trained = [p for p in model.parameters() if p.requires_grad]
-        if passes.sums_gradients:
+        if passes.sharded:
+            for parameter in trained:
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        elif passes.sums_gradients:
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
         live.reset_peak()
@@ -98,12 +130,13 @@ def count_update(architecture: Architecture, passes: Passes) -> UpdateBytes:
             activations = live.now - before
             # The output layer apart, as if the rest of the model came after its backward pass.
             final = hidden.detach().requires_grad_()
-            in_layers, before = live.peak, live.now
+            forward, before = live.peak, live.now
             live.reset_peak()
             loss = _loss(blueprint, final, passes)
         loss.backward()
         del loss
-        output_pieces = live.peak - before
+        in_output = live.peak
+        live.reset_peak()
         gradient = final.grad
         del final
         hidden.backward(gradient)
@@ -113,10 +146,33 @@ def count_update(architecture: Architecture, passes: Passes) -> UpdateBytes:
             held - parameters,
             sum(_size(p) for p in trained),
             activations,
-            output_pieces,
-            max(in_layers, live.peak),
+            in_output - before,
+            in_output - held,
+            max(forward, live.peak) - held,
             tuple(p.numel() for p in trained),
+            *_units(model),
         )
+
+
+def _units(model: PreTrainedModel) -> tuple[Unit, Unit]:
+    """The largest decoder layer, and all that is in none."""
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    found = [_unit(list(layer.parameters())) for layer in layers]
+    inside = {id(p) for layer in layers for p in layer.parameters()}
+    rest = _unit([p for p in model.parameters() if id(p) not in inside])
+    head = output_layer(model).linear.weight
+    output = head.numel() if head.requires_grad else 0
+    largest = max(found, key=lambda unit: unit.parameters, default=Unit(0, 0))
+    return largest, replace(rest, output=output)
+
+
+def _unit(parameters: list[nn.Parameter]) -> Unit:
+    trained = [p.numel() for p in parameters if p.requires_grad]
+    return Unit(sum(p.numel() for p in parameters), sum(trained))
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 def _loss(blueprint: Blueprint, hidden: Tensor, passes: Passes) -> Tensor:
