@@ -17,7 +17,7 @@ from threadweaver.train.memory.plan import Part, Phase, Plan
 from threadweaver.train.memory.rollout import EngineBytes, EngineUse, count_engine
 from threadweaver.train.memory.sharding import sharded
 from threadweaver.train.memory.target import Target, target_of
-from threadweaver.train.memory.update import Passes, UpdateBytes, count_update
+from threadweaver.train.memory.update import Passes, UpdateBytes, count_activations, count_update
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -33,6 +33,7 @@ class Planner:
     def __init__(self, config: RunConfig):
         self.architecture = architecture_of(config.model)
         self._updates: dict[Passes, UpdateBytes] = {}
+        self._forwards: dict[Passes, int] = {}
         self._engines: dict[EngineUse, EngineBytes] = {}
 
     def plan(self, config: RunConfig) -> Plan:
@@ -50,24 +51,24 @@ class Planner:
     def _updating(self, phase: Updating, compute: ComputeConfig, target: Target) -> Phase:
         optimization, policy = phase.optimization, phase.policy
 
-        def counted(recomputed: bool | int) -> UpdateBytes:
-            return self._counted(
-                Passes(
-                    optimization.batch_tokens,
-                    recomputed,
-                    target.parameters if target.ranks == 1 else target.products,
-                    target.autocast,
-                    target.on_gpu,
-                    policy is not None,
-                    policy is not None and policy.entropy > 0,
-                    phase.sums_gradients,
-                    target.ranks > 1,
-                )
-            )
-
-        found = counted(compute.gradient_checkpointing)
-        without, with_all = counted(False), counted(True)
-        kept = f"{_gb(without.activations)} without recomputation, {_gb(with_all.activations)} with"
+        recomputed = compute.gradient_checkpointing
+        passes = Passes(
+            optimization.batch_tokens,
+            recomputed,
+            target.parameters if target.ranks == 1 else target.products,
+            target.autocast,
+            target.on_gpu,
+            policy is not None,
+            policy is not None and policy.entropy > 0,
+            phase.sums_gradients,
+            target.ranks > 1,
+        )
+        found = self._counted(passes)
+        without, with_all = (
+            found.activations if recomputed is every else self._activations(passes, every)
+            for every in (False, True)
+        )
+        kept = f"{_gb(without)} without recomputation, {_gb(with_all)} with"
         held = [*self._state(optimization, target), *self._reference(phase, target)]
         dtype = _name(target.parameters)
         if target.ranks == 1:
@@ -156,6 +157,18 @@ class Planner:
 
     def _any_update(self, target: Target) -> UpdateBytes:
         return self._counted(Passes(1, False, target.parameters, False, False))
+
+    def _activations(self, passes: Passes, recomputed: bool) -> int:
+        """Whatever the loss is."""
+        forward = replace(
+            passes,
+            recomputed=recomputed,
+            policy=False,
+            entropy=False,
+            sums_gradients=False,
+            sharded=False,
+        )
+        return _kept(self._forwards, forward, partial(count_activations, self.architecture))
 
     def _counted(self, passes: Passes) -> UpdateBytes:
         return _kept(self._updates, passes, partial(count_update, self.architecture))

@@ -18,7 +18,7 @@ from threadweaver.model import (
 )
 from threadweaver.train.memory.blueprint import Architecture, Blueprint, counting
 from threadweaver.train.setup import recompute_activations
-from tw_kernels import Trie
+from tw_kernels import Trie, TrieLayout
 
 
 @dataclass(frozen=True)
@@ -104,15 +104,12 @@ def count_update(architecture: Architecture, passes: Passes) -> UpdateBytes:
     Raises:
         ConfigError: compute.gradient_checkpointing is not possible.
     """
-    # Tokens that all follow one another: how a trie branches changes no tensor's size.
-    trie = Trie.from_paths([[0] * passes.tokens])
-    layout = trie.layout("cpu")
-    recomputed = passes.recomputed
+    trie, layout = _line(passes.tokens)
     with counting(architecture, passes.parameters, passes.on_gpu) as blueprint:
         live, model = blueprint.live, blueprint.model
         parameters = live.now
-        if recomputed:
-            recompute_activations(model, recomputed)
+        if passes.recomputed:
+            recompute_activations(model, passes.recomputed)
         copies = WeightCopies(model, torch.bfloat16 if passes.on_gpu and passes.autocast else None)
         copies.cast()
         held = live.now
@@ -152,6 +149,29 @@ def count_update(architecture: Architecture, passes: Passes) -> UpdateBytes:
             tuple(p.numel() for p in trained),
             *_units(model),
         )
+
+
+def count_activations(architecture: Architecture, passes: Passes) -> int:
+    """Bytes that the forward pass keeps for the backward pass: those of `count_update`, in less
+    time."""
+    trie, layout = _line(passes.tokens)
+    with counting(architecture, passes.parameters, passes.on_gpu) as blueprint:
+        live, model = blueprint.live, blueprint.model
+        if passes.recomputed:
+            recompute_activations(model, passes.recomputed)
+        WeightCopies(model, torch.bfloat16 if passes.on_gpu and passes.autocast else None).cast()
+        with torch.autocast("cpu", torch.bfloat16, enabled=passes.autocast):
+            before = live.now
+            hidden = trie_hidden_states(model, trie, layout)
+            activations = live.now - before
+            del hidden
+    return activations
+
+
+def _line(tokens: int) -> tuple[Trie, TrieLayout]:
+    """Tokens that all follow one another: how a trie branches changes no tensor's size."""
+    trie = Trie.from_paths([[0] * tokens])
+    return trie, trie.layout("cpu")
 
 
 def _units(model: PreTrainedModel) -> tuple[Unit, Unit]:
