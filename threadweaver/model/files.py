@@ -62,6 +62,11 @@ def model_source(path: str | Path) -> ModelSource:
         if place.suffix == ".gguf" and place.is_file():
             return ModelSource(path, place.parent, {"gguf_file": place.name}, place)
         is_folder = (place / "config.json").is_file()
+    if not is_folder and (place / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{path}: holds adapters, no model; name the plain folder that a run writes beside "
+            "them (merged/, with its last checkpoint; report.export every: with each)"
+        )
     if not is_folder:
         raise ValueError(
             f"{path}: no model here; expected a Hugging Face folder with config.json, a .gguf "

@@ -1,6 +1,7 @@
 """Checkpoints that are whole or absent, and what a run needs beside the weights to continue.
 
-`checkpoints/step-N/` is a plain Hugging Face folder and `trainer_state.pt`. It is written under
+`checkpoints/step-N/` is a plain Hugging Face folder and `trainer_state.pt`, or adapters and that
+(lora.py), with a plain folder inside where one was asked for (report.export). It is written under
 another name, forced to disk and renamed; it is renamed again before it is deleted. So at any moment
 every folder named step-N is complete, whenever the process is killed.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,13 @@ from threadweaver.train.config import ConfigError
 from threadweaver.whole_file import sync
 
 STATE_FILE = "trainer_state.pt"
+EXPORT = "merged"  # the plain folder in a checkpoint that is none itself
+
+
+def plain_folder(checkpoint: Path) -> Path:
+    """The plain Hugging Face folder of a checkpoint that has one."""
+    export = checkpoint / EXPORT
+    return export if export.is_dir() else checkpoint
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
@@ -36,12 +45,14 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     state: dict[str, Any],
     keep: int,
+    write: Callable[[Path], None] | None = None,
 ) -> Path:
     """Writes folder/step-N and deletes all but the `keep` newest checkpoints.
 
     Args:
         state: what `load_state` is to give back; tensors, numbers, strings, and lists and
             dictionaries of those.
+        write: writes the model to a folder; default: as a plain Hugging Face folder.
 
     Raises:
         OSError: it cannot be written, as on a full disk; nothing is left of it.
@@ -50,10 +61,12 @@ def save_checkpoint(
     for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover)
     partial = folder / f".step-{step}.partial"
-    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     try:
-        save_model(model, tokenizer, partial)
-        torch.save({**state, "shapes": shapes}, partial / STATE_FILE)
+        if write is None:
+            save_model(model, tokenizer, partial)
+        else:
+            write(partial)
+        torch.save({**state, "shapes": _trained_shapes(model)}, partial / STATE_FILE)
         for path in (*partial.rglob("*"), partial):
             sync(path)
     except Exception as error:
@@ -101,22 +114,24 @@ def damaged_state(checkpoint: Path, error: Exception) -> ConfigError:
     )
 
 
-def check_room(folder: Path, model: nn.Module, count: int) -> None:
-    """Raises ConfigError unless a folder has room for so many checkpoints more: weights and two
-    moments in float32."""
-    size = 12 * sum(p.numel() for p in model.parameters())
+def check_room(folder: Path, model: nn.Module, count: int, models: int = 0) -> None:
+    """Raises ConfigError unless a folder has room for so many checkpoints more, what is trained and
+    two moments in float32, and so many plain models."""
+    size = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    whole = sum(p.numel() * p.itemsize for p in model.parameters())
     free = shutil.disk_usage(folder).free
-    if count * size > free:
+    if count * size + models * whole > free:
+        plain = f" and {models} plain models of {whole / 1e9:,.1f} GB" if models else ""
         raise ConfigError(
             f"run_dir: {folder} has {free / 1e9:,.1f} GB free, and {count} checkpoints of "
-            f"{size / 1e9:,.1f} GB are to come: make room, name a folder elsewhere, or keep fewer "
-            "(report.keep_checkpoints, report.checkpoint_every)"
+            f"{size / 1e9:,.1f} GB{plain} are to come: make room, name a folder elsewhere, or keep "
+            "fewer (report.keep_checkpoints, report.checkpoint_every)"
         )
 
 
 def check_shapes(checkpoint: Path, state: dict[str, Any], model: nn.Module) -> None:
     """Raises ConfigError unless the optimizer state of a checkpoint is that of this model."""
-    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+    shapes = _trained_shapes(model)
     for name in sorted(shapes.keys() | state["shapes"].keys()):
         ours, theirs = shapes.get(name), state["shapes"].get(name)
         if ours != theirs:
@@ -125,6 +140,11 @@ def check_shapes(checkpoint: Path, state: dict[str, Any], model: nn.Module) -> N
                 f"there and {ours} in the model; delete the folder {checkpoint.name} to resume "
                 "from the checkpoint before it"
             )
+
+
+def _trained_shapes(model: nn.Module) -> dict[str, list[int]]:
+    """Of all parameters that are trained, by name."""
+    return {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _first_line(error: Exception) -> str:

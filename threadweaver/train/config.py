@@ -47,6 +47,29 @@ def check_least(least: int, section: str, settings: object, *names: str) -> None
 
 
 @dataclass
+class LoraConfig:
+    """Which adapters are trained in place of the model's weights (LoRA, arXiv 2106.09685).
+
+    Args:
+        rank: of the product that is added to a matrix.
+        alpha: that product counts alpha / rank times.
+        targets: names of the linear layers that get one, such as [q_proj, v_proj]; all-linear: all
+            but the output layer.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: list[str] | str = "all-linear"
+
+    def __post_init__(self):
+        check_least(1, "lora", self, "rank")
+        if not 0 < self.alpha < math.inf:
+            raise ConfigError(f"lora.alpha is {self.alpha}: it must be above 0 and finite")
+        if not self.targets:
+            raise ConfigError("lora.targets is empty: name linear layers, or leave it out")
+
+
+@dataclass
 class ModelConfig:
     """What is trained. Exactly one of `path` and `arch`.
 
@@ -55,10 +78,13 @@ class ModelConfig:
             that its tokenizer lacks are added.
         arch: fields of a Hugging Face config of a new model, `model_type` and all sizes among
             them, initialised from the seed; it gets ThreadWeaver's own small tokenizer.
+        lora: train adapters, and the rows of the tags, while all else stays as it is; needs the
+            extra `lora`. Default: all weights are trained.
     """
 
     path: str | None = None
     arch: dict[str, Any] | None = None
+    lora: LoraConfig | None = None
 
     def __post_init__(self):
         if (self.path is None) == (self.arch is None):
@@ -179,9 +205,10 @@ class ComputeConfig:
         precision: bf16: bfloat16 autocast over float32 weights; fp32: everything in float32; auto:
             bf16 where the device multiplies bfloat16 itself, else fp32. A run keeps what it started
             with: config.yaml and checkpoints hold it, and why.
-        parameters: dtype of what is trained. bf16: half the memory for weights, gradients and
+        parameters: dtype of the model's weights. bf16: half the memory for weights, gradients and
             moments, updates rounded to one of the two nearest values at random, in proportion to
             how near they are; needs the extra `memory` and precision bf16, which auto then is.
+            With model.lora: of the weights that stay; adapters are in float32, and need no extra.
         device_gb: memory of the device for --plan, in 1e9 bytes; default: what it has.
         ranks: for --plan, how many there are, with a device each; default: as many as torchrun
             started.
@@ -234,6 +261,9 @@ class ReportConfig:
             epoch), of P-GRPO, held-out problems in both modes (default: never). Always at the end.
         checkpoint_every: checkpoints. Always at the end, and when interrupted.
         keep_checkpoints: how many of the newest checkpoints stay.
+        export: with which checkpoints a plain Hugging Face folder, merged and unsharded, is written
+            where the checkpoint itself is none (adapters, or shards of many GPUs): end: with the
+            last one, from which what comes next starts; every: with each.
         trackers: where the figures of each step go besides metrics.jsonl, under the same names:
             tensorboard (files in run_dir), wandb, trackio.
         overlap: data files of benchmarks: how many of their problems share 13 words in a row with
@@ -244,12 +274,13 @@ class ReportConfig:
     validate_every: int | None = None
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
+    export: Literal["end", "every"] = "end"
     trackers: list[TrackerName] = field(default_factory=lambda: ["tensorboard"])
     overlap: list[str] = field(default_factory=list)
 
     def __post_init__(self):
-        counts = (f.name for f in fields(self) if f.name not in ("trackers", "overlap"))
-        check_least(1, "report", self, *counts)
+        others = ("export", "trackers", "overlap")
+        check_least(1, "report", self, *(f.name for f in fields(self) if f.name not in others))
 
 
 @dataclass(kw_only=True)
@@ -347,10 +378,11 @@ def _made(kind: type[T], settings: Namespace, section: str) -> T:
         value, whole_name = settings[name], f"{section}.{name}".lstrip(".")
         if value is None and type(None) not in get_args(types[name]):
             raise ConfigError(f"{whole_name} is null: give it a value or leave it out")
-        if is_dataclass(types[name]):
+        section_of = next(filter(is_dataclass, (types[name], *get_args(types[name]))), None)
+        if section_of is not None and value is not None:
             if not isinstance(value, Namespace):
                 raise ConfigError(f"{whole_name} is {value!r}: it must be a section of settings")
-            value = _made(cast(type, types[name]), value, whole_name)
+            value = _made(cast(type, section_of), value, whole_name)
         values[name] = value
     try:
         return kind(**values)

@@ -63,7 +63,8 @@ class RLTrainer(Trainer[RLConfig]):
         self.fingerprint = fingerprint(problems)
         self.num_steps = config.optimization.steps
         # Before the engine, which may take what is left.
-        self.reference = self._load_reference() if config.policy.kl else None
+        with_second = config.policy.kl and self.lora is None
+        self.reference = self._load_reference() if with_second else None
         self.engine = self._engine(config.rollouts.engine)
         if note := self.engine.pool_note:
             print_line(self.console, f"rollouts: {note}")
@@ -344,9 +345,9 @@ class RLTrainer(Trainer[RLConfig]):
         """Adds the gradient of a micro-batch; its loss."""
         policy = self.config.policy
         reference = None
-        if self.reference is not None:
+        if policy.kl:
             with torch.no_grad():
-                reference = self._logprobs(self.reference, micro)
+                reference = self._reference_logprobs(micro)
         with self.autocast():
             layout = micro.trie.layout(self.device)
             current = trie_logprobs(
@@ -360,6 +361,14 @@ class RLTrainer(Trainer[RLConfig]):
         with self.autocast():
             layout = micro.trie.layout(self.device)
             return trie_logprobs(model, micro.trie, layout, micro.sampled).logprobs
+
+    def _reference_logprobs(self, micro: PolicyTrie) -> Tensor:
+        """Of the model that the run started from: without its adapters it is still that."""
+        if self.lora is None:
+            assert self.reference is not None
+            return self._logprobs(self.reference, micro)
+        with self.lora.adapters.disabled():
+            return self._logprobs(self.model, micro)
 
     def _load_reference(self) -> PreTrainedModel:
         """What the run started from, tags included, so that the first KL is 0."""
@@ -390,7 +399,7 @@ class RLTrainer(Trainer[RLConfig]):
             "unrolled_per_trie_token": totals["unrolled_tokens"] / max(trie_tokens, 1),
             "update_tokens_per_second": trie_tokens / totals["update_seconds"],
             "seconds": time.perf_counter() - self.origin,
-            "checkpoint": str(self.last_checkpoint),
+            "checkpoint": str(self.plain_checkpoint),
         }
         print_rl_table(self.console, result, self.run_dir)
         write_json(self.run_dir / "summary.json", result | self.overlap)

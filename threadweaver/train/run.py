@@ -29,6 +29,7 @@ from threadweaver.model import (
     parameter_count,
     save_model,
     to_device,
+    weights_fingerprint,
 )
 from threadweaver.progress import has_no_reader, print_line
 from threadweaver.train.checkpoint import (
@@ -37,11 +38,13 @@ from threadweaver.train.checkpoint import (
     check_shapes,
     damaged_state,
     load_state,
+    plain_folder,
     save_checkpoint,
 )
 from threadweaver.train.config import ConfigError, RunConfig
 from threadweaver.train.interrupt import Interrupts
 from threadweaver.train.log import MetricsLog, ProgressLog
+from threadweaver.train.lora import RunAdapters, check_lora
 from threadweaver.train.not_finite import save_batch
 from threadweaver.train.optimizer import (
     build_optimizer,
@@ -164,6 +167,7 @@ class Run(ABC, Generic[C]):
         with _lock_errors(run.run_dir):
             run.lock = FolderLock(run.run_dir)
         try:
+            check_lora(config.model)
             check_optimizers(config, device_of(config.compute))
             precision_note = settle_precision(config, console)
             run.find_state()
@@ -219,6 +223,7 @@ class Trainer(Run[T]):
         fingerprint: of the data; set by `load_data`.
         last_record: of the last step that a checkpoint knows of.
         totals: sums over the steps done, by name; they live in checkpoints.
+        lora: the adapters that are trained in place of the weights; None: the weights are.
         copies: of its matrices in the dtype of their products; cast before the passes of a step.
     """
 
@@ -247,11 +252,12 @@ class Trainer(Run[T]):
             print_line(self.console, f"resuming from {checkpoint}")
 
     def load(self) -> None:
-        compute = self.config.compute
-        checkpoint = self.last_checkpoint if self.state else None
+        compute, has_lora = self.config.compute, self.config.model.lora is not None
+        checkpoint = self.last_checkpoint if self.state and not has_lora else None
         self.model, self.tokenizer = build_model(self.config, checkpoint)
         print_line(self.console, f"model: {parameter_count(self.model)}")
         to_device(self.model, self.device)
+        self.lora = self._add_adapters() if has_lora else None
         self.model.train()
         self.codec = Codec.from_tokenizer(self.tokenizer, end_ids(self.model), self.config.template)
         self.totals: dict[str, float] = {"seconds": 0.0}
@@ -273,6 +279,23 @@ class Trainer(Run[T]):
         # So that now - origin is the wall-clock of the whole run, less the time between stop and
         # resume.
         self.origin = self.started - self.totals["seconds"]
+
+    def _add_adapters(self) -> RunAdapters:
+        """Those of the checkpoint that the run continues from, or new ones."""
+        base = weights_fingerprint(self.model)
+        if self.state and self.state.get("base", base) != base:
+            raise ConfigError(
+                f"model.path: {self.config.model.path} is not what the adapters of "
+                f"{self.last_checkpoint} were trained for; resume with the same model or start "
+                "another run"
+            )
+        self._base_fingerprint = base
+        adapters = RunAdapters(self.config, self.model, self.tokenizer)
+        if self.state:
+            adapters.load(self.last_checkpoint)
+        trained = sum(p.numel() for p in adapters.adapters.parameters())
+        print_line(self.console, f"adapters: {trained:,} parameters are trained")
+        return adapters
 
     def work(self) -> int:
         """See `Run`.
@@ -318,6 +341,11 @@ class Trainer(Run[T]):
     def last_checkpoint(self) -> Path:
         return all_checkpoints(self.run_dir / "checkpoints")[-1]
 
+    @property
+    def plain_checkpoint(self) -> Path:
+        """The last checkpoint of a finished run, as a plain Hugging Face folder."""
+        return plain_folder(self.last_checkpoint)
+
     def autocast(self) -> torch.autocast:
         """In which the model computes, if compute.precision is bf16."""
         enabled = self.config.compute.precision == "bf16"
@@ -346,7 +374,7 @@ class Trainer(Run[T]):
         norm = clip_gradient(self.model, self.optimizer, largest)
         if not torch.isfinite(torch.stack([*losses, norm])).all():
             folder = self.run_dir / f"nan-step-{self.steps_done + 1}"
-            save_model(self.model, self.tokenizer, folder / "model")
+            self._write_model(folder / "model")
             raise save_batch(folder, packs, sources, [float(x) for x in losses], float(norm))
         set_learning_rate(self.optimizer, learning_rate)
         self.copies.free()
@@ -362,7 +390,7 @@ class Trainer(Run[T]):
         # The checkpoint promises that the records of its steps are there.
         self.metrics.sync()
         self.totals["seconds"] = time.perf_counter() - self.origin
-        state = {
+        state: dict[str, Any] = {
             "step": self.steps_done,
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
@@ -373,6 +401,9 @@ class Trainer(Run[T]):
             "data": self.fingerprint,
             "threads": torch.get_num_threads(),
         }
+        if self.lora is not None:
+            state["base"] = self._base_fingerprint
+        is_last = self.steps_done == self.num_steps
         save_checkpoint(
             self.run_dir / "checkpoints",
             self.steps_done,
@@ -380,7 +411,17 @@ class Trainer(Run[T]):
             self.tokenizer,
             state,
             self.config.report.keep_checkpoints,
+            lambda folder: self._write_model(
+                folder, export=is_last or self.config.report.export == "every"
+            ),
         )
+
+    def _write_model(self, folder: Path, export: bool = False) -> None:
+        """A plain Hugging Face folder, or adapters, with such a folder inside if asked to."""
+        if self.lora is None:
+            save_model(self.model, self.tokenizer, folder)
+        else:
+            self.lora.write(folder, export)
 
     def _restore(self, checkpoint: Path, state: dict[str, Any]) -> None:
         check_shapes(checkpoint, state, self.model)
@@ -406,4 +447,7 @@ class Trainer(Run[T]):
         to_come = -(-(self.num_steps - self.steps_done) // report.checkpoint_every)
         # One more than are kept, until the oldest is deleted.
         at_once = max(1, report.keep_checkpoints + 1 - len(all_checkpoints(folder)))
-        check_room(self.run_dir, self.model, min(to_come, at_once))
+        count, models = min(to_come, at_once), 0
+        if self.lora is not None and to_come:
+            models = (count if report.export == "every" else 1) + self.lora.lacks_base
+        check_room(self.run_dir, self.model, count, models)

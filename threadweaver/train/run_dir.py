@@ -92,9 +92,15 @@ def read_json(path: Path, *keys: str) -> Any:
 
 
 def checkpoint_of(run_dir: Path) -> Path:
-    """The checkpoint that a finished run ended with, in its own folder wherever that is now."""
+    """The plain Hugging Face folder that a finished run ended with, in its own folder wherever that
+    is now."""
     summary = read_json(run_dir / "summary.json", "checkpoint")
-    return run_dir / "checkpoints" / Path(summary["checkpoint"]).name
+    named = Path(summary["checkpoint"])
+    inside = [named.name]  # of the folder "checkpoints"; an export is in the checkpoint
+    while named.parent.name not in ("checkpoints", ""):
+        named = named.parent
+        inside.insert(0, named.name)
+    return run_dir.joinpath("checkpoints", *inside)
 
 
 def in_own_folder(settings: Namespace, config_file: Path) -> Namespace:
@@ -265,9 +271,13 @@ def _default(config: RunConfig, name: str) -> Any:
     *parents, leaf = name.split(".")
     owner: Any = config
     for parent in parents:
+        if is_dataclass(owner) and _default_of(owner, parent) is None:  # a section left out
+            return None
         owner = getattr(owner, parent, None)
-    if not is_dataclass(owner):
-        return None
-    field = next(f for f in fields(owner) if f.name == leaf)
-    made = field.default if field.default_factory is MISSING else field.default_factory()
+    made = _default_of(owner, leaf) if is_dataclass(owner) else MISSING
     return None if made is MISSING else json.loads(json.dumps(made))
+
+
+def _default_of(owner: Any, name: str) -> Any:
+    field = next(f for f in fields(owner) if f.name == name)
+    return field.default if field.default_factory is MISSING else field.default_factory()

@@ -76,7 +76,7 @@ class SFTTrainer(Trainer[SFTConfig]):
 
     def finish(self) -> None:
         """Evaluates the final checkpoint, writes summary.json and shows what came out."""
-        checkpoint = self.last_checkpoint
+        checkpoint = self.plain_checkpoint
         summary = {
             "train_loss": self.metrics.last["loss"],
             "validation_loss": self.metrics.last.get("validation_loss"),
