@@ -215,6 +215,9 @@ class ComputeConfig:
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them,
             but for the results of attention: true: of all layers; a number: of so many, from the
             first on. Use as few as the memory allows.
+        pass_tokens: most tokens of a forward and backward pass; a larger trie or pack of tries is
+            computed in several, whose gradients add up to its own. What they share is computed in
+            each, which costs time. No path is cut, so the longest may be more; default: no limit.
         compile: run the model's layers through torch.compile.
         threads: CPU threads of PyTorch; default: as many as PyTorch takes, or, in a resumed run, as
             many as before.
@@ -226,11 +229,12 @@ class ComputeConfig:
     device_gb: float | None = None
     ranks: int | None = None
     gradient_checkpointing: bool | int = False
+    pass_tokens: int | None = None
     compile: bool = False
     threads: int | None = None
 
     def __post_init__(self):
-        check_least(1, "compute", self, "threads", "ranks")
+        check_least(1, "compute", self, "pass_tokens", "ranks", "threads")
         if self.device_gb is not None and not 0 < self.device_gb < math.inf:
             raise ConfigError(
                 f"compute.device_gb is {self.device_gb}: it must be above 0 and finite"
@@ -296,7 +300,7 @@ class RunConfig:
         command: its name on the command line.
         free_on_resume: settings and sections of them, by dotted name, that a resumed run may
             change: none that says what the weights are. (Sizes of an engine and recomputed
-            activations may make a sum round otherwise.)
+            activations may make a sum round otherwise, and so does another size of passes.)
     """
 
     command: ClassVar[str]
@@ -307,6 +311,7 @@ class RunConfig:
         "compute.ranks",
         "compute.threads",
         "compute.gradient_checkpointing",
+        "compute.pass_tokens",
         "report",
         "evaluate",
     )

@@ -296,7 +296,7 @@ class RLTrainer(Trainer[RLConfig]):
         warmup = math.ceil(settings.warmup * self.num_steps)
         rate = settings.learning_rate * min(1.0, (self.steps_done + 1) / max(warmup, 1))
         parts = [tries[i :: settings.updates] for i in range(settings.updates)]
-        batches = [micro_batches(part, settings.batch_tokens) for part in parts if part]
+        batches = [self._passes_of(part) for part in parts if part]
         old: list[list[Tensor | None]] = [[None] * len(micros) for micros in batches]
         losses: list[PolicyLoss] = []
         norms = []
@@ -339,7 +339,13 @@ class RLTrainer(Trainer[RLConfig]):
             "gradient_norm": fmean(norms) if norms else 0.0,
             "learning_rate": rate,
             "updates": len(norms),
+            **self.cost_of([micro for micros in batches for micro in micros], sum(map(len, tries))),
         }
+
+    def _passes_of(self, tries: list[PolicyTrie]) -> list[PolicyTrie]:
+        micros = micro_batches(tries, self.config.optimization.batch_tokens)
+        most = self.config.compute.pass_tokens
+        return micros if most is None else [part for m in micros for part in m.split(most)]
 
     def _backward(self, micro: PolicyTrie, old: Tensor | None, num_tokens: float) -> PolicyLoss:
         """Adds the gradient of a micro-batch; its loss."""
@@ -397,6 +403,7 @@ class RLTrainer(Trainer[RLConfig]):
             "rollout_tokens_per_second": totals["rollout_tokens"] / totals["rollout_seconds"],
             "trie_tokens": trie_tokens,
             "unrolled_per_trie_token": totals["unrolled_tokens"] / max(trie_tokens, 1),
+            **self.total_cost,
             "update_tokens_per_second": trie_tokens / totals["update_seconds"],
             "seconds": time.perf_counter() - self.origin,
             "checkpoint": str(self.plain_checkpoint),

@@ -11,7 +11,7 @@ import shlex
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
@@ -381,6 +381,38 @@ class Trainer(Run[T]):
         self.optimizer.step()
         self.optimizer.zero_grad()
         return float(norm)
+
+    def cost_of(self, passes: Sequence[Sized], trie_tokens: int) -> Record:
+        """What the record of a step says of its passes, where compute.pass_tokens makes them.
+
+        Args:
+            passes: of the step.
+            trie_tokens: of the tries that they are parts of.
+        """
+        if self.config.compute.pass_tokens is None:
+            return {}
+        repeated = sum(map(len, passes)) - trie_tokens
+        largest = max(map(len, passes), default=0)
+        self.add_to_totals(repeated_tokens=repeated)
+        of_all = max(largest, self.totals.get("largest_pass_tokens", 0))
+        self.totals["largest_pass_tokens"] = of_all
+        return {
+            "passes": len(passes),
+            "largest_pass_tokens": largest,
+            "repeated_tokens": repeated,
+        }
+
+    @property
+    def total_cost(self) -> Record:
+        """Likewise of all steps, for summary.json."""
+        totals = self.totals
+        if "repeated_tokens" not in totals:
+            return {}
+        share = totals["repeated_tokens"] / max(totals["trie_tokens"], 1)
+        return {
+            "computed_per_trie_token": 1 + share,
+            "largest_pass_tokens": totals["largest_pass_tokens"],
+        }
 
     def add_to_totals(self, **amounts: float) -> None:
         for name, amount in amounts.items():

@@ -36,6 +36,7 @@ from threadweaver.train.batches import (
     unrolled_tokens,
 )
 from threadweaver.train.config import ConfigError
+from threadweaver.train.passes import split
 from threadweaver.train.report import print_sft_table
 from threadweaver.train.run import Record, Trainer
 from threadweaver.train.run_dir import write_json
@@ -85,6 +86,7 @@ class SFTTrainer(Trainer[SFTConfig]):
             "trie_tokens": self.totals["trie_tokens"],
             "unrolled_tokens": self.totals["unrolled_tokens"],
             "unrolled_per_trie_token": self.totals["unrolled_tokens"] / self.totals["trie_tokens"],
+            **self.total_cost,
             "tokens_per_second": self.totals["trie_tokens"] / self.totals["step_seconds"],
             "dropped_calls": self.data.dropped_calls,
             "dropped_trajectories": self.data.dropped_trajectories,
@@ -105,10 +107,15 @@ class SFTTrainer(Trainer[SFTConfig]):
         start = time.perf_counter()
         packs = [Trie.pack([self.data.tries[i] for i in micro]) for micro in step.micro_batches]
         supervised = sum(supervised_tokens(trie).numel() for trie in packs)
+        passes, sources = [], []
+        for trie, micro in zip(packs, step.micro_batches, strict=True):
+            parts = self._passes(trie)
+            passes += parts
+            sources += [[self.data.sources[i] for i in micro]] * len(parts)
         losses = []
         self.copies.cast()
-        with self._micro_batches("training", len(packs)) as progress:
-            for trie in progress.track(packs):
+        with self._passes_progress("training", len(passes)) as progress:
+            for trie in progress.track(passes):
                 loss = self._loss_sum(trie) / supervised
                 loss.backward()
                 losses.append(loss.detach())
@@ -116,8 +123,7 @@ class SFTTrainer(Trainer[SFTConfig]):
         rate = learning_rate(
             self.steps_done, self.num_steps, settings.learning_rate, settings.warmup
         )
-        sources = [[self.data.sources[i] for i in micro] for micro in step.micro_batches]
-        norm = self.update(rate, losses, packs, sources)
+        norm = self.update(rate, losses, passes, sources)
         loss_value = float(torch.stack(losses).sum())
         seconds = time.perf_counter() - start
         tokens = sum(map(len, packs))
@@ -131,6 +137,7 @@ class SFTTrainer(Trainer[SFTConfig]):
             "supervised_tokens": supervised,
             "trie_tokens": tokens,
             "unrolled_tokens": unrolled,
+            **self.cost_of(passes, tokens),
             "tokens_per_second": tokens / seconds,
         }
         if self.validation and self._validation_is_due(step):
@@ -141,9 +148,14 @@ class SFTTrainer(Trainer[SFTConfig]):
         with self.autocast():
             return trie_loss(self.model, trie)
 
-    def _micro_batches(self, title: str, count: int) -> Progress:
+    def _passes(self, trie: Trie) -> list[Trie]:
+        most = self.config.compute.pass_tokens
+        return [trie] if most is None else [part.trie for part in split(trie, most)]
+
+    def _passes_progress(self, title: str, count: int) -> Progress:
         title = f"{title}, step {self.steps_done + 1}"
-        return Progress(self.console, title, count, "micro-batches")
+        unit = "micro-batches" if self.config.compute.pass_tokens is None else "passes"
+        return Progress(self.console, title, count, unit)
 
     def _validation_is_due(self, step: Step) -> bool:
         every = self.config.report.validate_every
@@ -159,9 +171,10 @@ class SFTTrainer(Trainer[SFTConfig]):
         total, supervised = 0.0, 0
         budget = self.config.optimization.batch_tokens
         packs = pack(data.sizes, range(len(data.tries)), budget)
-        with self._micro_batches("validating", len(packs)) as progress:
-            for indices in progress.track(packs):
-                trie = Trie.pack([data.tries[i] for i in indices])
+        tries = (Trie.pack([data.tries[i] for i in indices]) for indices in packs)
+        passes = [part for trie in tries for part in self._passes(trie)]
+        with self._passes_progress("validating", len(passes)) as progress:
+            for trie in progress.track(passes):
                 total += float(self._loss_sum(trie))
                 supervised += supervised_tokens(trie).numel()
         self.model.train()
@@ -187,13 +200,21 @@ class SFTTrainer(Trainer[SFTConfig]):
             f"unrolled), {data.dropped_calls:,} calls cut to fit optimization.batch_tokens, "
             f"{data.dropped_trajectories:,} malformed trajectories dropped",
         )
+        most = self.config.compute.pass_tokens
+        paths = [int(trie.positions.max()) + 1 for trie in data.tries]
+        if most is not None and (longer := [n for n in paths if n > most]):
+            print_line(
+                self.console,
+                f"{path}: paths of {len(longer):,} tries are longer than compute.pass_tokens "
+                f"({most:,}), and so are their passes: up to {max(longer):,} tokens",
+            )
         return data
 
     @torch.no_grad()
     def _probe(self) -> None:
         """Runs the smallest trie, so that a model that cannot run fails before training starts."""
         try:
-            self._loss_sum(min(self.data.tries, key=len))
+            self._loss_sum(self._passes(min(self.data.tries, key=len))[0])
         except ValueError as error:
             field = "model.arch" if self.config.model.arch else "model.path"
             raise ConfigError(f"{field}: {error}") from error
