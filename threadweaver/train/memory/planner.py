@@ -19,6 +19,12 @@ from threadweaver.train.memory.sharding import sharded
 from threadweaver.train.memory.target import Target, target_of
 from threadweaver.train.memory.update import Passes, UpdateBytes, count_activations, count_update
 
+# Of passes that are chosen. A path is never cut, so passes are to hold long ones: a plan takes none
+# that would be more than so many parts of a batch.
+LEAST_TOKENS = 1024
+_FEWEST_PARTS = 8
+_STEP = 256
+
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -49,26 +55,78 @@ class Planner:
                 yield self._rolling_out(phase, target)
 
     def _updating(self, phase: Updating, compute: ComputeConfig, target: Target) -> Phase:
-        optimization, policy = phase.optimization, phase.policy
+        """With passes of compute.pass_tokens, or as a GPU would choose them."""
+        most = phase.optimization.batch_tokens
+        if compute.pass_tokens is not None:
+            tokens, note = min(compute.pass_tokens, most), "compute.pass_tokens"
+        else:
+            tokens, note = self.fitting_tokens(phase, compute, target), "chosen so that it fits"
+            if tokens is None or tokens * _FEWEST_PARTS < most:
+                tokens = most
+        if tokens == most:
+            title = f"{phase.title}: update on {most:,} tokens at a time"
+        else:
+            title = f"{phase.title}: update on {most:,} tokens in passes of {tokens:,} ({note})"
+        return self._update(title, phase, tokens, compute, target, explain=True)
 
-        recomputed = compute.gradient_checkpointing
+    def fitting_tokens(
+        self, phase: Updating, compute: ComputeConfig, target: Target
+    ) -> int | None:
+        """The most tokens of a pass with which an update fits, at most those of a batch; None:
+        even the fewest do not. What is held grows with the tokens as a line, but for pieces.
+
+        On a CPU, where nothing is chosen, those of a batch.
+        """
+        most = phase.optimization.batch_tokens
+
+        def total(tokens: int) -> int:
+            return self._update("", phase, tokens, compute, target, explain=False).total
+
+        of_most = total(most)
+        if not target.on_gpu or of_most <= target.usable or most <= LEAST_TOKENS:
+            return most
+        fewest, of_fewest = LEAST_TOKENS, total(LEAST_TOKENS)
+        if of_fewest > target.usable:
+            return None
+        while True:
+            share = (target.usable - of_fewest) / (of_most - of_fewest)
+            tokens = fewest + int(share * (most - fewest)) // _STEP * _STEP
+            if tokens == fewest or (of_tokens := total(tokens)) <= target.usable:
+                return tokens
+            most, of_most = tokens, of_tokens
+
+    def _update(
+        self,
+        title: str,
+        phase: Updating,
+        tokens: int,
+        compute: ComputeConfig,
+        target: Target,
+        explain: bool,
+    ) -> Phase:
+        """`explain`: with what activations would take recomputed and not."""
+        optimization, policy = phase.optimization, phase.policy
+        recomputed, trained = compute.gradient_checkpointing, self._trained_dtype(target)
         passes = Passes(
-            optimization.batch_tokens,
+            tokens,
             recomputed,
             target.parameters if target.ranks == 1 else target.products,
             target.autocast,
             target.on_gpu,
             policy is not None,
             policy is not None and policy.entropy > 0,
-            phase.sums_gradients,
+            phase.sums_gradients or tokens < optimization.batch_tokens,
             target.ranks > 1,
+            compute.activation_offload,
         )
         found = self._counted(passes)
-        without, with_all = (
-            found.activations if recomputed is every else self._activations(passes, every)
-            for every in (False, True)
-        )
-        kept = f"{_gb(without)} without recomputation, {_gb(with_all)} with"
+        kept = ""
+        if explain:
+            without, with_all = (
+                found.activations if recomputed is every else self._activations(passes, every)
+                for every in (False, True)
+            )
+            kept = f"{_gb(without)} without recomputation, {_gb(with_all)} with"
         held = [*self._state(optimization, target), *self._reference(phase, target)]
         dtype = _name(target.parameters)
         if target.ranks == 1:
@@ -77,10 +135,10 @@ class Planner:
             parts = [
                 Part("parameters", found.parameters, dtype),
                 Part(f"copies in {_name(target.products)}", found.copies),
-                Part("gradients", found.gradients),
+                Part("gradients", found.gradients, _name(trained)),
             ]
         else:
-            share = sharded(found, target)
+            share = sharded(found, target, trained)
             elements, peak = share.elements, share.peak
             shares = share.parameters + share.gradients
             parts = [
@@ -94,11 +152,10 @@ class Planner:
             Part("activations", found.activations, kept),
             Part("output layer's pieces", found.output_pieces),
         ]
-        step = step_bytes(optimization.optimizer, elements, target.parameters)
+        step = step_bytes(optimization.optimizer, elements, trained)
         total = max(peak, shares + step) + sum(part.bytes for part in held)
-        _, host = state_bytes(optimization.optimizer, elements, target.parameters)
-        title = f"{phase.title}: update on {optimization.batch_tokens:,} tokens at a time"
-        return Phase(title, _there(parts), total, host)
+        _, host = state_bytes(optimization.optimizer, elements, trained)
+        return Phase(title, _there(parts), total, host + found.host)
 
     def _rolling_out(self, phase: RollingOut, target: Target) -> Phase:
         sizes, trained = phase.settings.engine, phase.weights == "trained"
@@ -109,7 +166,10 @@ class Planner:
         copied = trained and target.ranks == 1 and target.autocast
         # The size of the pool decides nothing of what else there is.
         use = EngineUse(replace(sizes, kv_gigabytes="auto"), dtype, copied, target.on_gpu)
-        found = _kept(self._engines, use, partial(count_engine, self.architecture))
+        architecture = self.architecture
+        if not trained or target.ranks > 1:
+            architecture = replace(architecture, lora=None)  # adapters are merged
+        found = _kept(self._engines, use, partial(count_engine, architecture))
         held = [*self._state(phase.beside, target), *self._reference(phase, target)]
         if trained and target.ranks > 1:
             share = self._parameters(target)
@@ -140,7 +200,8 @@ class Planner:
         )
 
     def _reference(self, phase: Updating | RollingOut, target: Target) -> list[Part]:
-        if phase.policy is None or not phase.policy.kl:
+        # The reference of adapters is what they are for.
+        if phase.policy is None or not phase.policy.kl or self.architecture.lora is not None:
             return []
         return [Part("reference", self._parameters(target), "policy.kl")]
 
@@ -148,8 +209,12 @@ class Planner:
         if optimization is None:
             return []
         elements = [target.shard(n) for n in self._any_update(target).elements]
-        state, _ = state_bytes(optimization.optimizer, elements, target.parameters)
+        state, _ = state_bytes(optimization.optimizer, elements, self._trained_dtype(target))
         return [Part("optimizer", state, optimization.optimizer)]
+
+    def _trained_dtype(self, target: Target) -> torch.dtype:
+        """Of gradients and moments too."""
+        return target.parameters if self.architecture.lora is None else torch.float32
 
     def _parameters(self, target: Target) -> int:
         """Bytes that a rank holds of them."""
@@ -167,6 +232,7 @@ class Planner:
             entropy=False,
             sums_gradients=False,
             sharded=False,
+            offloaded=False,
         )
         return _kept(self._forwards, forward, partial(count_activations, self.architecture))
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from threadweaver.train.memory.target import Target
 from threadweaver.train.memory.update import UpdateBytes
 
@@ -41,15 +43,16 @@ class ShardedUpdate:
     elements: tuple[int, ...]
 
 
-def sharded(found: UpdateBytes, target: Target) -> ShardedUpdate:
+def sharded(found: UpdateBytes, target: Target, trained: torch.dtype) -> ShardedUpdate:
     """Args:
     found: the passes of one process, with the parameters in target.products and gradients that
         leave at once.
+    trained: dtype of what is.
     """
     item, own = target.products.itemsize, target.parameters.itemsize
     elements = tuple(target.shard(n) for n in found.elements)
     parameters = target.shard(found.parameters // item) * own
-    gradients = sum(elements) * own
+    gradients = sum(elements) * trained.itemsize
     shares = parameters + gradients
     layer, rest = found.layer, found.rest
     whole = rest.parameters * item

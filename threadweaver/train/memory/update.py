@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from threadweaver.model import (
     trie_hidden_states,
 )
 from threadweaver.train.memory.blueprint import Architecture, Blueprint, counting
+from threadweaver.train.offload import ActivationOffload
 from threadweaver.train.setup import recompute_activations
 from tw_kernels import Trie, TrieLayout
 
@@ -36,6 +39,7 @@ class Passes:
         sums_gradients: whether a pass finds the gradients of another, with which its own are
             summed.
         sharded: whether a gradient leaves as soon as it is there, for the ranks that sum it.
+        offloaded: whether activations are moved to the host.
     """
 
     tokens: int
@@ -47,6 +51,7 @@ class Passes:
     entropy: bool = False
     sums_gradients: bool = False
     sharded: bool = False
+    offloaded: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ class UpdateBytes:
             not there while all activations are, or more by what a layer takes while it runs.
         elements: of each parameter that is trained.
         layer, rest: what FSDP2 gathers at a time.
+        host: activations that are moved there.
     """
 
     parameters: int
@@ -91,6 +97,7 @@ class UpdateBytes:
     elements: tuple[int, ...]
     layer: Unit
     rest: Unit
+    host: int
 
     @property
     def peak(self) -> int:
@@ -108,8 +115,9 @@ def count_update(architecture: Architecture, passes: Passes) -> UpdateBytes:
     with counting(architecture, passes.parameters, passes.on_gpu) as blueprint:
         live, model = blueprint.live, blueprint.model
         parameters = live.now
+        offload = CountedOffload(model) if passes.offloaded else None
         if passes.recomputed:
-            recompute_activations(model, passes.recomputed)
+            recompute_activations(model, passes.recomputed, offload)
         copies = WeightCopies(model, torch.bfloat16 if passes.on_gpu and passes.autocast else None)
         copies.cast()
         held = live.now
@@ -121,7 +129,8 @@ def count_update(architecture: Architecture, passes: Passes) -> UpdateBytes:
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
         live.reset_peak()
-        with torch.autocast("cpu", torch.bfloat16, enabled=passes.autocast):
+        moved = offload.forward_pass() if offload else nullcontext()
+        with torch.autocast("cpu", torch.bfloat16, enabled=passes.autocast), moved:
             before = live.now
             hidden = trie_hidden_states(model, trie, layout)
             activations = live.now - before
@@ -148,6 +157,7 @@ def count_update(architecture: Architecture, passes: Passes) -> UpdateBytes:
             max(forward, live.peak) - held,
             tuple(p.numel() for p in trained),
             *_units(model),
+            offload.host_bytes if offload else 0,
         )
 
 
@@ -166,6 +176,25 @@ def count_activations(architecture: Architecture, passes: Passes) -> int:
             activations = live.now - before
             del hidden
     return activations
+
+
+class CountedOffload(ActivationOffload):
+    """Activations on a host that has memory without end.
+
+    Attributes:
+        host_bytes: that they take there: pinned memory comes in powers of two.
+    """
+
+    host_bytes = 0
+
+    def to_host(self, tensor: Tensor) -> Any:
+        size = tensor.numel() * tensor.element_size()
+        self.host_bytes += 2 ** (size - 1).bit_length()
+        return tensor.shape, tensor.stride(), tensor.dtype
+
+    def to_device(self, stored: Any) -> Tensor:
+        shape, strides, dtype = stored
+        return torch.empty_strided(shape, strides, dtype=dtype)
 
 
 def _line(tokens: int) -> tuple[Trie, TrieLayout]:
