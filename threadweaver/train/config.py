@@ -215,9 +215,12 @@ class ComputeConfig:
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them,
             but for the results of attention: true: of all layers; a number: of so many, from the
             first on. Use as few as the memory allows.
+        activation_offload: keep activations on the host between forward and backward pass, for a
+            GPU. With gradient_checkpointing, without which there are far more of them to copy.
         pass_tokens: most tokens of a forward and backward pass; a larger trie or pack of tries is
             computed in several, whose gradients add up to its own. What they share is computed in
-            each, which costs time. No path is cut, so the longest may be more; default: no limit.
+            each, which costs time. No path is cut, so the longest may be more; default: on a GPU
+            as many as fit its memory by --plan, on a CPU no limit.
         compile: run the model's layers through torch.compile.
         threads: CPU threads of PyTorch; default: as many as PyTorch takes, or, in a resumed run, as
             many as before.
@@ -229,6 +232,7 @@ class ComputeConfig:
     device_gb: float | None = None
     ranks: int | None = None
     gradient_checkpointing: bool | int = False
+    activation_offload: bool = False
     pass_tokens: int | None = None
     compile: bool = False
     threads: int | None = None
@@ -311,6 +315,7 @@ class RunConfig:
         "compute.ranks",
         "compute.threads",
         "compute.gradient_checkpointing",
+        "compute.activation_offload",
         "compute.pass_tokens",
         "report",
         "evaluate",

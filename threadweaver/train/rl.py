@@ -344,7 +344,7 @@ class RLTrainer(Trainer[RLConfig]):
 
     def _passes_of(self, tries: list[PolicyTrie]) -> list[PolicyTrie]:
         micros = micro_batches(tries, self.config.optimization.batch_tokens)
-        most = self.config.compute.pass_tokens
+        most = self.pass_tokens
         return micros if most is None else [part for m in micros for part in m.split(most)]
 
     def _backward(self, micro: PolicyTrie, old: Tensor | None, num_tokens: float) -> PolicyLoss:
@@ -354,7 +354,7 @@ class RLTrainer(Trainer[RLConfig]):
         if policy.kl:
             with torch.no_grad():
                 reference = self._reference_logprobs(micro)
-        with self.autocast():
+        with self.forward_pass():
             layout = micro.trie.layout(self.device)
             current = trie_logprobs(
                 self.model, micro.trie, layout, micro.sampled, policy.entropy > 0

@@ -12,7 +12,7 @@ import signal
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
@@ -31,7 +31,7 @@ from threadweaver.model import (
     to_device,
     weights_fingerprint,
 )
-from threadweaver.progress import has_no_reader, print_line
+from threadweaver.progress import Progress, has_no_reader, print_line
 from threadweaver.train.checkpoint import (
     all_checkpoints,
     check_room,
@@ -45,7 +45,9 @@ from threadweaver.train.config import ConfigError, RunConfig
 from threadweaver.train.interrupt import Interrupts
 from threadweaver.train.log import MetricsLog, ProgressLog
 from threadweaver.train.lora import RunAdapters, check_lora
+from threadweaver.train.memory.choice import choose_pass_tokens
 from threadweaver.train.not_finite import save_batch
+from threadweaver.train.offload import ActivationOffload, check_offload
 from threadweaver.train.optimizer import (
     build_optimizer,
     check_optimizers,
@@ -169,6 +171,7 @@ class Run(ABC, Generic[C]):
         try:
             check_lora(config.model)
             check_optimizers(config, device_of(config.compute))
+            check_offload(config.compute, device_of(config.compute))
             precision_note = settle_precision(config, console)
             run.find_state()
             run.device = prepare_torch(config, run.state)
@@ -224,12 +227,17 @@ class Trainer(Run[T]):
         last_record: of the last step that a checkpoint knows of.
         totals: sums over the steps done, by name; they live in checkpoints.
         lora: the adapters that are trained in place of the weights; None: the weights are.
+        offload: of its activations, if compute.activation_offload is set.
+        pass_tokens: most tokens of a pass: compute.pass_tokens or, without it, what a GPU has
+            memory for; None: no limit.
         copies: of its matrices in the dtype of their products; cast before the passes of a step.
     """
 
     num_steps: int
     trains_on: str
     fingerprint: str
+    offload: ActivationOffload | None = None
+    pass_tokens: int | None = None
 
     @abstractmethod
     def load_data(self) -> None:
@@ -263,11 +271,14 @@ class Trainer(Run[T]):
         self.totals: dict[str, float] = {"seconds": 0.0}
         self.last_record: Record = {}
         self.steps_done = 0
+        self.pass_tokens = self._settle_passes()
         self.load_data()
         if compute.compile:
             compile_layers(self.model)
+        if compute.activation_offload:
+            self.offload = ActivationOffload(self.model)
         if compute.gradient_checkpointing:
-            recompute_activations(self.model, compute.gradient_checkpointing)
+            recompute_activations(self.model, compute.gradient_checkpointing, self.offload)
         # On a CPU autocast casts as it always did: results stay the same, bit for bit.
         by_copies = self.device.type == "cuda" and compute.precision == "bf16"
         self.copies = WeightCopies(self.model, torch.bfloat16 if by_copies else None)
@@ -279,6 +290,17 @@ class Trainer(Run[T]):
         # So that now - origin is the wall-clock of the whole run, less the time between stop and
         # resume.
         self.origin = self.started - self.totals["seconds"]
+
+    def _settle_passes(self) -> int | None:
+        """compute.pass_tokens, or what a GPU has memory for, which is shown."""
+        compute = self.config.compute
+        if compute.pass_tokens is not None or self.device.type != "cuda":
+            return compute.pass_tokens
+        with Progress(self.console, "counting the memory of an update", None, "counts"):
+            choice = choose_pass_tokens(self.config)
+        if choice.note:
+            print_line(self.console, choice.note)
+        return choice.tokens
 
     def _add_adapters(self) -> RunAdapters:
         """Those of the checkpoint that the run continues from, or new ones."""
@@ -351,6 +373,13 @@ class Trainer(Run[T]):
         enabled = self.config.compute.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
+    @contextmanager
+    def forward_pass(self) -> Iterator[None]:
+        """In which the model computes what has a gradient."""
+        offload = self.offload.forward_pass() if self.offload else nullcontext()
+        with self.autocast(), offload:
+            yield
+
     def update(
         self,
         learning_rate: float,
@@ -383,13 +412,13 @@ class Trainer(Run[T]):
         return float(norm)
 
     def cost_of(self, passes: Sequence[Sized], trie_tokens: int) -> Record:
-        """What the record of a step says of its passes, where compute.pass_tokens makes them.
+        """What the record of a step says of its passes, where there is a limit on them.
 
         Args:
             passes: of the step.
             trie_tokens: of the tries that they are parts of.
         """
-        if self.config.compute.pass_tokens is None:
+        if self.pass_tokens is None:
             return {}
         repeated = sum(map(len, passes)) - trie_tokens
         largest = max(map(len, passes), default=0)

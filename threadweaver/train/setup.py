@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from threadweaver.device import DTYPES
 from threadweaver.model import add_tags, build_tokenizer, load_model, new_model
 from threadweaver.train.config import ConfigError, RunConfig
+from threadweaver.train.offload import ActivationOffload
 from threadweaver.train.run_dir import device_of
 
 
@@ -91,10 +92,12 @@ def _layers(model: PreTrainedModel, setting: str) -> list[GradientCheckpointingL
 
 
 # What a layer that is recomputed keeps: attention's result is small beside what computes it.
-_KEEP = partial(create_selective_checkpoint_contexts, [torch.ops.tw_kernels.trie_attention.default])
+_KEPT = torch.ops.tw_kernels.trie_attention.default
 
 
-def recompute_activations(model: PreTrainedModel, layers: bool | int = True) -> None:
+def recompute_activations(
+    model: PreTrainedModel, layers: bool | int = True, offload: ActivationOffload | None = None
+) -> None:
     """From now on these layers keep their input and the result of their attention alone, and
     compute the rest again in the backward pass.
 
@@ -104,6 +107,7 @@ def recompute_activations(model: PreTrainedModel, layers: bool | int = True) -> 
     Args:
         layers: True: all; False: none; a number: so many, from the first on. The backward pass has
             freed what the others keep when it comes to these.
+        offload: where the results of attention go; None: they stay on the device.
 
     Raises:
         ConfigError: its layers are none that `transformers` knows how to run again, or fewer.
@@ -115,5 +119,8 @@ def recompute_activations(model: PreTrainedModel, layers: bool | int = True) -> 
             f"compute.gradient_checkpointing is {count}: the model has {len(found)} layers; true "
             "stands for all"
         )
+    keep = partial(create_selective_checkpoint_contexts, [_KEPT])
+    if offload is not None:
+        keep = partial(offload.keep, _KEPT)
     for layer in found[:count]:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=_KEEP)
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=keep)

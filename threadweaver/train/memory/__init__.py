@@ -10,6 +10,7 @@ target.py      where a run is to be
 phases.py      which phases a run has
 plan.py        what each of them holds, and whether it fits
 planner.py     finds that
+choice.py      what a run on a GPU chooses by it
 advice.py      the settings with which a run fits
 command.py     what --plan prints
 """

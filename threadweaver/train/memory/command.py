@@ -27,7 +27,11 @@ def show_plan(config: RunConfig, console: Console) -> int:
     if plan.fits:
         return 0
     if (found := advice(planner, config)) is None:
-        print_line(console, "no setting that --plan knows makes it fit: take a smaller model")
+        print_line(
+            console,
+            "no setting that --plan tries makes it fit: take a smaller model, more ranks "
+            "(compute.ranks), or train adapters (model.lora)",
+        )
     else:
         changes, changed = found
         options = " ".join(map(str, changes))

@@ -69,9 +69,7 @@ class Planner:
             title = f"{phase.title}: update on {most:,} tokens in passes of {tokens:,} ({note})"
         return self._update(title, phase, tokens, compute, target, explain=True)
 
-    def fitting_tokens(
-        self, phase: Updating, compute: ComputeConfig, target: Target
-    ) -> int | None:
+    def fitting_tokens(self, phase: Updating, compute: ComputeConfig, target: Target) -> int | None:
         """The most tokens of a pass with which an update fits, at most those of a batch; None:
         even the fewest do not. What is held grows with the tokens as a line, but for pieces.
 
