@@ -3,6 +3,8 @@
 live.py        counts the bytes of live tensors
 blueprint.py   the model of a run, of tensors without memory
 gpu.py         lets such a model run, on a machine without a GPU, as it would on one
+passes.py      a forward and a backward pass, and the most that each part of them holds
+first_layers.py  all layers of a model from runs of its first ones
 update.py      the bytes of an update of the weights
 rollout.py     the bytes of an engine
 sharding.py    the bytes of an update on one of several ranks

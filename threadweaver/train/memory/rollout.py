@@ -11,6 +11,7 @@ from threadweaver.generate.settings import EngineSizes
 from threadweaver.generate.weights import EngineWeights
 from threadweaver.model import output_layer, trie_hidden_states
 from threadweaver.train.memory.blueprint import Architecture, counting
+from threadweaver.train.memory.first_layers import of_all_layers
 from tw_kernels import Trie
 
 
@@ -61,9 +62,19 @@ def count_engine(architecture: Architecture, use: EngineUse) -> EngineBytes:
         weights = EngineWeights(model, torch.bfloat16 if use.autocast else None)
         weights.cast()
         held = live.now
-        live.reset_peak()
-        with torch.autocast("cpu", torch.bfloat16, enabled=use.autocast):
-            hidden = trie_hidden_states(weights.model, trie, layout)
-            last = hidden[: sizes.max_sequences]
-            output_layer(weights.model)(last).float().log_softmax(-1)
-        return EngineBytes(parameters, held - parameters, pages, live.peak - held)
+
+        def run() -> _Step:
+            live.reset_peak()
+            with torch.autocast("cpu", torch.bfloat16, enabled=use.autocast):
+                hidden = trie_hidden_states(weights.model, trie, layout)
+                last = hidden[: sizes.max_sequences]
+                output_layer(weights.model)(last).float().log_softmax(-1)
+            return _Step(live.peak - held)
+
+        step = of_all_layers(weights.model, True, run).bytes
+        return EngineBytes(parameters, held - parameters, pages, step)
+
+
+@dataclass(frozen=True)
+class _Step:
+    bytes: int

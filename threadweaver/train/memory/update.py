@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,45 +11,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from threadweaver.model import (
     WeightCopies,
-    cross_entropy_sum,
     output_layer,
-    token_logprobs,
     trie_hidden_states,
 )
-from threadweaver.train.memory.blueprint import Architecture, Blueprint, counting
-from threadweaver.train.offload import ActivationOffload
+from threadweaver.train.memory.blueprint import Architecture, counting
+from threadweaver.train.memory.first_layers import of_all_layers
+from threadweaver.train.memory.passes import CountedOffload, Passes, run_passes
 from threadweaver.train.setup import recompute_activations
 from tw_kernels import Trie, TrieLayout
-
-
-@dataclass(frozen=True)
-class Passes:
-    """What decides how much a forward and a backward pass hold.
-
-    Attributes:
-        tokens: of the largest trie or pack.
-        recomputed: as compute.gradient_checkpointing.
-        parameters: their dtype.
-        autocast: whether products are in bfloat16.
-        on_gpu: whether it is for a GPU.
-        policy: whether the loss is that of P-GRPO, which has a gradient a token.
-        entropy: whether entropies have a gradient.
-        sums_gradients: whether a pass finds the gradients of another, with which its own are
-            summed.
-        sharded: whether a gradient leaves as soon as it is there, for the ranks that sum it.
-        offloaded: whether activations are moved to the host.
-    """
-
-    tokens: int
-    recomputed: bool | int
-    parameters: torch.dtype
-    autocast: bool
-    on_gpu: bool
-    policy: bool = False
-    entropy: bool = False
-    sums_gradients: bool = False
-    sharded: bool = False
-    offloaded: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,37 +95,30 @@ def count_update(architecture: Architecture, passes: Passes) -> UpdateBytes:
         elif passes.sums_gradients:
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
-        live.reset_peak()
-        moved = offload.forward_pass() if offload else nullcontext()
-        with torch.autocast("cpu", torch.bfloat16, enabled=passes.autocast), moved:
-            before = live.now
-            hidden = trie_hidden_states(model, trie, layout)
-            activations = live.now - before
-            # The output layer apart, as if the rest of the model came after its backward pass.
-            final = hidden.detach().requires_grad_()
-            forward, before = live.peak, live.now
-            live.reset_peak()
-            loss = _loss(blueprint, final, passes)
-        loss.backward()
-        del loss
-        in_output = live.peak
-        live.reset_peak()
-        gradient = final.grad
-        del final
-        hidden.backward(gradient)
-        del hidden, gradient
+        # Some layers recomputed and some not are not alike.
+        is_uniform = not passes.recomputed or passes.recomputed is True
+        found = of_all_layers(
+            model, is_uniform, lambda: run_passes(blueprint, passes, trie, layout, offload)
+        )
         return UpdateBytes(
             parameters,
             held - parameters,
             sum(_size(p) for p in trained),
-            activations,
-            in_output - before,
-            in_output - held,
-            max(forward, live.peak) - held,
+            found.activations,
+            found.in_output - found.before_output,
+            found.in_output - held,
+            found.in_layers - held,
             tuple(p.numel() for p in trained),
             *_units(model),
-            offload.host_bytes if offload else 0,
+            found.host,
         )
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """Bytes that a forward pass keeps."""
+
+    activations: int
 
 
 def count_activations(architecture: Architecture, passes: Passes) -> int:
@@ -170,31 +130,16 @@ def count_activations(architecture: Architecture, passes: Passes) -> int:
         if passes.recomputed:
             recompute_activations(model, passes.recomputed)
         WeightCopies(model, torch.bfloat16 if passes.on_gpu and passes.autocast else None).cast()
-        with torch.autocast("cpu", torch.bfloat16, enabled=passes.autocast):
-            before = live.now
-            hidden = trie_hidden_states(model, trie, layout)
-            activations = live.now - before
-            del hidden
-    return activations
 
+        def run() -> _Forward:
+            with torch.autocast("cpu", torch.bfloat16, enabled=passes.autocast):
+                before = live.now
+                hidden = trie_hidden_states(model, trie, layout)
+                found = _Forward(live.now - before)
+                del hidden
+            return found
 
-class CountedOffload(ActivationOffload):
-    """Activations on a host that has memory without end.
-
-    Attributes:
-        host_bytes: that they take there: pinned memory comes in powers of two.
-    """
-
-    host_bytes = 0
-
-    def to_host(self, tensor: Tensor) -> Any:
-        size = tensor.numel() * tensor.element_size()
-        self.host_bytes += 2 ** (size - 1).bit_length()
-        return tensor.shape, tensor.stride(), tensor.dtype
-
-    def to_device(self, stored: Any) -> Tensor:
-        shape, strides, dtype = stored
-        return torch.empty_strided(shape, strides, dtype=dtype)
+        return of_all_layers(model, True, run).activations
 
 
 def _line(tokens: int) -> tuple[Trie, TrieLayout]:
@@ -222,17 +167,6 @@ def _unit(parameters: list[nn.Parameter]) -> Unit:
 
 def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
-
-
-def _loss(blueprint: Blueprint, hidden: Tensor, passes: Passes) -> Tensor:
-    """A scalar, over all tokens but the first."""
-    at = torch.arange(passes.tokens - 1) if passes.tokens > 1 else torch.zeros(1, dtype=torch.int64)
-    targets = torch.zeros(len(at), dtype=torch.int64)
-    head = output_layer(blueprint.model)
-    if not passes.policy:
-        return cross_entropy_sum(hidden[at], head, targets)
-    found = token_logprobs(hidden[at], head, targets, passes.entropy)
-    return (found.logprobs + found.entropies).sum()
 
 
 def _size(parameter: nn.Parameter) -> int:
