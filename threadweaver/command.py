@@ -134,7 +134,11 @@ def explain(message: str, known: Namespace) -> str:
     line = " ".join(message.split()).replace("Parser key ", "").replace('": ', ": ").strip('"')
     unknown = re.search(r"unrecognized arguments: --([^\s=]+)|does not accept option '(.+?)'", line)
     if not unknown:
-        return line
+        # Of a subcommand, which the command line names before them.
+        head, required, names = line.partition("arguments are required: ")
+        keys = set(known.keys())
+        own = (n if n in keys else n.partition(".")[2] or n for n in names.split(", "))
+        return head + required + ", ".join(own)
     name = unknown[1] or unknown[2]
     # The last part weighs double: a typo is compared with its neighbours before other sections.
     near = difflib.get_close_matches(name, list(known.keys()), n=1, cutoff=0.5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from rollouts import CODEC
 
 from threadweaver import device
@@ -45,7 +44,7 @@ def test_a_line_says_how_many_tokens_fit(fork_join_model):
 def test_a_pool_of_a_size_holds_that_many_bytes_of_keys_and_values(fork_join_model):
     """In bfloat16 twice the tokens of float32."""
     sizes = EngineSizes(kv_gigabytes=0.01)
-    whole, half = (pool_size(fork_join_model, sizes, d) for d in (torch.float32, torch.bfloat16))
+    whole, half = (pool_size(fork_join_model, sizes, autocast) for autocast in (False, True))
     assert half.pages // 2 == pytest.approx(whole.pages, abs=1)
     for size in (whole, half):
         assert 0.01e9 - size.page_bytes < size.bytes <= 0.01e9

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from threadweaver.generate.constraint import Constraint
+from threadweaver.generate.decoder import Decoding
 from threadweaver.generate.pages import PagePool
 from threadweaver.generate.pool_size import pool_size
 from threadweaver.generate.rollout import Completion, Rollout
@@ -50,44 +51,21 @@ class Token(NamedTuple):
 
 
 @dataclass(eq=False)
-class Generation:
-    """One response that is being decoded.
+class Generation(Decoding):
+    """One response of an engine.
 
     Attributes:
         number: unique in its engine, in the order of `add`.
-        weaver: its state machine.
         open: the sequences of its open requests.
         retained: closed ones whose path a join may still extend.
-        completions: of its closed requests.
-        steps: engine steps that computed tokens of it.
-        started, ended: when the first of them began and the last was over; 0 until then.
     """
 
     number: int
-    prompt: list[int] = field(repr=False)
-    settings: GenerationSettings
-    seed: int
-    weaver: Weaver = field(repr=False)
     family: Family = field(repr=False)
     script: Script | None = field(default=None, repr=False)
     constraint: Constraint | None = field(default=None, repr=False)
     open: dict[RequestId, Sequence] = field(default_factory=dict, repr=False)
     retained: dict[RequestId, Sequence] = field(default_factory=dict, repr=False)
-    completions: dict[RequestId, Completion] = field(default_factory=dict, repr=False)
-    steps: int = 0
-    started: float = 0.0
-    ended: float = 0.0
-
-    def rollout(self) -> Rollout:
-        """The record of a generation that is done."""
-        return Rollout(
-            self.prompt,
-            self.weaver.response,
-            [self.completions[id] for id in sorted(self.completions)],
-            self.weaver.limits,
-            self.steps,
-            self.ended - self.started,
-        )
 
 
 class Engine:
@@ -127,6 +105,7 @@ class Engine:
         reserve: int = 0,
     ):
         self._sizes = EngineSizes(kv_gigabytes, page_size, max_sequences, max_batch_tokens)
+        self._autocast = autocast
         self.codec = codec
         self._model = model
         self._runner = Runner(
@@ -135,7 +114,7 @@ class Engine:
         self._pool_size = None
         if num_pages is None:
             reserve += self._runner.bytes_to_copy
-            self._pool_size = pool_size(model, self._sizes, self._runner.dtype, reserve)
+            self._pool_size = pool_size(model, self._sizes, self._autocast, reserve)
             self._runner.num_pages = num_pages = self._pool_size.pages
         self.pool = PagePool(num_pages, page_size)
         self._scheduler = Scheduler(self.pool, max_sequences, max_batch_tokens)
@@ -216,7 +195,7 @@ class Engine:
         family = self._families.setdefault(tuple(ids), Family(len(ids)))
         family.unfinished += 1
         generation = Generation(
-            self._count, ids, settings, seed, weaver, family, script, constraint
+            ids, settings, seed, weaver, self._count, family, script, constraint
         )
         self._count += 1
         self._live[generation.number] = self._added[generation.number] = generation
@@ -321,7 +300,7 @@ class Engine:
         begins and no branch has pages yet."""
         if self._pool_size is None or self._runner.holds_pages:
             return
-        pages = pool_size(self._model, self._sizes, self._runner.dtype).pages
+        pages = pool_size(self._model, self._sizes, self._autocast).pages
         if pages >= self.pool.num_pages:
             return
         longest = max(

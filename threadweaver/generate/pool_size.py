@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedModel
 
 from threadweaver.device import SHARE_KEPT_FREE, memory_of, unused_memory
+from threadweaver.generate.runner import kv_page_bytes
 from threadweaver.generate.settings import EngineSizes
-from threadweaver.model import context_length, kv_shape, output_layer
+from threadweaver.model import context_length, output_layer
 from threadweaver.trajectory.ids import MOST_IDS
 
 # Of a host's memory, for `auto`: pages take it only once they are written, and whatever else runs
@@ -72,14 +71,14 @@ class PageNeeds:
     set_aside: int
 
     @classmethod
-    def of(cls, model: PreTrainedModel, sizes: EngineSizes, dtype: torch.dtype) -> PageNeeds:
+    def of(cls, model: PreTrainedModel, sizes: EngineSizes, autocast: bool) -> PageNeeds:
         """Args:
         model: of any device, or of tensors without memory.
-        dtype: of keys and values.
+        autocast: as of Runner.
         """
         per_sequence = -(-(context_length(model) or MOST_IDS) // sizes.page_size)
         return cls(
-            math.prod(kv_shape(model, 1, sizes.page_size)) * dtype.itemsize,
+            kv_page_bytes(model, sizes.page_size, autocast),
             sizes.page_size,
             sizes.max_sequences * per_sequence,
             _step_bytes(model, sizes),
@@ -103,19 +102,19 @@ class PageNeeds:
 
 
 def pool_size(
-    model: PreTrainedModel, sizes: EngineSizes, dtype: torch.dtype, reserve: int = 0
+    model: PreTrainedModel, sizes: EngineSizes, autocast: bool, reserve: int = 0
 ) -> PoolSize:
     """Of an engine of a model, on the device where the model is.
 
     Args:
-        dtype: of keys and values.
+        autocast: as of Runner.
         reserve: bytes of a GPU that others will take before the pages are filled.
 
     Raises:
         ValueError: kv_gigabytes is more than the device has, or less than a page.
     """
     device, asked = model.device, sizes.kv_gigabytes
-    needs = PageNeeds.of(model, sizes, dtype)
+    needs = PageNeeds.of(model, sizes, autocast)
     memory = memory_of(device)
     if asked == "auto":
         if device.type == "cpu":

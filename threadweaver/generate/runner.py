@@ -10,6 +10,7 @@ A step has three parts, so that a GPU works while the host thinks of the next:
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -97,7 +98,6 @@ class Runner:
 
     Attributes:
         num_pages: that the next step which takes their memory takes.
-        dtype: of keys and values.
         overlaps: whether `launch` returns before the step is done.
         counts: of all steps so far.
         seconds: time spent on "plan", "model" and, within the model, "attention", and "sampling".
@@ -123,7 +123,7 @@ class Runner:
         self._pages: Tensor | None = None
         self._caches: list[PagedKV] = []
         self._device = model.device  # model.device goes through all parameters
-        self.dtype = torch.bfloat16 if autocast else model.dtype
+        self._dtype = _kv_dtype(model, autocast)
         if capture == "default":
             capture = CudaCapture() if self._device.type == "cuda" else None
         self._capture = capture
@@ -262,7 +262,7 @@ class Runner:
     def _allocate(self) -> None:
         if self._pages is None:
             shape = kv_shape(self._weights.model, self.num_pages, self.page_size)
-            self._pages = torch.empty(shape, dtype=self.dtype, device=self._device)
+            self._pages = torch.empty(shape, dtype=self._dtype, device=self._device)
             self._caches = [PagedKV(k, v) for k, v in self._pages]
             if self._capture is not None:
                 self._graphs = StepGraphs(
@@ -298,6 +298,16 @@ class Runner:
             capacity=capacity,
             costs=of_device(self._device, self._heads),
         )
+
+
+def kv_page_bytes(model: PreTrainedModel, page_size: int, autocast: bool) -> int:
+    """Bytes of a page of `Runner`: its keys and values in all layers."""
+    shape = kv_shape(model, 1, page_size)
+    return math.prod(shape) * _kv_dtype(model, autocast).itemsize
+
+
+def _kv_dtype(model: PreTrainedModel, autocast: bool) -> torch.dtype:
+    return torch.bfloat16 if autocast else model.dtype
 
 
 def _ids(batch: Batch) -> Tensor:

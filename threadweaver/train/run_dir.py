@@ -23,6 +23,7 @@ from jsonargparse import Namespace
 from rich.console import Console
 
 from threadweaver.device import choose, find_device, resolve
+from threadweaver.json_file import read_object
 from threadweaver.lock import LOCK_FILE
 from threadweaver.progress import print_line
 from threadweaver.train.checkpoint import all_checkpoints
@@ -68,27 +69,23 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     write_whole(path, json.dumps(value, indent=indent) + "\n")
 
 
-def read_json(path: Path, *keys: str) -> Any:
-    """What a run wrote to a file of its own.
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """The object that a run wrote to a file of its own.
 
     Args:
-        keys: names that the object in it must have.
+        keys: names that it must have.
 
     Raises:
         ConfigError: it is damaged; names it and says what to do.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        missing = next((key for key in keys if key not in value), None)
-        if missing is None:
-            return value
-        reason = f"it has no '{missing}'"
-    except (OSError, ValueError, RecursionError, TypeError) as error:
+        return read_object(path, *keys)
+    except (OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
-    raise ConfigError(
-        f"{path} is not what a run wrote ({reason}): delete it and resume the run, which makes it "
-        "again"
-    )
+        raise ConfigError(
+            f"{path} is not what a run wrote ({reason}): delete it and resume the run, which makes "
+            "it again"
+        ) from error
 
 
 def checkpoint_of(run_dir: Path) -> Path:

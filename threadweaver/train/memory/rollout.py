@@ -58,7 +58,7 @@ def count_engine(architecture: Architecture, use: EngineUse) -> EngineBytes:
     with counting(architecture, use.parameters, use.on_gpu) as blueprint, torch.no_grad():
         live, model = blueprint.live, blueprint.model
         parameters = live.now
-        pages = PageNeeds.of(model, sizes, torch.bfloat16 if use.autocast else model.dtype)
+        pages = PageNeeds.of(model, sizes, use.autocast)
         weights = EngineWeights(model, torch.bfloat16 if use.autocast else None)
         weights.cast()
         held = live.now

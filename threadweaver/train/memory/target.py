@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from threadweaver.device import DTYPES, SHARE_KEPT_FREE, choose, memory_of
-from threadweaver.train.config import ComputeConfig
+from threadweaver.train.config import ComputeConfig, ConfigError
 from threadweaver.train.run_dir import device_of
 
 
@@ -57,7 +57,12 @@ def target_of(compute: ComputeConfig) -> Target:
     """
     named = compute.device_gb
     absent = compute.device == "cuda" and not torch.cuda.is_available()
-    if absent and named is not None:
+    if absent and named is None:
+        raise ConfigError(
+            "compute.device is cuda, and there is none here: name the memory of the one to plan "
+            "for, as --compute.device_gb 80"
+        )
+    if absent:
         kind, autocast = "cuda", compute.precision != "fp32"
     else:
         device = device_of(compute)
