@@ -129,9 +129,27 @@ def check_overwrite(paths: Iterable[Path], overwrite: bool) -> None:
     raise ValueError(f"{names}: there already; name another place, or give --overwrite")
 
 
+# Of a section that may be left out jsonargparse says all that it could have been.
+_OPTIONAL_SECTION = (
+    r"(?P<name>[\w.]+): Does not validate against any of the Union subtypes "
+    r"Subtypes: \[<class '[\w.]+Config'>, <class 'NoneType'>\] Errors: "
+    r"(- Problem with given class_path '[^']+': (?P<what>.*?) - Expected a <class 'NoneType'>)?"
+    r".*Given value: (?P<value>.*)"
+)
+
+
 def explain(message: str, known: Namespace) -> str:
     """An argument error in one line; an unknown option with the nearest one there is."""
     line = " ".join(message.split()).replace("Parser key ", "").replace('": ', ": ").strip('"')
+    if section := re.search(_OPTIONAL_SECTION, line):
+        name = section["name"]
+        if (what := section["what"]) is None:
+            text = f"{name} is {section['value']}: it must be a section of settings"
+        elif option := re.fullmatch(r"Option '(.+?)' is not accepted", what):
+            text = f"unknown setting '{name}.{option[1]}': see --{name}.help"
+        else:
+            text = f"{name}.{what[1:]}"
+        return line[: section.start()] + text
     unknown = re.search(r"unrecognized arguments: --([^\s=]+)|does not accept option '(.+?)'", line)
     if not unknown:
         # Of a subcommand, which the command line names before them.

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -17,11 +21,13 @@ from transformers import (
 
 from tests.trajectory.byte_tokenizer import byte_tokenizer
 from threadweaver.model import load_model, save_model
+from threadweaver.train.__main__ import main
 from threadweaver.train.rl import RLTrainer
 from threadweaver.train.run_dir import checkpoint_of
 from threadweaver.train.sft import SFTTrainer
 
 from .conftest import ARCH, Run
+from .easy_task import pipeline_settings, write_task
 from .test_rl import LetterTask, begins_low
 
 pytest.importorskip("peft")
@@ -37,10 +43,17 @@ SIZES = {
 }
 
 
-def write_model(folder: Path, kind: str = "qwen3", tied: bool = True, rows: int = 300) -> str:
+def write_model(
+    folder: Path,
+    kind: str = "qwen3",
+    tied: bool = True,
+    rows: int = 300,
+    initializer_range: float = 0.02,
+) -> str:
     """A model whose tokenizer of 300 tokens lacks the tags."""
     torch.manual_seed(0)
     settings = {**SIZES, "vocab_size": rows, "tie_word_embeddings": tied}
+    settings |= {"initializer_range": initializer_range}
     settings |= {"bos_token_id": None, "eos_token_id": byte_tokenizer().eos_token_id}
     if kind == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(**settings))
@@ -248,3 +261,141 @@ def test_the_reference_of_kl_is_the_model_without_adapters(new_rl_run, monkeypat
     assert not loaded  # no second one is in memory
     records = run.metrics()
     assert records[0]["kl"] == 0 and records[-1]["kl"] > 1e-4
+
+
+def test_a_model_without_tags_learns(lora_run, tmp_path):
+    """New tags of a word begin with one row for all of them: with that row kept the loss stays at
+    1.43 or more, since adapters cannot tell <Thread> from </Thread>."""
+    run = lora_run(path=write_model(tmp_path / "model", initializer_range=0.2))
+    run.settings["model"]["lora"] = {"rank": 8, "alpha": 16}
+    run.settings["data"] = {"train": str(write_task(tmp_path / "seven.jsonl"))}
+    run.settings["optimization"] = {
+        "max_steps": 60,
+        "batch_tokens": 2048,
+        "learning_rate": 2e-2,
+        "weight_decay": 0.0,
+    }
+    run.settings["report"] = {"checkpoint_every": 60}
+    assert run() == 0
+    assert run.summary()["train_loss"] < 0.9
+
+
+@pytest.mark.parametrize(
+    "lora, message",
+    [
+        ({"rank": 0}, "model.lora.rank is 0: it must be at least 1"),
+        ({"alpha": 0}, "model.lora.alpha is 0.0: it must be above 0 and finite"),
+        ({"targets": []}, "model.lora.targets is empty: name linear layers, or leave it out"),
+        ({"targets": ["nothing"]}, "model.lora.targets: 'nothing' names no linear layer"),
+        ({"ranks": 4}, "unknown setting 'model.lora.ranks': see --model.lora.help"),
+        ({"rank": "much"}, "model.lora.rank: Expected a <class 'int'>. Got value: much"),
+        (True, "model.lora is True: it must be a section of settings"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_in_one_line(new_run, fails, lora, message):
+    run = new_run()
+    run.settings["model"]["lora"] = lora
+    assert message in fails(run(), 2)
+    assert not run.folder.exists()
+
+
+def test_the_command_line_sets_one_field(new_run):
+    run = new_run()
+    assert run("--model.lora.rank", "2", "--optimization.max_steps", "1") == 0
+    saved = yaml.safe_load((run.folder / "config.yaml").read_text())["model"]["lora"]
+    assert saved == {"rank": 2, "alpha": 32.0, "targets": "all-linear"}
+
+
+def test_without_peft_the_extra_is_named_before_anything_is_loaded(lora_run, fails, monkeypatch):
+    run = lora_run(path="nowhere")
+    monkeypatch.setattr("threadweaver.model.lora.importlib.util.find_spec", lambda name: None)
+    assert "model.lora: it needs the package 'peft': pip install 'threadweaver[lora]'" in fails(
+        run(), 2
+    )
+
+
+def test_a_run_goes_on_with_the_adapters_that_it_has_or_not_at_all(
+    lora_run, new_run, fails, capsys
+):
+    with_lora, without = lora_run("with"), new_run("without")
+    for run in (with_lora, without):
+        assert run("--optimization.max_steps", "2") == 0
+        (run.folder / "summary.json").unlink()
+    capsys.readouterr()
+
+    def resumed(run: Run, **lora) -> str:
+        run.settings["model"]["lora"] = lora or None
+        return fails(run("--optimization.max_steps", "2", "--resume"), 2)
+
+    assert "model.lora.rank is 8, but" in resumed(with_lora, rank=8, alpha=8)
+    assert "model.lora.alpha is None, but" in resumed(with_lora)
+    # The defaults of a section are no settings of a run that was made without it.
+    assert "model.lora.rank is 16, but" in resumed(without, rank=16, alpha=32.0)
+
+
+def test_adapters_do_not_go_on_over_another_model(lora_run, tmp_path, fails):
+    run = lora_run(path=write_model(tmp_path / "model"))
+    assert run("--optimization.max_steps", "2") == 0
+    (run.folder / "summary.json").unlink()
+    write_model(tmp_path / "model", initializer_range=0.1)
+    line = fails(run("--optimization.max_steps", "2", "--resume"), 2)
+    assert "is not what the adapters of" in line
+
+
+def test_a_damaged_adapter_file_is_named_and_what_to_do(lora_run, fails):
+    run = lora_run()
+    assert run("--optimization.max_steps", "2") == 0
+    (run.folder / "summary.json").unlink()
+    file = run.folder / "checkpoints/step-2/adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    line = fails(run("--optimization.max_steps", "2", "--resume"), 2)
+    assert str(file) in line and "delete the folder step-2" in line
+
+
+def test_nothing_but_the_run_is_said(lora_run):
+    """peft imports packages that warn of kernels nobody uses here."""
+    run = lora_run()
+    done = subprocess.run(
+        [sys.executable, "-m", "threadweaver.train", *run.arguments("--optimization.max_steps=1")],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> Path:
+    """The folder of a pipeline of adapters."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    settings = pipeline_settings(folder / "run", write_task(folder / "seven.jsonl"))
+    settings["model"] = {
+        "path": write_model(folder / "model", initializer_range=0.2),
+        "lora": {"rank": 8, "alpha": 16},
+    }
+    settings["sft"]["optimization"] |= {"max_steps": 150, "batch_tokens": 2048}
+    settings["self_train"]["rollouts"]["samples"] = 4
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["pipeline", "--config", str(folder / "run.yaml")]) == 0
+    return folder / "run"
+
+
+def test_each_stage_of_a_pipeline_starts_from_the_merged_model_of_the_one_before(pipeline):
+    def config(stage: str) -> dict:
+        return yaml.safe_load((pipeline / stage / "config.yaml").read_text())["model"]
+
+    ends = {s: str(checkpoint_of(pipeline / s)) for s in ("sft", "self_train/sft", "rl")}
+    assert config("self_train")["path"] == ends["sft"]
+    assert config("self_train/sft")["path"] == ends["sft"]
+    assert config("rl")["path"] == ends["self_train/sft"]
+    for stage, end in ends.items():
+        assert Path(end).name == "merged"
+        adapter = json.loads((Path(end).parent / "adapter_config.json").read_text())
+        assert (adapter["r"], adapter["lora_alpha"]) == (8, 16)
+        base = adapter["base_model_name_or_path"]
+        assert base == (str(pipeline / "sft" / "base") if stage == "sft" else config(stage)["path"])
+        merged = load_file(Path(end) / "model.safetensors")
+        before = load_file(Path(base) / "model.safetensors")
+        q = "model.layers.0.self_attn.q_proj.weight"
+        assert merged.keys() == before.keys() and not torch.equal(merged[q], before[q])
+    summary = json.loads((pipeline / "summary.json").read_text())
+    assert summary["checkpoint"] == ends["rl"]
