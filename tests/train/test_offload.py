@@ -125,6 +125,33 @@ def test_weights_and_their_copies_are_never_moved():
     assert offload.moved and not weights & {*offload.moved}
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_recomputed_layers_keep_nothing_on_the_device_and_gradients_are_the_same():
+    trie = Trie.from_paths([[1] * 8192], [[1.0] * 8192])
+    found = {}
+    for offloads in (False, True):
+        model = new_model(build_tokenizer(), {**ARCH, "hidden_size": 256}, seed=1).train()
+        torch.nn.Module.to(model, "cuda")
+        offload = ActivationOffload(model) if offloads else None
+        recompute_activations(model, True, offload)
+        trie_loss(model, Trie.from_paths([[1, 2]], [[1.0] * 2])).backward()
+        model.zero_grad(set_to_none=False)
+        before = torch.cuda.memory_allocated()
+        offloading = offload.forward_pass() if offload else nullcontext()
+        with torch.autocast("cuda", torch.bfloat16), offloading:
+            loss = trie_loss(model, trie)
+        kept = torch.cuda.memory_allocated() - before
+        loss.backward()
+        gradients = [p.grad.cpu() for p in model.parameters() if p.grad is not None]
+        found[offloads] = kept, loss.item(), gradients
+        assert offload is None or offload.moved_bytes > LAYERS * 8192 * 256 * 2
+    (plain, want_loss, want), (kept, loss, got) = found[False], found[True]
+    assert plain - kept > LAYERS * 8192 * 256 * 2
+    assert loss == pytest.approx(want_loss, rel=1e-6)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 def test_what_is_small_or_no_activation_stays():
     model = new_model(build_tokenizer(), ARCH, seed=1)
     offload = ActivationOffload(model, least_bytes=400)

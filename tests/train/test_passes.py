@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bench.meter import CpuMeter
 from tests.kernels.tries import node_prefixes, random_paths, real_trees
 from tests.train.groups import random_group
 from tests.train.test_policy_loss import assert_same, gradients, tiny_model
@@ -197,6 +198,27 @@ def test_losses_and_gradients_of_a_real_tree_add_up():
     loss, got = loss_gradients(model, [part.trie for part in passes])
     assert loss == pytest.approx(want_loss, rel=1e-6)
     assert_same(got, want, 1e-6)
+
+
+@pytest.mark.slow
+def test_the_smaller_the_passes_the_less_memory_a_step_takes():
+    tree = random_vocabulary(real_trees(0.2)["docmergeToT-1"])
+    tree.columns["weights"] = torch.ones(len(tree))
+    model = tiny_model(0)
+    trie_loss(model, Trie.from_paths([[7, 8]], [[1.0] * 2])).backward()  # gradients are there
+    peaks = []
+    for most in (len(tree), len(tree) // 2, len(tree) // 4):
+        tries = [part.trie for part in split(tree, most)]
+
+        def step(tries=tries):
+            for trie in tries:
+                trie_loss(model, trie).backward()
+
+        peaks.append(CpuMeter().peak_bytes(step))
+    if None in peaks:
+        pytest.skip("/proc does not say how much memory is resident")
+    whole, half, quarter = peaks
+    assert quarter < 0.7 * half < 0.7 * 0.7 * whole, peaks
 
 
 @pytest.fixture(scope="module")
