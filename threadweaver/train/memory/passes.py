@@ -97,9 +97,18 @@ class PassPeaks:
     host: int
 
     @property
+    def early(self) -> int:
+        """The most while all activations are there."""
+        return max(self.forward, self.last_layer)
+
+    @property
+    def late(self) -> int:
+        """The most when all gradients are there."""
+        return max(self.first_layer, self.embedding)
+
+    @property
     def in_layers(self) -> int:
-        ends = self.last_layer, self.first_layer, self.embedding
-        return max(self.forward, self.backward, *ends)
+        return max(self.early, self.late, self.backward)
 
 
 def run_passes(

@@ -25,14 +25,13 @@ class Updating:
     """Passes over tries, and a step of the optimizer.
 
     Attributes:
-        sums_gradients: whether a pass finds the gradients of another, with which its own are
-            summed.
+        micro_batches: of a step, on all ranks; None: as many as there happen to be.
         policy: of P-GRPO; None: supervised.
     """
 
     title: str
     optimization: AdamWConfig
-    sums_gradients: bool
+    micro_batches: int | None
     policy: PolicyConfig | None = None
 
 
@@ -79,7 +78,7 @@ def phases_of(config: RunConfig) -> Iterator[Updating | RollingOut]:
 
 
 def _supervised(title: str, optimization: OptimizationConfig) -> Updating:
-    return Updating(title, optimization, optimization.accumulation > 1)
+    return Updating(title, optimization, optimization.accumulation)
 
 
 def _policy(
@@ -89,4 +88,4 @@ def _policy(
     yield RollingOut("P-GRPO: rollouts", f"{prefix}rollouts", rl.rollouts, **held)
     if config.report.validate_every is not None:
         yield RollingOut("P-GRPO: validation", "evaluate", config.evaluate, **held)
-    yield Updating("P-GRPO", rl.optimization, True, rl.policy)
+    yield Updating("P-GRPO", rl.optimization, None, rl.policy)

@@ -105,6 +105,8 @@ class Planner:
         """`explain`: with what activations would take recomputed and not."""
         optimization, policy = phase.optimization, phase.policy
         recomputed, trained = compute.gradient_checkpointing, self._trained_dtype(target)
+        micro_batches = phase.micro_batches
+        several = micro_batches is None or micro_batches > target.ranks
         passes = Passes(
             tokens,
             recomputed,
@@ -113,7 +115,7 @@ class Planner:
             target.on_gpu,
             policy is not None,
             policy is not None and policy.entropy > 0,
-            phase.sums_gradients or tokens < optimization.batch_tokens,
+            several or tokens < optimization.batch_tokens,
             target.ranks > 1,
             compute.activation_offload,
         )
@@ -136,7 +138,7 @@ class Planner:
                 Part("gradients", found.gradients, _name(trained)),
             ]
         else:
-            share = sharded(found, target, trained)
+            share = sharded(found, target, trained, passes.sums_gradients)
             elements, peak = share.elements, share.peak
             shares = share.parameters + share.gradients
             parts = [

@@ -43,31 +43,38 @@ class ShardedUpdate:
     elements: tuple[int, ...]
 
 
-def sharded(found: UpdateBytes, target: Target, trained: torch.dtype) -> ShardedUpdate:
+def sharded(
+    found: UpdateBytes, target: Target, trained: torch.dtype, sums_gradients: bool
+) -> ShardedUpdate:
     """Args:
     found: the passes of one process, with the parameters in target.products and gradients that
         leave at once.
     trained: dtype of what is.
+    sums_gradients: whether a rank has several passes.
     """
     item, own = target.products.itemsize, target.parameters.itemsize
     elements = tuple(target.shard(n) for n in found.elements)
     parameters = target.shard(found.parameters // item) * own
     gradients = sum(elements) * trained.itemsize
-    shares = parameters + gradients
     layer, rest = found.layer, found.rest
     whole = rest.parameters * item
     layers = _LAYERS_AT_ONCE * layer.parameters * item
-    waiting = layer.trained * (item + _SUMMED)
-    in_output = whole + layers + found.in_output
-    in_layers = whole + layers + rest.output * item + waiting + found.in_layers
-    at_end = whole + rest.trained * (item + _SUMMED)
+    # The output layer's gradients, and those of a layer, in the dtype of products.
+    waiting = (rest.output + layer.trained) * item
+    before = gradients if sums_gradients else 0
+    most = max(
+        before + layers + found.in_output,
+        before + layers + waiting + found.in_layers,
+        gradients + layers + waiting + layer.trained * _SUMMED + found.late,
+        gradients + rest.trained * (item + _SUMMED),
+    )
     return ShardedUpdate(
         parameters,
         gradients,
         whole + layers,
-        max(rest.output * item + waiting, rest.trained * (item + _SUMMED)),
+        max(waiting + layer.trained * _SUMMED, rest.trained * (item + _SUMMED)),
         found.activations,
         found.output_pieces,
-        shares + max(in_output, in_layers, at_end),
+        parameters + whole + most,
         elements,
     )
