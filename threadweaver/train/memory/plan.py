@@ -25,6 +25,7 @@ class Phase:
         total: most that is held at once; less than the sum where parts are not there together.
         host: bytes that it holds on the host instead of the device.
         engine: its KV pages are those of this section of the settings, if it has any.
+        tokens: of a pass, or of all KV pages.
     """
 
     title: str
@@ -32,6 +33,7 @@ class Phase:
     total: int
     host: int = 0
     engine: str | None = None
+    tokens: int = 0
 
     def part(self, name: str) -> int:
         """Bytes of the part of this name, 0 if there is none."""

@@ -155,7 +155,7 @@ class Planner:
         step = step_bytes(optimization.optimizer, elements, trained)
         total = max(peak, shares + step) + sum(part.bytes for part in held)
         _, host = state_bytes(optimization.optimizer, elements, trained)
-        return Phase(title, _there(parts), total, host + found.host)
+        return Phase(title, _there(parts), total, host + found.host, tokens=tokens)
 
     def _rolling_out(self, phase: RollingOut, target: Target) -> Phase:
         sizes, trained = phase.settings.engine, phase.weights == "trained"
