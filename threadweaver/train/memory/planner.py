@@ -196,7 +196,11 @@ class Planner:
             pool, note = found.pages.named(sizes.kv_gigabytes), f"{name} {sizes.kv_gigabytes:g}"
         parts.insert(-1, Part("KV pages", pool.bytes, f"{pool.tokens:,} tokens, {note}"))
         return Phase(
-            phase.title, _there(parts), taken + pool.bytes, engine=f"{phase.section}.engine"
+            phase.title,
+            _there(parts),
+            taken + pool.bytes,
+            engine=f"{phase.section}.engine",
+            tokens=pool.tokens,
         )
 
     def _reference(self, phase: Updating | RollingOut, target: Target) -> list[Part]:
