@@ -23,6 +23,7 @@ ROOMS = [
         "threadweaver.json_file",
         "threadweaver.lock",
         "threadweaver.output",
+        "threadweaver.ranks",
         "threadweaver.whole_file",
     ],
     ["threadweaver.command", "threadweaver.progress"],

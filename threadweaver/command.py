@@ -81,7 +81,8 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
                 raise
             asked = re.search(r"[Tt]ried to allocate (\S+ \w+)", str(error))
             what = f"out of memory{f' when {asked[1]} were asked for' if asked else ''}"
-            code = fail(f"{what}: lower kv_gigabytes or batch_tokens, or end what else uses it", 1)
+            settings = "kv_gigabytes, batch_tokens or pass_tokens"
+            code = fail(f"{what}: lower {settings}, or end what else uses it", 1)
         return _flush() or code
 
     return run

@@ -118,3 +118,21 @@ def test_a_control_group_limits_the_memory_of_a_host(tmp_path, files, limits):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     assert sorted(device._group_limits(tmp_path)) == limits
+
+
+def test_a_pool_leaves_room_for_copies_of_weights_and_for_what_is_reserved(
+    fork_join_model, monkeypatch
+):
+    left = []
+
+    def found(model, sizes, autocast, reserve=0):
+        left.append(reserve)
+        return pool_size(model, sizes, autocast, reserve)
+
+    monkeypatch.setattr(engine_module, "pool_size", found)
+    engine = Engine(fork_join_model, CODEC, autocast=True, reserve=1000)
+    engine._runner.cast()
+    copies = sum(own.nbytes for own, _ in engine._runner._weights._copies)
+    assert copies > 0 and left == [1000 + copies] and engine._runner.bytes_to_copy == 0
+    engine.free()
+    assert engine._runner.bytes_to_copy == copies

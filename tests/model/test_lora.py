@@ -10,10 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.models.qwen3 import modeling_qwen3
+from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 from tests.architecture import SMALL
 from threadweaver.model import (
+    WeightCopies,
     build_tokenizer,
+    fuse,
     load_model,
     new_model,
     output_layer,
@@ -24,7 +28,8 @@ from threadweaver.model import (
     trie_loss,
 )
 from threadweaver.model import loss as model_loss
-from threadweaver.model.lora import Adapters, base_model, merged_model
+from threadweaver.model.lora import Adapters, adapter_parameters, base_model, merged_model
+from threadweaver.train.setup import compile_layers, recompute_activations
 from threadweaver.trajectory import TAGS
 from tw_kernels import Trie, fused
 
@@ -158,6 +163,54 @@ def test_hidden_states_have_the_gradient_that_passes_through_trained_rows(output
         for head in heads
     ]
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
+def loss_and_gradients(model) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = trie_loss(model, Trie.from_paths(PATHS, weights=[[1.0] * len(p) for p in PATHS]))
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+COMPILED = pytest.param("compiled", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("way", ["recomputed", COMPILED, "fused", "copies"])
+def test_a_model_with_adapters_computes_the_same(way, monkeypatch):
+    """With recomputed, compiled or fused layers, and with copies of its matrices."""
+    model, _ = model_with_adapters(MODELS["qwen3, tied"])
+    precision = torch.autocast("cpu", torch.bfloat16, enabled=way == "copies")
+    with precision:
+        want, wanted = loss_and_gradients(model)
+    if way == "recomputed":
+        recompute_activations(model)
+    elif way == "compiled":
+        compile_layers(model, backend="aot_eager")
+        recompute_activations(model)
+    elif way == "copies":
+        WeightCopies(model, torch.bfloat16).cast()
+    else:
+        pytest.importorskip("triton")
+        if reason := fused.why_not(torch.device("cpu")):
+            pytest.skip(reason)
+        monkeypatch.setattr(modeling_qwen3, "apply_rotary_pos_emb", apply_rotary_pos_emb)
+        plain = new_model(TOKENIZER, MODELS["qwen3, tied"])
+        assert fuse(plain) is None
+        other = Adapters(plain, 4, 8.0, "all-linear", TAG_IDS, seed=0)
+        with torch.no_grad():
+            for mine, theirs in zip(other.parameters(), adapter_parameters(model), strict=True):
+                mine.copy_(theirs)
+        model = plain
+        monkeypatch.setattr(model_loss, "_by_kernels", lambda hidden: True)
+    with precision:
+        got, grads = loss_and_gradients(model)
+    tolerance = 1e-2 if way == "copies" else 1e-5  # of bfloat16, in which gradients are summed
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=0)
+    assert grads.keys() == wanted.keys()
+    for name, gradient in grads.items():
+        assert (gradient - wanted[name]).norm() <= 10 * tolerance * wanted[name].norm(), name
+    merged, _ = loss_and_gradients(merged_model(model).requires_grad_())
+    torch.testing.assert_close(merged, want, rtol=tolerance, atol=0)
 
 
 def test_the_same_seed_gives_the_same_adapters_and_moves_no_generator():

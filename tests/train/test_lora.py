@@ -372,13 +372,16 @@ def pipeline(tmp_path_factory) -> Path:
         "path": write_model(folder / "model", initializer_range=0.2),
         "lora": {"rank": 8, "alpha": 16},
     }
-    settings["sft"]["optimization"] |= {"max_steps": 150, "batch_tokens": 2048}
-    settings["self_train"]["rollouts"]["samples"] = 4
+    settings["sft"]["optimization"] |= {"learning_rate": 2e-2, "batch_tokens": 2048}
+    for stage, temperature in (("self_train", 0.1), ("rl", 0.5)):  # so that some are right
+        generation = {"max_tokens": 80, "sampling": {"temperature": temperature}}
+        settings[stage]["rollouts"]["generation"] = generation
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
     assert main(["pipeline", "--config", str(folder / "run.yaml")]) == 0
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_each_stage_of_a_pipeline_starts_from_the_merged_model_of_the_one_before(pipeline):
     def config(stage: str) -> dict:
         return yaml.safe_load((pipeline / stage / "config.yaml").read_text())["model"]

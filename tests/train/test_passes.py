@@ -262,7 +262,9 @@ def test_clipped_policy_losses_with_kl_and_entropy_add_up(batch, share):
     [whole], want = policy_gradients(model, batch, [(batch, torch.arange(len(batch)))])
     most = max(1, len(batch) // share)
     nodes = [part.nodes for part in split(batch.trie, most)]
-    losses, got = policy_gradients(model, batch, list(zip(batch.split(most), nodes, strict=True)))
+    parts = batch.split(most)
+    assert all(len(part.sampled) for part in parts)
+    losses, got = policy_gradients(model, batch, list(zip(parts, nodes, strict=True)))
     assert len(losses) > 1
     assert 0 < whole.clipped < batch.num_completion_tokens
     for name in ("loss", "clipped", "entropy", "kl", "mismatch"):
