@@ -54,7 +54,7 @@ class LoraConfig:
         rank: of the product that is added to a matrix.
         alpha: that product counts alpha / rank times.
         targets: names of the linear layers that get one, such as [q_proj, v_proj]; all-linear: all
-            but the output layer.
+            but the output layer and, in a model with experts, those of attention alone.
     """
 
     rank: int = 16
