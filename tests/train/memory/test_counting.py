@@ -26,10 +26,11 @@ from threadweaver.train.memory.planner import Planner
 from threadweaver.train.memory.rollout import EngineUse, count_engine
 from threadweaver.train.memory.update import count_update
 from threadweaver.train.stages import RLConfig, SFTConfig
+from threadweaver.trajectory import TAGS
 
 BF16, FP32 = torch.bfloat16, torch.float32
 DEEP = {**SMALL, "num_hidden_layers": 5, "max_position_embeddings": 4096}
-WIDE = arch(256, 2)
+WIDE = arch(128, 2)
 
 
 def architecture(lora: LoraConfig | None = None, **fields) -> Architecture:
@@ -57,11 +58,10 @@ def update_of(config: SFTConfig | RLConfig) -> Phase:
 @pytest.mark.parametrize(
     ("passes", "lora"),
     [
-        (Passes(100, False, FP32, False, False), None),
         (Passes(100, True, FP32, True, True, policy=True, sums_gradients=True), None),
         (Passes(100, True, BF16, True, True, sharded=True, offloaded=True), None),
         (Passes(100, 3, FP32, False, False), None),
-        (Passes(100, True, BF16, True, True), LoraConfig(rank=4)),
+        (Passes(100, True, BF16, True, True), LoraConfig(rank=4, targets=["q_proj"])),
     ],
 )
 def test_two_and_three_layers_tell_what_equal_ones_hold(passes, lora, monkeypatch):
@@ -88,35 +88,31 @@ def test_layers_that_differ_are_all_run():
     assert seen == [5]
 
 
-def test_adapters_have_all_gradients_and_moments_and_the_base_has_none():
-    fields = WIDE
-    whole, few = update_of(sft(fields)), update_of(sft(fields, LoraConfig(rank=4)))
-    attention = 2 * (256 + 4 * 64) + 2 * (256 + 2 * 64)  # rows and columns
-    least = 2 * (attention + 3 * (256 + 768)) * 4 * 4  # layers, rank, bytes
-    assert least <= few.part("gradients") < 1.1 * least  # and rows of tags
-    assert few.part("optimizer") == 2 * few.part("gradients")
-    assert few.part("parameters") == pytest.approx(whole.part("parameters"), rel=0.15)
-
-
-def test_a_base_in_bfloat16_is_half_and_its_gradients_are_in_float32():
-    fields, lora = arch(256, 4), LoraConfig(rank=4)
-    full = update_of(on_gpu(fields, 80, lora=lora))
-    half = update_of(on_gpu(fields, 80, lora=lora, parameters="bf16"))
-    assert half.part("parameters") < 0.6 * full.part("parameters")
-    for name in ("gradients", "optimizer"):
-        assert half.part(name) == full.part(name)
+def test_adapters_have_all_gradients_and_the_base_has_none():
+    """In float32, whatever the base is in."""
+    lora, passes = (
+        LoraConfig(rank=4, targets=["q_proj", "down_proj"]),
+        Passes(16, False, BF16, True, False),
+    )
+    of = architecture_of(ModelConfig(arch=WIDE, lora=lora))
+    of_layer = (128 + 2 * 64) + (384 + 128)  # rows and columns
+    rows_of_tags = 2 * len(TAGS) * 128
+    found = count_update(of, passes)
+    assert found.gradients == 4 * (2 * 4 * of_layer + rows_of_tags) == 4 * sum(found.elements)
+    base = count_update(architecture_of(ModelConfig(arch=WIDE)), passes)
+    ids = 8 * len(TAGS)
+    assert found.parameters == base.parameters + found.gradients + ids
 
 
 def test_the_reference_of_adapters_takes_no_memory():
-    for lora, kept in ((None, True), (LoraConfig(), False)):
-        config = RLConfig(
-            run_dir="unused",
-            model=ModelConfig(arch=DEEP, lora=lora),
-            compute=ComputeConfig(device="cpu", precision="fp32"),
-        )
-        config.policy.kl = 0.1
-        config.optimization.batch_tokens = 64
-        assert (update_of(config).part("reference") > 0) == kept
+    config = RLConfig(
+        run_dir="unused",
+        model=ModelConfig(arch=SMALL, lora=LoraConfig(targets=["q_proj"])),
+        compute=ComputeConfig(device="cpu", precision="fp32"),
+    )
+    config.policy.kl = 0.1
+    config.optimization.batch_tokens = 16
+    assert not any(phase.part("reference") for phase in Planner(config).plan(config).phases)
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4, targets=["q_proj"])])
@@ -125,7 +121,8 @@ def test_an_engine_doubles_no_parameters_in_bfloat16_but_those_with_adapters(lor
     use = EngineUse(EngineSizes(max_batch_tokens=16, max_sequences=4), BF16, True, False)
     heads, item = DEEP["num_attention_heads"] * DEEP["head_dim"], 2
     of_targets = 5 * heads * DEEP["hidden_size"] * item
-    assert count_engine(of, use).copies == (of_targets if lora else 0)
+    rows_of_tags = len(TAGS) * DEEP["hidden_size"] * item
+    assert count_engine(of, use).copies == (of_targets + rows_of_tags if lora else 0)
 
 
 def test_ranks_share_parameters_gradients_and_moments():
@@ -194,7 +191,7 @@ def test_offloaded_activations_are_on_the_host():
     here = update_of(on_gpu(fields, 80, gradient_checkpointing=True))
     there = update_of(on_gpu(fields, 80, gradient_checkpointing=True, activation_offload=True))
     moved = here.part("activations") - there.part("activations")
-    assert moved > 0.8 * here.part("activations")
+    assert moved > 0.75 * here.part("activations")
     assert moved <= there.host <= 2.2 * moved  # in powers of two
 
 

@@ -175,14 +175,15 @@ def show(tmp_path, capsys):
 
 
 def test_a_run_that_does_not_fit_says_with_what_it_would(show):
-    on_gpu = ["--data.train", "absent.jsonl", "--compute.device", "cuda", "--compute.device_gb"]
-    code, out = show("sft", *on_gpu, "200")
+    on_gpu = ["--data.train", "absent.jsonl", "--optimization.batch_tokens", "4096"]
+    on_gpu += ["--compute.device", "cuda", "--compute.device_gb"]
+    code, out = show("sft", *on_gpu, "60")
     assert code == 0 and "\nfits: at most" in out
-    code, out = show("sft", *on_gpu, "24")
+    code, out = show("sft", *on_gpu, "16")
     assert code == 2 and "\ndoes not fit: at most" in out
     options = out.strip().splitlines()[-1].partition(" with: ")[2].split()
     assert options
-    code, out = show("sft", *on_gpu, "24", *options)
+    code, out = show("sft", *on_gpu, "16", *options)
     assert code == 0 and "\nfits: at most" in out
 
 
