@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from threadweaver import ranks
 from threadweaver.train.config import AdamWConfig, ConfigError, RunConfig
 
 
@@ -31,11 +30,6 @@ def check_optimizers(config: RunConfig, device: torch.device) -> None:
             raise ConfigError(
                 f"{setting}: it moves a GPU's state to the host, and the device is {device.type}: "
                 "use adamw or adamw-8bit"
-            )
-        if settings.optimizer != "adamw" and ranks.size() > 1:
-            raise ConfigError(
-                f"{setting}: its state cannot be divided among {ranks.size()} ranks: use adamw, of "
-                "which each rank holds a part"
             )
         if settings.optimizer != "adamw":
             needed = setting

@@ -340,7 +340,7 @@ class Trainer(Run[T]):
         if compute.pass_tokens is not None or self.device.type != "cuda":
             return compute.pass_tokens
         with Progress(self.console, "counting the memory of an update", None, "counts"):
-            choice = choose_pass_tokens(self.config)
+            choice = ranks.on_first(lambda: choose_pass_tokens(self.config))
         if choice.note:
             print_line(self.console, choice.note)
         return choice.tokens

@@ -25,12 +25,22 @@ def check_settings(config: RunConfig) -> None:
                     f"{name} is {theirs.get(name)} on rank {rank} and {value} on rank 0: start all "
                     "ranks with the same settings"
                 )
+    check_divisible(config, size)
+
+
+def check_divisible(config: RunConfig, size: int) -> None:
+    """Raises ConfigError if so many ranks cannot share out what the settings ask for."""
     for name, settings in optimizations(config):
         if isinstance(settings, OptimizationConfig) and settings.accumulation % size:
             raise ConfigError(
                 f"{name}.accumulation is {settings.accumulation}, and there are {size} ranks: it "
                 "counts the micro-batches that all ranks have in a step, so it must be a multiple "
                 f"of {size}"
+            )
+        if settings.optimizer != "adamw" and size > 1:
+            raise ConfigError(
+                f"{name}.optimizer is {settings.optimizer}: its state cannot be divided among "
+                f"{size} ranks: use adamw, of which each rank holds a part"
             )
 
 

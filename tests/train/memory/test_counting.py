@@ -12,6 +12,7 @@ from tests.train.memory.test_plan import arch
 from threadweaver.generate.settings import EngineSizes
 from threadweaver.train.config import (
     ComputeConfig,
+    ConfigError,
     DataConfig,
     LoraConfig,
     ModelConfig,
@@ -42,7 +43,7 @@ def sft(fields: dict, lora: LoraConfig | None = None, tokens: int = 4096, **comp
         run_dir="unused",
         model=ModelConfig(arch=fields, lora=lora),
         data=DataConfig(train="unused"),
-        optimization=OptimizationConfig(batch_tokens=tokens),
+        optimization=OptimizationConfig(batch_tokens=tokens, accumulation=4),
         compute=ComputeConfig(**{"device": "cpu", "precision": "fp32", **compute}),
     )
 
@@ -191,7 +192,7 @@ def test_offloaded_activations_are_on_the_host():
     here = update_of(on_gpu(fields, 80, gradient_checkpointing=True))
     there = update_of(on_gpu(fields, 80, gradient_checkpointing=True, activation_offload=True))
     moved = here.part("activations") - there.part("activations")
-    assert moved > 0.75 * here.part("activations")
+    assert moved > 0.7 * here.part("activations")
     assert moved <= there.host <= 2.2 * moved  # in powers of two
 
 
@@ -215,3 +216,24 @@ def test_what_is_set_aside_for_a_step_is_at_least_what_it_takes(name, use_gpu):
     for sizes in (EngineSizes(max_batch_tokens=4096), EngineSizes(max_sequences=256)):
         found = count_engine(of, EngineUse(sizes, FP32, use_gpu, use_gpu))
         assert found.step <= found.pages.set_aside < 8 * found.step
+
+
+def test_what_ranks_cannot_share_out_has_no_plan():
+    config = on_gpu(SMALL, 80, tokens=16, ranks=3)
+    with pytest.raises(ConfigError, match=r"accumulation is 4, and there are 3 ranks"):
+        Planner(config).plan(config)
+    config = on_gpu(SMALL, 80, tokens=16, ranks=2)
+    config.optimization.optimizer = "adamw-8bit"
+    with pytest.raises(ConfigError, match="cannot be divided among 2 ranks"):
+        Planner(config).plan(config)
+
+
+def test_ranks_have_all_adapters_and_a_share_of_the_base():
+    alone, two = (
+        update_of(on_gpu(WIDE, 80, lora=LoraConfig(rank=4), tokens=16, ranks=ranks))
+        for ranks in (1, 2)
+    )
+    for name in ("gradients", "optimizer"):
+        assert two.part(name) == alone.part(name)
+    base = alone.part("parameters") - alone.part("gradients")
+    assert two.part("parameters") - two.part("gradients") == pytest.approx(base / 2, rel=0.01)

@@ -18,6 +18,7 @@ from threadweaver.train.memory.rollout import EngineBytes, EngineUse, count_engi
 from threadweaver.train.memory.sharding import sharded
 from threadweaver.train.memory.target import Target, target_of
 from threadweaver.train.memory.update import Passes, UpdateBytes, count_activations, count_update
+from threadweaver.train.same_on_ranks import check_divisible
 
 # Of passes that are chosen. A path is never cut, so passes are to hold long ones: a plan takes none
 # that would be more than so many parts of a batch.
@@ -45,6 +46,7 @@ class Planner:
     def plan(self, config: RunConfig) -> Plan:
         """Raises ConfigError for settings that cannot be."""
         target = target_of(config.compute)
+        check_divisible(config, target.ranks)
         return Plan(target, tuple(self._phases(config, target)))
 
     def _phases(self, config: RunConfig, target: Target) -> Iterator[Phase]:
@@ -138,13 +140,15 @@ class Planner:
                 Part("gradients", found.gradients, _name(trained)),
             ]
         else:
-            share = sharded(found, target, trained, passes.sums_gradients)
+            has_adapters = self.architecture.lora is not None
+            of_ranks = f"a share of {target.ranks}"
+            share = sharded(found, target, has_adapters, passes.sums_gradients)
             elements, peak = share.elements, share.peak
             shares = share.parameters + share.gradients
             parts = [
-                Part("parameters", share.parameters, f"{dtype}, a share of {target.ranks}"),
+                Part("parameters", share.parameters, f"{dtype}, {of_ranks}"),
                 Part("gathered parameters", share.gathered, _name(target.products)),
-                Part("gradients", share.gradients, f"a share of {target.ranks}"),
+                Part("gradients", share.gradients, "" if has_adapters else of_ranks),
                 Part("gradients to sum", share.summed),
             ]
         parts += [
@@ -212,7 +216,9 @@ class Planner:
     def _state(self, optimization: AdamWConfig | None, target: Target) -> list[Part]:
         if optimization is None:
             return []
-        elements = [target.shard(n) for n in self._any_update(target).elements]
+        elements = self._any_update(target).elements
+        if self.architecture.lora is None:
+            elements = [target.shard(n) for n in elements]
         state, _ = state_bytes(optimization.optimizer, elements, self._trained_dtype(target))
         return [Part("optimizer", state, optimization.optimizer)]
 

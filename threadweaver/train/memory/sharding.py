@@ -4,14 +4,12 @@ Each rank holds its share of parameters, gradients and optimizer state. A decode
 before it runs and dropped after it, forward and backward, the next one meanwhile; all that is in no
 layer (embedding, last norm, output layer) stays gathered from the forward to the end of the
 backward pass. Gradients of a layer wait in the dtype of products until it is done, and are summed
-over the ranks in float32.
+over the ranks in float32. Adapters and their gradients and moments are whole on every rank.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
 
 from threadweaver.train.memory.target import Target
 from threadweaver.train.memory.update import UpdateBytes
@@ -44,35 +42,42 @@ class ShardedUpdate:
 
 
 def sharded(
-    found: UpdateBytes, target: Target, trained: torch.dtype, sums_gradients: bool
+    found: UpdateBytes, target: Target, adapters: bool, sums_gradients: bool
 ) -> ShardedUpdate:
     """Args:
     found: the passes of one process, with the parameters in target.products and gradients that
         leave at once.
-    trained: dtype of what is.
+    adapters: whether adapters are trained, of which each rank has all, float32.
     sums_gradients: whether a rank has several passes.
     """
     item, own = target.products.itemsize, target.parameters.itemsize
-    elements = tuple(target.shard(n) for n in found.elements)
-    parameters = target.shard(found.parameters // item) * own
-    gradients = sum(elements) * trained.itemsize
     layer, rest = found.layer, found.rest
     whole = rest.parameters * item
     layers = _LAYERS_AT_ONCE * layer.parameters * item
-    # The output layer's gradients, and those of a layer, in the dtype of products.
-    waiting = (rest.output + layer.trained) * item
-    before = gradients if sums_gradients else 0
-    most = max(
-        before + layers + found.in_output,
-        before + layers + waiting + found.in_layers,
-        gradients + layers + waiting + layer.trained * _SUMMED + found.late,
-        gradients + rest.trained * (item + _SUMMED),
-    )
+    if adapters:
+        gradients = found.gradients
+        base = target.shard((found.parameters - gradients) // item) * own
+        most = gradients + layers + max(found.in_output, found.in_layers)
+        parameters, summed, elements = base + gradients, 0, found.elements
+    else:
+        elements = tuple(target.shard(n) for n in found.elements)
+        gradients, summed = sum(elements) * own, layer.trained * _SUMMED
+        parameters = target.shard(found.parameters // item) * own
+        # The output layer's gradients, and those of a layer, in the dtype of products.
+        waiting = (rest.output + layer.trained) * item
+        before = gradients if sums_gradients else 0
+        most = max(
+            before + layers + found.in_output,
+            before + layers + waiting + found.in_layers,
+            gradients + layers + waiting + summed + found.late,
+            gradients + rest.trained * (item + _SUMMED),
+        )
+        summed = max(waiting + summed, rest.trained * (item + _SUMMED))
     return ShardedUpdate(
         parameters,
         gradients,
         whole + layers,
-        max(waiting + layer.trained * _SUMMED, rest.trained * (item + _SUMMED)),
+        summed,
         found.activations,
         found.output_pieces,
         parameters + whole + most,
