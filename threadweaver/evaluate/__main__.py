@@ -109,6 +109,8 @@ def main(arguments: list[str] | None = None) -> int:
                 options.model, engine_options, parallel=parallel, template=template
             )
             weights = {"weights": engine.fingerprint(), "precision": engine_options.precision}
+            if engine.pool_note:
+                print_line(console, engine.pool_note)
         if note:
             print_line(console, note)
         check_chat(options.chat, tokenizer)

@@ -32,6 +32,7 @@ from threadweaver.train.advantages import group_advantages
 from threadweaver.train.batches import unrolled_tokens
 from threadweaver.train.config import ConfigError
 from threadweaver.train.groups import Group, batch_of, sample_groups
+from threadweaver.train.memory.optimizer import state_bytes
 from threadweaver.train.policy_batch import PolicyTrie, micro_batches, policy_group
 from threadweaver.train.policy_loss import PolicyLoss, policy_loss
 from threadweaver.train.report import print_rl_table
@@ -61,7 +62,12 @@ class RLTrainer(Trainer[RLConfig]):
         self.trains_on = f"task: {config.task.name}"
         self.fingerprint = fingerprint(problems)
         self.num_steps = config.optimization.steps
+        # Before the engine, which may take what is left.
+        with_second = config.policy.kl and self.lora is None
+        self.reference = self._load_reference() if with_second else None
         self.engine = self._engine(config.rollouts.engine)
+        if note := self.engine.pool_note:
+            print_line(self.console, f"rollouts: {note}")
         self.problems, self.skipped_prompts = self._fitting(
             "training",
             self.engine,
@@ -71,12 +77,19 @@ class RLTrainer(Trainer[RLConfig]):
         )
         if config.report.validate_every is not None:
             self._load_held_out()
-        with_second = config.policy.kl and self.lora is None
-        self.reference = self._load_reference() if with_second else None
 
     def _engine(self, sizes: EngineSizes) -> Engine:
-        autocast = self.config.compute.precision == "bf16"
-        return Engine(self.model, self.codec, **asdict(sizes), autocast=autocast)
+        config = self.config
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        elements, dtype = [p.numel() for p in trained], trained[0].dtype
+        moments, _ = state_bytes(config.optimization.optimizer, elements, dtype)
+        return Engine(
+            self.model,
+            self.codec,
+            **asdict(sizes),
+            autocast=config.compute.precision == "bf16",
+            reserve=moments,  # which are there from the second batch on
+        )
 
     def _fitting(
         self,
@@ -331,7 +344,7 @@ class RLTrainer(Trainer[RLConfig]):
 
     def _passes_of(self, tries: list[PolicyTrie]) -> list[PolicyTrie]:
         micros = micro_batches(tries, self.config.optimization.batch_tokens)
-        most = self.config.compute.pass_tokens
+        most = self.pass_tokens
         return micros if most is None else [part for m in micros for part in m.split(most)]
 
     def _backward(self, micro: PolicyTrie, old: Tensor | None, num_tokens: float) -> PolicyLoss:
