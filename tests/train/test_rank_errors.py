@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from tests.train.on_ranks import on_ranks
 from threadweaver import ranks
@@ -110,3 +111,35 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_saved(run, tmp_path):
     assert ended.codes == [143, 143] and ended.err == "", ended.err
     assert "torchrun --nproc_per_node 2 -m threadweaver.train sft" in ended.out
     assert (run.folder / "checkpoints/step-3").is_dir()
+
+
+def not_finite(rank: int) -> None:
+    loss_sum = SFTTrainer._loss_sum
+
+    def spoilt(self, trie):
+        factor = torch.nan if rank == 1 and self.steps_done == 1 else 1
+        return factor * loss_sum(self, trie)
+
+    SFTTrainer._loss_sum = spoilt
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_is_kept_with_the_batch_of_all(run, tmp_path):
+    line = on_ranks(run.arguments(), tmp_path, 2, before=not_finite).one_line(1)
+    assert line.startswith("error: step-2: loss nan")
+    folder = run.folder / "nan-step-2"
+    assert len(torch.load(folder / "tries.pt")) == 2
+    assert (folder / "model/model.safetensors").exists()
+
+
+def no_room(rank: int) -> None:
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    if rank == 1:
+        FileSystemWriter.write_data = full
+
+
+def test_a_rank_that_cannot_write_is_said_once(run, tmp_path):
+    line = on_ranks(run.arguments(), tmp_path, 2, before=no_room).one_line(1)
+    assert "checkpoints/step-2: cannot be written ([Errno 28] No space left" in line
+    assert list((run.folder / "checkpoints").iterdir()) == []
