@@ -65,7 +65,7 @@ def test_the_engine_check_catches_a_wrong_or_missing_first_token():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--models", "[9B]"], "no shape '9B'; one of tiny, 1.7B, 8B"),
+        (["--models", "[9B]"], "no shape '9B'; one of tiny, 0.6B, 1.7B, 4B, 8B, 14B, 32B"),
         (["--requests", "0"], "--requests is 0"),
         (["--generate_seconds", "0"], "--generate_seconds is 0"),
     ],
