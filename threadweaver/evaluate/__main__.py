@@ -212,7 +212,7 @@ def _rows(mode: str, evaluation: Evaluation) -> list[dict[str, Any]]:
     for i, graded in enumerate(evaluation.graded):
         row = graded_row(graded)
         asked = {"prompt": row.pop("question"), "answer": row.pop("ground_truth")}
-        timed = {"seconds": graded.rollout.seconds}
+        timed = {"seconds": graded.counts.seconds}
         rows.append({"mode": mode, "sample": i % evaluation.samples, **asked, **row, **timed})
     return rows
 

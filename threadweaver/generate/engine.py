@@ -144,6 +144,7 @@ class Engine:
             if value < 1:
                 raise ValueError(f"{name} is {value}: it must be at least 1")
         self.codec = codec
+        self.max_sequences = max_sequences
         self._model = model
         self.pool = PagePool(num_pages, page_size)
         self._runner = Runner(
@@ -187,6 +188,11 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return bool(self._live)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the next step could advance more than was added."""
+        return self._scheduler.has_room
 
     def fingerprint(self) -> str:
         """A short name of the weights as they are now."""

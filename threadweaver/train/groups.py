@@ -26,7 +26,7 @@ class Group:
 
     @property
     def num_sampled_tokens(self) -> int:
-        return sum(g.rollout.num_sampled_tokens for g in self.graded)
+        return sum(g.counts.num_sampled_tokens for g in self.graded)
 
     @property
     def source(self) -> str:

@@ -23,11 +23,12 @@ from typing import Any
 
 from threadweaver.data import save_rows, trajectory_row
 from threadweaver.evaluate.grade import Graded, graded_row, summary
+from threadweaver.evaluate.progress import SharedProgress
 from threadweaver.evaluate.rollouts import fingerprint, fitting, roll_out, texts_of_problems
 from threadweaver.generate.engine import Engine
 from threadweaver.generate.settings import PromptTooLong
 from threadweaver.model import end_ids, to_device
-from threadweaver.progress import ResponsesProgress, print_line
+from threadweaver.progress import print_line
 from threadweaver.tasks import load_task
 from threadweaver.train.config import ConfigError, DataConfig
 from threadweaver.train.report import print_self_train_table
@@ -185,7 +186,7 @@ class SelfTraining(Run[SelfTrainConfig]):
         except PromptTooLong:  # all of them
             problems = []
         total = len(problems) * rollouts.samples
-        with ResponsesProgress(self.console, title, total, engine) as progress:
+        with SharedProgress(self.console, title, total, engine) as progress:
             return roll_out(
                 engine,
                 self.task,
@@ -200,7 +201,8 @@ class SelfTraining(Run[SelfTrainConfig]):
     def _fits(self, graded: Graded, engine: Engine) -> bool:
         """Whether SFT, which writes an end token after the response, can train on it: all of it in
         the context, its first call in the budget."""
-        prompt, response = graded.rollout.prompt, engine.codec.encode(graded.response)
+        prompt = engine.codec.encode_prompt(graded.problem.prompt)
+        response = engine.codec.encode(graded.response)
         if len(prompt) + len(response) >= engine.context_length:
             return False
         ids = [*prompt, *response, engine.codec.eos_id]
