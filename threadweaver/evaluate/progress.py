@@ -25,7 +25,7 @@ class SharedProgress(ResponsesProgress):
     def __init__(self, console: Console, title: str, total: int, engine: DecodesTokens):
         super().__init__(console, title, total, engine)
         name = new_name("progress")
-        # Responses, those that are graded, tokens: of all ranks, of this one, and of it in the sums.
+        # Responses, those that are graded, tokens: of all ranks; of this one; of it in the sums.
         self._sums = [SharedCount(f"{name}/{i}") for i in range(3)]
         self._own, self._in = [0, 0, 0], [0, 0, 0]
         self._pace = Pace(SECONDS)
