@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from logging import ERROR, getLogger
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec
+from typing import TYPE_CHECKING, NoReturn, ParamSpec
 
 from threadweaver.output import drop
 
@@ -26,6 +26,10 @@ for name in ("torchao", "torch.utils._pytree"):
     getLogger(name).setLevel(ERROR)
 
 MOST_CHARACTERS = 2000  # of an error
+
+# What says an error, with its exit code, instead of `fail`, and ends the process: set while it is
+# one of several ranks (rank_errors.py).
+on_failure: Callable[[str, int], NoReturn] | None = None
 
 # Modules of the packages in the extra `train` (pyproject.toml), and of those that they bring.
 TRAIN_MODULES = {
@@ -147,6 +151,8 @@ def fail(error: Exception | str, code: int) -> int:
     line = " ".join((reason(error) if isinstance(error, OSError) else str(error)).split())
     if len(line) > MOST_CHARACTERS:
         line = f"{line[: MOST_CHARACTERS // 2]} ... {line[-MOST_CHARACTERS // 2 :]}"
+    if on_failure is not None:
+        on_failure(line, code)
     with suppress(OSError):  # nobody reads it
         print(f"error: {line}", file=sys.stderr, flush=True)
     return code

@@ -8,7 +8,7 @@ over the device's own backend.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -18,44 +18,70 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 # How long the ranks wait for each other at the start, and for a collective to end. A rank that
-# decodes a long tail of rollouts keeps the others waiting.
-JOIN_SECONDS = 600
-COLLECTIVE_SECONDS = 4 * 3600
+# decodes a long tail of rollouts, or loads a large model, keeps the others waiting.
+JOIN_SECONDS = 600.0
+COLLECTIVE_SECONDS = 4 * 3600.0
 
 _store: dist.Store | None = None
 
 
-def started_by_torchrun() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+class NotAllCame(ValueError):  # noqa: N818 (named for what was found)
+    """Ranks are missing at the start.
+
+    Attributes:
+        is_told: whether another rank that came says so.
+    """
+
+    def __init__(self, seconds: float, is_told: bool):
+        super().__init__(
+            f"not all {os.environ['WORLD_SIZE']} ranks came within {seconds:g} seconds: start "
+            "torchrun on every node, with the same --nnodes, --nproc_per_node and address"
+        )
+        self.is_told = is_told
 
 
-def join(device: torch.device, seconds: float = JOIN_SECONDS) -> None:
+def join(seconds: float | None = None) -> dist.Store:
     """Joins the other ranks; all call it, once, before anything below.
 
     Args:
-        device: where this rank computes.
-        seconds: how long to wait for the others.
+        seconds: how long to wait for the others; default: TW_JOIN_SECONDS of the environment, or
+            JOIN_SECONDS.
+
+    Returns:
+        What they share, to pass each other notes.
 
     Raises:
-        ValueError: they did not all come.
+        NotAllCame: so many seconds have passed.
     """
     global _store
-    found = dist.rendezvous("env://", timeout=timedelta(seconds=seconds))
+    if seconds is None:
+        seconds = float(os.environ.get("TW_JOIN_SECONDS", JOIN_SECONDS))
+    wait, store = timedelta(seconds=seconds), None
     try:
-        _store, rank, size = next(iter(found))
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend,
-            store=dist.PrefixStore("collectives", _store),
-            rank=rank,
-            world_size=size,
-            timeout=timedelta(seconds=seconds),
-        )
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=wait)))
+        store.set_timeout(wait)
+        # Asked for here, since process groups do not all wait for each other.
+        store.set(f"came/{rank}", "")
+        store.wait([f"came/{other}" for other in range(size)], wait)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
-        raise ValueError(
-            f"not all {os.environ['WORLD_SIZE']} ranks came within {seconds:.0f} seconds: start "
-            "torchrun on every node, with the same --nnodes, --nproc_per_node and address"
-        ) from error
+        raise NotAllCame(seconds, _is_told(store)) from error
+    _store = store
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        store=dist.PrefixStore("collectives", store),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=COLLECTIVE_SECONDS),
+    )
+    return store
+
+
+def _is_told(store: dist.Store | None) -> bool:
+    """Whether another rank has asked this before: of all that it can see, or on this machine."""
+    try:
+        return store.add("not all came", 1) > 1 if store else local_rank() > 0
+    except dist.DistError:
+        return local_rank() > 0
 
 
 def leave() -> None:
@@ -74,6 +100,11 @@ def store() -> dist.Store | None:  # pyright: ignore[reportPrivateImportUsage]
 def rank() -> int:
     """Of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def local_rank() -> int:
+    """Of this process among those on this machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def size() -> int:
@@ -95,6 +126,15 @@ def sums(values: Sequence[float]) -> list[float]:
     return total.tolist()
 
 
+def largest(value: int) -> int:
+    """Of the values of all ranks. All call it."""
+    if size() == 1:
+        return value
+    found = torch.tensor(value)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
 def gather(value: T) -> list[T]:
     """The values of all ranks, by rank, on every rank. All call it."""
     if size() == 1:
@@ -113,10 +153,50 @@ def from_first(value: T) -> T:
     return values[0]
 
 
+def on_first(compute: Callable[[], T]) -> T:
+    """What rank 0 computes, or the error that it raises, on every rank. All call it."""
+    if size() == 1:
+        return compute()
+    value: Any = None
+    error: Exception | None = None
+    if is_first():
+        try:
+            value = compute()
+        except Exception as caught:
+            error = caught
+    value, error = from_first((value, error))
+    if error is not None:
+        raise error
+    return value
+
+
+def take_gpu() -> None:
+    """Makes the GPU of this rank the one that "cuda" means.
+
+    Raises:
+        ValueError: this machine has fewer than it has ranks.
+    """
+    count = torch.cuda.device_count()
+    if local_rank() >= count:
+        raise ValueError(
+            f"LOCAL_RANK is {local_rank()}, and this machine has {count} GPUs: --nproc_per_node "
+            f"{count} at most, or --compute.device cpu"
+        )
+    torch.cuda.set_device(local_rank())
+
+
+def launcher() -> str:
+    """How commands that this one names are to be started, up to the module."""
+    if size() == 1:
+        return "python -m"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    nodes = "" if here == size() else f" --nnodes {size() // here}"
+    return f"torchrun{nodes} --nproc_per_node {here} -m"
+
+
 def wait_for_all() -> None:
     """Returns when all ranks have called it."""
-    if size() > 1:
-        dist.barrier(device_ids=None)
+    sums([0.0])
 
 
 class SharedQueue:

@@ -23,11 +23,12 @@ from threadweaver.model.loss import (
 )
 from threadweaver.model.new import new_model, parameter_count
 from threadweaver.model.probe import probe
-from threadweaver.model.save import save_model
+from threadweaver.model.save import save_model, save_without_weights
 from threadweaver.model.supported import check_supported
 from threadweaver.model.tokenizer import build_tokenizer
 from threadweaver.model.vocabulary import add_tags
 from threadweaver.model.weight_copies import WeightCopies
+from threadweaver.model.without_weights import model_without_weights, replace_parameters
 
 __all__ = [
     "ATTENTION",
@@ -48,12 +49,15 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "mask_unknown_ids",
+    "model_without_weights",
     "new_model",
     "output_layer",
     "paged_hidden_states",
     "parameter_count",
     "probe",
+    "replace_parameters",
     "save_model",
+    "save_without_weights",
     "supervised_tokens",
     "to_device",
     "token_logprobs",

@@ -133,6 +133,7 @@ def mask_unknown_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     end = max(ids, default=-1) + 1
     unknown = ~known[:end]
     vars(model)["known_rows"] = end if end < rows else None
+    device = "cpu" if model.device.type == "meta" else model.device
     model.register_buffer(
-        "unknown_ids", unknown.to(model.device) if unknown.any() else None, persistent=False
+        "unknown_ids", unknown.to(device) if unknown.any() else None, persistent=False
     )

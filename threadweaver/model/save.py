@@ -6,19 +6,44 @@ import copy
 import logging
 from pathlib import Path
 
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
 
 def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: str | Path,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Writes a plain Hugging Face folder: safetensors, config and tokenizer.
+
+    Args:
+        weights: by name, in place of those in the model.
 
     Generation settings that `transformers` reads but refuses to write, such as a temperature
     without do_sample, are dropped from the model and logged.
     """
+    _drop_what_is_refused(model)
+    model.save_pretrained(directory, state_dict=weights)
+    tokenizer.save_pretrained(directory)
+
+
+def save_without_weights(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path
+) -> None:
+    """As `save_model`, without the safetensors."""
+    _drop_what_is_refused(model)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(directory)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _drop_what_is_refused(model: PreTrainedModel) -> None:
     if (config := model.generation_config) is not None:
         model.generation_config, dropped = writable(config)
         if dropped:
@@ -26,8 +51,6 @@ def save_model(
                 "generation_config: %s not saved, since transformers refuses to write it",
                 ", ".join(f"{name} {value!r}" for name, value in dropped.items()),
             )
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
 
 
 def writable(config: GenerationConfig) -> tuple[GenerationConfig, dict[str, object]]:

@@ -7,6 +7,9 @@ Trains a model; see configs/ for settings to start from and `KIND --help` for al
     rl          P-GRPO
     pipeline    all three, one after another, evaluated after each
 
+On several GPUs, or machines, the same by torchrun: `torchrun --nproc_per_node N -m
+threadweaver.train KIND ...`.
+
 Knows nothing about training: it turns arguments into settings and errors into exit codes.
 
 Exit codes: 0; 2 for arguments, settings or data that cannot be used, with one line on stderr; 1 for
@@ -18,6 +21,7 @@ or an output that nobody reads any more (141), with all that was done saved.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from argparse import ArgumentError
@@ -44,6 +48,15 @@ KINDS = {kind.command: kind for kind in (SFTConfig, SelfTrainConfig, RLConfig, P
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line (default: the process's own) and returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return _main(arguments)
+    from threadweaver.rank_errors import joined
+
+    with joined():
+        return _main(arguments)
+
+
+def _main(arguments: list[str]) -> int:
     # Of the kind asked for alone, if it is known: each takes a while to make.
     asked = [a for a in arguments[:1] if a in KINDS] or KINDS
     parsers = {name: parser_of(KINDS[name]) for name in asked}
@@ -107,9 +120,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _plan(config: RunConfig, console: Console) -> int:
+    from threadweaver import ranks
     from threadweaver.train.memory.command import show_plan
 
-    return show_plan(config, console)
+    return ranks.on_first(lambda: show_plan(config, console))
 
 
 def _config_file(arguments: list[str]) -> str:

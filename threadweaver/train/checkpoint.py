@@ -1,22 +1,23 @@
 """Checkpoints that are whole or absent, and what a run needs beside the weights to continue.
 
-`checkpoints/step-N/` is a plain Hugging Face folder and `trainer_state.pt`. It is written under
-another name, forced to disk and renamed; it is renamed again before it is deleted. So at any moment
-every folder named step-N is complete, whenever the process is killed.
+`checkpoints/step-N/` is a plain Hugging Face folder and `trainer_state.pt`; of a run on several
+ranks see also sharded_checkpoint.py. It is written under another name, forced to disk and renamed;
+it is renamed again before it is deleted. So at any moment every folder named step-N is complete,
+whichever process is killed whenever.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from threadweaver.model import save_model
+from threadweaver import ranks
 from threadweaver.train.config import ConfigError
 from threadweaver.whole_file import sync
 
@@ -32,33 +33,42 @@ def all_checkpoints(folder: Path) -> list[Path]:
 def save_checkpoint(
     folder: Path,
     step: int,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    write: Callable[[Path], None],
     state: dict[str, Any],
     keep: int,
-) -> Path:
-    """Writes folder/step-N and deletes all but the `keep` newest checkpoints.
+) -> None:
+    """Writes folder/step-N and deletes all but the `keep` newest checkpoints; all ranks call it.
 
     Args:
+        write: puts the model into a folder, on all ranks.
         state: what `load_state` is to give back; tensors, numbers, strings, and lists and
             dictionaries of those.
 
     Raises:
         OSError: it cannot be written, as on a full disk; nothing is left of it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".step-*"):
-        shutil.rmtree(leftover)
     partial = folder / f".step-{step}.partial"
-    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
-    try:
-        save_model(model, tokenizer, partial)
-        torch.save({**state, "shapes": shapes}, partial / STATE_FILE)
+
+    def begin() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".step-*"):
+            shutil.rmtree(leftover)
+        partial.mkdir()
+
+    def end() -> None:
+        torch.save(state, partial / STATE_FILE)
         for path in (*partial.rglob("*"), partial):
             sync(path)
+
+    try:
+        ranks.on_first(begin)
+        write(partial)
+        ranks.wait_for_all()
+        ranks.on_first(end)
     except Exception as error:
         # PyTorch and safetensors have errors of their own for a full disk.
-        shutil.rmtree(partial, ignore_errors=True)
+        if ranks.is_first():
+            shutil.rmtree(partial, ignore_errors=True)
         done = all_checkpoints(folder)
         before = f"all up to {done[-1].name} is saved" if done else "nothing is saved yet"
         raise OSError(
@@ -66,11 +76,19 @@ def save_checkpoint(
             f"{shutil.disk_usage(folder).free / 1e9:,.1f} GB are free): {before}; make room and "
             "continue with --resume"
         ) from error
-    target = partial.rename(folder / f"step-{step}")
-    sync(folder)
-    for old in all_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old.rename(folder / f".{old.name}.deleted"))
-    return target
+
+    def publish() -> None:
+        partial.rename(folder / f"step-{step}")
+        sync(folder)
+        for old in all_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old.rename(folder / f".{old.name}.deleted"))
+
+    ranks.on_first(publish)
+
+
+def shapes_of(model: nn.Module) -> dict[str, list[int]]:
+    """Of all parameters, for `check_shapes`."""
+    return {name: list(p.shape) for name, p in model.named_parameters()}
 
 
 def load_state(checkpoint: Path, *keys: str) -> dict[str, Any]:
@@ -101,12 +119,13 @@ def damaged_state(checkpoint: Path, error: Exception) -> ConfigError:
     )
 
 
-def check_room(folder: Path, model: nn.Module, count: int) -> None:
+def check_room(folder: Path, model: nn.Module, count: int, exports: int = 0) -> None:
     """Raises ConfigError unless a folder has room for so many checkpoints more: weights and two
-    moments in float32."""
-    size = 12 * sum(p.numel() for p in model.parameters())
+    moments in float32, and in some of them the weights once more."""
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    size = 3 * weights
     free = shutil.disk_usage(folder).free
-    if count * size > free:
+    if count * size + exports * weights > free:
         raise ConfigError(
             f"run_dir: {folder} has {free / 1e9:,.1f} GB free, and {count} checkpoints of "
             f"{size / 1e9:,.1f} GB are to come: make room, name a folder elsewhere, or keep fewer "
@@ -116,7 +135,7 @@ def check_room(folder: Path, model: nn.Module, count: int) -> None:
 
 def check_shapes(checkpoint: Path, state: dict[str, Any], model: nn.Module) -> None:
     """Raises ConfigError unless the optimizer state of a checkpoint is that of this model."""
-    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+    shapes = shapes_of(model)
     for name in sorted(shapes.keys() | state["shapes"].keys()):
         ours, theirs = shapes.get(name), state["shapes"].get(name)
         if ours != theirs:

@@ -231,6 +231,9 @@ class ReportConfig:
             epoch), of P-GRPO, held-out problems in both modes (default: never). Always at the end.
         checkpoint_every: checkpoints. Always at the end, and when interrupted.
         keep_checkpoints: how many of the newest checkpoints stay.
+        export: with which checkpoints a plain Hugging Face folder, merged and unsharded, is written
+            where the checkpoint itself is none (adapters, or shards of many GPUs): end: with the
+            last one, from which what comes next starts; every: with each.
         trackers: where the figures of each step go besides metrics.jsonl, under the same names:
             tensorboard (files in run_dir), wandb, trackio.
         overlap: data files of benchmarks: how many of their problems share 13 words in a row with
@@ -241,12 +244,13 @@ class ReportConfig:
     validate_every: int | None = None
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
+    export: Literal["end", "every"] = "end"
     trackers: list[TrackerName] = field(default_factory=lambda: ["tensorboard"])
     overlap: list[str] = field(default_factory=list)
 
     def __post_init__(self):
-        counts = (f.name for f in fields(self) if f.name not in ("trackers", "overlap"))
-        check_least(1, "report", self, *counts)
+        others = ("export", "trackers", "overlap")
+        check_least(1, "report", self, *(f.name for f in fields(self) if f.name not in others))
 
 
 @dataclass(kw_only=True)

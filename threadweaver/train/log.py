@@ -17,7 +17,28 @@ from threadweaver.train.trackers import Tracker
 from threadweaver.whole_file import write_whole
 
 
-class MetricsLog:
+class LastRecord:
+    """The record of the last step, written nowhere: on ranks that are not the first.
+
+    Attributes:
+        last: it; empty before the first step.
+    """
+
+    def __init__(self, last: dict[str, Any]):
+        self.last = last
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Takes the record of the next step; its `step` counts from 1."""
+        self.last = record
+
+    def sync(self) -> None:
+        """Forces all records to disk; called before the checkpoint that relies on them."""
+
+    def close(self) -> None:
+        """At the end of the run."""
+
+
+class MetricsLog(LastRecord):
     """metrics.jsonl, with one record for each step done, and the same to trackers.
 
     Args:
@@ -25,9 +46,6 @@ class MetricsLog:
         steps_done: records of later steps are taken out first: the run, killed after its last
             checkpoint, takes these steps again.
         last: the record of step number `steps_done`, should the file lack it.
-
-    Attributes:
-        last: the record of the last step; empty before the first.
 
     Raises:
         ConfigError: what is there is damaged.
@@ -42,14 +60,13 @@ class MetricsLog:
     ):
         path = run_dir / "metrics.jsonl"
         records = read_metrics(path, steps_done) if path.exists() else []
-        self.last: dict[str, Any] = records[-1] if records else last or {}
+        super().__init__(records[-1] if records else last or {})
         write_whole(path, (f"{json.dumps(record)}\n" for record in records))
         self._path = path
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._trackers = trackers
 
     def write(self, record: dict[str, Any]) -> None:
-        """Adds the record of the next step; its `step` counts from 1."""
         try:
             self._file.write(json.dumps(record) + "\n")
         except OSError as error:
@@ -57,10 +74,9 @@ class MetricsLog:
         figures = {n: v for n, v in record.items() if n not in ("step", "epoch")}
         for tracker in self._trackers:
             tracker.log(figures, record["step"])
-        self.last = record
+        super().write(record)
 
     def sync(self) -> None:
-        """Forces all records to disk; called before the checkpoint that relies on them."""
         self._file.flush()
         os.fsync(self._file.fileno())
         for tracker in self._trackers:

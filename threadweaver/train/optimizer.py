@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from threadweaver import ranks
 from threadweaver.train.config import AdamWConfig, ConfigError, RunConfig
 
 
@@ -23,12 +25,17 @@ def check_optimizers(config: RunConfig, device: torch.device) -> None:
     needed = None
     if config.compute.parameters == "bf16":
         needed = "compute.parameters is bf16"
-    for name, settings in _optimizations(config, ""):
+    for name, settings in optimizations(config):
         setting = f"{name}.optimizer is {settings.optimizer}"
         if settings.optimizer == "adamw-offload" and device.type != "cuda":
             raise ConfigError(
                 f"{setting}: it moves a GPU's state to the host, and the device is {device.type}: "
                 "use adamw or adamw-8bit"
+            )
+        if settings.optimizer != "adamw" and ranks.size() > 1:
+            raise ConfigError(
+                f"{setting}: its state cannot be divided among {ranks.size()} ranks: use adamw, of "
+                "which each rank holds a part"
             )
         if settings.optimizer != "adamw":
             needed = setting
@@ -41,13 +48,14 @@ def check_optimizers(config: RunConfig, device: torch.device) -> None:
     importlib.import_module("torchao.optim")
 
 
-def _optimizations(config: Any, prefix: str) -> Iterator[tuple[str, AdamWConfig]]:
+def optimizations(config: Any, prefix: str = "") -> Iterator[tuple[str, AdamWConfig]]:
+    """Those of a run's settings, by dotted name."""
     for field in fields(config):
         value = getattr(config, field.name)
         if isinstance(value, AdamWConfig):
             yield f"{prefix}{field.name}", value
         elif is_dataclass(value):
-            yield from _optimizations(value, f"{prefix}{field.name}.")
+            yield from optimizations(value, f"{prefix}{field.name}.")
 
 
 def build_optimizer(model: PreTrainedModel, settings: AdamWConfig) -> torch.optim.Optimizer:
@@ -93,6 +101,8 @@ def clip_gradient(
 ) -> Tensor:
     """Scales the gradient to at most this norm; returns the norm that it had."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
     on_host = getattr(optimizer, "param_d2h_map", None)
     if on_host is not None:
         # An offloaded step takes the copies that were made while the backward pass ran.

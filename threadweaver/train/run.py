@@ -1,8 +1,11 @@
 """One run in its folder: prepared, taken step by step, saved, stopped and resumed.
 
 `Run` is what all kinds have in common, `Trainer` what those that take optimizer steps have. On the
-CPU the result is a function of the settings, the data and the number of threads, bit for bit,
-however often the run was killed and resumed.
+CPU the result is a function of the settings, the data and the number of threads and of ranks, bit
+for bit, however often the run was killed and resumed.
+
+On several ranks (`threadweaver.ranks`) all of them go through all of it, at the same time: what one
+does alone, rank 0 does, and the others are told what came of it.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
@@ -20,16 +24,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from threadweaver import ranks
 from threadweaver.data.files import data_files
 from threadweaver.data.overlap import Text, find_overlap, texts_of_files
 from threadweaver.lock import FolderLock, InUse, check_free
-from threadweaver.model import (
-    WeightCopies,
-    end_ids,
-    parameter_count,
-    save_model,
-    to_device,
-)
+from threadweaver.model import WeightCopies, end_ids, parameter_count, save_without_weights
 from threadweaver.progress import has_no_reader, print_line
 from threadweaver.train.checkpoint import (
     all_checkpoints,
@@ -38,10 +37,11 @@ from threadweaver.train.checkpoint import (
     damaged_state,
     load_state,
     save_checkpoint,
+    shapes_of,
 )
 from threadweaver.train.config import ConfigError, RunConfig
 from threadweaver.train.interrupt import Interrupts
-from threadweaver.train.log import MetricsLog, ProgressLog
+from threadweaver.train.log import LastRecord, MetricsLog, ProgressLog
 from threadweaver.train.not_finite import save_batch
 from threadweaver.train.optimizer import (
     build_optimizer,
@@ -59,12 +59,25 @@ from threadweaver.train.run_dir import (
     settle_precision,
     write_config,
 )
+from threadweaver.train.same_on_ranks import (
+    check_data,
+    check_settings,
+    generator_states,
+    restore_generators,
+)
 from threadweaver.train.setup import (
-    build_model,
+    build_passes,
     compile_layers,
     prepare_torch,
     recompute_activations,
 )
+from threadweaver.train.sharded_checkpoint import (
+    is_sharded,
+    load_optimizer,
+    save_shards,
+    take_whole_optimizer,
+)
+from threadweaver.train.sharding import export
 from threadweaver.train.stages import RLConfig, SFTConfig
 from threadweaver.train.trackers import check_trackers, start_trackers
 from threadweaver.trajectory import Codec
@@ -72,7 +85,6 @@ from tw_kernels import Trie
 
 STATE_KEYS = (
     "step",
-    "optimizer",
     "rng",
     "cuda_rng",
     "totals",
@@ -106,14 +118,14 @@ class Run(ABC, Generic[C]):
     Attributes:
         device: where it computes.
         resume_command: what to run when it was stopped; of a stage, what continues the whole run.
-        lock: on its folder, from `prepare` to the end of `run`.
+        lock: of rank 0 on its folder, from `prepare` to the end of `run`.
         overlap: what summary.json says of report.overlap.
         state: of the newest checkpoint, for the kinds that have checkpoints; None: at the start.
     """
 
     resume_command: str
     device: torch.device
-    lock: FolderLock
+    lock: FolderLock | None = None
     state: dict[str, Any] | None = None
 
     def __init__(self, config: C, console: Console):
@@ -124,7 +136,7 @@ class Run(ABC, Generic[C]):
         self.started = time.perf_counter()
         path = shlex.quote(str(self.run_dir / "config.yaml"))
         self.resume_command = (
-            f"python -m threadweaver.train {config.command} --config {path} --resume"
+            f"{ranks.launcher()} threadweaver.train {config.command} --config {path} --resume"
         )
 
     @classmethod
@@ -148,10 +160,8 @@ class Run(ABC, Generic[C]):
             ValueError: settings or data that cannot be used.
         """
         run = cls(config, console)
-        with _lock_errors(run.run_dir):
-            check_free(run.run_dir)
-        check_run_dir(run.run_dir, holds_run(run.run_dir) if resume is None else resume)
-        if run.is_finished():
+        check_settings(config)
+        if ranks.on_first(lambda: run._check_folder(resume)):
             summary = run.run_dir / "summary.json"
             print_line(console, f"{run.run_dir}: this run is finished, see {summary}")
             return None
@@ -161,27 +171,41 @@ class Run(ABC, Generic[C]):
                 data_files(path)
             except ValueError as error:
                 raise ConfigError(f"report.overlap: {error}") from error
-        with _lock_errors(run.run_dir):
-            run.lock = FolderLock(run.run_dir)
+        ranks.on_first(run._lock_folder)
         try:
             check_optimizers(config, device_of(config.compute))
-            precision_note = settle_precision(config, console)
+            precision_note, config.compute = ranks.on_first(
+                lambda: (settle_precision(config, console), config.compute)
+            )
             run.find_state()
             run.device = prepare_torch(config, run.state)
             run.load()
             check(run)
-            write_config(config, precision_note)
+            ranks.on_first(lambda: write_config(config, precision_note))
         except BaseException:
-            run.lock.release(undo=not holds_run(run.run_dir))
+            if run.lock is not None:
+                run.lock.release(undo=not holds_run(run.run_dir))
             raise
         return run
+
+    def _check_folder(self, resume: bool | None) -> bool:
+        """Whether the run is finished; ConfigError if it may not begin or go on."""
+        with _lock_errors(self.run_dir):
+            check_free(self.run_dir)
+        check_run_dir(self.run_dir, holds_run(self.run_dir) if resume is None else resume)
+        return self.is_finished()
+
+    def _lock_folder(self) -> None:
+        with _lock_errors(self.run_dir):
+            self.lock = FolderLock(self.run_dir)
 
     def run(self) -> int:
         """To the end. Returns the exit code: 0, or 128 + the signal that stopped it."""
         try:
             return self.work()
         finally:
-            self.lock.release()
+            if self.lock is not None:
+                self.lock.release()
 
     def report_overlap(self, rows: Iterable[Text]) -> None:
         """Shows what training rows have in common with the files of report.overlap, and keeps it
@@ -197,7 +221,7 @@ class Run(ABC, Generic[C]):
 
     def find_state(self) -> None:
         """Raises ConfigError if what is in run_dir was made with other settings."""
-        check_same_config(self.config)
+        ranks.on_first(lambda: check_same_config(self.config))
 
     @abstractmethod
     def load(self) -> None:
@@ -219,6 +243,8 @@ class Trainer(Run[T]):
         fingerprint: of the data; set by `load_data`.
         last_record: of the last step that a checkpoint knows of.
         totals: sums over the steps done, by name; they live in checkpoints.
+        model: what is trained.
+        passes: what runs it; all passes go through it, since its weights may be elsewhere before.
         copies: of its matrices in the dtype of their products; cast before the passes of a step.
     """
 
@@ -240,36 +266,48 @@ class Trainer(Run[T]):
         """Writes summary.json, which makes the run finished, and shows what came out."""
 
     def find_state(self) -> None:
-        if checkpoints := all_checkpoints(self.run_dir / "checkpoints"):
-            checkpoint = checkpoints[-1]
-            self.state = load_state(checkpoint, *STATE_KEYS)
-            check_same_settings(self.config, self.state["settings"], checkpoint)
-            print_line(self.console, f"resuming from {checkpoint}")
+        def find() -> None:
+            if checkpoints := all_checkpoints(self.run_dir / "checkpoints"):
+                checkpoint = checkpoints[-1]
+                self.state = load_state(checkpoint, *STATE_KEYS)
+                check_same_settings(self.config, self.state["settings"], checkpoint)
+                print_line(self.console, f"resuming from {checkpoint}")
+
+        ranks.on_first(find)
+        if ranks.size() > 1:
+            state = self.state or {}
+            # The moments, if one process wrote them, stay on rank 0.
+            small = ranks.from_first({k: v for k, v in state.items() if k != "optimizer"})
+            self.state = {**small, **state} or None
 
     def load(self) -> None:
         compute = self.config.compute
         checkpoint = self.last_checkpoint if self.state else None
-        self.model, self.tokenizer = build_model(self.config, checkpoint)
+        self.passes, self.tokenizer = build_passes(self.config, checkpoint, self.device)
+        self.model = self.passes.model
         print_line(self.console, f"model: {parameter_count(self.model)}")
-        to_device(self.model, self.device)
         self.model.train()
         self.codec = Codec.from_tokenizer(self.tokenizer, end_ids(self.model), self.config.template)
         self.totals: dict[str, float] = {"seconds": 0.0}
         self.last_record: Record = {}
         self.steps_done = 0
         self.load_data()
+        check_data(self.trains_on, self.fingerprint)
         if compute.compile:
             compile_layers(self.model)
         if compute.gradient_checkpointing:
             recompute_activations(self.model, compute.gradient_checkpointing)
-        # On a CPU autocast casts as it always did: results stay the same, bit for bit.
-        by_copies = self.device.type == "cuda" and compute.precision == "bf16"
+        # On a CPU autocast casts as it always did: results stay the same, bit for bit. Sharded
+        # parameters are gathered in the dtype of their products.
+        by_copies = (
+            self.device.type == "cuda" and compute.precision == "bf16" and ranks.size() == 1
+        )
         self.copies = WeightCopies(self.model, torch.bfloat16 if by_copies else None)
         self.optimizer = build_optimizer(self.model, self.config.optimization)
         if self.state:
             self._restore(self.last_checkpoint, self.state)
             self.state = None  # the moments take twice the memory of the weights
-        self._check_room()
+        ranks.on_first(self._check_room)
         # So that now - origin is the wall-clock of the whole run, less the time between stop and
         # resume.
         self.origin = self.started - self.totals["seconds"]
@@ -292,8 +330,11 @@ class Trainer(Run[T]):
         report = self.config.report
         with ExitStack() as stack:
             interrupts = stack.enter_context(Interrupts())
-            trackers = start_trackers(self.config, self.steps_done, self.console)
-            self.metrics = MetricsLog(self.run_dir, self.steps_done, trackers, self.last_record)
+            if ranks.is_first():
+                trackers = start_trackers(self.config, self.steps_done, self.console)
+                self.metrics = MetricsLog(self.run_dir, self.steps_done, trackers, self.last_record)
+            else:
+                self.metrics = LastRecord(self.last_record)
             stack.callback(self.metrics.close)
             progress = stack.enter_context(
                 ProgressLog(self.console, self.steps_done, self.num_steps, report.log_every)
@@ -307,6 +348,7 @@ class Trainer(Run[T]):
                 stop = interrupts.received
                 if stop is None and has_no_reader(self.console):
                     stop = signal.SIGPIPE
+                stop = ranks.largest(stop or 0) or None  # all stop at the same step
                 last = self.steps_done == self.num_steps
                 if last or stop is not None or self.steps_done % report.checkpoint_every == 0:
                     self._save()
@@ -316,7 +358,7 @@ class Trainer(Run[T]):
 
     @property
     def last_checkpoint(self) -> Path:
-        return all_checkpoints(self.run_dir / "checkpoints")[-1]
+        return ranks.on_first(lambda: all_checkpoints(self.run_dir / "checkpoints")[-1])
 
     def autocast(self) -> torch.autocast:
         """In which the model computes, if compute.precision is bf16."""
@@ -344,10 +386,15 @@ class Trainer(Run[T]):
         """
         largest = self.config.optimization.gradient_clip
         norm = clip_gradient(self.model, self.optimizer, largest)
-        if not torch.isfinite(torch.stack([*losses, norm])).all():
+        is_finite = bool(torch.isfinite(torch.stack([*losses, norm])).all())
+        if ranks.largest(not is_finite):
             folder = self.run_dir / f"nan-step-{self.steps_done + 1}"
-            save_model(self.model, self.tokenizer, folder / "model")
-            raise save_batch(folder, packs, sources, [float(x) for x in losses], float(norm))
+            export(self.model, self.tokenizer, folder / "model")
+            batch = packs, sources, [float(x) for x in losses]
+            parts = ranks.gather(batch)
+            raise ranks.on_first(
+                lambda: save_batch(folder, *(list(chain(*p)) for p in zip(*parts)), float(norm))
+            )
         set_learning_rate(self.optimizer, learning_rate)
         self.copies.free()
         self.optimizer.step()
@@ -364,23 +411,36 @@ class Trainer(Run[T]):
         self.totals["seconds"] = time.perf_counter() - self.origin
         state = {
             "step": self.steps_done,
-            "optimizer": self.optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            **generator_states(),
             "totals": self.totals,
             "last_record": self.metrics.last,
             "settings": settings_of(self.config),
             "data": self.fingerprint,
             "threads": torch.get_num_threads(),
+            "shapes": shapes_of(self.model),
         }
+        if ranks.size() == 1:
+            state["optimizer"] = self.optimizer.state_dict()
         save_checkpoint(
             self.run_dir / "checkpoints",
             self.steps_done,
-            self.model,
-            self.tokenizer,
+            self._write_model,
             state,
             self.config.report.keep_checkpoints,
         )
+
+    def _write_model(self, folder: Path) -> None:
+        """What a checkpoint has of the model; the optimizer too if they are sharded."""
+        if ranks.size() > 1:
+            save_shards(folder, self.model, self.optimizer)
+        if ranks.size() == 1 or self._is_exported(self.steps_done):
+            export(self.model, self.tokenizer, folder)
+        elif ranks.is_first():
+            save_without_weights(self.model, self.tokenizer, folder)
+
+    def _is_exported(self, step: int) -> bool:
+        """Whether the checkpoint of a step is a plain folder too."""
+        return self.config.report.export == "every" or step == self.num_steps
 
     def _restore(self, checkpoint: Path, state: dict[str, Any]) -> None:
         check_shapes(checkpoint, state, self.model)
@@ -390,10 +450,15 @@ class Trainer(Run[T]):
                 "same data or start another run"
             )
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
-            torch.set_rng_state(state["rng"])
-            if self.device.type == "cuda" and state["cuda_rng"]:
-                torch.cuda.set_rng_state_all(state["cuda_rng"])
+            if is_sharded(checkpoint):
+                load_optimizer(checkpoint, self.model, self.optimizer)
+            elif ranks.size() > 1:
+                take_whole_optimizer(state.get("optimizer"), self.model, self.optimizer)
+            else:
+                self.optimizer.load_state_dict(state["optimizer"])
+            restore_generators(state, self.config.seed)
+        except ConfigError:
+            raise
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise damaged_state(checkpoint, error) from error
         self.steps_done = state["step"]
@@ -401,9 +466,11 @@ class Trainer(Run[T]):
         self.last_record = state.get("last_record", {})  # older versions did not save it
 
     def _check_room(self) -> None:
-        """Raises ConfigError if the checkpoints to come cannot all be written."""
+        """On rank 0. Raises ConfigError if the checkpoints to come cannot all be written."""
         report, folder = self.config.report, self.run_dir / "checkpoints"
         to_come = -(-(self.num_steps - self.steps_done) // report.checkpoint_every)
         # One more than are kept, until the oldest is deleted.
         at_once = max(1, report.keep_checkpoints + 1 - len(all_checkpoints(folder)))
-        check_room(self.run_dir, self.model, min(to_come, at_once))
+        count = min(to_come, at_once)
+        exports = 0 if ranks.size() == 1 else count if report.export == "every" else 1
+        check_room(self.run_dir, self.model, count, exports)

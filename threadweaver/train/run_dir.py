@@ -203,7 +203,7 @@ def settings_of(config: RunConfig, settings: dict[str, Any] | None = None) -> di
     Args:
         settings: others of the same kind of run, instead of those of `config`.
     """
-    flat = _flatten(asdict(config) if settings is None else settings, "")
+    flat = flatten(asdict(config) if settings is None else settings, "")
     return {name: value for name, value in flat if not is_free(name, config.free_on_resume)}
 
 
@@ -212,11 +212,12 @@ def is_free(name: str, free: Iterable[str]) -> bool:
     return any(name == f or name.startswith(f"{f}.") for f in free)
 
 
-def _flatten(value: Any, name: str) -> list[tuple[str, Any]]:
+def flatten(value: Any, name: str = "") -> list[tuple[str, Any]]:
+    """Dictionaries of dictionaries as one list, by dotted name, with values as JSON has them."""
     if isinstance(value, dict):
-        inner = [_flatten(v, f"{name}.{k}" if name else k) for k, v in value.items()]
+        inner = [flatten(v, f"{name}.{k}" if name else k) for k, v in value.items()]
         return [pair for pairs in inner for pair in pairs]
-    # As JSON reads them: a tuple of settings and the list it was saved as are the same.
+    # A tuple of settings and the list it was saved as are the same.
     return [(name, json.loads(json.dumps(value)))]
 
 

@@ -11,10 +11,24 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from threadweaver import ranks
 from threadweaver.device import DTYPES
-from threadweaver.model import add_tags, build_tokenizer, load_model, new_model
+from threadweaver.model import (
+    add_tags,
+    build_tokenizer,
+    load_configs,
+    load_model,
+    load_tokenizer,
+    model_without_weights,
+    new_model,
+    replace_parameters,
+    to_device,
+)
 from threadweaver.train.config import ConfigError, RunConfig
+from threadweaver.train.layers import layers_of
 from threadweaver.train.run_dir import device_of
+from threadweaver.train.sharded_checkpoint import is_sharded, load_weights
+from threadweaver.train.sharding import Passes, shard
 
 
 def prepare_torch(config: RunConfig, state: dict[str, Any] | None) -> torch.device:
@@ -32,7 +46,9 @@ def prepare_torch(config: RunConfig, state: dict[str, Any] | None) -> torch.devi
     # On the CPU only: without it a gradient that many rows add to is summed in any order.
     torch.use_deterministic_algorithms(device.type == "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue] (set by a property of the module)
-    torch.manual_seed(config.seed)
+    if device.type == "cuda" and ranks.size() > 1:
+        ranks.take_gpu()
+    torch.manual_seed(config.seed + ranks.rank())
     return device
 
 
@@ -46,6 +62,11 @@ def build_model(
         ValueError: there is none, it is damaged, or it cannot be trained on tries.
     """
     dtype = DTYPES[config.compute.parameters]
+    if checkpoint is not None and is_sharded(checkpoint):
+        model, tokenizer = _without_weights(checkpoint)
+        replace_parameters(model, lambda p: torch.empty(p.shape, dtype=dtype))
+        load_weights(checkpoint, model)
+        return model, tokenizer
     path = checkpoint or config.model.path
     if path is None:
         tokenizer = build_tokenizer()
@@ -69,6 +90,42 @@ def build_model(
     return model, tokenizer
 
 
+def _without_weights(checkpoint: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of a checkpoint whose weights are in shards."""
+    config, generation_config = load_configs(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
+    return model_without_weights(config, tokenizer, generation_config), tokenizer
+
+
+def build_passes(
+    config: RunConfig, checkpoint: Path | None, device: torch.device
+) -> tuple[Passes, PreTrainedTokenizerBase]:
+    """The model to train, on its device, and divided among the ranks if there are several; as
+    `build_model`. All ranks call it; rank 0 alone reads weights, or draws them."""
+    if ranks.size() == 1:
+        model, tokenizer = build_model(config, checkpoint)
+        to_device(model, device)
+        return Passes(model), tokenizer
+    in_shards = checkpoint is not None and is_sharded(checkpoint)
+    full: list[PreTrainedModel] = []
+
+    def parts():
+        if in_shards:
+            assert checkpoint is not None
+            model, tokenizer = _without_weights(checkpoint)
+        else:
+            model, tokenizer = build_model(config, checkpoint)
+            full.append(model)
+        return model.config, tokenizer, model.generation_config
+
+    found = ranks.on_first(parts)
+    passes = shard(next(iter(full), None), model_without_weights(*found), config.compute, device)
+    if in_shards:
+        assert checkpoint is not None
+        load_weights(checkpoint, passes.model)
+    return passes, found[1]
+
+
 def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
     """From now on the model's layers run through torch.compile, all of them and tries of every size
     through one graph. To be called before `recompute_activations`.
@@ -81,7 +138,7 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
 
 
 def _layers(model: PreTrainedModel, setting: str) -> list[GradientCheckpointingLayer]:
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers = layers_of(model)
     if not layers:
         raise ConfigError(
             f"compute.{setting}: the layers of {model.config.model_type} cannot be told; leave it "

@@ -6,11 +6,13 @@ import time
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from threadweaver import ranks
 from threadweaver.data import columns_note, is_data_path, read_examples
 from threadweaver.data.files import data_files
 from threadweaver.data.overlap import texts_of_files
@@ -36,12 +38,29 @@ from threadweaver.train.batches import (
     unrolled_tokens,
 )
 from threadweaver.train.config import ConfigError
+from threadweaver.train.deal import Cost, deal
 from threadweaver.train.report import print_sft_table
 from threadweaver.train.run import Record, Trainer
 from threadweaver.train.run_dir import write_json
 from threadweaver.train.schedule import learning_rate
 from threadweaver.train.stages import SFTConfig
 from tw_kernels import Trie
+
+
+class Dealt(NamedTuple):
+    """What one rank computes of some micro-batches.
+
+    Attributes:
+        mine: its micro-batches, each the indices of its tries.
+        packs: the same as tries.
+        fillers: tries to run for nothing, as often as other ranks have one micro-batch more.
+        imbalance: as `Deal.imbalance`.
+    """
+
+    mine: list[list[int]]
+    packs: list[Trie]
+    fillers: list[Trie]
+    imbalance: float
 
 
 class SFTTrainer(Trainer[SFTConfig]):
@@ -70,6 +89,7 @@ class SFTTrainer(Trainer[SFTConfig]):
             self.data.sizes, config.optimization, config.seed
         )
         self._next_step = 0
+        self.cost = Cost(self.model)
         self._probe()
         if config.evaluate.data is not None:
             self._check_evaluation()
@@ -92,7 +112,7 @@ class SFTTrainer(Trainer[SFTConfig]):
             "checkpoint": str(checkpoint),
         }
         print_sft_table(self.console, summary, self.run_dir)
-        write_json(self.run_dir / "summary.json", summary | self.overlap)
+        ranks.on_first(lambda: write_json(self.run_dir / "summary.json", summary | self.overlap))
 
     def train_step(self) -> Record:
         # The steps are dealt in order; a resumed run takes up where it was.
@@ -103,25 +123,29 @@ class SFTTrainer(Trainer[SFTConfig]):
     def train_on(self, step: Step) -> Record:
         """One optimizer step; the loss is the mean over all supervised tokens of the step."""
         start = time.perf_counter()
-        packs = [Trie.pack([self.data.tries[i] for i in micro]) for micro in step.micro_batches]
-        supervised = sum(supervised_tokens(trie).numel() for trie in packs)
+        tries = [self.data.tries[i] for micro in step.micro_batches for i in micro]
+        supervised = sum(supervised_tokens(trie).numel() for trie in tries)
+        mine, packs, fillers, imbalance = self._dealt(self.data, step.micro_batches)
         losses = []
         self.copies.cast()
-        with self._micro_batches("training", len(packs)) as progress:
+        with self._micro_batches("training", len(packs) + len(fillers)) as progress:
             for trie in progress.track(packs):
                 loss = self._loss_sum(trie) / supervised
                 loss.backward()
                 losses.append(loss.detach())
+            for trie in progress.track(fillers):
+                (0 * self._loss_sum(trie)).backward()
         settings = self.config.optimization
         rate = learning_rate(
             self.steps_done, self.num_steps, settings.learning_rate, settings.warmup
         )
-        sources = [[self.data.sources[i] for i in micro] for micro in step.micro_batches]
+        sources = [[self.data.sources[i] for i in micro] for micro in mine]
         norm = self.update(rate, losses, packs, sources)
-        loss_value = float(torch.stack(losses).sum())
+        loss_value = float(torch.stack(losses).sum()) if losses else 0.0
+        (loss_value,) = ranks.sums([loss_value])
         seconds = time.perf_counter() - start
-        tokens = sum(map(len, packs))
-        unrolled = sum(map(unrolled_tokens, packs))
+        tokens = sum(map(len, tries))
+        unrolled = sum(map(unrolled_tokens, tries))
         self.add_to_totals(trie_tokens=tokens, unrolled_tokens=unrolled, step_seconds=seconds)
         record = {
             "epoch": step.epoch,
@@ -133,13 +157,24 @@ class SFTTrainer(Trainer[SFTConfig]):
             "unrolled_tokens": unrolled,
             "tokens_per_second": tokens / seconds,
         }
+        if ranks.size() > 1:
+            record["imbalance"] = imbalance
         if self.validation and self._validation_is_due(step):
             record["validation_loss"] = self._validation_loss(self.validation)
         return record
 
+    def _dealt(self, data: TrieSet, micro_batches: list[list[int]]) -> Dealt:
+        """What this rank computes of some micro-batches."""
+        costs = [sum(self.cost(data.tries[i]) for i in micro) for micro in micro_batches]
+        dealt = deal(costs, ranks.size())
+        mine = [micro_batches[i] for i in dealt.of_ranks[ranks.rank()]]
+        packs = [Trie.pack([data.tries[i] for i in micro]) for micro in mine]
+        fillers = [min(data.tries, key=len)] * (dealt.passes - len(mine))
+        return Dealt(mine, packs, fillers, dealt.imbalance)
+
     def _loss_sum(self, trie: Trie) -> Tensor:
         with self.autocast():
-            return trie_loss(self.model, trie)
+            return self.passes(trie_loss, trie)
 
     def _micro_batches(self, title: str, count: int) -> Progress:
         title = f"{title}, step {self.steps_done + 1}"
@@ -158,13 +193,15 @@ class SFTTrainer(Trainer[SFTConfig]):
         self.copies.cast()
         total, supervised = 0.0, 0
         budget = self.config.optimization.batch_tokens
-        packs = pack(data.sizes, range(len(data.tries)), budget)
-        with self._micro_batches("validating", len(packs)) as progress:
-            for indices in progress.track(packs):
-                trie = Trie.pack([data.tries[i] for i in indices])
+        _, packs, fillers, _ = self._dealt(data, pack(data.sizes, range(len(data.tries)), budget))
+        with self._micro_batches("validating", len(packs) + len(fillers)) as progress:
+            for trie in progress.track(packs):
                 total += float(self._loss_sum(trie))
                 supervised += supervised_tokens(trie).numel()
+            for trie in progress.track(fillers):
+                self._loss_sum(trie)
         self.model.train()
+        total, supervised = ranks.sums([total, supervised])
         return total / supervised
 
     def _load_tries(self, path: str) -> TrieSet:
@@ -227,7 +264,8 @@ class SFTTrainer(Trainer[SFTConfig]):
     def _evaluate(self, checkpoint: Path) -> dict[str, float]:
         """Solves the problems with the checkpoint as it can be loaded, in both modes."""
         self.copies.free()
-        torch.nn.Module.to(self.model, "cpu")
+        if ranks.size() == 1:  # else it is a small part
+            torch.nn.Module.to(self.model, "cpu")
         self.optimizer.zero_grad()
         model, _ = load_model(checkpoint)
         to_device(model, self.device)

@@ -1,0 +1,157 @@
+"""How the ranks of a run end when one of them fails: with one line in all, and one exit code.
+
+The rank that fails first says why, with its number, unless all fail with the same line. The others
+end as soon as they see it: a thread of theirs looks at what the ranks share, since they themselves
+may wait for that rank in a collective.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from threadweaver import command, ranks
+
+# How often a rank looks whether another has failed, and how long the first to fail waits for the
+# same line from the others, in seconds.
+LOOK_SECONDS = 0.2
+SAME_SECONDS = 1.0
+LOST = "another rank has ended (killed, or its machine is gone): continue with --resume"
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Inside, this process is one of the ranks that torchrun started; rank 0 alone is heard. What
+    `command.fail` says ends all of them, as does an error that leaves the block."""
+    try:
+        store = ranks.join()
+    except ranks.NotAllCame as error:
+        sys.exit(2 if error.is_told else command.fail(error, 2))
+    end = _End(store)
+    command.on_failure = end.all
+    if not ranks.is_first():
+        sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 (to the end)
+    try:
+        yield
+        ranks.wait_for_all()
+    except (OSError, MemoryError):
+        raise  # said by `command`
+    except Exception as error:
+        if isinstance(error, RuntimeError) and command.is_out_of_memory(error):
+            raise
+        if _is_lost(error):
+            end.all(LOST, 1)
+        end.all(f"{type(error).__name__}: {error}", 1, traceback.format_exc())
+    end.watched.set()
+    command.on_failure = None
+    ranks.leave()
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether a collective failed because a rank is not there any more."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "NCCL", "peer"))
+    )
+
+
+class _End:
+    """Attributes:
+    watched: set when the other ranks need not be looked at any more.
+    """
+
+    def __init__(self, store: dist.Store):
+        self._store = dist.PrefixStore("end", store)
+        self.watched = threading.Event()
+        # A client of its own: another waits while one is waiting for an answer.
+        watcher = threading.Thread(target=self._watch, args=(self._store.clone(),), daemon=True)
+        watcher.start()
+
+    def all(self, line: str, code: int, detail: str = "") -> NoReturn:
+        """Ends this rank, and so all of them.
+
+        Args:
+            line: what was wrong.
+            code: the exit code, if this rank is the first.
+            detail: to be shown before it.
+        """
+        self.watched.set()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # it is ending
+        try:
+            code = self._agree(line, code, detail)
+        except dist.DistError:  # nobody is left to agree with
+            _say(line, detail)
+        _exit(code)
+
+    def _agree(self, line: str, code: int, detail: str) -> int:
+        """Says why if nobody does; returns the exit code of all."""
+        store, rank, size = self._store, ranks.rank(), ranks.size()
+        store.set(f"line/{rank}", line)
+        if store.add("failed", 1) == 1:
+            _wait(lambda: store.add("failed", 0) == size, SAME_SECONDS)
+            keys = [f"line/{other}" for other in range(size)]
+            alike = store.check(keys) and {store.get(key) for key in keys} == {line.encode()}
+            _say(line if alike else f"rank {rank}: {line}", detail)
+            store.set("code", str(code))
+        else:
+            code = self._code(store) or code
+        store.add("gone", 1)
+        if rank == 0:  # in whose process the store may be
+            _wait(lambda: store.add("gone", 0) == size, SAME_SECONDS)
+        return code
+
+    def _code(self, store: dist.Store) -> int | None:
+        """That of the first rank that failed, once it has said why; None if it never does."""
+        _wait(lambda: store.check(["code"]), 5 * SAME_SECONDS)
+        return int(store.get("code")) if store.check(["code"]) else None
+
+    def _watch(self, store: dist.Store) -> None:
+        while not self.watched.wait(LOOK_SECONDS):
+            try:
+                if not store.check(["failed"]):
+                    continue
+                code = self._code(store) or 1
+                if not self.watched.is_set():
+                    store.add("gone", 1)
+            except dist.DistError:
+                # The store was in the process of a rank that ended: was it the end of all?
+                if self.watched.wait(SAME_SECONDS):
+                    return
+                _say(f"rank {ranks.rank()}: {LOST}", "")
+                code = 1
+            if not self.watched.is_set():
+                _exit(code)
+
+
+def _wait(is_so, seconds: float) -> None:
+    """Until something is so, at most so many seconds."""
+    last = time.monotonic() + seconds
+    while not is_so() and time.monotonic() < last:
+        time.sleep(LOOK_SECONDS / 10)
+
+
+def _say(line: str, detail: str) -> None:
+    stream = sys.__stderr__
+    with suppress(OSError):
+        if stream is not None:
+            print(f"{detail}error: {line}", file=stream, flush=True)
+
+
+def _exit(code: int) -> NoReturn:
+    """At once: a collective that waits for a rank that is gone would never end."""
+    with suppress(OSError, ValueError):
+        if sys.stdout.isatty():
+            sys.stdout.write("\x1b[?25h")  # a progress bar hides the cursor
+        sys.stdout.flush()
+    os._exit(code)

@@ -1,0 +1,118 @@
+"""Weights and optimizer of a model that is divided among ranks, in a checkpoint.
+
+    step-N/state/    torch.distributed.checkpoint: each rank wrote its part; any number reads it
+
+The rest of the folder is that of one process (checkpoint.py), but that model.safetensors is there
+only where the settings ask for it (report.export), and that trainer_state.pt has no optimizer.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from threadweaver import ranks
+from threadweaver.train.config import ConfigError
+from threadweaver.train.sharding import scatter
+
+FOLDER = "state"
+
+
+def is_sharded(checkpoint: Path) -> bool:
+    return (checkpoint / FOLDER).is_dir()
+
+
+def save_shards(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
+    """Writes checkpoint/state, forced to disk; all ranks call it.
+
+    Raises:
+        OSError: on all ranks, if it cannot be written.
+    """
+    state = {"model": _weights(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    try:
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(checkpoint / FOLDER))
+    except CheckpointException as error:
+        raise OSError(str(_cause(error))) from error
+
+
+def load_weights(checkpoint: Path, model: nn.Module) -> None:
+    """Reads them into the parameters that are there. In several processes all ranks call it.
+
+    Raises:
+        ConfigError: files are missing or damaged, or of another model.
+    """
+    _load(checkpoint, {"model": _weights(model)})
+
+
+def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
+    """As `load_weights`, the state of an optimizer that has taken no step."""
+    state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+    _load(checkpoint, state)
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+
+
+def take_whole_optimizer(
+    state: dict[str, Any] | None, model: nn.Module, optimizer: Optimizer
+) -> None:
+    """Divides the optimizer state of one process, as rank 0 read it from trainer_state.pt, among
+    the ranks, which all call it with an optimizer that has taken no step."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    ours = get_optimizer_state_dict(model, optimizer)
+    # Numbers in a state dict count the parameters, group by group.
+    ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    theirs = {} if state is None else {ordered[i]: s for i, s in state["state"].items()}
+    for name in ranks.from_first(list(theirs)):
+        for key, value in ours["state"][name].items():
+            of_first = theirs.get(name, {}).get(key)
+            if isinstance(value, DTensor):
+                scatter(value, of_first)
+            else:  # how many steps were taken
+                value.copy_(ranks.from_first(of_first))
+    set_optimizer_state_dict(model, optimizer, ours)
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint holds of a model: its parameters, tied ones once, and stored buffers."""
+    stored = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
+    return {name: p.detach() for name, p in model.named_parameters()} | buffers
+
+
+def _load(checkpoint: Path, state: dict[str, Any]) -> None:
+    try:
+        with _no_word_of_one_process():
+            dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint / FOLDER))
+    except (CheckpointException, Exception) as error:  # whatever damaged bytes make of the reader
+        raise ConfigError(
+            f"{checkpoint / FOLDER}: cannot be read ({_cause(error)}); delete the folder "
+            f"{checkpoint.name} to resume from the checkpoint before it"
+        ) from error
+
+
+def _cause(error: BaseException) -> BaseException | str:
+    """What a rank met with, of what the ranks tell each other."""
+    if isinstance(error, CheckpointException):
+        wrapped = next(iter(error.failures.values()))
+        error = wrapped[0] if isinstance(wrapped, tuple) else wrapped
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def _no_word_of_one_process() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is")
+        yield

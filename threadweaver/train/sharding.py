@@ -1,0 +1,145 @@
+"""A model whose parameters, gradients and moments are divided among the ranks (FSDP2).
+
+Each decoder layer is gathered when it is run and dropped after; the embedding, the last norm and
+the output layer from the start of a pass to its end. The losses read the output layer's weight, so
+a pass is the forward of a module whose result is the loss, `Passes`.
+
+Gradients are sums over ranks: a loss is divided by what the whole step has, on whichever ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from threadweaver import ranks
+from threadweaver.device import DTYPES
+from threadweaver.model import replace_parameters, save_model, to_device
+from threadweaver.train.config import ComputeConfig
+from threadweaver.train.layers import layers_of
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Passes(nn.Module):
+    """Runs functions of a model, with all parameters there that they read besides its layers'.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        function: Callable[Concatenate[PreTrainedModel, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """function(model, ...), of which all ranks run as many, with and without gradients alike."""
+        return function(self.model, *args, **kwargs)
+
+
+def shard(
+    full: PreTrainedModel | None, like: PreTrainedModel, compute: ComputeConfig, device: torch.device
+) -> Passes:
+    """Divides a model among the ranks, which all call it.
+
+    Args:
+        full: the model, on rank 0; None: its weights stay as they come, to be loaded.
+        like: the same without weights (`model_without_weights`); it becomes the sharded one.
+        compute: precision bf16: parameters are gathered, and the model computes, in bfloat16, and
+            gradients are summed over the ranks in float32.
+        device: of this rank.
+    """
+    dtype = DTYPES[compute.parameters]
+    # The fused kernels look at a model where it computes: parameters there that take no memory.
+    replace_parameters(like, lambda p: torch.zeros((), dtype=dtype, device=device).expand(p.shape))
+    to_device(like, device)
+    replace_parameters(like, lambda p: p.to("meta"))
+    mesh = init_device_mesh(device.type, (ranks.size(),))
+    half = DTYPES[compute.precision] == torch.bfloat16
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32
+    )
+    for layer in layers_of(like):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    passes = Passes(like)
+    fully_shard(passes, mesh=mesh, mp_policy=policy)
+    for module in passes.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other
+    passes._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
+    if ranks.from_first(full is not None):
+        _fill(like, full)
+    return passes
+
+
+@torch.no_grad()
+def _fill(model: PreTrainedModel, full: PreTrainedModel | None) -> None:
+    """Gives each rank its part of the weights of rank 0."""
+    source: Mapping[str, Tensor] = {} if full is None else full.state_dict()
+    for name, parameter in model.named_parameters():
+        scatter(parameter, source.get(name))
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    stored = {n: b.cpu() for n, b in source.items() if n not in parameters}
+    model.load_state_dict(ranks.from_first(stored), strict=False)
+
+
+def scatter(into: Tensor, full: Tensor | None) -> None:
+    """Copies a tensor of rank 0 to one that is divided among the ranks, which all call it."""
+    assert isinstance(into, DTensor)
+    device = into.to_local().device
+    if full is None:
+        full = torch.empty(into.shape, dtype=into.dtype, device=device)
+    full = full.detach().to(device, into.dtype).contiguous()
+    into.copy_(distribute_tensor(full, into.device_mesh, into.placements))
+
+
+@torch.no_grad()
+def gathered(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and whole value of each parameter, tied ones once, on every rank. All run through it."""
+    for name, parameter in model.named_parameters():
+        yield name, whole(parameter)
+
+
+def whole(value: Tensor) -> Tensor:
+    """Of a tensor that may be divided among the ranks, which then all call it."""
+    return value.detach().full_tensor() if isinstance(value, DTensor) else value.detach()
+
+
+def weights_on_first(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state dict of a sharded model as it would be in one process, on the CPU of rank 0; on the
+    others empty. All call it."""
+    tied: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(parameter), []).append(name)
+    found: dict[str, Any] = {}
+    for names, (_, value) in zip(tied.values(), gathered(model), strict=True):
+        if ranks.is_first():
+            found |= dict.fromkeys(names, value.cpu())
+    if not ranks.is_first():
+        return {}
+    order = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in order}
+    found |= {name: buffer.cpu() for name, buffer in buffers.items()}
+    return {name: found[name] for name in order}
+
+
+def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes a plain Hugging Face folder, by rank 0; all ranks call it."""
+    weights = weights_on_first(model) if ranks.size() > 1 else None
+    if ranks.is_first():
+        save_model(model, tokenizer, folder, weights)
