@@ -25,6 +25,11 @@ class Group:
         return any(self.advantages)
 
     @property
+    def is_here(self) -> bool:
+        """Whether this rank decoded them."""
+        return all(g.rollout is not None for g in self.graded)
+
+    @property
     def num_sampled_tokens(self) -> int:
         return sum(g.counts.num_sampled_tokens for g in self.graded)
 
