@@ -50,6 +50,12 @@ class Passes(nn.Module):
         """function(model, ...), of which all ranks run as many, with and without gradients alike."""
         return function(self.model, *args, **kwargs)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().__call__(*args, **kwargs)
+        if isinstance(self, FSDPModule) and not torch.is_grad_enabled():
+            self.reshard()  # which else the backward pass does
+        return result
+
 
 def shard(
     full: PreTrainedModel | None, like: PreTrainedModel, compute: ComputeConfig, device: torch.device

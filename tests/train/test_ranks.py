@@ -1,0 +1,60 @@
+"""SFT on several ranks does what it does in one process."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.train.conftest import ARCH
+from tests.train.on_ranks import on_ranks
+
+LLAMA = {**ARCH, "model_type": "llama", "tie_word_embeddings": False}
+
+
+@pytest.fixture
+def run_of_20(new_run):
+    """Makes a run of 20 steps of 4 micro-batches, the last of each epoch shorter."""
+
+    def make(name: str, arch: dict = ARCH):
+        run = new_run(name)
+        run.settings["model"] = {"arch": arch}
+        run.settings["optimization"] |= {"max_steps": 20, "batch_tokens": 128, "accumulation": 4}
+        run.settings["report"] = {
+            "validate_every": 10,
+            "checkpoint_every": 7,
+            "trackers": [],
+        }
+        return run
+
+    return make
+
+
+def weights_of(run) -> dict[str, torch.Tensor]:
+    return load_file(Path(run.summary()["checkpoint"]) / "model.safetensors")
+
+
+def check_alike(ours, theirs) -> None:
+    """Checks losses to 1e-5, weights to 1e-4, and all counts."""
+    assert len(ours.metrics()) == len(theirs.metrics()) == 20
+    for mine, other in zip(ours.metrics(), theirs.metrics(), strict=True):
+        assert mine.pop("imbalance", 1) >= 1
+        assert mine.keys() - {"imbalance"} == other.keys() - {"imbalance"}
+        for name, value in other.items():
+            if name != "imbalance":
+                assert mine[name] == pytest.approx(value, rel=1e-5), (mine["step"], name)
+    weights = weights_of(theirs)
+    assert weights_of(ours).keys() == weights.keys()
+    for name, value in weights_of(ours).items():
+        assert (value - weights[name]).norm() <= 1e-4 * weights[name].norm(), name
+
+
+@pytest.mark.parametrize(("arch", "count"), [(ARCH, 2), (LLAMA, 4)], ids=["qwen3", "llama"])
+def test_losses_and_weights_are_those_of_one_process(run_of_20, tmp_path, arch, count):
+    alone, together = run_of_20("alone", arch), run_of_20("together", arch)
+    assert alone() == 0
+    ended = on_ranks(together.arguments(), tmp_path, count)
+    assert ended.codes == [0] * count, ended.err
+    assert ended.err == "" and ended.out.count("Supervised fine-tuning") == 1
+    check_alike(together, alone)
