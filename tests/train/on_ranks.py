@@ -10,12 +10,15 @@ import contextlib
 import os
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import get_context
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-_context = get_context("forkserver")
+_context: Any = get_context("forkserver")
 _context.set_forkserver_preload(["threadweaver.train.pipeline", "threadweaver.rank_errors"])
 
 
@@ -48,6 +51,7 @@ class Ranks:
         folder: for what they write.
         count: how many are started.
         size: how many there should be; default: as many.
+        before: called in each rank, with its number, before the command.
         **env: of their environment.
 
     Attributes:
@@ -60,9 +64,13 @@ class Ranks:
         folder: Path,
         count: int,
         size: int | None = None,
+        before: Callable[[int], None] | None = None,
         **env: str,
     ):
         size = size or count
+        # As threadweaver.train.__main__ has it, before torch is loaded.
+        with patch.dict(os.environ, TORCH_CPP_LOG_LEVEL="ERROR"):
+            ensure_running()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -80,7 +88,7 @@ class Ranks:
                 "OMP_NUM_THREADS": "1",
                 **env,
             }
-            process = _context.Process(target=_run, args=(each[rank], str(file), variables))
+            process = _context.Process(target=_run, args=(each[rank], str(file), variables, before))
             process.start()
             self.processes.append(process)
 
@@ -100,7 +108,12 @@ class Ranks:
         return "".join(file.with_suffix(f".{kind}").read_text() for file in self._files)
 
 
-def _run(arguments: list[str], file: str, variables: dict[str, str]) -> None:
+def _run(
+    arguments: list[str],
+    file: str,
+    variables: dict[str, str],
+    before: Callable[[int], None] | None,
+) -> None:
     os.environ.update(variables)
     for stream, suffix in ((sys.stdout, ".out"), (sys.stderr, ".err")):
         os.dup2(os.open(file + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
@@ -109,6 +122,8 @@ def _run(arguments: list[str], file: str, variables: dict[str, str]) -> None:
     from threadweaver.train.__main__ import main
 
     torch.set_num_threads(1)
+    if before is not None:
+        before(int(variables["RANK"]))
     code = main(arguments)
     with contextlib.suppress(OSError):
         sys.stdout.flush()

@@ -17,9 +17,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, count, islice
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from threadweaver import ranks
 from threadweaver.evaluate.grade import METRICS, Graded, summary
@@ -405,13 +407,13 @@ class RLTrainer(Trainer[RLConfig]):
                 reference = self._logprobs(self.reference, micro)
         with self.autocast():
             layout, needs_entropy = micro.trie.layout(self.device), self.config.policy.entropy > 0
-            current = self.passes(trie_logprobs, micro.trie, layout, micro.sampled, needs_entropy)
+            current = self.passes(_logprobs, micro.trie, layout, micro.sampled, needs_entropy)
         return current, reference
 
     def _logprobs(self, passes: Passes, micro: PolicyTrie) -> Tensor:
         with self.autocast():
             layout = micro.trie.layout(self.device)
-            return passes(trie_logprobs, micro.trie, layout, micro.sampled).logprobs
+            return passes(_logprobs, micro.trie, layout, micro.sampled).logprobs
 
     def _load_reference(self) -> Passes:
         """What the run started from, tags included, so that the first KL is 0."""
@@ -445,3 +447,8 @@ class RLTrainer(Trainer[RLConfig]):
         }
         print_rl_table(self.console, result, self.run_dir)
         ranks.on_first(lambda: write_json(self.run_dir / "summary.json", result | self.overlap))
+
+
+def _logprobs(model: PreTrainedModel, *args: Any) -> TokenLogprobs:
+    """`trie_logprobs` as tensors of their own: FSDP warns of views."""
+    return TokenLogprobs(*(values.clone() for values in trie_logprobs(model, *args)))
