@@ -26,7 +26,7 @@ ROOMS = [
         "threadweaver.whole_file",
     ],
     ["threadweaver.command", "threadweaver.progress", "threadweaver.shared"],
-    ["threadweaver.trajectory"],
+    ["threadweaver.rank_errors", "threadweaver.trajectory"],
     ["threadweaver.data", "threadweaver.grading"],
     ["threadweaver.model"],
     ["threadweaver.generate", "threadweaver.add_tags"],

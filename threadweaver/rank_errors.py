@@ -36,7 +36,9 @@ def joined() -> Iterator[None]:
     try:
         store = ranks.join()
     except ranks.NotAllCame as error:
-        sys.exit(2 if error.is_told else command.fail(error, 2))
+        code = 2 if error.is_told else command.fail(error, 2)
+        time.sleep(SAME_SECONDS)  # for those that still look at what is in this process
+        sys.exit(code)
     end = _End(store)
     command.on_failure = end.all
     if not ranks.is_first():

@@ -8,7 +8,10 @@ over the device's own backend.
 from __future__ import annotations
 
 import os
+import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -29,7 +32,7 @@ class NotAllCame(ValueError):  # noqa: N818 (named for what was found)
     """Ranks are missing at the start.
 
     Attributes:
-        is_told: whether another rank that came says so.
+        is_told: whether another rank says so.
     """
 
     def __init__(self, seconds: float, is_told: bool):
@@ -56,15 +59,15 @@ def join(seconds: float | None = None) -> dist.Store:
     global _store
     if seconds is None:
         seconds = float(os.environ.get("TW_JOIN_SECONDS", JOIN_SECONDS))
-    wait, store = timedelta(seconds=seconds), None
-    try:
-        store, rank, size = next(iter(dist.rendezvous("env://", timeout=wait)))
-        store.set_timeout(wait)
-        # Asked for here, since process groups do not all wait for each other.
-        store.set(f"came/{rank}", "")
-        store.wait([f"came/{other}" for other in range(size)], wait)
-    except (dist.DistStoreError, dist.DistNetworkError) as error:
-        raise NotAllCame(seconds, _is_told(store)) from error
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    last = time.monotonic() + seconds
+    store = _shared_store(rank, last)
+    if store is None:
+        raise NotAllCame(seconds, is_told=local_rank() > 0)
+    store.set(f"came/{rank}", "")
+    keys = [f"came/{other}" for other in range(size)]
+    if not _becomes(lambda: store.check(keys), last):
+        raise NotAllCame(seconds, _is_told(store))
     _store = store
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
@@ -76,10 +79,33 @@ def join(seconds: float | None = None) -> dist.Store:
     return store
 
 
-def _is_told(store: dist.Store | None) -> bool:
-    """Whether another rank has asked this before: of all that it can see, or on this machine."""
+def _shared_store(rank: int, last: float) -> dist.Store | None:
+    """Of torchrun if it has one, else of rank 0; None if that is not there by the time `last`."""
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_ours = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+    def is_there() -> bool:
+        # PyTorch would write lines of its own while it tries.
+        with suppress(OSError), socket.create_connection(address, timeout=1):
+            return True
+        return False
+
+    if not is_ours and not _becomes(is_there, last):
+        return None
+    return dist.TCPStore(*address, is_master=is_ours, wait_for_workers=False)
+
+
+def _becomes(is_so: Callable[[], bool], last: float) -> bool:
+    """Waits until something is so; whether it is by the time `last`."""
+    while not (found := is_so()) and time.monotonic() < last:
+        time.sleep(0.05)
+    return found
+
+
+def _is_told(store: dist.Store) -> bool:
+    """Whether another rank has asked this before, or is gone already."""
     try:
-        return store.add("not all came", 1) > 1 if store else local_rank() > 0
+        return store.add("not all came", 1) > 1
     except dist.DistError:
         return local_rank() > 0
 

@@ -4,13 +4,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from threadweaver.model import build_tokenizer, new_model
+from threadweaver.model import build_tokenizer, new_model, save_model
 from threadweaver.train import checkpoint as checkpoints
 from threadweaver.train.checkpoint import (
     all_checkpoints,
     check_shapes,
     load_state,
     save_checkpoint,
+    shapes_of,
 )
 from threadweaver.train.config import ConfigError
 
@@ -20,8 +21,14 @@ TOKENIZER = build_tokenizer()
 MODEL = new_model(TOKENIZER, ARCH, seed=0)
 
 
-def save(folder, step, keep=9, value=0):
-    return save_checkpoint(folder, step, MODEL, TOKENIZER, {"value": value}, keep)
+def write(folder):
+    save_model(MODEL, TOKENIZER, folder)
+
+
+def save(folder, step, keep=9, value=0, write=write):
+    state = {"value": value, "shapes": shapes_of(MODEL)}
+    save_checkpoint(folder, step, write, state, keep)
+    return folder / f"step-{step}"
 
 
 def names(folder):
@@ -47,20 +54,23 @@ def test_a_checkpoint_is_a_plain_hugging_face_folder(tmp_path):
     assert tokenizer.encode(text) == TOKENIZER.encode(text)
 
 
-@pytest.mark.parametrize("dies_in", ["save_model", "sync"])
+@pytest.mark.parametrize("dies_in", ["write", "sync"])
 def test_a_write_that_dies_leaves_no_checkpoint_and_its_leftovers_go(
     tmp_path, monkeypatch, dies_in
 ):
     save(tmp_path, 1)
-    whole = getattr(checkpoints, dies_in)
 
-    def write_and_die(*arguments):
-        whole(*arguments)
-        raise KeyboardInterrupt
+    def dying(whole):
+        def write_and_die(*arguments):
+            whole(*arguments)
+            raise KeyboardInterrupt
+
+        return write_and_die
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoints, dies_in, write_and_die)
-        save(tmp_path, 2)
+        if dies_in == "sync":
+            patch.setattr(checkpoints, "sync", dying(checkpoints.sync))
+        save(tmp_path, 2, write=dying(write) if dies_in == "write" else write)
     assert [p.name for p in all_checkpoints(tmp_path)] == ["step-1"]
     assert names(tmp_path) == [".step-2.partial", "step-1"]
     save(tmp_path, 2, value=7)

@@ -1,6 +1,8 @@
 """SFT on several ranks does what it does in one process."""
 
-import json
+import os
+import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from safetensors.torch import load_file
 
 from tests.train.conftest import ARCH
 from tests.train.on_ranks import on_ranks
+from threadweaver.train.sft import SFTTrainer
 
 LLAMA = {**ARCH, "model_type": "llama", "tie_word_embeddings": False}
 
@@ -58,3 +61,32 @@ def test_losses_and_weights_are_those_of_one_process(run_of_20, tmp_path, arch, 
     assert ended.codes == [0] * count, ended.err
     assert ended.err == "" and ended.out.count("Supervised fine-tuning") == 1
     check_alike(together, alone)
+
+
+def stop_in_step(step: int, rank: int = 0) -> None:
+    """Stops the run when this step is done, as by Ctrl-C."""
+    take = SFTTrainer.train_step
+
+    def train_step(self):
+        if self.steps_done + 1 == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return take(self)
+
+    SFTTrainer.train_step = train_step
+
+
+def test_a_run_goes_on_with_any_number_of_ranks(run_of_20, tmp_path, monkeypatch):
+    alone, moved = run_of_20("alone"), run_of_20("moved")
+    assert alone() == 0
+    first = on_ranks(moved.arguments(), tmp_path, 2, before=partial(stop_in_step, 4))
+    assert first.codes == [130, 130], first.err
+    resumed = moved.arguments("--resume")
+    second = on_ranks(resumed, tmp_path, 4, before=partial(stop_in_step, 9))
+    assert second.codes == [130] * 4, second.err
+    with monkeypatch.context() as patch:
+        patch.setattr(SFTTrainer, "train_step", SFTTrainer.train_step)  # set back at the end
+        stop_in_step(15)
+        assert moved("--resume") == 130
+    assert (moved.folder / "checkpoints/step-15/model.safetensors").exists()
+    assert on_ranks(resumed, tmp_path, 2).codes == [0, 0]
+    check_alike(moved, alone)

@@ -28,6 +28,10 @@ from argparse import ArgumentError
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
+if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    # Before torch is loaded: when a rank ends, each of the others would print what its sockets met.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 from threadweaver.command import command, explain, fail, quiet, train_extra
 
 with train_extra():

@@ -299,9 +299,7 @@ class Trainer(Run[T]):
             recompute_activations(self.model, compute.gradient_checkpointing)
         # On a CPU autocast casts as it always did: results stay the same, bit for bit. Sharded
         # parameters are gathered in the dtype of their products.
-        by_copies = (
-            self.device.type == "cuda" and compute.precision == "bf16" and ranks.size() == 1
-        )
+        by_copies = self.device.type == "cuda" and compute.precision == "bf16" and ranks.size() == 1
         self.copies = WeightCopies(self.model, torch.bfloat16 if by_copies else None)
         self.optimizer = build_optimizer(self.model, self.config.optimization)
         if self.state:
@@ -390,10 +388,10 @@ class Trainer(Run[T]):
         if ranks.largest(not is_finite):
             folder = self.run_dir / f"nan-step-{self.steps_done + 1}"
             export(self.model, self.tokenizer, folder / "model")
-            batch = packs, sources, [float(x) for x in losses]
-            parts = ranks.gather(batch)
+            micro_batches = zip(packs, sources, map(float, losses), strict=True)
+            of_all = list(chain(*ranks.gather(list(micro_batches))))
             raise ranks.on_first(
-                lambda: save_batch(folder, *(list(chain(*p)) for p in zip(*parts)), float(norm))
+                lambda: save_batch(folder, *zip(*of_all, strict=True), float(norm))
             )
         set_learning_rate(self.optimizer, learning_rate)
         self.copies.free()

@@ -47,7 +47,7 @@ class Passes(nn.Module):
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> T:
-        """function(model, ...), of which all ranks run as many, with and without gradients alike."""
+        """function(model, ...); all ranks run as many, with and without gradients alike."""
         return function(self.model, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -58,7 +58,10 @@ class Passes(nn.Module):
 
 
 def shard(
-    full: PreTrainedModel | None, like: PreTrainedModel, compute: ComputeConfig, device: torch.device
+    full: PreTrainedModel | None,
+    like: PreTrainedModel,
+    compute: ComputeConfig,
+    device: torch.device,
 ) -> Passes:
     """Divides a model among the ranks, which all call it.
 
