@@ -18,7 +18,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
-import torch.distributed as dist
+from torch.distributed import (
+    DistError,
+    PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
+    Store,  # pyright: ignore[reportPrivateImportUsage]
+)
 
 from threadweaver import command, ranks
 
@@ -62,7 +66,7 @@ def joined() -> Iterator[None]:
 def _is_lost(error: Exception) -> bool:
     """Whether a collective failed because a rank is not there any more."""
     text = str(error)
-    return isinstance(error, dist.DistError) or (
+    return isinstance(error, DistError) or (
         isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "NCCL", "peer"))
     )
 
@@ -72,11 +76,11 @@ class _End:
     watched: set when the other ranks need not be looked at any more.
     """
 
-    def __init__(self, store: dist.Store):
-        self._store = dist.PrefixStore("end", store)
+    def __init__(self, store: Store):
+        self._store = PrefixStore("end", store)
         self.watched = threading.Event()
-        # A client of its own: another waits while one is waiting for an answer.
-        watcher = threading.Thread(target=self._watch, args=(self._store.clone(),), daemon=True)
+        client = PrefixStore("end", ranks.another_client())
+        watcher = threading.Thread(target=self._watch, args=(client,), daemon=True)
         watcher.start()
 
     def all(self, line: str, code: int, detail: str = "") -> NoReturn:
@@ -92,7 +96,7 @@ class _End:
             signal.signal(number, signal.SIG_IGN)  # it is ending
         try:
             code = self._agree(line, code, detail)
-        except dist.DistError:  # nobody is left to agree with
+        except DistError:  # nobody is left to agree with
             _say(line, detail)
         _exit(code)
 
@@ -113,12 +117,12 @@ class _End:
             _wait(lambda: store.add("gone", 0) == size, SAME_SECONDS)
         return code
 
-    def _code(self, store: dist.Store) -> int | None:
+    def _code(self, store: Store) -> int | None:
         """That of the first rank that failed, once it has said why; None if it never does."""
         _wait(lambda: store.check(["code"]), 5 * SAME_SECONDS)
         return int(store.get("code")) if store.check(["code"]) else None
 
-    def _watch(self, store: dist.Store) -> None:
+    def _watch(self, store: Store) -> None:
         while not self.watched.wait(LOOK_SECONDS):
             try:
                 if not store.check(["failed"]):
@@ -126,7 +130,7 @@ class _End:
                 code = self._code(store) or 1
                 if not self.watched.is_set():
                     store.add("gone", 1)
-            except dist.DistError:
+            except DistError:
                 # The store was in the process of a rank that ended: was it the end of all?
                 if self.watched.wait(SAME_SECONDS):
                     return

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 T = TypeVar("T")
 
@@ -25,7 +26,7 @@ T = TypeVar("T")
 JOIN_SECONDS = 600.0
 COLLECTIVE_SECONDS = 4 * 3600.0
 
-_store: dist.Store | None = None
+_store: Store | None = None
 
 
 class NotAllCame(ValueError):  # noqa: N818 (named for what was found)
@@ -43,7 +44,7 @@ class NotAllCame(ValueError):  # noqa: N818 (named for what was found)
         self.is_told = is_told
 
 
-def join(seconds: float | None = None) -> dist.Store:
+def join(seconds: float | None = None) -> Store:
     """Joins the other ranks; all call it, once, before anything below.
 
     Args:
@@ -71,7 +72,7 @@ def join(seconds: float | None = None) -> dist.Store:
     _store = store
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-        store=dist.PrefixStore("collectives", store),
+        store=PrefixStore("collectives", store),
         rank=rank,
         world_size=size,
         timeout=timedelta(seconds=COLLECTIVE_SECONDS),
@@ -79,9 +80,9 @@ def join(seconds: float | None = None) -> dist.Store:
     return store
 
 
-def _shared_store(rank: int, last: float) -> dist.Store | None:
+def _shared_store(rank: int, last: float) -> Store | None:
     """Of torchrun if it has one, else of rank 0; None if that is not there by the time `last`."""
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address = _address()
     is_ours = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
     def is_there() -> bool:
@@ -92,7 +93,17 @@ def _shared_store(rank: int, last: float) -> dist.Store | None:
 
     if not is_ours and not _becomes(is_there, last):
         return None
-    return dist.TCPStore(*address, is_master=is_ours, wait_for_workers=False)
+    return TCPStore(*address, is_master=is_ours, wait_for_workers=False)
+
+
+def _address() -> tuple[str, int]:
+    """Of what the ranks share."""
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
+def another_client() -> Store:
+    """Of what the ranks share: one that waits for an answer keeps others of its own waiting."""
+    return TCPStore(*_address(), is_master=False, wait_for_workers=False)
 
 
 def _becomes(is_so: Callable[[], bool], last: float) -> bool:
@@ -102,7 +113,7 @@ def _becomes(is_so: Callable[[], bool], last: float) -> bool:
     return found
 
 
-def _is_told(store: dist.Store) -> bool:
+def _is_told(store: Store) -> bool:
     """Whether another rank has asked this before, or is gone already."""
     try:
         return store.add("not all came", 1) > 1

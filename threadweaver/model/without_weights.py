@@ -45,7 +45,7 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = on_meta
+    nn.Module.register_parameter = on_meta  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:

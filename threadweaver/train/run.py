@@ -390,9 +390,8 @@ class Trainer(Run[T]):
             export(self.model, self.tokenizer, folder / "model")
             micro_batches = zip(packs, sources, map(float, losses), strict=True)
             of_all = list(chain(*ranks.gather(list(micro_batches))))
-            raise ranks.on_first(
-                lambda: save_batch(folder, *zip(*of_all, strict=True), float(norm))
-            )
+            packs, sources, values = zip(*of_all, strict=True)
+            raise ranks.on_first(lambda: save_batch(folder, packs, sources, values, float(norm)))
         set_learning_rate(self.optimizer, learning_rate)
         self.copies.free()
         self.optimizer.step()

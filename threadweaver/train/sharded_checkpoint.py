@@ -14,13 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -43,7 +45,7 @@ def save_shards(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> Non
     """
     state = {"model": _weights(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
     try:
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(checkpoint / FOLDER))
+        save(state, storage_writer=FileSystemWriter(checkpoint / FOLDER))
     except CheckpointException as error:
         raise OSError(str(_cause(error))) from error
 
@@ -70,7 +72,7 @@ def take_whole_optimizer(
     """Divides the optimizer state of one process, as rank 0 read it from trainer_state.pt, among
     the ranks, which all call it with an optimizer that has taken no step."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    ours = get_optimizer_state_dict(model, optimizer)
+    ours: Any = get_optimizer_state_dict(model, optimizer)
     # Numbers in a state dict count the parameters, group by group.
     ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
     theirs = {} if state is None else {ordered[i]: s for i, s in state["state"].items()}
@@ -94,7 +96,7 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 def _load(checkpoint: Path, state: dict[str, Any]) -> None:
     try:
         with _no_word_of_one_process():
-            dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint / FOLDER))
+            load(state, storage_reader=FileSystemReader(checkpoint / FOLDER))
     except (CheckpointException, Exception) as error:  # whatever damaged bytes make of the reader
         raise ConfigError(
             f"{checkpoint / FOLDER}: cannot be read ({_cause(error)}); delete the folder "

@@ -126,7 +126,7 @@ def gathered(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def whole(value: Tensor) -> Tensor:
     """Of a tensor that may be divided among the ranks, which then all call it."""
-    return value.detach().full_tensor() if isinstance(value, DTensor) else value.detach()
+    return (value.full_tensor() if isinstance(value, DTensor) else value).detach()
 
 
 def weights_on_first(model: PreTrainedModel) -> dict[str, Tensor]:
