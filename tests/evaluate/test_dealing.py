@@ -68,7 +68,8 @@ def test_messages_reach_the_first_rank_once_in_order(monkeypatch):
         assert here.receive() == []
     with several.rank(1):
         there = Messages(new_name("a"))
-        there.send("one"), there.send("zwei ü")
+        for text in ("one", "zwei ü"):
+            there.send(text)
     with several.rank(0):
         assert here.receive() == ["one", "zwei ü"] and here.receive() == []
 
