@@ -218,14 +218,18 @@ def of_all_ranks(
     problems: Sequence[Problem],
     samples: int,
     on_wait: Callable[[], object],
+    with_texts: bool = True,
 ) -> list[Graded]:
-    """The graded responses of all ranks, in order; those of others have no rollout. All ranks call
-    it; `on_wait` is called now and then until the last of them does."""
+    """The graded responses of all ranks, in order; those of others have no rollout, and a text only
+    if wanted. All ranks call it; `on_wait` is called now and then until the last of them does."""
     if ranks.size() == 1:
         return list(own.values())
     wait_for_all(on_wait)
     # All ranks have the problems; what a task keeps in one need not be fit for sending.
-    light = {n: replace(g, rollout=None, problem=_ANY) for n, g in own.items()}
+    light = {
+        n: replace(g, rollout=None, problem=_ANY, response=g.response if with_texts else "")
+        for n, g in own.items()
+    }
     sent = {n: graded for part in ranks.gather(light) for n, graded in part.items()}
     return [
         own.get(number) or replace(sent[number], problem=problems[number // samples])
@@ -243,9 +247,10 @@ def roll_out(
     seed: Sequence[int] = (0,),
     on_progress: Callable[[int], None] = lambda done: None,
     on_graded: Callable[[int], None] = lambda count: None,
+    with_texts: bool = True,
 ) -> list[Graded]:
     """Decodes and grades `samples` responses to each problem, in the order of `queue`. All ranks
-    call it together, and get all responses; those that others decoded have no rollout."""
+    call it together, and get all of it, by `of_all_ranks`."""
     grading = Grading(problems, samples, task, engine.codec)
     rollouts = decode(
         engine,
@@ -257,7 +262,7 @@ def roll_out(
         on_response=grading.submit,
     )
     graded = grading.finish(rollouts, settings, on_graded)
-    return of_all_ranks(graded, problems, samples, lambda: on_progress(len(rollouts)))
+    return of_all_ranks(graded, problems, samples, lambda: on_progress(len(rollouts)), with_texts)
 
 
 def texts_of_problems(problems: Sequence[Problem]) -> Iterator[Text]:

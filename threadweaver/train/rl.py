@@ -264,6 +264,7 @@ class RLTrainer(Trainer[RLConfig]):
                 seed=draws,
                 on_progress=progress.decoded,
                 on_graded=progress.graded,
+                with_texts=False,
             )
         self._decode_seconds += progress.seconds
         return graded
