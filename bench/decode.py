@@ -38,7 +38,7 @@ from bench.decode_peers import CASCADE, PADDED, PEERS, VARLEN
 from bench.decode_setup import PAGE_SIZE, DecodeSetup, Problem
 from bench.graphs import replayed
 from bench.running import suite_main
-from bench.suite import Options, Peer, Row, Skip, Suite, UsageError
+from bench.suite import Options, Peer, Row, Skip, Suite, UsageError, at_least_one
 from tw_kernels import PagedKV, trie_decode
 from tw_kernels.decode.op import TRIE_DECODE
 from tw_kernels.scores import NO_OPTIONS
@@ -147,8 +147,7 @@ def setups(options: DecodeOptions) -> Iterator[DecodeSetup]:
     heads, kv_heads, head_dim = options.heads or 9, options.kv_heads or 3, options.head_dim or 64
     if min(heads, kv_heads, head_dim) < 1 or heads % kv_heads:
         raise UsageError(f"--heads {heads} is not a multiple of --kv_heads {kv_heads}")
-    if options.window is not None and options.window < 1:
-        raise UsageError(f"--window is {options.window}: it must be at least 1")
+    at_least_one(options, "window")
     sizes = [(heads, kv_heads, head_dim)]
     if options.device == "cuda" and not (options.heads or options.kv_heads or options.head_dim):
         sizes.append((32, 8, 128))

@@ -30,15 +30,15 @@ from functools import cached_property
 import torch
 from transformers import PreTrainedModel
 
-from bench.models import SHAPES, product_weights, random_model
-from bench.rollout import COLUMNS, PARALLEL, SEQUENTIAL, ours
+from bench.models import check_names, product_weights, random_model
+from bench.rollout import COLUMNS, OURS, SEQUENTIAL
 from bench.rollout import relate as relate_latency
 from bench.rollout_cases import Case, Language, fork_join
 from bench.rollout_peers import GENERATE, generate
 from bench.rollout_setup import Generated, RolloutSetup
 from bench.roofline import Work
 from bench.running import suite_main
-from bench.suite import Options, Peer, Row, Suite, UsageError
+from bench.suite import Options, Peer, Row, Suite, UsageError, at_least_one
 from threadweaver.device import DTYPES, Precision, resolve
 from threadweaver.model import build_tokenizer
 from threadweaver.trajectory import Codec
@@ -113,15 +113,12 @@ def _capped(setup: RolloutSetup) -> Callable[[int], Generated]:
 
 
 def setups(options: EngineOptions) -> Iterator[EngineSetup]:
-    for name, value in (("requests", options.requests), ("length", options.length)):
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} is {value}: it must be at least 1")
+    at_least_one(options, "requests", "length")
     if options.generate_seconds <= 0:
         raise UsageError(f"--generate_seconds is {options.generate_seconds:g}: it must be positive")
     cpu = options.device == "cpu"
     names = options.models or (["tiny"] if cpu or options.quick else ["1.7B", "8B"])
-    if unknown := [name for name in names if name not in SHAPES]:
-        raise UsageError(f"--models: no shape {unknown[0]!r}; one of {', '.join(SHAPES)}")
+    check_names(names)
     precision = resolve(options.dtype, torch.device(options.device))
     many = options.requests or (8 if cpu else 64)
     make: functools.partial[Case] = functools.partial(fork_join, length=options.length)
@@ -150,11 +147,7 @@ SUITE = Suite(
     name="engine",
     options=EngineOptions,
     setups=setups,
-    peers=[
-        ours(PARALLEL, "parallel"),
-        ours(SEQUENTIAL, "sequential"),
-        Peer(GENERATE, _capped),
-    ],
+    peers=[*OURS, Peer(GENERATE, _capped)],
     columns={**COLUMNS, "of_floor": "x floor"},
     versus={SEQUENTIAL: "x seq", GENERATE: "x generate"},
     relate=relate,

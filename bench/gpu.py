@@ -19,8 +19,8 @@ minutes hold what matters:
     report                    DIR/report.md from all of these
 
 DIR/summary.json has the outcome of each step. A second call with the same DIR continues: steps that
-are ok are skipped, except those named by `--again`. While a step runs, stderr shows its name and
-time.
+are ok are skipped, except the report, a build that is missing here and those named by `--again`.
+While a step runs, stderr shows its name and time.
 
     --archive FILE   all of DIR as one .tar.gz, written anew as each step ends; a run whose DIR has
                      no summary yet continues the one in it
@@ -46,8 +46,8 @@ wheels beside the tree:
 
 `--dry_run` runs the same steps on a CPU, on tiny shapes.
 
-Exit codes: 0, also when time ran out; 1 if a step failed; 2 without a GPU or for arguments that
-cannot be used; 130 when it was interrupted.
+Exit codes: 0, also when time ran out; 1 if a step failed or the disk is full; 2 without a GPU
+or for arguments that cannot be used; 130 when it was interrupted.
 """
 
 from __future__ import annotations
@@ -113,6 +113,8 @@ def main(arguments: list[str]) -> int:
         return 0 if runner.run(steps, given.again) else 1
     except KeyboardInterrupt:
         return 130
+    except OSError as error:  # of the summary, the archive or the cache
+        return fail(error, 1)
     finally:
         signal.signal(signal.SIGTERM, before)
 

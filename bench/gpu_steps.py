@@ -160,6 +160,7 @@ def _first() -> list[Step]:
             [sys.executable, "setup.py", "build_ext", "--inplace"],
             share=0.6,
             absent=_built(),
+            always=True,  # a machine that continues a run may lack what an earlier one has built
             is_blocking=lambda: not _extension_is_there(),
         ),
     ]

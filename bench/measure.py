@@ -18,7 +18,8 @@ timed peer.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ def measure(
         row: Row = {**setup.key, "peer": peer.name, "ours": peer.ours, "status": "ok"}
         row |= dict.fromkeys(("reason", "ms", "iqr_ms", "samples_ms", "repeats", "peak_bytes"))
         rows.append(row)
-        try:
+        with _outcome(row):
             show(f"preparing {peer.name}", None)
             call = peer.prepare(setup)
             for i in range(setup.input_sets):
@@ -65,24 +66,16 @@ def measure(
                     break
             else:
                 timed.append(_Timing(row, call, setup.input_sets, meter))
-        except UsageError:
-            raise
-        except torch.OutOfMemoryError:
-            row |= {"status": "skipped", "reason": "does not fit in the device's memory"}
-            torch.cuda.empty_cache()
-        except Skip as reason:
-            row |= {"status": "skipped", "reason": str(reason)}
-        except Exception as error:
-            line = (str(error).strip().splitlines() or [""])[0]
-            row |= {"status": "failed", "reason": f"{type(error).__name__}: {line}"}
     gc.collect()
     gc.disable()  # as timeit does: no peer is charged for collecting another's objects
     try:
         for timing in timed:
-            show(f"measuring the memory of {timing.peer}", None)
-            timing.measure_memory()
-            show(f"warming up {timing.peer}", None)
-            timing.warm_up(budget)
+            with _outcome(timing.row):  # memory may run out now that all peers hold theirs
+                show(f"measuring the memory of {timing.peer}", None)
+                timing.measure_memory()
+                show(f"warming up {timing.peer}", None)
+                timing.warm_up(budget)
+        timed = [timing for timing in timed if timing.row["status"] == "ok"]
         rounds = max((timing.repeats for timing in timed), default=0)
         for round_ in range(rounds):
             shift = round_ % len(timed)
@@ -101,6 +94,22 @@ def measure(
     for peer, row in ok.items():
         row["ratios"] = {p: other["ms"] / row["ms"] for p, other in ok.items() if p != peer}
     return rows
+
+
+@contextmanager
+def _outcome(row: Row) -> Iterator[None]:
+    """Enters what is raised, unless it is a UsageError, as the row's status and reason."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except torch.OutOfMemoryError:
+        row |= {"status": "skipped", "reason": "does not fit in the device's memory"}
+    except Skip as reason:
+        row |= {"status": "skipped", "reason": str(reason)}
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [""])[0]
+        row |= {"status": "failed", "reason": f"{type(error).__name__}: {line}"}
 
 
 class _Timing:

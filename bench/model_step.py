@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -33,21 +33,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bench import shapes
-from bench.models import SHAPES, product_weights, random_model
+from bench import shapes, train_step
+from bench.models import check_names, product_weights, random_model
 from bench.roofline import Work
 from bench.running import suite_main
-from bench.step_setup import (
-    FineTuning,
-    Pass,
-    group_passes,
-    packed_passes,
-    unrolled_passes,
-)
-from bench.suite import Options, Row, Suite, UsageError
-from bench.train_step import OURS, PACKED, UNROLLED, relate, step_peer
+from bench.step_setup import FineTuning, Pass
+from bench.suite import Options, Row, Suite, at_least_one
+from bench.train_step import OURS, PACKED, UNROLLED
 from threadweaver.device import Precision, memory_of, resolve
-from threadweaver.model import WeightCopies, build_tokenizer, to_device
+from threadweaver.model import WeightCopies, build_tokenizer
 from threadweaver.train.setup import recompute_activations
 
 Recompute = Literal["all", "none"]
@@ -98,7 +92,6 @@ class ModelStep(FineTuning):
     @cached_property
     def model(self) -> PreTrainedModel:
         model = random_model(self.name, build_tokenizer(), str(self.device), torch.float32).train()
-        to_device(model, self.device)  # where it is already: for its fused layers
         if self.recompute == "all":
             recompute_activations(model)
         return model
@@ -149,12 +142,9 @@ class ModelStep(FineTuning):
 
 
 def setups(options: ModelStepOptions) -> Iterator[ModelStep]:
-    for name, value in (("tokens", options.tokens), ("blocks", options.blocks)):
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} is {value}: it must be at least 1")
+    at_least_one(options, "tokens", "blocks")
+    check_names(options.models)
     small = options.device == "cpu" or options.quick
-    if unknown := [name for name in options.models if name not in SHAPES]:
-        raise UsageError(f"--models: no shape {unknown[0]!r}; one of {', '.join(SHAPES)}")
     tokens, blocks = (160, 2) if options.quick else (1024, 3) if small else (16_384, 4)
     case = shapes.trajectory(options.tokens or tokens, options.blocks or blocks)
     device = torch.device(options.device)
@@ -176,23 +166,13 @@ def _that_fit(device: torch.device) -> list[str]:
     return [n for n in ("1.7B", "8B") if 2 * STATE_BYTES * parameters(n) <= memory_of(device)]
 
 
-SUITE = Suite(
+SUITE: Suite[Any, Any] = replace(
+    train_step.SUITE,
     name="model_step",
     options=ModelStepOptions,
     setups=setups,
-    peers=[
-        step_peer(OURS, group_passes),
-        step_peer(UNROLLED, unrolled_passes),
-        step_peer(PACKED, packed_passes),
-    ],
-    columns={
-        "tokens": "tokens",
-        "tokens_per_second": "tok/s",
-        "of_ratio": "of ratio",
-        "memory_of_packed": "mem / packed",
-    },
-    versus={UNROLLED: "x unrolled", PACKED: "x packed"},
-    relate=relate,
+    peers=[peer for peer in train_step.SUITE.peers if peer.name in (OURS, UNROLLED, PACKED)],
+    columns={"tokens_per_second": "tok/s", **train_step.SUITE.columns},
 )
 
 if __name__ == "__main__":

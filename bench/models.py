@@ -3,11 +3,13 @@ their weights on the host. The shapes are those of Qwen3's models of these sizes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from bench.suite import UsageError
 from threadweaver.model import ATTENTION, to_device
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -42,6 +44,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises UsageError if one of these names, the option --models, has no shape."""
+    if unknown := [name for name in names if name not in SHAPES]:
+        raise UsageError(f"--models: no shape {unknown[0]!r}; one of {', '.join(SHAPES)}")
 
 
 def random_model(

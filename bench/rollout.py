@@ -41,7 +41,7 @@ from bench.rollout_cases import Language, fork_join, mixed, multiplication, repl
 from bench.rollout_peers import GENERATE, PEERS
 from bench.rollout_setup import CONTINUOUS, Generated, RolloutSetup
 from bench.running import suite_main
-from bench.suite import Options, Peer, Row, Skip, Suite, UsageError
+from bench.suite import Options, Peer, Row, Skip, Suite, at_least_one
 from threadweaver.device import Precision, resolve
 from threadweaver.generate.engine import Engine
 from threadweaver.generate.weaver import Mode
@@ -72,7 +72,7 @@ class RolloutOptions(Options):
     batch: int | None = None
 
 
-def ours(peer: str, mode: Mode) -> Peer[RolloutSetup]:
+def _ours(peer: str, mode: Mode) -> Peer[RolloutSetup]:
     """Our engine in a mode."""
 
     def prepare(setup: RolloutSetup) -> Callable[[int], Generated]:
@@ -104,10 +104,7 @@ def ours(peer: str, mode: Mode) -> Peer[RolloutSetup]:
 
 
 def setups(options: RolloutOptions) -> Iterator[RolloutSetup]:
-    for name in ("rows", "batch"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} is {value}: it must be at least 1")
+    at_least_one(options, "rows", "batch")
     name = options.model or ("tiny" if options.quick else "smollm2")
     precision = resolve(options.dtype, torch.device(options.device))
     language = Language(name, precision, options.device)
@@ -138,6 +135,7 @@ def relate(rows: dict[str, Row]) -> None:
         row["of_latency"] = row["ratios"][SEQUENTIAL] / row["latency_speedup"]
 
 
+OURS = [_ours(PARALLEL, "parallel"), _ours(SEQUENTIAL, "sequential")]
 COLUMNS = {
     "tokens_per_second": "tok/s",
     "steps": "steps",
@@ -153,11 +151,7 @@ SUITE = Suite(
     name="rollout",
     options=RolloutOptions,
     setups=setups,
-    peers=[
-        ours(PARALLEL, "parallel"),
-        ours(SEQUENTIAL, "sequential"),
-        *PEERS,
-    ],
+    peers=[*OURS, *PEERS],
     columns=COLUMNS,
     versus={SEQUENTIAL: "x seq", GENERATE: "x generate", CONTINUOUS: "x cont."},
     relate=relate,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic
 
 import torch
@@ -52,11 +53,18 @@ def check_device(device: str) -> None:
         raise UsageError("--device cuda: torch sees no CUDA device here; use --device cpu")
 
 
+def check_folder(json: Path | None) -> None:
+    """Raises UsageError if there is no folder for this file, or it is a folder itself."""
+    if json and not json.parent.is_dir():
+        raise UsageError(f"--json: there is no folder {json.parent}")
+    if json and json.is_dir():
+        raise UsageError(f"--json: {json} is a folder: name a file in it")
+
+
 def select(suite: Suite[O, S], options: O) -> Selection[S]:
     """Raises UsageError where the options cannot be met or leave nothing; says which option."""
     check_device(options.device)
-    if options.json and not options.json.parent.is_dir():
-        raise UsageError(f"--json: there is no folder {options.json.parent}")
+    check_folder(options.json)
     if options.budget is not None and options.budget <= 0:
         raise UsageError(f"--budget is {options.budget:g}: it must be more than 0")
     only = Only(options.only)

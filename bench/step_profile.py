@@ -19,13 +19,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import ArgumentParser
+from transformers import PreTrainedModel
 
 from bench.environment import environment
+from bench.meter import meter_for
 from bench.models import SHAPES, product_weights, random_model
 from bench.profile import CALLS, kernels, table
 from bench.record import write_json
+from bench.roofline import measure_roofline
+from bench.selection import check_device, check_folder
+from bench.suite import UsageError
 from bench.table import console
 from threadweaver.command import explain, fail
 from threadweaver.device import DTYPES
@@ -52,12 +56,9 @@ class StepProfile:
     kernels: list[dict[str, Any]]
 
 
-def decoding_engine(name: str, device: str, threads: int, prompt: int) -> Engine:
+def decoding_engine(model: PreTrainedModel, codec: Codec, threads: int, prompt: int) -> Engine:
     """An engine in the middle of so many responses to one prompt, none of which ends by itself."""
-    tokenizer = build_tokenizer()
-    dtype = "bf16" if device == "cuda" else "fp32"
-    model = random_model(name, tokenizer, device, DTYPES[dtype]).eval()
-    engine = Engine(model, Codec.from_tokenizer(tokenizer), max_sequences=threads)
+    engine = Engine(model, codec, max_sequences=threads)
     length = 2 * WARM_UP + TIMED + PROFILED  # some begin later than others
     settings = GenerationSettings(max_tokens=length, mode="sequential")
     for seed in range(threads):
@@ -69,7 +70,10 @@ def decoding_engine(name: str, device: str, threads: int, prompt: int) -> Engine
 
 def profile_step(name: str, device: str, threads: int, prompt: int) -> StepProfile:
     """Times and profiles steps of one token a thread."""
-    engine = decoding_engine(name, device, threads, prompt)
+    tokenizer = build_tokenizer()
+    dtype = DTYPES["bf16" if device == "cuda" else "fp32"]
+    model = random_model(name, tokenizer, device, dtype).eval()
+    engine = decoding_engine(model, Codec.from_tokenizer(tokenizer), threads, prompt)
     before, seconds = asdict(engine.counts), engine.seconds
     start = time.perf_counter()
     for _ in range(TIMED):
@@ -83,7 +87,7 @@ def profile_step(name: str, device: str, threads: int, prompt: int) -> StepProfi
         threads,
         prompt,
         ms,
-        _floor(engine, device),
+        _floor(model, device),
         sum(row["launches"] for row in rows),
         sum(row["launches"] * row["us"] for row in rows),
         counts,
@@ -92,23 +96,12 @@ def profile_step(name: str, device: str, threads: int, prompt: int) -> StepProfi
     )
 
 
-def _floor(engine: Engine, device: str) -> float | None:
+def _floor(model: PreTrainedModel, device: str) -> float | None:
     """Milliseconds to read all weights that a token is multiplied by; None on a CPU."""
     if device != "cuda":
         return None
-    model = engine._runner._weights.model
-    source = torch.empty(2**30, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    for _ in range(3):
-        target.copy_(source)
-    events[0].record()
-    for _ in range(10):
-        target.copy_(source)
-    events[1].record()
-    torch.cuda.synchronize()
-    bytes_per_ms = 10 * 2 * source.numel() / events[0].elapsed_time(events[1])
-    return product_weights(model) * model.dtype.itemsize / bytes_per_ms
+    gb_per_s = measure_roofline(meter_for(device), quick=False)["copy_gb_per_s"]
+    return product_weights(model) * model.dtype.itemsize / gb_per_s / 1e6
 
 
 def main(arguments: list[str]) -> int:
@@ -121,20 +114,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", type=Path, help="file to write")
     try:
         given = parser.parse_args(arguments)
+        check_device(given.device)
+        check_folder(given.json)
     except ArgumentError as error:
         return fail(explain(str(error), parser.get_defaults()), 2)
+    except UsageError as error:
+        return fail(error, 2)
     for name in ("threads", "prompt"):
         if getattr(given, name) < 1:
             return fail(f"--{name} is {getattr(given, name)}: it must be at least 1", 2)
-    if given.device == "cuda" and not torch.cuda.is_available():
-        return fail("--device cuda: torch sees no CUDA device here", 2)
     name = given.model or ("1.7B" if given.device == "cuda" else "tiny")
     found = profile_step(name, given.device, given.threads, given.prompt)
-    if given.json:
-        try:
-            write_json(given.json, {"env": environment(given.device), "step": asdict(found)})
-        except OSError as error:
-            return fail(error, 2)
     floor = "" if found.floor_ms is None else f", {found.ms / found.floor_ms:.1f} x the floor"
     counts = ", ".join(f"{n} {key.replace('_', ' ')}" for key, n in found.counts.items())
     console().print(table(found.kernels))
@@ -142,4 +132,9 @@ def main(arguments: list[str]) -> int:
         f"{found.ms:.2f} ms a step{floor}; "
         f"{found.launches:.0f} kernels, {found.us:.0f} us; {counts}"
     )
+    if given.json:
+        try:
+            write_json(given.json, {"env": environment(given.device), "step": asdict(found)})
+        except OSError as error:
+            return fail(error, 1)
     return 0

@@ -37,7 +37,7 @@ class Step(NamedTuple):
         share: the largest part of the remaining time that it may take.
         writes: whether it takes --json FILE for its results.
         absent: why it cannot run here; it is then left out.
-        always: runs even without time left.
+        always: runs again in each run that continues a folder, even without time left.
         is_blocking: whether, if the step is not ok, no later step can run; called after it.
     """
 
@@ -100,7 +100,8 @@ class StepRunner:
         """
         for step in steps:
             earlier = self.entries.get(step.name, {})
-            if earlier.get("status") == "ok" and step.name not in again:
+            needed = step.name in again or (step.always and not step.absent)
+            if earlier.get("status") == "ok" and not needed:
                 continue
             if step.absent and step.name not in again:
                 self._enter(step.name, {"status": "left out", "reason": step.absent})

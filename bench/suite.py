@@ -111,6 +111,14 @@ class Options:
     budget: float | None = None
 
 
+def at_least_one(options: Options, *names: str) -> None:
+    """Raises UsageError if one of these options is given and less than 1."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} is {value}: it must be at least 1")
+
+
 O = TypeVar("O", bound=Options)  # noqa: E741 - the options type beside S, the setup type
 
 

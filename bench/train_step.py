@@ -50,7 +50,7 @@ SHARED_PROMPT, DENSE = "shared prompt only", "trie, dense mask"
 MOST_DENSE_TOKENS = 16_384
 
 
-def step_peer(
+def _peer(
     name: str,
     passes: Callable[[StepSetup], list[Pass]],
     backend: str = "",
@@ -99,12 +99,12 @@ SUITE = Suite(
     options=Options,
     setups=setups,
     peers=[
-        step_peer(OURS, group_passes),
-        step_peer(PER_ROLLOUT, rollout_passes),
-        step_peer(UNROLLED, unrolled_passes),
-        step_peer(PACKED, packed_passes),
-        step_peer(SHARED_PROMPT, shared_prompt_passes),
-        step_peer(DENSE, group_passes, backend="dense"),
+        _peer(OURS, group_passes),
+        _peer(PER_ROLLOUT, rollout_passes),
+        _peer(UNROLLED, unrolled_passes),
+        _peer(PACKED, packed_passes),
+        _peer(SHARED_PROMPT, shared_prompt_passes),
+        _peer(DENSE, group_passes, backend="dense"),
     ],
     columns={"tokens": "tokens", "of_ratio": "of ratio", "memory_of_packed": "mem / packed"},
     versus={UNROLLED: "x unrolled", PACKED: "x packed"},

@@ -73,3 +73,13 @@ def test_other_errors_of_a_command_are_not_hidden():
 
     with pytest.raises(RuntimeError, match="of ours"):
         main()
+
+
+@pytest.mark.parametrize("arguments", [["sft"], ["sft", "--data.train", "x"]])
+def test_required_settings_are_named_without_the_subcommand(arguments, capsys):
+    from threadweaver.train.__main__ import main
+
+    assert main(arguments) == 2
+    missing = "run_dir" if "x" in arguments else "run_dir, data.train"
+    message = f"error: the following arguments are required: {missing}\n"
+    assert capsys.readouterr().err == message

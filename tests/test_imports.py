@@ -20,6 +20,7 @@ ROOMS = [
     [
         "threadweaver",
         "threadweaver.device",
+        "threadweaver.json_file",
         "threadweaver.lock",
         "threadweaver.output",
         "threadweaver.ranks",

@@ -85,7 +85,8 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
                 raise
             asked = re.search(r"[Tt]ried to allocate (\S+ \w+)", str(error))
             what = f"out of memory{f' when {asked[1]} were asked for' if asked else ''}"
-            code = fail(f"{what}: lower kv_gigabytes or batch_tokens, or end what else uses it", 1)
+            settings = "kv_gigabytes, batch_tokens or pass_tokens"
+            code = fail(f"{what}: lower {settings}, or end what else uses it", 1)
         return _flush() or code
 
     return run
@@ -133,12 +134,34 @@ def check_overwrite(paths: Iterable[Path], overwrite: bool) -> None:
     raise ValueError(f"{names}: there already; name another place, or give --overwrite")
 
 
+# Of a section that may be left out jsonargparse says all that it could have been.
+_OPTIONAL_SECTION = (
+    r"(?P<name>[\w.]+): Does not validate against any of the Union subtypes "
+    r"Subtypes: \[<class '[\w.]+Config'>, <class 'NoneType'>\] Errors: "
+    r"(- Problem with given class_path '[^']+': (?P<what>.*?) - Expected a <class 'NoneType'>)?"
+    r".*Given value: (?P<value>.*)"
+)
+
+
 def explain(message: str, known: Namespace) -> str:
     """An argument error in one line; an unknown option with the nearest one there is."""
     line = " ".join(message.split()).replace("Parser key ", "").replace('": ', ": ").strip('"')
+    if section := re.search(_OPTIONAL_SECTION, line):
+        name = section["name"]
+        if (what := section["what"]) is None:
+            text = f"{name} is {section['value']}: it must be a section of settings"
+        elif option := re.fullmatch(r"Option '(.+?)' is not accepted", what):
+            text = f"unknown setting '{name}.{option[1]}': see --{name}.help"
+        else:
+            text = f"{name}.{what[1:]}"
+        return line[: section.start()] + text
     unknown = re.search(r"unrecognized arguments: --([^\s=]+)|does not accept option '(.+?)'", line)
     if not unknown:
-        return line
+        # Of a subcommand, which the command line names before them.
+        head, required, names = line.partition("arguments are required: ")
+        keys = set(known.keys())
+        own = (n if n in keys else n.partition(".")[2] or n for n in names.split(", "))
+        return head + required + ", ".join(own)
     name = unknown[1] or unknown[2]
     # The last part weighs double: a typo is compared with its neighbours before other sections.
     near = difflib.get_close_matches(name, list(known.keys()), n=1, cutoff=0.5)

@@ -97,7 +97,7 @@ class _End:
         try:
             code = self._agree(line, code, detail)
         except DistError:  # nobody is left to agree with
-            _say(line, detail)
+            _say(f"rank {ranks.rank()}: {line}", detail)
         _exit(code)
 
     def _agree(self, line: str, code: int, detail: str) -> int:

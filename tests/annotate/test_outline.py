@@ -46,3 +46,9 @@ def test_a_reply_that_breaks_a_rule_is_sent_back_with_the_breach(old, new, kind,
     with pytest.raises(Breach) as caught:
         read_outlines(GOOD.replace(old, new, 1), THREADS, BEFORE)
     assert caught.value.kind == kind and says in str(caught.value)
+
+
+def test_a_reply_of_blank_lines_is_read_in_linear_time():
+    blank = "\n" * 20_000
+    with pytest.raises(Breach, match="not one <Outlines>"):
+        read_outlines(f"<Outlines>{blank}x{blank}y", THREADS, BEFORE)

@@ -102,6 +102,32 @@ def test_without_time_steps_are_left_out_but_the_report_is_written(tmp_path):
     }
 
 
+def test_a_run_that_goes_on_writes_the_report_again_and_builds_what_is_missing(tmp_path):
+    report = Step("report", python("print('first')"), 1, always=True)
+    build = report._replace(name="build")
+    StepRunner(tmp_path, 100).run([build, report])
+    again = python("print('second')")
+    there = build._replace(command=again, absent="all is built")
+    StepRunner(tmp_path, 100).run([there, report._replace(command=again)])
+    assert (tmp_path / "report-2.log").read_text() == "second\n"
+    assert summary(tmp_path)["build"]["status"] == "ok" and not (tmp_path / "build-2.log").exists()
+    StepRunner(tmp_path, 100).run([build._replace(command=again)])
+    assert (tmp_path / "build-2.log").read_text() == "second\n"
+
+
+def test_a_disk_that_is_full_ends_a_run_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "dry_steps", lambda out: [Step("one", python("0"), 1)])
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "all.tar.gz")
+
+    monkeypatch.setattr(gpu, "pack", full)
+    arguments = ["--out", str(tmp_path / "out"), "--archive", str(tmp_path / "all.tar.gz")]
+    assert main(["gpu", "--dry_run", *arguments]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and "No space left on device" in error
+
+
 @pytest.mark.parametrize(("there", "tried"), [(False, ["build"]), (True, ["build", "next"])])
 def test_without_the_extension_nothing_else_is_tried(tmp_path, monkeypatch, there, tried):
     """But after a build that fails only at the CUDA kernels, the rest is."""

@@ -48,6 +48,25 @@ def test_an_absent_peer_says_why_and_a_failing_one_does_not_stop_the_others():
     assert rows["right"]["status"] == "ok"
 
 
+def test_memory_that_runs_out_when_all_peers_hold_theirs_costs_that_peer_alone():
+    def prepare(_setup):
+        calls = []
+
+        def call(i):
+            calls.append(i)
+            if len(calls) > 2:  # both sets of inputs were right
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return 2 * i
+
+        return call
+
+    right, _ = counted(lambda x: 2 * x)
+    rows = _rows(Peer("large", prepare), Peer("right", right))
+    assert rows["large"]["status"] == "skipped" and "does not fit" in rows["large"]["reason"]
+    assert rows["large"]["ms"] is None and rows["right"]["status"] == "ok"
+    assert rows["right"]["ratios"] == {}
+
+
 def test_ratios_are_of_the_times_to_every_other_peer_that_was_timed():
     def absent(_setup):
         raise Skip("not here")

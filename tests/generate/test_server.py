@@ -165,6 +165,20 @@ def test_what_cannot_be_a_server_for_this_model_is_refused_before_it_decodes(ser
             ServerSettings(**{"url": "http://x", **wrong})
 
 
+def test_a_server_of_text_gets_all_sampling_that_is_asked_for(server):
+    server.dialect = "text"
+    engine, _ = engine_at(server)
+    asked = {"top_p": 0.5, "top_k": 3, "min_p": 0.25}
+    for sampling in (SamplingParams(temperature=0, **asked), GREEDY):
+        engine.add(ENCODED[0], GenerationSettings(max_tokens=1, sampling=sampling))
+        assert engine.unfinished == 1
+        engine.run()
+        assert engine.unfinished == 0
+    *_, truncated, greedy = server.asked
+    assert {name: truncated[name] for name in asked} == asked
+    assert not {"top_k", "min_p"} & set(greedy)
+
+
 def test_another_tokenizer_is_found_by_the_text_of_its_tokens(server):
     text = b'{"choices": [{"text": "never", "token_ids": [40, 41], "finish_reason": "length"}]}'
     server.fault = Fault(body=text)

@@ -23,7 +23,7 @@ class Rollout:
         self.weaver = Weaver(PROMPT, CODEC, **limits)
         self.limit = self.weaver.requests()[0].max_tokens
         self.generation = Generation(
-            0, PROMPT, GenerationSettings(**limits), 0, self.weaver, Family(len(PROMPT))
+            PROMPT, GenerationSettings(**limits), 0, self.weaver, 0, Family(len(PROMPT))
         )
         self._random = random
         self._model = RandomModel(random, early)

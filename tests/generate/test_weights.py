@@ -13,7 +13,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from threadweaver.generate import Engine, GenerationSettings
 from threadweaver.generate.sampler import SamplingParams
+from threadweaver.generate.settings import EngineSizes
 from threadweaver.generate.weights import EngineWeights
+from threadweaver.train.memory.blueprint import Architecture
+from threadweaver.train.memory.rollout import EngineUse, count_engine
 from tw_kernels.linear import MOST_ROWS
 
 
@@ -117,3 +120,18 @@ def test_a_linear_layer_of_any_rows_is_that_of_the_model(fork_join_model, rows):
     with torch.inference_mode():
         got, want = own.lm_head(x), F.linear(x, fork_join_model.lm_head.weight)
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_pages_fill_the_gigabytes_that_they_are_given(fork_join_model, autocast):
+    """In the dtype that they are kept in; and the memory plan counts as many."""
+    engine = Engine(fork_join_model, CODEC, kv_gigabytes=0.001, page_size=8, autocast=autocast)
+    run(engine)
+    pages = engine._runner._pages
+    assert pages is not None
+    page = pages.nbytes // engine.pool.num_pages
+    assert 1e6 - page < pages.nbytes <= 1e6
+    sizes = EngineSizes(kv_gigabytes=0.001, page_size=8)
+    use = EngineUse(sizes, torch.float32, autocast, on_gpu=False)
+    architecture = Architecture(fork_join_model.config, None)
+    assert count_engine(architecture, use).kv_pages == pages.nbytes

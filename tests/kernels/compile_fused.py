@@ -1,7 +1,7 @@
-"""Compiles the fused kernels, with no GPU, for some architectures, at the sizes of a model of 8 B;
+"""Compiles the fused kernels, with no GPU, for an architecture, at the sizes of a model of 8 B;
 prints JSON rows. Run it without TRITON_INTERPRET, as test_fused_compile.py does.
 
-    python -m tests.kernels.compile_fused 80 86 89 90 100
+    python -m tests.kernels.compile_fused 90
 """
 
 from __future__ import annotations
@@ -9,12 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
 
 from tests.kernels.compile_for_sm90 import compile_instead_of_launching, figures
 from tw_kernels.fused.log_softmax import Transform, gradient_, statistics
@@ -23,16 +19,6 @@ from tw_kernels.fused.rotary import rotary
 from tw_kernels.fused.swiglu import swiglu
 
 HIDDEN, HALF = 4096, torch.bfloat16
-
-
-def target(architecture: int) -> None:
-    """What is compiled from here on is for this architecture."""
-    driver: Any = SimpleNamespace(
-        get_current_device=lambda: architecture,  # kernels are cached by device
-        get_current_stream=lambda device: 0,
-        get_current_target=lambda: GPUTarget("cuda", architecture, 32),
-    )
-    triton.runtime.driver.set_active(driver)
 
 
 def launches() -> Iterator[str]:
@@ -69,13 +55,10 @@ def launches() -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("architectures", nargs="+", type=int)
-    args = parser.parse_args()
-    compiled = compile_instead_of_launching()
-    for architecture in args.architectures:
-        target(architecture)
-        for name in launches():
-            print(json.dumps({"kernel": name, "sm": architecture} | figures(compiled[-1])))
+    parser.add_argument("sm", type=int)
+    compiled = compile_instead_of_launching(parser.parse_args().sm)
+    for name in launches():
+        print(json.dumps({"kernel": name} | figures(compiled[-1])))
 
 
 if __name__ == "__main__":

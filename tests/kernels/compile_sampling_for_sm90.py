@@ -29,7 +29,6 @@ COUNTED = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dtype")
-    parser.add_argument("head_dims", nargs="*", help="ignored: rows_of passes them to all scripts")
     dtype = getattr(torch, parser.parse_args().dtype)
     compiled = compile_instead_of_launching()
     rows = SamplingRows.build([0] * 4, [0] * 4, [Settings.of(0.7, None, 0.9, 0.0)] * 4)

@@ -1,5 +1,7 @@
 """Norms, rotary embedding, SwiGLU and log-softmax as fused kernels, against float64."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -198,6 +200,14 @@ def test_log_softmax_and_its_gradient_equal_those_in_float64(name, entropies, dt
     tolerance = 2e-5 if dtype == torch.float32 else 2**-7
     torch.testing.assert_close(got.double(), wanted_grad, rtol=tolerance, atol=tolerance)
     assert not got[:, ~known].any()
+
+
+def test_kernels_run_on_the_device_of_their_tensors_not_on_the_current_one(monkeypatch):
+    devices_of = []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: devices_of.append(x) or nullcontext())
+    gate = torch.ones(3, 8, device=DEVICE)
+    swiglu(gate, gate)
+    assert [x.data_ptr() for x in devices_of] == [gate.data_ptr()]
 
 
 def test_an_id_without_a_token_has_a_finite_log_probability():

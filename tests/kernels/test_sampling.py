@@ -189,7 +189,9 @@ def test_a_row_depends_on_itself_alone_bit_for_bit(backend, threads):
 def test_rows_of_a_larger_tensor_are_read_where_they_are(backend):
     whole = random_logits(9, 8, 700)
     logits = whole[::2, :600]
-    assert_draws_as_defined(backend, logits, rows_of([PLAIN, TEMPERED[2], GREEDY, PLAIN]))
+    some = rows_of([PLAIN, TEMPERED[2], GREEDY, PLAIN])
+    assert_draws_as_defined(backend, logits, some)
+    assert_draws_as_defined(backend, logits.T.contiguous().T, some)
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
@@ -220,13 +222,19 @@ def test_what_does_not_fit_is_refused(logits, rows, backend, message):
         sample_tokens(logits, rows, backend=backend)
 
 
+@pytest.mark.parametrize("points", [torch.zeros(2, dtype=torch.float64), torch.zeros(1)])
+def test_points_of_another_dtype_or_number_are_refused(points):
+    with pytest.raises(ValueError, match=r"points must be float64 \[1\]"):
+        sample_tokens(torch.zeros(1, 10), rows_of([PLAIN]), points)
+
+
 @pytest.fixture(scope="module")
 def compiled():
     """One row per kernel, compiled for sm_90."""
     pytest.importorskip("triton")
     from tests.kernels.triton_rows import rows_of
 
-    return rows_of("compile_sampling_for_sm90")
+    return rows_of("compile_sampling_for_sm90", "bfloat16")
 
 
 def test_the_compiler_contracts_no_product_and_sum_that_decides_on_a_token(compiled):

@@ -2,6 +2,7 @@
 as it is."""
 
 import copy
+import pickle
 import sys
 from typing import Any
 
@@ -132,6 +133,38 @@ def test_a_copy_of_a_fused_model_is_fused(monkeypatch):
     norm, copied = model.base_model.norm, twin.base_model.norm
     x = torch.randn(2, 64, device=DEVICE)
     assert copied is not norm and copied.weight is norm.weight and torch.equal(copied(x), norm(x))
+
+
+def test_a_fused_model_can_be_pickled(monkeypatch):
+    model = model_of("llama")
+    monkeypatch.setattr(model_fused, "trie_outputs", lambda model: torch.zeros(1))
+    assert fuse(model) is None
+    twin = pickle.loads(pickle.dumps(model))
+    assert parts(twin) == parts(model)
+    assert list(twin.state_dict()) == list(model.state_dict())
+    assert torch.equal(loss_and_gradients(twin)[0], loss_and_gradients(model)[0])
+
+
+class DropoutMLP(nn.Module):
+    """An MLP that drops what it returns, in training mode alone."""
+
+    def __init__(self, of_functions):
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Linear(16, 16, bias=False) for _ in range(3))
+        self.p = 0.5
+        if not of_functions:
+            self.dropout = nn.Dropout(self.p)
+
+    def forward(self, x):
+        x = self.down(F.silu(self.gate(x)) * self.up(x))
+        if hasattr(self, "dropout"):
+            return self.dropout(x)
+        return F.dropout(x, self.p, self.training)
+
+
+@pytest.mark.parametrize("of_functions", [False, True])
+def test_an_mlp_with_a_dropout_stays_as_it_is(of_functions):
+    assert model_fused._mlp_of(DropoutMLP(of_functions).eval()) is None
 
 
 def test_a_model_that_would_compute_something_else_is_left_as_it_was(monkeypatch):

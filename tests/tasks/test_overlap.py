@@ -32,6 +32,16 @@ def test_a_short_problem_overlaps_as_a_whole_prompt_only():
     assert found.rows_shared == 1 and found.examples == [("b:1", "t:1", "47*86=?")]
 
 
+def test_every_problem_that_has_the_words_is_counted():
+    """Not the first of them alone."""
+    long, short = " ".join(WORDS[:13]), "47*86=?"
+    problems = [
+        Text(f"b:{i}", text) for i, text in enumerate([long, f"{long} and more"] + [short] * 2)
+    ]
+    found = find_overlap(problems, [Text("t:1", f"{long}?"), Text("t:2", short)])
+    assert (found.problems_shared, found.rows_shared) == (4, 2)
+
+
 def test_files_are_compared_and_the_report_names_line_and_count(tmp_path):
     path = tmp_path / "train.jsonl"
     asked = [{"role": "user", "content": " ".join(WORDS[i : i + 14])} for i in range(6)]

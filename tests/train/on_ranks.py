@@ -97,6 +97,10 @@ class Ranks:
             process.start()
             self.processes.append(process)
 
+    def are_running(self) -> bool:
+        """All of them."""
+        return all(process.exitcode is None for process in self.processes)
+
     def wait(self, seconds: float = 120) -> Ended:
         """Until all have ended."""
         for process in self.processes:

@@ -170,7 +170,8 @@ def test_a_record_that_cannot_be_written_names_the_file(tmp_path):
 
 def test_a_damaged_evaluation_of_a_pipeline_is_named(tmp_path):
     path = tmp_path / "rl.json"
-    for text in ("", "[]", "3", '{"parallel": {}}'):
+    named = '["parallel", "sequential"]'
+    for text in ("", "[]", "3", '{"parallel": {}}', named, '"parallel sequential"'):
         path.write_text(text)
         with pytest.raises(ConfigError, match=rf"{path} is not what a run wrote .*delete it"):
             read_json(path, "parallel", "sequential")

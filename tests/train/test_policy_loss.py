@@ -176,10 +176,10 @@ def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], relative: float = 1e-5) -> None:
     assert got.keys() == want.keys()
     for name, gradient in got.items():
-        assert (gradient - want[name]).norm() <= 1e-5 * want[name].norm(), name
+        assert (gradient - want[name]).norm() <= relative * want[name].norm(), name
 
 
 CONFIGS = {

@@ -1,7 +1,9 @@
 """SFT on several ranks does what it does in one process."""
 
 import os
+import random
 import signal
+import time
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.train.conftest import ARCH
-from tests.train.on_ranks import on_ranks
+from tests.train.on_ranks import Ranks, on_ranks
+from threadweaver.train.checkpoint import all_checkpoints, load_state
 from threadweaver.train.sft import SFTTrainer
 
 LLAMA = {**ARCH, "model_type": "llama", "tie_word_embeddings": False}
@@ -90,3 +93,39 @@ def test_a_run_goes_on_with_any_number_of_ranks(run_of_20, tmp_path, monkeypatch
     assert (moved.folder / "checkpoints/step-15/model.safetensors").exists()
     assert on_ranks(resumed, tmp_path, 2).codes == [0, 0]
     check_alike(moved, alone)
+
+
+@pytest.mark.parametrize("times", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_kills_at_random_moments_lose_only_the_steps_since_the_last_checkpoint(
+    run_of_20, tmp_path, times
+):
+    alone, killed = run_of_20("alone"), run_of_20("killed")
+    killed.settings["report"]["checkpoint_every"] = 2
+    assert alone() == 0
+    rng = random.Random()
+    metrics, checkpoints = killed.folder / "metrics.jsonl", killed.folder / "checkpoints"
+    for number in range(times):
+        before = all_checkpoints(checkpoints)
+        arguments = killed.arguments(*(["--resume"] if number else []))
+        ranks = Ranks(arguments, tmp_path, 2)
+        started = time.time()
+        while ranks.are_running() and not (metrics.exists() and metrics.stat().st_mtime > started):
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.5)  # in the midst of a step or of a checkpoint
+        if not ranks.are_running():
+            break  # it was faster
+        victim = rng.randrange(2)
+        ranks.processes[victim].kill()
+        ended = ranks.wait()
+        assert ended.codes[victim] == -signal.SIGKILL
+        assert ended.codes[1 - victim] == 1, ended.err
+        assert ended.err.startswith(f"error: rank {1 - victim}: another rank has ended"), ended.err
+        assert ended.err.count("\n") == 1, ended.err
+        after = all_checkpoints(checkpoints)
+        assert not before or after  # the newest of before is there, or one after it
+        for path in after:
+            load_state(path, "step")
+    if not (killed.folder / "summary.json").exists():
+        assert on_ranks(killed.arguments("--resume"), tmp_path, 2).codes == [0, 0]
+    check_alike(killed, alone)
+    assert [m["step"] for m in killed.metrics()] == list(range(1, 21))

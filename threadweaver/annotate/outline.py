@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from threadweaver.annotate.failures import Breach
 from threadweaver.annotate.reply import check_text, without_fence
 
-_REPLY = re.compile(r"\s*<Outlines>\s*(.*?)\s*</Outlines>\s*", re.DOTALL)
+# White space at both ends is stripped afterwards: matched beside `.*` it takes cubic time.
+_REPLY = re.compile(r"<Outlines>(.*)</Outlines>", re.DOTALL)
 _OUTLINE = re.compile(r"<Outline>\s*([0-9]+)\s*:(.*?)</Outline>\s*", re.DOTALL | re.ASCII)
 # A single digit is more often the number of a case than a result.
 _NUMBER = re.compile(r"[0-9]+(?:[.,][0-9]+)*", re.ASCII)
@@ -30,11 +31,12 @@ def read_outlines(reply: str, threads: Sequence[str], before: str) -> list[str]:
         Breach: another form, count or order, a tag, an outline without text or of several lines,
             or one with a number of two digits or more that only its thread comes to.
     """
-    whole = _REPLY.fullmatch(without_fence(reply))
+    whole = _REPLY.fullmatch(without_fence(reply).strip())
     if not whole:
         raise Breach("form", "the reply is not one <Outlines>...</Outlines>")
-    found = list(_OUTLINE.finditer(whole[1]))
-    if "".join(outline[0] for outline in found) != whole[1]:
+    text = whole[1].strip()
+    found = list(_OUTLINE.finditer(text))
+    if "".join(outline[0] for outline in found) != text:
         raise Breach("form", "between <Outlines> and </Outlines> only <Outline>n: text</Outline>")
     if len(found) != len(threads):
         raise Breach("rule", f"there are {len(found)} outlines for {len(threads)} threads")

@@ -23,6 +23,7 @@ from threadweaver.annotate.failures import Breach, Step
 from threadweaver.annotate.form import Form
 from threadweaver.annotate.teacher import Reply
 from threadweaver.command import is_writable
+from threadweaver.json_file import read_object
 from threadweaver.lock import LOCK_FILE, FolderLock, InUse
 from threadweaver.trajectory import Message
 from threadweaver.whole_file import write_whole
@@ -129,20 +130,16 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, text)
 
 
-def read_json(path: Path, *keys: str) -> Any:
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
     """What was written to a file of the folder, an object with these keys.
 
     Raises:
         ValueError: it is damaged.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path, *keys)
     except (OSError, ValueError, RecursionError) as error:
         raise damaged(path, " ".join(str(error).split())) from error
-    for key in keys:
-        if not isinstance(found, dict) or key not in found:
-            raise damaged(path, f"it has no '{key}'")
-    return found
 
 
 def _exchanges(path: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from threadweaver.data.columns import read_examples
 from threadweaver.trajectory import Prompt
@@ -88,29 +87,31 @@ def text_of(prompt: Prompt) -> str:
 def find_overlap(problems: Iterable[Text], rows: Iterable[Text]) -> Overlap:
     """Compares the prompts of problems with all that training rows hold."""
     found, shared = Overlap(), set()
-    whole: dict[str, int] = {}
+    # Numbers of the problems that have it; a prompt may stand in several.
+    whole: dict[str, list[int]] = {}
+    grams: dict[int, tuple[list[str], list[int]]] = {}  # by hash, with the words
     sources: list[str] = []
-    grams: dict[int, tuple[int, list[str]]] = {}  # by hash: the first problem, and the words
     for number, problem in enumerate(problems):
         sources.append(problem.source)
         words = _words(problem.prompt)
         if len(words) < WORDS:
-            whole.setdefault(_plain(problem.prompt), number)
-        for at, key in enumerate(_hashes(words).tolist()):
-            grams.setdefault(key, (number, words[at : at + WORDS]))
+            whole.setdefault(_plain(problem.prompt), []).append(number)
+        for at, key in enumerate(_hashes(words)):
+            _, numbers = grams.setdefault(key, (words[at : at + WORDS], []))
+            if number not in numbers[-1:]:
+                numbers.append(number)
     found.problems = len(sources)
-    keys = np.sort(np.fromiter(grams, np.uint64, len(grams)))
     for row in rows:
         found.rows += 1
         hits: dict[int, str] = {}
-        if (number := whole.get(_plain(row.prompt))) is not None:
+        for number in whole.get(_plain(row.prompt), ()):
             hits[number] = row.prompt.strip()
         words = _words(f"{row.prompt}\n{row.rest}")
-        hashes = _hashes(words)
-        for at in np.flatnonzero(np.isin(hashes, keys)).tolist():
-            number, gram = grams[int(hashes[at])]
+        for at, key in enumerate(_hashes(words)):
+            gram, numbers = grams.get(key, ([], []))
             if gram == words[at : at + WORDS]:  # and not its hash alone
-                hits.setdefault(number, " ".join(gram))
+                for number in numbers:
+                    hits.setdefault(number, " ".join(gram))
         for number, text in hits.items():
             if number not in shared and len(found.examples) < MOST_EXAMPLES:
                 found.examples.append(Shared(sources[number], row.source, text[:200]))
@@ -128,13 +129,13 @@ def _plain(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def _hashes(words: list[str]) -> NDArray[np.uint64]:
+def _hashes(words: list[str]) -> list[int]:
     """One for every run of WORDS words, [max(len(words) - WORDS + 1, 0)]."""
     count = len(words) - WORDS + 1
     if count < 1:
-        return np.zeros(0, np.uint64)
+        return []
     each = np.array([hash(word) & 0xFFFFFFFFFFFFFFFF for word in words], np.uint64)
     sums = np.zeros(count, np.uint64)
     for offset in range(WORDS):
         sums = sums * _BASE + each[offset : offset + count]  # modulo 2^64
-    return sums
+    return sums.tolist()

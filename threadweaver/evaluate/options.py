@@ -54,12 +54,6 @@ def build_parser() -> ArgumentParser:
         type=int | None,
         help="Problems decoded at the same time; 1 measures what one user waits for. Default: all.",
     )
-    parser.add_argument(
-        "--mode",
-        choices=list(MODES),
-        default="parallel",
-        help="parallel: threads are decoded at the same time; sequential: one token after another.",
-    )
     parser.add_argument("--seed", type=int, default=0, help="Of the problems and of the draws.")
     parser.add_argument(
         "--overlap",
@@ -93,7 +87,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--server_retries", type=int, default=2, help="How often a failed request is sent again."
     )
-    add_options(parser)
+    add_options(parser, list(MODES))
     return parser
 
 

@@ -255,18 +255,12 @@ def _parser() -> ArgumentParser:
         action="store_true",
         help="Write over the file of --out if it is there already, without being asked.",
     )
-    parser.add_argument(
-        "--mode",
-        choices=get_args(Mode),
-        default="parallel",
-        help="parallel: threads are decoded at the same time; sequential: one token after another.",
-    )
     parser.add_argument("--n", type=int, default=1, help="How many responses.")
     parser.add_argument("--seed", type=int, default=0, help="Of the draws; same seed, same text.")
     parser.add_argument(
         "--json", action="store_true", help="Print one JSON object, when all is done."
     )
-    add_options(parser)
+    add_options(parser, get_args(Mode))
     # Who asks here says all that is asked.
     parser.set_defaults({"template.instruction": ""})
     return parser

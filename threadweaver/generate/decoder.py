@@ -1,25 +1,51 @@
-"""What evaluation needs of something that decodes: our engine, or a server (`ServerEngine`)."""
+"""What decodes: our engine, or a server (`ServerEngine`); and a response that it decodes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Protocol
 
-from threadweaver.generate.rollout import Rollout
+from threadweaver.generate.rollout import Completion, Rollout
 from threadweaver.generate.settings import GenerationSettings
-from threadweaver.generate.weaver import Weaver
+from threadweaver.generate.weaver import RequestId, Weaver
 from threadweaver.trajectory import Codec
 
 
-class Decoding(Protocol):
-    """A response that is being decoded, or is done."""
+@dataclass(eq=False)
+class Decoding:
+    """A response that is being decoded, or is done.
 
-    @property
-    def weaver(self) -> Weaver: ...
+    Attributes:
+        prompt: ids, [T].
+        seed: of its draws.
+        weaver: its state machine.
+        completions: of its closed requests.
+        steps: engine steps that computed tokens of it; 0 on a server.
+        started, ended: when the first request or step began and the last was over, by
+            time.perf_counter; 0 until then.
+    """
+
+    prompt: list[int] = field(repr=False)
+    settings: GenerationSettings
+    seed: int
+    weaver: Weaver = field(repr=False)
+    _: KW_ONLY
+    completions: dict[RequestId, Completion] = field(default_factory=dict, repr=False)
+    steps: int = 0
+    started: float = 0.0
+    ended: float = 0.0
 
     def rollout(self) -> Rollout:
         """The record of it, once its weaver is done."""
-        ...
+        return Rollout(
+            self.prompt,
+            self.weaver.response,
+            [self.completions[id] for id in sorted(self.completions)],
+            self.weaver.limits,
+            self.steps,
+            self.ended - self.started,
+        )
 
 
 class Decoder(Protocol):

@@ -21,14 +21,15 @@ from transformers import PreTrainedModel
 
 from threadweaver.device import memory_of
 from threadweaver.generate.constraint import Constraint
+from threadweaver.generate.decoder import Decoding
 from threadweaver.generate.pages import PagePool
 from threadweaver.generate.rollout import Completion, Rollout
-from threadweaver.generate.runner import Counts, Runner, Step
+from threadweaver.generate.runner import Counts, Runner, Step, kv_page_bytes
 from threadweaver.generate.sampler import stream_key
 from threadweaver.generate.scheduler import Batch, Branch, Family, Scheduler, Sequence
 from threadweaver.generate.settings import GenerationSettings
 from threadweaver.generate.weaver import Reason, RequestId, Weaver
-from threadweaver.model import context_length, kv_shape, weights_fingerprint
+from threadweaver.model import context_length, weights_fingerprint
 from threadweaver.trajectory import Codec
 from threadweaver.trajectory.ids import MOST_IDS, token_ids
 from tw_kernels.sampling import SamplingRows
@@ -50,44 +51,21 @@ class Token(NamedTuple):
 
 
 @dataclass(eq=False)
-class Generation:
-    """One response that is being decoded.
+class Generation(Decoding):
+    """One response of an engine.
 
     Attributes:
         number: unique in its engine, in the order of `add`.
-        weaver: its state machine.
         open: the sequences of its open requests.
         retained: closed ones whose path a join may still extend.
-        completions: of its closed requests.
-        steps: engine steps that computed tokens of it.
-        started, ended: when the first of them began and the last was over; 0 until then.
     """
 
     number: int
-    prompt: list[int] = field(repr=False)
-    settings: GenerationSettings
-    seed: int
-    weaver: Weaver = field(repr=False)
     family: Family = field(repr=False)
     script: Script | None = field(default=None, repr=False)
     constraint: Constraint | None = field(default=None, repr=False)
     open: dict[RequestId, Sequence] = field(default_factory=dict, repr=False)
     retained: dict[RequestId, Sequence] = field(default_factory=dict, repr=False)
-    completions: dict[RequestId, Completion] = field(default_factory=dict, repr=False)
-    steps: int = 0
-    started: float = 0.0
-    ended: float = 0.0
-
-    def rollout(self) -> Rollout:
-        """The record of a generation that is done."""
-        return Rollout(
-            self.prompt,
-            self.weaver.response,
-            [self.completions[id] for id in sorted(self.completions)],
-            self.weaver.limits,
-            self.steps,
-            self.ended - self.started,
-        )
 
 
 class Engine:
@@ -124,7 +102,7 @@ class Engine:
         autocast: bool = False,
     ):
         if num_pages is None:
-            page_bytes = math.prod(kv_shape(model, 1, max(page_size, 1))) * model.dtype.itemsize
+            page_bytes = kv_page_bytes(model, max(page_size, 1), autocast)
             memory = memory_of(model.device)
             if kv_gigabytes * 1e9 > memory:
                 raise ValueError(
@@ -233,7 +211,7 @@ class Engine:
         family = self._families.setdefault(tuple(ids), Family(len(ids)))
         family.unfinished += 1
         generation = Generation(
-            self._count, ids, settings, seed, weaver, family, script, constraint
+            ids, settings, seed, weaver, self._count, family, script, constraint
         )
         self._count += 1
         self._live[generation.number] = self._added[generation.number] = generation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -34,9 +35,15 @@ class EngineSettings(EngineSizes):
 _LIMITS = [f.name for f in fields(GenerationSettings) if f.name not in ("mode", "sampling")]
 
 
-def add_options(parser: ArgumentParser) -> None:
-    """Adds the options of both commands, the mode apart: model, chat template, limits, sampling
-    (by default that of the published evaluation) and engine."""
+def add_options(parser: ArgumentParser, modes: Sequence[str]) -> None:
+    """Adds the options of both commands: mode, model, chat template, limits, sampling (by default
+    that of the published evaluation) and engine."""
+    parser.add_argument(
+        "--mode",
+        choices=list(modes),
+        default="parallel",
+        help="parallel: threads are decoded at the same time; sequential: one token after another.",
+    )
     parser.add_argument(
         "--model", type=str, required=True, help="Hugging Face folder, .gguf file, or smollm2."
     )

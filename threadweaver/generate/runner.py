@@ -10,6 +10,7 @@ A step has three parts, so that a GPU works while the host thinks of the next:
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -121,7 +122,7 @@ class Runner:
         self._pages: Tensor | None = None
         self._caches: list[PagedKV] = []
         self._device = model.device  # model.device goes through all parameters
-        self._dtype = torch.bfloat16 if autocast else model.dtype
+        self._dtype = _kv_dtype(model, autocast)
         if capture == "default":
             capture = CudaCapture() if self._device.type == "cuda" else None
         self._capture = capture
@@ -287,6 +288,16 @@ class Runner:
             capacity=capacity,
             costs=of_device(self._device, self._heads),
         )
+
+
+def kv_page_bytes(model: PreTrainedModel, page_size: int, autocast: bool) -> int:
+    """Bytes of a page of `Runner`: its keys and values in all layers."""
+    shape = kv_shape(model, 1, page_size)
+    return math.prod(shape) * _kv_dtype(model, autocast).itemsize
+
+
+def _kv_dtype(model: PreTrainedModel, autocast: bool) -> torch.dtype:
+    return torch.bfloat16 if autocast else model.dtype
 
 
 def _ids(batch: Batch) -> Tensor:

@@ -2,12 +2,14 @@
 
 Under inference mode autocast caches nothing, so every step would cast every matrix again. Here the
 matrices that autocast would cast have copies in its dtype, which all steps of a batch of rollouts
-read. The copies keep their addresses until `free`, as CUDA graphs require.
+read. The copies keep their addresses until `free`, as CUDA graphs require. A matrix that has an
+adapter has a copy with the adapter merged into it, whatever its dtype.
 """
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from threadweaver.model.lora import adapted_layers, merged_weight, unwrap
 from tw_kernels.linear import MOST_ROWS, few_row_linear
 
 
@@ -24,16 +27,20 @@ class EngineWeights:
     Args:
         model: its parameters are shared, so that training moves these weights too.
         dtype: of the copies: what steps are cast to by autocast; None: they compute in the model's
-            own dtype, and nothing is copied.
+            own dtype, and nothing is copied but what has adapters.
 
     Attributes:
         model: the module to run; it has no gradient.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None):
-        shared = [*model.parameters(), *model.buffers(), model.config]
-        self.model: PreTrainedModel = copy.deepcopy(model, {id(x): x for x in shared}).eval()
-        self._copies: list[tuple[Tensor, Tensor]] = []  # and what each is a copy of
+        self.model: PreTrainedModel = unwrap(model).eval()
+        self._copies: list[tuple[Tensor, Callable[[], Tensor]]] = []  # and what each is a copy of
+        for name, layer in adapted_layers(model).items():
+            weight = layer.base_layer.weight
+            own_dtype = dtype if dtype and weight.dtype == torch.float32 else weight.dtype
+            source = partial(merged_weight, layer)
+            self._copy(self.model.get_submodule(name), "weight", own_dtype, source)
         for module in self.model.modules():
             if dtype is not None:
                 self._replace(module, dtype)
@@ -48,18 +55,26 @@ class EngineWeights:
             return
         for name, parameter in own.items():
             if parameter.dtype == torch.float32:
-                empty = torch.empty(0, dtype=dtype, device=parameter.device)
-                setattr(module, name, nn.Parameter(empty, requires_grad=False))
-                self._copies.append((getattr(module, name), parameter))
+                self._copy(module, name, dtype, parameter.detach)
+
+    def _copy(
+        self, module: nn.Module, name: str, dtype: torch.dtype, source: Callable[[], Tensor]
+    ) -> None:
+        """Gives a module a parameter of its own, which `cast` makes what the source is."""
+        empty = torch.empty(0, dtype=dtype, device=getattr(module, name).device)
+        own = nn.Parameter(empty, requires_grad=False)
+        setattr(module, name, own)
+        self._copies.append((own, source))
 
     @torch.no_grad()
     def cast(self) -> None:
         """Updates the copies: once for a batch of rollouts, during which weights do not change."""
-        for own, parameter in self._copies:
-            if own.shape == parameter.shape:
-                own.copy_(parameter)
+        for own, source in self._copies:
+            value = source()
+            if own.shape == value.shape:
+                own.copy_(value)
             else:
-                own.data = parameter.to(own.dtype)
+                own.data = value.to(own.dtype)
 
     def free(self) -> None:
         """Gives the memory of the copies back."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any, NamedTuple
 
 from safetensors import safe_open
 from tokenizers import Tokenizer
+
+from threadweaver import json_file
 
 # Code that comes with a model is never run, and nothing is fetched.
 LOCAL = {"trust_remote_code": False, "local_files_only": True}
@@ -62,6 +63,11 @@ def model_source(path: str | Path) -> ModelSource:
         if place.suffix == ".gguf" and place.is_file():
             return ModelSource(path, place.parent, {"gguf_file": place.name}, place)
         is_folder = (place / "config.json").is_file()
+    if not is_folder and (place / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{path}: holds adapters, no model; name the plain folder that a run writes beside "
+            "them (merged/, with its last checkpoint; report.export every: with each)"
+        )
     if not is_folder:
         raise ValueError(
             f"{path}: no model here; expected a Hugging Face folder with config.json, a .gguf "
@@ -100,10 +106,7 @@ def read_object(file: Path) -> dict[str, Any]:
         ValueError: it holds none; names the file.
     """
     with reading(file):
-        value = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError(f"it holds {json.dumps(value)[:40]}, not a JSON object")
-    return value
+        return json_file.read_object(file)
 
 
 def check_small_files(folder: Path) -> None:

@@ -125,6 +125,16 @@ def _out_dtype(x: Tensor, other: Tensor) -> torch.dtype:
 class _Fused(nn.Module):
     """What a module becomes, beside its own class: `super().forward` is that class's."""
 
+    def __reduce__(self):
+        """For pickle, which does not find a class that was made at run time."""
+        return _of_class, type(self).__bases__, vars(self)
+
+
+def _of_class(kind: type, original: type) -> nn.Module:
+    """A module without attributes, to be filled by pickle or copy."""
+    fused_class: Any = _with(kind, original)
+    return fused_class.__new__(fused_class)
+
 
 class _FusedNorm(_Fused):
     fused_eps: float
@@ -232,8 +242,9 @@ def _norm_of(module: nn.Module) -> tuple[float, float] | None:
 def _mlp_of(module: nn.Module) -> tuple[str, str, str] | None:
     """Names of gate, up and down; None if it is no SwiGLU."""
     linear = {name: child for name, child in module.named_children() if type(child) is nn.Linear}
-    others = {name: value for name, value in _public(module) if name not in linear}
-    if len(linear) != 3:
+    # Without `training`: what asks for it fails. One mode would not show what the other computes.
+    others = {n: value for n, value in _public(module) if n not in linear and n != "training"}
+    if len(linear) != 3 or any(isinstance(child, nn.Dropout) for child in module.children()):
         return None
     x = _numbers(3, 8)
     stubs = dict(zip(linear, _stub_functions(), strict=False))

@@ -9,8 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from threadweaver.model.trained_rows import TrainedRows, rows_of
 
 # Products are taken with a multiple of this many output rows where the table has them: tensor cores
 # are fast on logits whose rows begin at multiples of 16 bytes. Not timed yet.
@@ -66,11 +69,29 @@ class OutputLayer:
     @property
     def is_linear(self) -> bool:
         """Whether logits are scale times the product with `weight`."""
-        return self.softcap is None and self.unknown is None and self._width == self.rows
+        plain = self.softcap is None and self.unknown is None and self.trained is None
+        return plain and self._width == self.rows
+
+    @property
+    def trained(self) -> TrainedRows | None:
+        """Rows that stand in for some of `weight`."""
+        return rows_of(self.linear)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits [..., rows] of hidden states [..., hidden size]."""
-        return self.finish(self.linear(hidden))
+        return self.finish(self._with_trained(self.linear(hidden), hidden))
+
+    def products(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """[..., at least rows], before `finish`.
+
+        Args:
+            weight: `weight`, in the dtype of the products.
+        """
+        return self._with_trained(F.linear(hidden, weight, self.bias), hidden)
+
+    def _with_trained(self, products: Tensor, hidden: Tensor) -> Tensor:
+        found = self.trained
+        return products if found is None else found.replace_products_(products, hidden)
 
     def finish(self, logits: Tensor) -> Tensor:
         """The model's logits [..., rows] from products [..., at least rows]; float32 if they

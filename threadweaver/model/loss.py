@@ -90,7 +90,7 @@ def _by_kernels(hidden: Tensor) -> bool:
 
 
 def _cross_entropy_piece(h: Tensor, weight: Tensor, head: OutputLayer, t: Tensor) -> Tensor:
-    logits = head.finish(F.linear(h, weight, head.bias))
+    logits = head.finish(head.products(h, weight))
     return F.cross_entropy(logits.float(), t, reduction="sum")
 
 
@@ -166,7 +166,7 @@ def token_logprobs(
 def _logprobs_piece(
     h: Tensor, weight: Tensor, head: OutputLayer, t: Tensor, entropy_gradient: bool
 ) -> TokenLogprobs:
-    logprobs = head.finish(F.linear(h, weight, head.bias)).float().log_softmax(-1)
+    logprobs = head.finish(head.products(h, weight)).float().log_softmax(-1)
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropies = -(logprobs.exp() * logprobs).sum(-1)
     return TokenLogprobs(logprobs.gather(-1, t.unsqueeze(-1)).squeeze(-1), entropies)

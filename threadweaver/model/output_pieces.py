@@ -36,7 +36,7 @@ def negative_log_likelihood(
         rows: tokens of a piece.
     """
     layer = _Layer(head, compute_weight.detach(), targets, rows, torch.is_grad_enabled())
-    return _Sum.apply(hidden, head.linear.weight, head.linear.bias, layer)
+    return _Sum.apply(hidden, *_parameters(head), layer)
 
 
 def logprobs_and_entropies(
@@ -50,7 +50,13 @@ def logprobs_and_entropies(
     """log p(target) and the entropy of each softmax, float32 [n]; arguments as above. Entropies
     have a gradient only if asked to."""
     layer = _Layer(head, compute_weight.detach(), targets, rows, torch.is_grad_enabled())
-    return _Tokens.apply(hidden, head.linear.weight, head.linear.bias, layer, entropy_gradient)
+    return _Tokens.apply(hidden, *_parameters(head), layer, entropy_gradient)
+
+
+def _parameters(head: OutputLayer) -> tuple[Tensor | None, ...]:
+    """Weight, bias and trained rows, which `_Gradients.scaled` gives the gradients of."""
+    trained = head.trained
+    return head.linear.weight, head.linear.bias, None if trained is None else trained.rows
 
 
 class _Layer(NamedTuple):
@@ -80,9 +86,13 @@ class _Layer(NamedTuple):
         return Transform(head.scale, head.softcap, num_ids, head.unknown)
 
     def products(self, hidden: Tensor) -> Tensor:
-        bias = self.head.bias
+        bias, trained = self.head.bias, self.head.trained
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden, self.weight, None if bias is None else bias.to(hidden.dtype))
+            bias = None if bias is None else bias.to(hidden.dtype)
+            products = F.linear(hidden, self.weight, bias)
+            if trained is not None:
+                trained.replace_products_(products, hidden)
+            return products
 
     def statistics(self, products: Tensor, piece: slice) -> Statistics:
         from tw_kernels.fused.log_softmax import statistics
@@ -91,18 +101,21 @@ class _Layer(NamedTuple):
 
 
 class _Gradients:
-    """Sums over pieces of the gradients of hidden states [n, H], weight and bias; None for those
-    that need none."""
+    """Sums over pieces of the gradients of hidden states [n, H], weight, bias and trained rows;
+    None for those that need none."""
 
     def __init__(self, layer: _Layer, hidden: Tensor, needed: tuple[bool, ...]):
         linear = layer.head.linear
         self.layer = layer
         self.hidden = torch.empty_like(hidden) if needed[0] else None
-        self.weight = self.bias = None
+        self.weight = self.bias = self.rows = None
         if needed[1]:
             self.weight = torch.zeros_like(linear.weight, dtype=torch.float32)
         if needed[2] and linear.bias is not None:
             self.bias = torch.zeros_like(linear.bias, dtype=torch.float32)
+        self._trained = layer.head.trained
+        if needed[3] and self._trained is not None:
+            self.rows = torch.zeros_like(self._trained.rows)
 
     def add(
         self, piece: slice, hidden: Tensor, products: Tensor, found: Statistics, *douts: Tensor
@@ -119,8 +132,16 @@ class _Gradients:
         gradient_(products, layer.targets[piece], layer.transform, found, *douts)
         width = products.shape[1]
         with torch.autocast(hidden.device.type, enabled=False):
+            dtrained = None
+            if self._trained is not None:
+                dtrained = products[:, self._trained.ids]
+                products.index_fill_(1, self._trained.ids, 0)
+                if self.rows is not None:
+                    add_product_(self.rows, dtrained.t(), hidden)
             if self.hidden is not None:
                 self.hidden[piece] = products @ layer.weight
+                if dtrained is not None and self._trained is not None:
+                    self.hidden[piece] += dtrained @ self._trained.rows.to(hidden.dtype)
             if self.weight is not None:
                 add_product_(self.weight[:width], products.t(), hidden)
             if self.bias is not None:
@@ -129,19 +150,19 @@ class _Gradients:
     def scaled(self, factor: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """All of them times a factor, in the dtypes of what they are of."""
         linear = self.layer.head.linear
-        found = (self.hidden, self.weight, self.bias)
+        found = (self.hidden, self.weight, self.bias, self.rows)
         if factor is not None:
             for gradient in found:
                 if gradient is not None:
                     gradient.mul_(factor)
         dtype = linear.weight.dtype
-        return (found[0], *(None if g is None else g.to(dtype) for g in found[1:]))
+        return (found[0], *(None if g is None else g.to(dtype) for g in found[1:3]), self.rows)
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, layer: _Layer):
-        needed = ctx.needs_input_grad[:3] if layer.differentiates else (False, False, False)
+    def forward(ctx, hidden, weight, bias, trained_rows, layer: _Layer):
+        needed = ctx.needs_input_grad[:4] if layer.differentiates else (False,) * 4
         gradients = _Gradients(layer, hidden, needed)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         minus_one = -torch.ones(layer.rows, dtype=torch.float32, device=hidden.device)
@@ -166,7 +187,7 @@ class _Sum(torch.autograd.Function):
 
 class _Tokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, layer: _Layer, entropy_gradient: bool):
+    def forward(ctx, hidden, weight, bias, trained_rows, layer: _Layer, entropy_gradient: bool):
         found = [layer.statistics(layer.products(hidden[piece]), piece) for piece in layer.pieces]
         logprobs, entropies, _ = (torch.cat(parts) for parts in zip(*found, strict=True))
         ctx.layer, ctx.found, ctx.entropy_gradient = layer, found, entropy_gradient
@@ -179,7 +200,7 @@ class _Tokens(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dlogprobs, dentropies):  # pyright: ignore[reportIncompatibleMethodOverride]
         (hidden,) = ctx.saved_tensors
-        gradients = _Gradients(ctx.layer, hidden, ctx.needs_input_grad[:3])
+        gradients = _Gradients(ctx.layer, hidden, ctx.needs_input_grad[:4])
         douts = [dlogprobs, dentropies] if ctx.entropy_gradient else [dlogprobs]
         for piece, found in zip(ctx.layer.pieces, ctx.found, strict=True):
             h = hidden[piece]

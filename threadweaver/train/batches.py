@@ -121,14 +121,17 @@ def unrolled_tokens(trie: Trie) -> int:
 def pack(sizes: Sequence[int], order: Iterable[int], budget: int) -> list[list[int]]:
     """First-fit decreasing: indices into `sizes` in packs of at most `budget`, ties in `order`."""
     packs: list[list[int]] = []
-    room: list[int] = []
+    room: dict[int, int] = {}  # of the packs that another may fit into
+    least = min(sizes, default=0)
     for i in sorted(order, key=lambda i: -sizes[i]):
-        at = next((b for b, free in enumerate(room) if sizes[i] <= free), len(packs))
+        at = next((b for b, free in room.items() if sizes[i] <= free), len(packs))
         if at == len(packs):
             packs.append([])
-            room.append(budget)
+            room[at] = budget
         packs[at].append(i)
         room[at] -= sizes[i]
+        if room[at] < least:
+            del room[at]
     return packs
 
 

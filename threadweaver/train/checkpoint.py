@@ -1,6 +1,7 @@
 """Checkpoints that are whole or absent, and what a run needs beside the weights to continue.
 
-`checkpoints/step-N/` is a plain Hugging Face folder and `trainer_state.pt`; of a run on several
+`checkpoints/step-N/` is a plain Hugging Face folder and `trainer_state.pt`, or adapters and that
+(lora.py), with a plain folder inside where one was asked for (report.export); of a run on several
 ranks see also sharded_checkpoint.py. It is written under another name, forced to disk and renamed;
 it is renamed again before it is deleted. So at any moment every folder named step-N is complete,
 whichever process is killed whenever.
@@ -22,6 +23,13 @@ from threadweaver.train.config import ConfigError
 from threadweaver.whole_file import sync
 
 STATE_FILE = "trainer_state.pt"
+EXPORT = "merged"  # the plain folder in a checkpoint that is none itself
+
+
+def plain_folder(checkpoint: Path) -> Path:
+    """The plain Hugging Face folder of a checkpoint that has one."""
+    export = checkpoint / EXPORT
+    return export if export.is_dir() else checkpoint
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
@@ -87,8 +95,8 @@ def save_checkpoint(
 
 
 def shapes_of(model: nn.Module) -> dict[str, list[int]]:
-    """Of all parameters, for `check_shapes`."""
-    return {name: list(p.shape) for name, p in model.named_parameters()}
+    """Of all parameters that are trained, by name."""
+    return {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
 
 
 def load_state(checkpoint: Path, *keys: str) -> dict[str, Any]:
@@ -119,17 +127,18 @@ def damaged_state(checkpoint: Path, error: Exception) -> ConfigError:
     )
 
 
-def check_room(folder: Path, model: nn.Module, count: int, exports: int = 0) -> None:
-    """Raises ConfigError unless a folder has room for so many checkpoints more: weights and two
-    moments in float32, and in some of them the weights once more."""
-    weights = 4 * sum(p.numel() for p in model.parameters())
-    size = 3 * weights
+def check_room(folder: Path, model: nn.Module, count: int, models: int = 0) -> None:
+    """Raises ConfigError unless a folder has room for so many checkpoints more, what is trained and
+    two moments in float32, and so many plain models."""
+    size = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    whole = sum(p.numel() * p.itemsize for p in model.parameters())
     free = shutil.disk_usage(folder).free
-    if count * size + exports * weights > free:
+    if count * size + models * whole > free:
+        plain = f" and {models} plain models of {whole / 1e9:,.1f} GB" if models else ""
         raise ConfigError(
             f"run_dir: {folder} has {free / 1e9:,.1f} GB free, and {count} checkpoints of "
-            f"{size / 1e9:,.1f} GB are to come: make room, name a folder elsewhere, or keep fewer "
-            "(report.keep_checkpoints, report.checkpoint_every)"
+            f"{size / 1e9:,.1f} GB{plain} are to come: make room, name a folder elsewhere, or keep "
+            "fewer (report.keep_checkpoints, report.checkpoint_every)"
         )
 
 

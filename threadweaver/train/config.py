@@ -47,6 +47,29 @@ def check_least(least: int, section: str, settings: object, *names: str) -> None
 
 
 @dataclass
+class LoraConfig:
+    """Which adapters are trained in place of the model's weights (LoRA, arXiv 2106.09685).
+
+    Args:
+        rank: of the product that is added to a matrix.
+        alpha: that product counts alpha / rank times.
+        targets: names of the linear layers that get one, such as [q_proj, v_proj]; all-linear: all
+            but the output layer.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: list[str] | str = "all-linear"
+
+    def __post_init__(self):
+        check_least(1, "lora", self, "rank")
+        if not 0 < self.alpha < math.inf:
+            raise ConfigError(f"lora.alpha is {self.alpha}: it must be above 0 and finite")
+        if not self.targets:
+            raise ConfigError("lora.targets is empty: name linear layers, or leave it out")
+
+
+@dataclass
 class ModelConfig:
     """What is trained. Exactly one of `path` and `arch`.
 
@@ -55,10 +78,13 @@ class ModelConfig:
             that its tokenizer lacks are added.
         arch: fields of a Hugging Face config of a new model, `model_type` and all sizes among
             them, initialised from the seed; it gets ThreadWeaver's own small tokenizer.
+        lora: train adapters, and the rows of the tags, while all else stays as it is; needs the
+            extra `lora`. Default: all weights are trained.
     """
 
     path: str | None = None
     arch: dict[str, Any] | None = None
+    lora: LoraConfig | None = None
 
     def __post_init__(self):
         if (self.path is None) == (self.arch is None):
@@ -179,13 +205,19 @@ class ComputeConfig:
         precision: bf16: bfloat16 autocast over float32 weights; fp32: everything in float32; auto:
             bf16 where the device multiplies bfloat16 itself, else fp32. A run keeps what it started
             with: config.yaml and checkpoints hold it, and why.
-        parameters: dtype of what is trained. bf16: half the memory for weights, gradients and
+        parameters: dtype of the model's weights. bf16: half the memory for weights, gradients and
             moments, updates rounded to one of the two nearest values at random, in proportion to
             how near they are; needs the extra `memory` and precision bf16, which auto then is.
+            With model.lora: of the weights that stay; adapters are in float32, and need no extra.
         device_gb: memory of the device for --plan, in 1e9 bytes; default: what it has.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them,
             but for the results of attention: true: of all layers; a number: of so many, from the
             first on. Use as few as the memory allows.
+        activation_offload: keep activations on the host between forward and backward pass, for a
+            GPU. With gradient_checkpointing, without which there are far more of them to copy.
+        pass_tokens: most tokens of a forward and backward pass; a larger trie or pack of tries is
+            computed in several, whose gradients add up to its own. What they share is computed in
+            each, which costs time. No path is cut, so the longest may be more; default: no limit.
         compile: run the model's layers through torch.compile.
         threads: CPU threads of PyTorch; default: as many as PyTorch takes, or, in a resumed run, as
             many as before.
@@ -196,11 +228,13 @@ class ComputeConfig:
     parameters: Literal["fp32", "bf16"] = "fp32"
     device_gb: float | None = None
     gradient_checkpointing: bool | int = False
+    activation_offload: bool = False
+    pass_tokens: int | None = None
     compile: bool = False
     threads: int | None = None
 
     def __post_init__(self):
-        check_least(1, "compute", self, "threads")
+        check_least(1, "compute", self, "pass_tokens", "threads")
         if self.device_gb is not None and not 0 < self.device_gb < math.inf:
             raise ConfigError(
                 f"compute.device_gb is {self.device_gb}: it must be above 0 and finite"
@@ -265,8 +299,8 @@ class RunConfig:
     Attributes:
         command: its name on the command line.
         free_on_resume: settings and sections of them, by dotted name, that a resumed run may
-            change: none that says what the weights are. (Sizes of an engine and recomputed
-            activations may make a sum round otherwise.)
+            change: none that says what the weights are. (Sizes of an engine or of
+            passes, and recomputed activations, may make a sum round otherwise.)
     """
 
     command: ClassVar[str]
@@ -276,6 +310,8 @@ class RunConfig:
         "compute.device_gb",
         "compute.threads",
         "compute.gradient_checkpointing",
+        "compute.activation_offload",
+        "compute.pass_tokens",
         "report",
         "evaluate",
     )
@@ -347,10 +383,11 @@ def _made(kind: type[T], settings: Namespace, section: str) -> T:
         value, whole_name = settings[name], f"{section}.{name}".lstrip(".")
         if value is None and type(None) not in get_args(types[name]):
             raise ConfigError(f"{whole_name} is null: give it a value or leave it out")
-        if is_dataclass(types[name]):
+        section_of = next(filter(is_dataclass, (types[name], *get_args(types[name]))), None)
+        if section_of is not None and value is not None:
             if not isinstance(value, Namespace):
                 raise ConfigError(f"{whole_name} is {value!r}: it must be a section of settings")
-            value = _made(cast(type, types[name]), value, whole_name)
+            value = _made(cast(type, section_of), value, whole_name)
         values[name] = value
     try:
         return kind(**values)

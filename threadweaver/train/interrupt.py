@@ -4,9 +4,13 @@ or where nothing can be saved in between, stop at once."""
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
 
+from threadweaver import ranks
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ECHO_SECONDS = 3.0
 
 
 class Interrupted(KeyboardInterrupt):
@@ -19,7 +23,8 @@ class Interrupted(KeyboardInterrupt):
 
 class Interrupts:
     """While entered, the first signal of SIGNALS sets `received`; a second one raises Interrupted.
-    One that is ignored stays so (nohup).
+    One that is ignored stays so (nohup). On several ranks a second one within ECHO_SECONDS is the
+    first: at Ctrl-C a rank gets one from the terminal and one from torchrun.
 
     Args:
         at_once: the first one raises too.
@@ -29,6 +34,7 @@ class Interrupts:
     """
 
     received: int | None = None
+    _at = 0.0
 
     def __init__(self, at_once: bool = False):
         self._at_once = at_once
@@ -43,9 +49,13 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self._at_once or self.received is not None:
+        if self._at_once:
             raise Interrupted(number)
-        self.received = number
+        is_echo = ranks.size() > 1 and time.monotonic() - self._at < ECHO_SECONDS
+        if self.received is not None and not is_echo:
+            raise Interrupted(number)
+        if self.received is None:
+            self.received, self._at = number, time.monotonic()
 
 
 def exit_code(error: KeyboardInterrupt) -> int:

@@ -23,7 +23,7 @@ def check_optimizers(config: RunConfig, device: torch.device) -> None:
         ConfigError: a package is missing, or the device cannot run it; names the setting.
     """
     needed = None
-    if config.compute.parameters == "bf16":
+    if config.compute.parameters == "bf16" and config.model.lora is None:
         needed = "compute.parameters is bf16"
     for name, settings in optimizations(config):
         setting = f"{name}.optimizer is {settings.optimizer}"
@@ -59,12 +59,13 @@ def optimizations(config: Any, prefix: str = "") -> Iterator[tuple[str, AdamWCon
 
 
 def build_optimizer(model: PreTrainedModel, settings: AdamWConfig) -> torch.optim.Optimizer:
-    """AdamW without weight decay on vectors (norms, biases). The rate is set step by step.
+    """AdamW of what is trained, without weight decay on vectors (norms, biases). The rate is set
+    step by step.
 
     Moments are in the dtype of the parameters, or in 8 bits; parameters in bfloat16 are rounded at
     random.
     """
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},

@@ -15,7 +15,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,7 +113,9 @@ class Pipeline(Run[PipelineConfig]):
         checkpoint = None
         for stage in self.stages:
             if checkpoint is not None:  # the first stage was prepared by load
-                self.part = self._prepare(stage, ModelConfig(path=checkpoint))
+                self.part = self._prepare(
+                    stage, replace(self.config.model, path=checkpoint, arch=None)
+                )
             if self.part is not None:
                 self.part.resume_command = self.resume_command
                 with _of_stage(stage):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from threadweaver.generate.rollout import Completion, Rollout
 from threadweaver.train.batches import pack
+from threadweaver.train.passes import split
 from tw_kernels import Trie, TrieBuilder
 
 
@@ -73,6 +74,26 @@ class PolicyTrie:
             negative_counts=torch.cat([part.negative_counts for part in parts]),
             generator_logprobs=torch.cat([part.generator_logprobs for part in parts]),
         )
+
+    def split(self, most_tokens: int) -> list[PolicyTrie]:
+        """Passes as of `passes.split`; what is said of a sampled token goes to its owner."""
+        number = torch.full((len(self),), -1)  # of a token among those sampled
+        number[self.sampled] = torch.arange(len(self.sampled))
+        parts = []
+        for part in split(self.trie, most_tokens):
+            sampled = (part.owned & (number[part.nodes] >= 0)).nonzero().squeeze(-1)
+            of = number[part.nodes[sampled]]
+            parts.append(
+                PolicyTrie(
+                    trie=part.trie,
+                    sampled=sampled,
+                    counts=self.counts[of],
+                    positive_counts=self.positive_counts[of],
+                    negative_counts=self.negative_counts[of],
+                    generator_logprobs=self.generator_logprobs[of],
+                )
+            )
+        return parts
 
 
 class PolicyGroup(NamedTuple):

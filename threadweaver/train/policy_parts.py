@@ -24,13 +24,20 @@ class Part(NamedTuple):
     fillers: int
 
 
-def parts_of(groups: Sequence[Sequence[PolicyTrie]], updates: int, max_tokens: int) -> list[Part]:
+def parts_of(
+    groups: Sequence[Sequence[PolicyTrie]],
+    updates: int,
+    max_tokens: int,
+    pass_tokens: int | None = None,
+) -> list[Part]:
     """At most `updates` parts: of all tries, in the order of the groups, the first, the
     `updates`-th after it and so on; then those from the second on. All ranks call it together.
 
     Args:
         groups: the tries of each group of the batch; empty of one that another rank decoded.
         max_tokens: of a micro-batch.
+        pass_tokens: of a part of one (`PolicyTrie.split`), which then stands for a micro-batch;
+            None: they are not split.
     """
     counts = [int(count) for count in ranks.sums([len(tries) for tries in groups])]
     starts = accumulate(counts, initial=0)
@@ -43,6 +50,8 @@ def parts_of(groups: Sequence[Sequence[PolicyTrie]], updates: int, max_tokens: i
     for first in range(min(updates, sum(counts))):
         tries = [trie for number, trie in numbered if number % updates == first]
         micros = micro_batches(tries, max_tokens)
+        if pass_tokens is not None:
+            micros = [part for micro in micros for part in micro.split(pass_tokens)]
         parts.append(Part(micros, ranks.largest(len(micros)) - len(micros)))
     return parts
 

@@ -97,7 +97,8 @@ class RLTrainer(Trainer[RLConfig]):
         )
         if config.report.validate_every is not None:
             self._load_held_out()
-        self.reference = self._load_reference() if config.policy.kl else None
+        with_second = config.policy.kl and self.lora is None
+        self.reference = self._load_reference() if with_second else None
         self.filler = PolicyTrie.filler(self.codec.eos_id)
 
     def _engine(self, sizes: EngineSizes) -> Engine:
@@ -144,7 +145,12 @@ class RLTrainer(Trainer[RLConfig]):
         batch = batch_of(groups, self.config.rollouts.problems)
         merged = self._merge(batch)
         optimization = self.config.optimization
-        parts = parts_of(merged.tries, optimization.updates, optimization.batch_tokens)
+        parts = parts_of(
+            merged.tries,
+            optimization.updates,
+            optimization.batch_tokens,
+            self.config.compute.pass_tokens,
+        )
         num_tokens = sum(group.num_sampled_tokens for group in batch)
         learnt = self._learn(parts, num_tokens, [group.source for group in batch])
         end = time.perf_counter()
@@ -166,6 +172,8 @@ class RLTrainer(Trainer[RLConfig]):
             ),
         )
         no_signal = sum(not group.has_signal for group in groups)
+        sizes = ranks.gather([len(micro) for micros, _ in parts for micro in micros])
+        passes = [range(size) for of_rank in sizes for size in of_rank]
         self.add_to_totals(
             rollout_tokens=tokens,
             trie_tokens=trie_tokens,
@@ -184,6 +192,7 @@ class RLTrainer(Trainer[RLConfig]):
             "dropped_calls": dropped_calls,
             "skipped_rollouts": skipped_rollouts,
             **learnt,
+            **self.cost_of(passes, trie_tokens),
             **summary(graded),
             "reached_limits": sum(any(asdict(g.counts.limits).values()) for g in graded),
             "no_answer": sum(g.no_answer for g in graded),
@@ -403,10 +412,10 @@ class RLTrainer(Trainer[RLConfig]):
     def _forward(self, micro: PolicyTrie) -> tuple[TokenLogprobs, Tensor | None]:
         """Log-probabilities with a gradient, and those of the reference if there is one."""
         reference = None
-        if self.reference is not None:
+        if self.config.policy.kl:
             with torch.no_grad():
-                reference = self._logprobs(self.reference, micro)
-        with self.autocast():
+                reference = self._reference_logprobs(micro)
+        with self.forward_pass():
             layout, needs_entropy = micro.trie.layout(self.device), self.config.policy.entropy > 0
             current = self.passes(_logprobs, micro.trie, layout, micro.sampled, needs_entropy)
         return current, reference
@@ -415,6 +424,14 @@ class RLTrainer(Trainer[RLConfig]):
         with self.autocast():
             layout = micro.trie.layout(self.device)
             return passes(_logprobs, micro.trie, layout, micro.sampled).logprobs
+
+    def _reference_logprobs(self, micro: PolicyTrie) -> Tensor:
+        """Of the model that the run started from: without its adapters it is still that."""
+        if self.lora is None:
+            assert self.reference is not None
+            return self._logprobs(self.reference, micro)
+        with self.lora.adapters.disabled():
+            return self._logprobs(self.passes, micro)
 
     def _load_reference(self) -> Passes:
         """What the run started from, tags included, so that the first KL is 0."""
@@ -442,9 +459,10 @@ class RLTrainer(Trainer[RLConfig]):
             "rollout_tokens_per_second": totals["rollout_tokens"] / totals["rollout_seconds"],
             "trie_tokens": trie_tokens,
             "unrolled_per_trie_token": totals["unrolled_tokens"] / max(trie_tokens, 1),
+            **self.total_cost,
             "update_tokens_per_second": trie_tokens / totals["update_seconds"],
             "seconds": time.perf_counter() - self.origin,
-            "checkpoint": str(self.last_checkpoint),
+            "checkpoint": str(self.plain_checkpoint),
         }
         print_rl_table(self.console, result, self.run_dir)
         ranks.on_first(lambda: write_json(self.run_dir / "summary.json", result | self.overlap))

@@ -14,8 +14,8 @@ import shlex
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
@@ -28,7 +28,13 @@ from threadweaver import ranks
 from threadweaver.data.files import data_files
 from threadweaver.data.overlap import Text, find_overlap, texts_of_files
 from threadweaver.lock import FolderLock, InUse, check_free
-from threadweaver.model import WeightCopies, end_ids, parameter_count, save_without_weights
+from threadweaver.model import (
+    WeightCopies,
+    end_ids,
+    parameter_count,
+    save_without_weights,
+    weights_fingerprint,
+)
 from threadweaver.progress import has_no_reader, print_line
 from threadweaver.train.checkpoint import (
     all_checkpoints,
@@ -36,13 +42,16 @@ from threadweaver.train.checkpoint import (
     check_shapes,
     damaged_state,
     load_state,
+    plain_folder,
     save_checkpoint,
     shapes_of,
 )
 from threadweaver.train.config import ConfigError, RunConfig
 from threadweaver.train.interrupt import Interrupts
 from threadweaver.train.log import LastRecord, MetricsLog, ProgressLog
+from threadweaver.train.lora import RunAdapters, check_lora
 from threadweaver.train.not_finite import save_batch
+from threadweaver.train.offload import ActivationOffload, check_offload
 from threadweaver.train.optimizer import (
     build_optimizer,
     check_optimizers,
@@ -72,7 +81,7 @@ from threadweaver.train.setup import (
     recompute_activations,
 )
 from threadweaver.train.sharded_checkpoint import (
-    is_sharded,
+    has_shards,
     load_optimizer,
     save_shards,
     take_whole_optimizer,
@@ -173,7 +182,9 @@ class Run(ABC, Generic[C]):
                 raise ConfigError(f"report.overlap: {error}") from error
         ranks.on_first(run._lock_folder)
         try:
+            check_lora(config.model)
             check_optimizers(config, device_of(config.compute))
+            check_offload(config.compute, device_of(config.compute))
             precision_note, config.compute = ranks.on_first(
                 lambda: (settle_precision(config, console), config.compute)
             )
@@ -245,12 +256,15 @@ class Trainer(Run[T]):
         totals: sums over the steps done, by name; they live in checkpoints.
         model: what is trained.
         passes: what runs it; all passes go through it, since its weights may be elsewhere before.
+        lora: the adapters that are trained in place of the weights; None: the weights are.
+        offload: of its activations, if compute.activation_offload is set.
         copies: of its matrices in the dtype of their products; cast before the passes of a step.
     """
 
     num_steps: int
     trains_on: str
     fingerprint: str
+    offload: ActivationOffload | None = None
 
     @abstractmethod
     def load_data(self) -> None:
@@ -281,11 +295,12 @@ class Trainer(Run[T]):
             self.state = {**small, **state} or None
 
     def load(self) -> None:
-        compute = self.config.compute
-        checkpoint = self.last_checkpoint if self.state else None
+        compute, has_lora = self.config.compute, self.config.model.lora is not None
+        checkpoint = self.last_checkpoint if self.state and not has_lora else None
         self.passes, self.tokenizer = build_passes(self.config, checkpoint, self.device)
         self.model = self.passes.model
         print_line(self.console, f"model: {parameter_count(self.model)}")
+        self.lora = self._add_adapters() if has_lora else None
         self.model.train()
         self.codec = Codec.from_tokenizer(self.tokenizer, end_ids(self.model), self.config.template)
         self.totals: dict[str, float] = {"seconds": 0.0}
@@ -295,8 +310,10 @@ class Trainer(Run[T]):
         check_data(self.trains_on, self.fingerprint)
         if compute.compile:
             compile_layers(self.model)
+        if compute.activation_offload:
+            self.offload = ActivationOffload(self.model)
         if compute.gradient_checkpointing:
-            recompute_activations(self.model, compute.gradient_checkpointing)
+            recompute_activations(self.model, compute.gradient_checkpointing, self.offload)
         # On a CPU autocast casts as it always did: results stay the same, bit for bit. Sharded
         # parameters are gathered in the dtype of their products.
         by_copies = self.device.type == "cuda" and compute.precision == "bf16" and ranks.size() == 1
@@ -309,6 +326,23 @@ class Trainer(Run[T]):
         # So that now - origin is the wall-clock of the whole run, less the time between stop and
         # resume.
         self.origin = self.started - self.totals["seconds"]
+
+    def _add_adapters(self) -> RunAdapters:
+        """Those of the checkpoint that the run continues from, or new ones."""
+        base = weights_fingerprint(self.model)
+        if self.state and self.state.get("base", base) != base:
+            raise ConfigError(
+                f"model.path: {self.config.model.path} is not what the adapters of "
+                f"{self.last_checkpoint} were trained for; resume with the same model or start "
+                "another run"
+            )
+        self._base_fingerprint = base
+        adapters = RunAdapters(self.config, self.model, self.tokenizer)
+        if self.state:
+            adapters.load(self.last_checkpoint)
+        trained = sum(p.numel() for p in adapters.adapters.parameters())
+        print_line(self.console, f"adapters: {trained:,} parameters are trained")
+        return adapters
 
     def work(self) -> int:
         """See `Run`.
@@ -358,10 +392,22 @@ class Trainer(Run[T]):
     def last_checkpoint(self) -> Path:
         return ranks.on_first(lambda: all_checkpoints(self.run_dir / "checkpoints")[-1])
 
+    @property
+    def plain_checkpoint(self) -> Path:
+        """The last checkpoint of a finished run, as a plain Hugging Face folder."""
+        return plain_folder(self.last_checkpoint)
+
     def autocast(self) -> torch.autocast:
         """In which the model computes, if compute.precision is bf16."""
         enabled = self.config.compute.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    @contextmanager
+    def forward_pass(self) -> Iterator[None]:
+        """In which the model computes what has a gradient."""
+        offload = self.offload.forward_pass() if self.offload else nullcontext()
+        with self.autocast(), offload:
+            yield
 
     def update(
         self,
@@ -387,7 +433,7 @@ class Trainer(Run[T]):
         is_finite = bool(torch.isfinite(torch.stack([*losses, norm])).all())
         if ranks.largest(not is_finite):
             folder = self.run_dir / f"nan-step-{self.steps_done + 1}"
-            export(self.model, self.tokenizer, folder / "model")
+            self._write_model(folder / "model", plain=self.is_sharded)
             micro_batches = zip(packs, sources, map(float, losses), strict=True)
             of_all = list(chain(*ranks.gather(list(micro_batches))))
             packs, sources, values = zip(*of_all, strict=True)
@@ -398,6 +444,38 @@ class Trainer(Run[T]):
         self.optimizer.zero_grad()
         return float(norm)
 
+    def cost_of(self, passes: Sequence[Sized], trie_tokens: int) -> Record:
+        """What the record of a step says of its passes, where compute.pass_tokens makes them.
+
+        Args:
+            passes: of the step.
+            trie_tokens: of the tries that they are parts of.
+        """
+        if self.config.compute.pass_tokens is None:
+            return {}
+        repeated = sum(map(len, passes)) - trie_tokens
+        largest = max(map(len, passes), default=0)
+        self.add_to_totals(repeated_tokens=repeated)
+        of_all = max(largest, self.totals.get("largest_pass_tokens", 0))
+        self.totals["largest_pass_tokens"] = of_all
+        return {
+            "passes": len(passes),
+            "largest_pass_tokens": largest,
+            "repeated_tokens": repeated,
+        }
+
+    @property
+    def total_cost(self) -> Record:
+        """Likewise of all steps, for summary.json."""
+        totals = self.totals
+        if "repeated_tokens" not in totals:
+            return {}
+        share = totals["repeated_tokens"] / max(totals["trie_tokens"], 1)
+        return {
+            "computed_per_trie_token": 1 + share,
+            "largest_pass_tokens": totals["largest_pass_tokens"],
+        }
+
     def add_to_totals(self, **amounts: float) -> None:
         for name, amount in amounts.items():
             self.totals[name] = self.totals.get(name, 0) + amount
@@ -406,7 +484,7 @@ class Trainer(Run[T]):
         # The checkpoint promises that the records of its steps are there.
         self.metrics.sync()
         self.totals["seconds"] = time.perf_counter() - self.origin
-        state = {
+        state: dict[str, Any] = {
             "step": self.steps_done,
             **generator_states(),
             "totals": self.totals,
@@ -416,28 +494,39 @@ class Trainer(Run[T]):
             "threads": torch.get_num_threads(),
             "shapes": shapes_of(self.model),
         }
-        if ranks.size() == 1:
+        if not self.is_sharded:
             state["optimizer"] = self.optimizer.state_dict()
+        if self.lora is not None:
+            state["base"] = self._base_fingerprint
+        plain = self.steps_done == self.num_steps or self.config.report.export == "every"
+
+        def write(folder: Path) -> None:
+            self._write_model(folder, plain)
+            if self.is_sharded:
+                save_shards(folder, self.model, self.optimizer)
+
         save_checkpoint(
             self.run_dir / "checkpoints",
             self.steps_done,
-            self._write_model,
+            write,
             state,
             self.config.report.keep_checkpoints,
         )
 
-    def _write_model(self, folder: Path) -> None:
-        """What a checkpoint has of the model; the optimizer too if they are sharded."""
-        if ranks.size() > 1:
-            save_shards(folder, self.model, self.optimizer)
-        if ranks.size() == 1 or self._is_exported(self.steps_done):
+    @property
+    def is_sharded(self) -> bool:
+        """Whether what is trained is divided among the ranks."""
+        return ranks.size() > 1
+
+    def _write_model(self, folder: Path, plain: bool) -> None:
+        """What a folder of this model has; all ranks call it. Adapters; or a plain Hugging Face
+        folder, which a sharded model is only if it is to be `plain`."""
+        if self.lora is not None:
+            self.lora.write(folder, plain)
+        elif plain or not self.is_sharded:
             export(self.model, self.tokenizer, folder)
         elif ranks.is_first():
             save_without_weights(self.model, self.tokenizer, folder)
-
-    def _is_exported(self, step: int) -> bool:
-        """Whether the checkpoint of a step is a plain folder too."""
-        return self.config.report.export == "every" or step == self.num_steps
 
     def _restore(self, checkpoint: Path, state: dict[str, Any]) -> None:
         check_shapes(checkpoint, state, self.model)
@@ -447,9 +536,9 @@ class Trainer(Run[T]):
                 "same data or start another run"
             )
         try:
-            if is_sharded(checkpoint):
+            if has_shards(checkpoint):
                 load_optimizer(checkpoint, self.model, self.optimizer)
-            elif ranks.size() > 1:
+            elif self.is_sharded:
                 take_whole_optimizer(state.get("optimizer"), self.model, self.optimizer)
             else:
                 self.optimizer.load_state_dict(state["optimizer"])
@@ -468,6 +557,9 @@ class Trainer(Run[T]):
         to_come = -(-(self.num_steps - self.steps_done) // report.checkpoint_every)
         # One more than are kept, until the oldest is deleted.
         at_once = max(1, report.keep_checkpoints + 1 - len(all_checkpoints(folder)))
-        count = min(to_come, at_once)
-        exports = 0 if ranks.size() == 1 else count if report.export == "every" else 1
-        check_room(self.run_dir, self.model, count, exports)
+        count, models = min(to_come, at_once), 0
+        if to_come and (self.lora is not None or self.is_sharded):
+            models = count if report.export == "every" else 1
+        if self.lora is not None:
+            models += self.lora.lacks_base
+        check_room(self.run_dir, self.model, count, models)

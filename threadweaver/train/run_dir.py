@@ -23,6 +23,7 @@ from jsonargparse import Namespace
 from rich.console import Console
 
 from threadweaver.device import choose, find_device, resolve
+from threadweaver.json_file import read_object
 from threadweaver.lock import LOCK_FILE
 from threadweaver.progress import print_line
 from threadweaver.train.checkpoint import all_checkpoints
@@ -68,33 +69,35 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     write_whole(path, json.dumps(value, indent=indent) + "\n")
 
 
-def read_json(path: Path, *keys: str) -> Any:
-    """What a run wrote to a file of its own.
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """The object that a run wrote to a file of its own.
 
     Args:
-        keys: names that the object in it must have.
+        keys: names that it must have.
 
     Raises:
         ConfigError: it is damaged; names it and says what to do.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        missing = next((key for key in keys if key not in value), None)
-        if missing is None:
-            return value
-        reason = f"it has no '{missing}'"
-    except (OSError, ValueError, RecursionError, TypeError) as error:
+        return read_object(path, *keys)
+    except (OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
-    raise ConfigError(
-        f"{path} is not what a run wrote ({reason}): delete it and resume the run, which makes it "
-        "again"
-    )
+        raise ConfigError(
+            f"{path} is not what a run wrote ({reason}): delete it and resume the run, which makes "
+            "it again"
+        ) from error
 
 
 def checkpoint_of(run_dir: Path) -> Path:
-    """The checkpoint that a finished run ended with, in its own folder wherever that is now."""
+    """The plain Hugging Face folder that a finished run ended with, in its own folder wherever that
+    is now."""
     summary = read_json(run_dir / "summary.json", "checkpoint")
-    return run_dir / "checkpoints" / Path(summary["checkpoint"]).name
+    named = Path(summary["checkpoint"])
+    inside = [named.name]  # of the folder "checkpoints"; an export is in the checkpoint
+    while named.parent.name not in ("checkpoints", ""):
+        named = named.parent
+        inside.insert(0, named.name)
+    return run_dir.joinpath("checkpoints", *inside)
 
 
 def in_own_folder(settings: Namespace, config_file: Path) -> Namespace:
@@ -266,9 +269,13 @@ def _default(config: RunConfig, name: str) -> Any:
     *parents, leaf = name.split(".")
     owner: Any = config
     for parent in parents:
+        if is_dataclass(owner) and _default_of(owner, parent) is None:  # a section left out
+            return None
         owner = getattr(owner, parent, None)
-    if not is_dataclass(owner):
-        return None
-    field = next(f for f in fields(owner) if f.name == leaf)
-    made = field.default if field.default_factory is MISSING else field.default_factory()
+    made = _default_of(owner, leaf) if is_dataclass(owner) else MISSING
     return None if made is MISSING else json.loads(json.dumps(made))
+
+
+def _default_of(owner: Any, name: str) -> Any:
+    field = next(f for f in fields(owner) if f.name == name)
+    return field.default if field.default_factory is MISSING else field.default_factory()

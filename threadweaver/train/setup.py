@@ -26,8 +26,9 @@ from threadweaver.model import (
 )
 from threadweaver.train.config import ConfigError, RunConfig
 from threadweaver.train.layers import layers_of
+from threadweaver.train.offload import ActivationOffload
 from threadweaver.train.run_dir import device_of
-from threadweaver.train.sharded_checkpoint import is_sharded, load_weights
+from threadweaver.train.sharded_checkpoint import has_shards, load_weights
 from threadweaver.train.sharding import Passes, shard
 
 
@@ -62,7 +63,7 @@ def build_model(
         ValueError: there is none, it is damaged, or it cannot be trained on tries.
     """
     dtype = DTYPES[config.compute.parameters]
-    if checkpoint is not None and is_sharded(checkpoint):
+    if checkpoint is not None and has_shards(checkpoint):
         model, tokenizer = _without_weights(checkpoint)
         replace_parameters(model, lambda p: torch.empty(p.shape, dtype=dtype))
         load_weights(checkpoint, model)
@@ -106,7 +107,7 @@ def build_passes(
         model, tokenizer = build_model(config, checkpoint)
         to_device(model, device)
         return Passes(model), tokenizer
-    in_shards = checkpoint is not None and is_sharded(checkpoint)
+    in_shards = checkpoint is not None and has_shards(checkpoint)
     full: list[PreTrainedModel] = []
 
     def parts():
@@ -148,10 +149,12 @@ def _layers(model: PreTrainedModel, setting: str) -> list[GradientCheckpointingL
 
 
 # What a layer that is recomputed keeps: attention's result is small beside what computes it.
-_KEEP = partial(create_selective_checkpoint_contexts, [torch.ops.tw_kernels.trie_attention.default])
+_KEPT = torch.ops.tw_kernels.trie_attention.default
 
 
-def recompute_activations(model: PreTrainedModel, layers: bool | int = True) -> None:
+def recompute_activations(
+    model: PreTrainedModel, layers: bool | int = True, offload: ActivationOffload | None = None
+) -> None:
     """From now on these layers keep their input and the result of their attention alone, and
     compute the rest again in the backward pass.
 
@@ -161,6 +164,7 @@ def recompute_activations(model: PreTrainedModel, layers: bool | int = True) -> 
     Args:
         layers: True: all; False: none; a number: so many, from the first on. The backward pass has
             freed what the others keep when it comes to these.
+        offload: where the results of attention go; None: they stay on the device.
 
     Raises:
         ConfigError: its layers are none that `transformers` knows how to run again, or fewer.
@@ -172,5 +176,8 @@ def recompute_activations(model: PreTrainedModel, layers: bool | int = True) -> 
             f"compute.gradient_checkpointing is {count}: the model has {len(found)} layers; true "
             "stands for all"
         )
+    keep = partial(create_selective_checkpoint_contexts, [_KEPT])
+    if offload is not None:
+        keep = partial(offload.keep, _KEPT)
     for layer in found[:count]:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=_KEEP)
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=keep)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ from threadweaver.train.batches import (
 )
 from threadweaver.train.config import ConfigError
 from threadweaver.train.deal import Cost, deal
+from threadweaver.train.passes import split
 from threadweaver.train.report import print_sft_table
 from threadweaver.train.rollout_model import RolloutModel
 from threadweaver.train.run import Record, Trainer
@@ -48,20 +49,24 @@ from threadweaver.train.stages import SFTConfig
 from tw_kernels import Trie
 
 
-class Dealt(NamedTuple):
-    """What one rank computes of some micro-batches.
+@dataclass(frozen=True)
+class Dealt:
+    """What one rank computes of some passes.
 
     Attributes:
-        mine: its micro-batches, each the indices of its tries.
-        packs: the same as tries.
-        fillers: tries to run for nothing, as often as other ranks have one micro-batch more.
+        mine: by index.
+        fillers: tries to run for nothing, as often as other ranks have one pass more.
         imbalance: as `Deal.imbalance`.
     """
 
-    mine: list[list[int]]
-    packs: list[Trie]
+    mine: list[int]
     fillers: list[Trie]
     imbalance: float
+
+    @property
+    def count(self) -> int:
+        """Passes that this rank, and each other, runs."""
+        return len(self.mine) + len(self.fillers)
 
 
 class SFTTrainer(Trainer[SFTConfig]):
@@ -97,7 +102,7 @@ class SFTTrainer(Trainer[SFTConfig]):
 
     def finish(self) -> None:
         """Evaluates the final checkpoint, writes summary.json and shows what came out."""
-        checkpoint = self.last_checkpoint
+        checkpoint = self.plain_checkpoint
         summary = {
             "train_loss": self.metrics.last["loss"],
             "validation_loss": self.metrics.last.get("validation_loss"),
@@ -106,6 +111,7 @@ class SFTTrainer(Trainer[SFTConfig]):
             "trie_tokens": self.totals["trie_tokens"],
             "unrolled_tokens": self.totals["unrolled_tokens"],
             "unrolled_per_trie_token": self.totals["unrolled_tokens"] / self.totals["trie_tokens"],
+            **self.total_cost,
             "tokens_per_second": self.totals["trie_tokens"] / self.totals["step_seconds"],
             "dropped_calls": self.data.dropped_calls,
             "dropped_trajectories": self.data.dropped_trajectories,
@@ -124,29 +130,34 @@ class SFTTrainer(Trainer[SFTConfig]):
     def train_on(self, step: Step) -> Record:
         """One optimizer step; the loss is the mean over all supervised tokens of the step."""
         start = time.perf_counter()
-        tries = [self.data.tries[i] for micro in step.micro_batches for i in micro]
-        supervised = sum(supervised_tokens(trie).numel() for trie in tries)
-        mine, packs, fillers, imbalance = self._dealt(self.data, step.micro_batches)
+        packs = [Trie.pack([self.data.tries[i] for i in micro]) for micro in step.micro_batches]
+        supervised = sum(supervised_tokens(trie).numel() for trie in packs)
+        passes, sources = [], []
+        for trie, micro in zip(packs, step.micro_batches, strict=True):
+            parts = self._passes(trie)
+            passes += parts
+            sources += [[self.data.sources[i] for i in micro]] * len(parts)
+        dealt = self._dealt(passes)
+        mine, sources = ([of_all[i] for i in dealt.mine] for of_all in (passes, sources))
         losses = []
         self.copies.cast()
-        with self._micro_batches("training", len(packs) + len(fillers)) as progress:
-            for trie in progress.track(packs):
+        with self._passes_progress("training", dealt.count) as progress:
+            for trie in progress.track(mine):
                 loss = self._loss_sum(trie) / supervised
                 loss.backward()
                 losses.append(loss.detach())
-            for trie in progress.track(fillers):
+            for trie in progress.track(dealt.fillers):
                 (0 * self._loss_sum(trie)).backward()
         settings = self.config.optimization
         rate = learning_rate(
             self.steps_done, self.num_steps, settings.learning_rate, settings.warmup
         )
-        sources = [[self.data.sources[i] for i in micro] for micro in mine]
-        norm = self.update(rate, losses, packs, sources)
+        norm = self.update(rate, losses, mine, sources)
         loss_value = float(torch.stack(losses).sum()) if losses else 0.0
         (loss_value,) = ranks.sums([loss_value])
         seconds = time.perf_counter() - start
-        tokens = sum(map(len, tries))
-        unrolled = sum(map(unrolled_tokens, tries))
+        tokens = sum(map(len, packs))
+        unrolled = sum(map(unrolled_tokens, packs))
         self.add_to_totals(trie_tokens=tokens, unrolled_tokens=unrolled, step_seconds=seconds)
         record = {
             "epoch": step.epoch,
@@ -156,30 +167,34 @@ class SFTTrainer(Trainer[SFTConfig]):
             "supervised_tokens": supervised,
             "trie_tokens": tokens,
             "unrolled_tokens": unrolled,
+            **self.cost_of(passes, tokens),
             "tokens_per_second": tokens / seconds,
         }
         if ranks.size() > 1:
-            record["imbalance"] = imbalance
+            record["imbalance"] = dealt.imbalance
         if self.validation and self._validation_is_due(step):
             record["validation_loss"] = self._validation_loss(self.validation)
         return record
 
-    def _dealt(self, data: TrieSet, micro_batches: list[list[int]]) -> Dealt:
-        """What this rank computes of some micro-batches."""
-        costs = [sum(self.cost(data.tries[i]) for i in micro) for micro in micro_batches]
-        dealt = deal(costs, ranks.size())
-        mine = [micro_batches[i] for i in dealt.of_ranks[ranks.rank()]]
-        packs = [Trie.pack([data.tries[i] for i in micro]) for micro in mine]
-        fillers = [min(data.tries, key=len)] * (dealt.passes - len(mine))
-        return Dealt(mine, packs, fillers, dealt.imbalance)
+    def _dealt(self, passes: Sequence[Trie]) -> Dealt:
+        """What this rank computes of the passes of all."""
+        dealt = deal([self.cost(trie) for trie in passes], ranks.size())
+        mine = dealt.of_ranks[ranks.rank()]
+        filler = min(self.data.tries, key=len)
+        return Dealt(mine, [filler] * (dealt.passes - len(mine)), dealt.imbalance)
 
     def _loss_sum(self, trie: Trie) -> Tensor:
-        with self.autocast():
+        with self.forward_pass():
             return self.passes(trie_loss, trie)
 
-    def _micro_batches(self, title: str, count: int) -> Progress:
+    def _passes(self, trie: Trie) -> list[Trie]:
+        most = self.config.compute.pass_tokens
+        return [trie] if most is None else [part.trie for part in split(trie, most)]
+
+    def _passes_progress(self, title: str, count: int) -> Progress:
         title = f"{title}, step {self.steps_done + 1}"
-        return Progress(self.console, title, count, "micro-batches")
+        unit = "micro-batches" if self.config.compute.pass_tokens is None else "passes"
+        return Progress(self.console, title, count, unit)
 
     def _validation_is_due(self, step: Step) -> bool:
         every = self.config.report.validate_every
@@ -194,12 +209,15 @@ class SFTTrainer(Trainer[SFTConfig]):
         self.copies.cast()
         total, supervised = 0.0, 0
         budget = self.config.optimization.batch_tokens
-        _, packs, fillers, _ = self._dealt(data, pack(data.sizes, range(len(data.tries)), budget))
-        with self._micro_batches("validating", len(packs) + len(fillers)) as progress:
-            for trie in progress.track(packs):
+        packs = pack(data.sizes, range(len(data.tries)), budget)
+        tries = (Trie.pack([data.tries[i] for i in indices]) for indices in packs)
+        passes = [part for trie in tries for part in self._passes(trie)]
+        dealt = self._dealt(passes)
+        with self._passes_progress("validating", dealt.count) as progress:
+            for trie in progress.track([passes[i] for i in dealt.mine]):
                 total += float(self._loss_sum(trie))
                 supervised += supervised_tokens(trie).numel()
-            for trie in progress.track(fillers):
+            for trie in progress.track(dealt.fillers):
                 self._loss_sum(trie)
         self.model.train()
         total, supervised = ranks.sums([total, supervised])
@@ -225,13 +243,21 @@ class SFTTrainer(Trainer[SFTConfig]):
             f"unrolled), {data.dropped_calls:,} calls cut to fit optimization.batch_tokens, "
             f"{data.dropped_trajectories:,} malformed trajectories dropped",
         )
+        most = self.config.compute.pass_tokens
+        paths = [int(trie.positions.max()) + 1 for trie in data.tries]
+        if most is not None and (longer := [n for n in paths if n > most]):
+            print_line(
+                self.console,
+                f"{path}: paths of {len(longer):,} tries are longer than compute.pass_tokens "
+                f"({most:,}), and so are their passes: up to {max(longer):,} tokens",
+            )
         return data
 
     @torch.no_grad()
     def _probe(self) -> None:
         """Runs the smallest trie, so that a model that cannot run fails before training starts."""
         try:
-            self._loss_sum(min(self.data.tries, key=len))
+            self._loss_sum(self._passes(min(self.data.tries, key=len))[0])
         except ValueError as error:
             field = "model.arch" if self.config.model.arch else "model.path"
             raise ConfigError(f"{field}: {error}") from error

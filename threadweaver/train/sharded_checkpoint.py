@@ -33,7 +33,7 @@ from threadweaver.train.sharding import scatter
 FOLDER = "state"
 
 
-def is_sharded(checkpoint: Path) -> bool:
+def has_shards(checkpoint: Path) -> bool:
     return (checkpoint / FOLDER).is_dir()
 
 

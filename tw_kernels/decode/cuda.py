@@ -3,9 +3,8 @@
 Only taken by name (backend="cuda" or TW_DECODE_BACKEND=cuda). Nothing here waits for the device,
 and grids and buffers follow from the plan's capacity, so a call can be captured in a CUDA graph
 (by CUDA 12.3 or later, whose graphs have launches that begin early) and replayed on a plan that
-another was copied into. A NaN in a key or value that one row of an item
-sees can reach rows beside it that do not, as in any flash attention; what no row sees does not
-matter.
+another was copied into. A NaN in a key or value that one row of an item sees can reach rows beside
+it that do not, as in any flash attention; what no row sees does not matter.
 """
 
 from __future__ import annotations

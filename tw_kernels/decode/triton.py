@@ -43,8 +43,6 @@ def forward(
     from tw_kernels.decode import triton_kernels as kernels
 
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    if q.shape[0] == 0:
-        return out
     if new_k is not None and new_v is not None:
         kernels.write(kv, plan, dense_rows(new_k), dense_rows(new_v))
     parts = kernels.partial(dense_rows(q), kv, plan, scale, options)

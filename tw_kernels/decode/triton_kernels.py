@@ -14,7 +14,6 @@ with all that asks for it.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -24,16 +23,10 @@ from torch import Tensor
 from tw_kernels.decode.plan import DecodePlan, PagedKV
 from tw_kernels.decode.triton_tiles import launches_for, matrix_rows
 from tw_kernels.scores import ScoreOptions
+from tw_kernels.triton_device import launch
 from tw_kernels.triton_softcap import tanh
 
 LOG2E = tl.constexpr(math.log2(math.e))
-
-
-def _launch(kernel: Any, programs: Any, *args: object, **constants: Any) -> None:
-    """Runs a kernel on the device of its first argument."""
-    assert isinstance(args[0], Tensor)
-    with torch.cuda.device_of(args[0]):
-        kernel[(programs,)](*args, **constants)
 
 
 @triton.jit
@@ -61,8 +54,8 @@ def write_kernel(
 def write(kv: PagedKV, plan: DecodePlan, new_k: Tensor, new_v: Tensor) -> None:
     """Puts the rows of new_k and new_v [Q, Hkv, D], last dimension contiguous, in their slots."""
     _, page_size, num_kv_heads, head_dim = kv.k_pages.shape
-    _launch(
-        write_kernel, plan.capacity.rows,
+    launch(
+        write_kernel, (plan.capacity.rows,),
         new_k, new_v, kv.k_pages, kv.v_pages, plan.rows, plan.slots,
         *new_k.stride()[:2], *new_v.stride()[:2], *kv.k_pages.stride()[:3],
         PAGE=page_size, H=num_kv_heads, BLOCK_H=triton.next_power_of_2(num_kv_heads), D=head_dim,
@@ -242,9 +235,9 @@ def partial(
     out = torch.empty(slots, num_heads, head_dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(slots, num_heads, dtype=torch.float32, device=q.device)
     for config, least, most in launches_for(q, kv, plan):
-        row_tiles = triton.cdiv(min(matrix_rows(q, kv, plan), most), config.block_m)
-        _launch(
-            partial_kernel, plan.capacity.items * num_kv_heads * row_tiles,
+        row_tiles = -(-min(matrix_rows(q, kv, plan), most) // config.block_m)
+        launch(
+            partial_kernel, (plan.capacity.items * num_kv_heads * row_tiles,),
             q, kv.k_pages, kv.v_pages, out, lse, plan.rows, plan.positions, plan.pages, plan.items,
             least, most, options.window, scale, options.softcap,
             *q.stride()[:2], *kv.k_pages.stride()[:3],
@@ -306,8 +299,8 @@ def merge(
     options: as in `partial`; its sinks are float32.
     """
     num_rows, num_heads, head_dim = out.shape
-    _launch(
-        merge_kernel, num_rows * num_heads,
+    launch(
+        merge_kernel, (num_rows * num_heads,),
         partial_out, partial_lse, options.sinks, out, plan.rows, plan.merge_ptr, plan.merge_slots,
         *out.stride()[:2], HQ=num_heads, D=head_dim, BLOCK_S=16,
         GAPS=options.window is not None, num_warps=2,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tw_kernels.fused.launch import launch
+from tw_kernels.triton_device import launch
 from tw_kernels.triton_softcap import tanh
 
 # Logits a block reads at a time, 16 a thread: as many as keep loads in flight, few enough that the
@@ -59,7 +59,7 @@ def statistics(products: Tensor, targets: Tensor, transform: Transform) -> Stati
     found = torch.empty(3, n, dtype=torch.float32, device=products.device)
     launch(
         _statistics_kernel,
-        n,
+        (n,),
         *(products, targets, *_of(transform, products), *found, products.stride(0)),
         **_constants(transform),
     )
@@ -83,7 +83,7 @@ def gradient_(
     """
     launch(
         _gradient_kernel,
-        len(targets),
+        (len(targets),),
         *(products, targets, *_of(transform, products), products.shape[1]),
         *(found.entropies, found.lse, dlogprobs),
         *(dlogprobs if dentropies is None else dentropies, products.stride(0)),

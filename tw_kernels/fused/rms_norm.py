@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tw_kernels.fused.launch import launch, num_programs, num_warps
+from tw_kernels.fused.sizes import num_programs, num_warps
+from tw_kernels.triton_device import launch
 
 MOST_COLUMNS = 16384  # a row stays in the registers of one block of threads
 _TILE = 2048  # elements a block works on at a time, or one row if that is more
@@ -60,7 +61,7 @@ class _RMSNorm(torch.autograd.Function):
         tile = _Tile(cols)
         launch(
             _forward_kernel,
-            tile.count(rows),
+            (tile.count(rows),),
             *(x, x if delta is None else delta, weight, total, y, rstd, rows, cols, eps, offset),
             ADD=delta is not None,
             **tile.constants,
@@ -90,7 +91,7 @@ class _RMSNorm(torch.autograd.Function):
         partial = torch.empty((programs, cols), dtype=torch.float32, device=total.device)
         launch(
             _backward_kernel,
-            programs,
+            (programs,),
             *(dy, dy if dtotal is None else dtotal, total, rstd, weight, dx, ddelta, partial),
             *(rows, cols, ctx.offset),
             HAS_DTOTAL=dtotal is not None,

@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tw_kernels.fused.launch import launch, num_warps
+from tw_kernels.fused.sizes import num_warps
+from tw_kernels.triton_device import launch
 
 
 def rotary(
@@ -46,7 +47,7 @@ def _rotate(q, k, cos, sin, out_dtype, backward):
     half, q_block, k_block = (1 << (m - 1).bit_length() for m in (dim // 2, q_heads, k_heads))
     launch(
         _rotate_kernel,
-        n,
+        (n,),
         *(q, k, cos, sin, q_out, k_out, q_heads, k_heads, dim),
         BACKWARD=backward,
         Q_HEADS=q_block,

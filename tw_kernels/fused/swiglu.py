@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tw_kernels.fused.launch import launch, num_warps
+from tw_kernels.fused.sizes import num_warps
+from tw_kernels.triton_device import launch
 
 _BLOCK = 2048
 
@@ -38,7 +39,8 @@ class _SwiGLU(torch.autograd.Function):
 
 def _run(kernel, *tensors: Tensor) -> None:
     size = tensors[0].numel()
-    launch(kernel, -(-size // _BLOCK), *tensors, size, BLOCK=_BLOCK, num_warps=num_warps(_BLOCK))
+    grid = (-(-size // _BLOCK),)
+    launch(kernel, grid, *tensors, size, BLOCK=_BLOCK, num_warps=num_warps(_BLOCK))
 
 
 @triton.jit

@@ -73,7 +73,7 @@ def sample_tokens(
     `rows.truncates` alone, so a call can be captured in a CUDA graph.
 
     Args:
-        logits: [S, V], floating point, V < 2^22; the last stride 1.
+        logits: [S, V], floating point, V < 2^22.
         rows: of each row, on the logits' device.
         points: float64 [S] in [0, 1), random numbers to take instead of those by key.
         backend: a name of SAMPLE_TOKENS; default: triton on CUDA, else native.
@@ -82,7 +82,8 @@ def sample_tokens(
         int32 [S, 3]: the token, and the bits of its two log-probabilities (`Draws.unpack`).
 
     Raises:
-        ValueError: shapes or devices that do not fit together, or a backend that cannot run here.
+        ValueError: shapes, dtypes or devices that do not fit together, or a backend that cannot
+            run here.
     """
     if logits.dim() != 2 or not 0 < logits.shape[1] < MOST_TOKENS:
         raise ValueError(f"logits must be [S, V], 0 < V < 2^22; got {tuple(logits.shape)}")
@@ -91,8 +92,10 @@ def sample_tokens(
             f"rows must be int64 [{logits.shape[0]}, {len(Column)}], "
             f"got {rows.data.dtype} {list(rows.data.shape)}"
         )
-    if points is not None and points.shape != logits.shape[:1]:
-        raise ValueError(f"points must be [{logits.shape[0]}], got {list(points.shape)}")
+    if points is not None and (points.shape != logits.shape[:1] or points.dtype != torch.float64):
+        raise ValueError(
+            f"points must be float64 [{logits.shape[0]}], got {points.dtype} {list(points.shape)}"
+        )
     devices = {x.device for x in (logits, rows.data, points) if x is not None}
     if len(devices) > 1:
         raise ValueError(f"logits, rows and points must share a device; got {devices}")

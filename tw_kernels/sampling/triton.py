@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from tw_kernels import triton_device
+from tw_kernels.native import dense_rows
 from tw_kernels.sampling.rows import SamplingRows
+from tw_kernels.triton_device import launch
 
 CHUNK = 4096  # logits of a program: 152,000 make 38 a row
 CUT_BLOCK = 4096  # that a program of `cut` reads at a time; twice as many spill registers
@@ -28,14 +30,12 @@ def why_not(logits: Tensor) -> str | None:
 
 def forward(logits: Tensor, rows: SamplingRows, points: Tensor | None) -> Tensor:
     """Packed draws, int32 [S, 3]."""
-    from tw_kernels.sampling import triton_kernels
+    from tw_kernels.sampling import triton_kernels as kernels
 
-    kernels: Any = triton_kernels
+    logits = dense_rows(logits)
     count, vocabulary = logits.shape
     device = logits.device
     out = torch.empty(count, 3, dtype=torch.int32, device=device)
-    if count == 0:
-        return out
     chunks = -(-vocabulary // CHUNK)
     largest, norms = torch.empty(2, count, chunks, device=device)
     masses = torch.empty(count, chunks, dtype=torch.int64, device=device)
@@ -45,12 +45,11 @@ def forward(logits: Tensor, rows: SamplingRows, points: Tensor | None) -> Tensor
     of_row = sizes | {"BLOCK_CHUNKS": 1 << (chunks - 1).bit_length()}
     parts = {"CHUNK": CHUNK, "num_warps": WARPS}
     pick = of_row | parts | {"TRUNCATES": rows.truncates}
-    with torch.cuda.device_of(logits):
-        kernels.largest_kernel[(chunks, count)](logits, largest, stride, **sizes, **parts)
-        if rows.truncates:
-            cut = of_row | {"BLOCK": CUT_BLOCK, "num_warps": CUT_WARPS}
-            kernels.cut_kernel[(count,)](logits, rows.data, largest, cuts, stride, **cut)
-        sums = largest, cuts, masses, norms
-        kernels.weigh_kernel[(chunks, count)](logits, rows.data, *sums, stride, **pick)
-        kernels.pick_kernel[(count,)](logits, rows.data, points, *sums, out, stride, **pick)
+    launch(kernels.largest_kernel, (chunks, count), logits, largest, stride, **sizes, **parts)
+    if rows.truncates:
+        cut = of_row | {"BLOCK": CUT_BLOCK, "num_warps": CUT_WARPS}
+        launch(kernels.cut_kernel, (count,), logits, rows.data, largest, cuts, stride, **cut)
+    sums = largest, cuts, masses, norms
+    launch(kernels.weigh_kernel, (chunks, count), logits, rows.data, *sums, stride, **pick)
+    launch(kernels.pick_kernel, (count,), logits, rows.data, points, *sums, out, stride, **pick)
     return out

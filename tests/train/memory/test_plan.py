@@ -174,12 +174,21 @@ def test_pages_that_do_not_fit_are_made_fewer(show):
     assert code == 2 and "--rollouts.engine.kv_gigabytes" in out
 
 
-def test_bad_settings_are_one_line(tmp_path, capsys):
+def test_a_pool_without_a_page_leaves_other_advice(show):
+    arguments = ["--compute.device", "cuda", "--compute.device_gb", "6"]
+    arguments += ["--optimization.batch_tokens", "1024"]
+    code, out = show("rl", *arguments, "--rollouts.engine.kv_gigabytes", "1e-6")
+    assert code == 2 and "KV pages" not in out
+
+
+def test_bad_settings_are_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     fixed = ["sft", "--run_dir", str(tmp_path / "run"), "--data.train", "x.jsonl", "--plan"]
     for arguments, want in (
         (["--model.path", str(tmp_path)], "model.path: "),
         (["--model.arch", "{model_type: qwen3}"], "model.arch: "),
         (["--model.arch", json.dumps(SMALL), "--compute.device_gb", "0"], "compute.device_gb"),
+        (["--model.arch", json.dumps(SMALL), "--compute.device", "cuda"], "--compute.device_gb 80"),
         (["--model.arch", json.dumps(SMALL), "--compute.gradient_checkpointing", "9"], "9"),
     ):
         assert main([*fixed, *arguments]) == 2

@@ -120,10 +120,12 @@ class Completions:
             return {**body, "return_token_ids": True}
         if self.dialect == "logprobs":
             return {**body, "logprobs": 0, "return_tokens_as_token_ids": True}
-        # Of these a server that is no vLLM knows the first two alone, and may refuse others.
-        known = ("model", "max_tokens", "temperature", "top_p", "seed", "skip_special_tokens")
+        # A server of text may know no more than these; it gets others where they are asked for,
+        # and refuses or takes them.
+        names = ["model", "max_tokens", "temperature", "top_p", "seed", "skip_special_tokens"]
+        names += [name for name in ("top_k", "min_p") if getattr(sampling, name)]
         return {
-            **{name: body[name] for name in known},
+            **{name: body[name] for name in names},
             "prompt": self.codec.decode(context),
             "stop": [self.codec.decode([id]) for id in stop_ids],
             "include_stop_str_in_output": True,

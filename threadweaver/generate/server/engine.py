@@ -16,44 +16,26 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from threadweaver.generate.decoder import Decoding
 from threadweaver.generate.rollout import Completion, Rollout
 from threadweaver.generate.sampler import stream_key
 from threadweaver.generate.server.address import ServerSettings, connection, find_model
 from threadweaver.generate.server.completions import Completions, Reply, find_dialect
 from threadweaver.generate.settings import GenerationSettings
-from threadweaver.generate.weaver import Request, RequestId, Weaver
+from threadweaver.generate.weaver import Request, RequestId
 from threadweaver.trajectory import Codec
 from threadweaver.trajectory.ids import token_ids
 
 
 @dataclass(eq=False)
-class ServerGeneration:
-    """One response that is being decoded.
+class ServerGeneration(Decoding):
+    """One response of a server.
 
     Attributes:
         asked: ids of the requests that were sent or wait to be.
-        started, ended: when the first was sent and the last reply came; 0 until then.
     """
 
-    prompt: list[int] = field(repr=False)
-    settings: GenerationSettings
-    seed: int
-    weaver: Weaver = field(repr=False)
-    asked: set[RequestId] = field(default_factory=set)
-    completions: dict[RequestId, Completion] = field(default_factory=dict, repr=False)
-    started: float = 0.0
-    ended: float = 0.0
-
-    def rollout(self) -> Rollout:
-        """The record of a generation that is done."""
-        return Rollout(
-            self.prompt,
-            self.weaver.response,
-            [self.completions[id] for id in sorted(self.completions)],
-            self.weaver.limits,
-            0,
-            self.ended - self.started,
-        )
+    asked: set[RequestId] = field(default_factory=set, repr=False)
 
 
 class ServerEngine:
@@ -81,12 +63,13 @@ class ServerEngine:
         self.decoded_tokens = 0
         self._settings, self._completions, self.max_sequences = settings, completions, at_once
         self._added: list[ServerGeneration] = []
+        self._unfinished = 0
         self._waiting: deque[tuple[ServerGeneration, Request]] = deque()
 
     @property
     def unfinished(self) -> int:
         """Generations that are not done."""
-        return sum(not generation.weaver.done for generation in self._added)
+        return self._unfinished
 
     @property
     def has_room(self) -> bool:
@@ -101,6 +84,7 @@ class ServerEngine:
         weaver = settings.weaver(ids, self.codec, self.context_length)
         generation = ServerGeneration(ids, settings, seed, weaver)
         self._added.append(generation)
+        self._unfinished += 1
         self._open_requests(generation)
         return generation
 
@@ -163,6 +147,7 @@ class ServerEngine:
         )
         generation.ended = time.perf_counter()
         generation.weaver.complete(request, reply.tokens, reply.reason)
+        self._unfinished -= generation.weaver.done
         self.decoded_tokens += len(reply.tokens)
         self._open_requests(generation)
         return reply.tokens

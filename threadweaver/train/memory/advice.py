@@ -89,12 +89,12 @@ def _changes(config: RunConfig, plan: Plan) -> Iterator[Change]:
 def _smaller_pool(config: RunConfig, plan: Plan, phase: Phase) -> Iterator[Change]:
     """The KV pages that what else there is leaves room for."""
     assert phase.engine is not None
-    pages = next(part.bytes for part in phase.parts if part.name == "KV pages")
+    pages = sum(part.bytes for part in phase.parts if part.name == "KV pages")  # 0: there is none
     room = plan.target.usable - (phase.total - pages)
-    asked = _sections(config, EngineSizes)[phase.engine].kv_gigabytes
-    # Pages may take less than was asked for, if they are in another dtype than the parameters.
-    gigabytes = int(10 * asked * room / pages) / 10
     if _LEAST_KV <= room < pages:
+        asked = _sections(config, EngineSizes)[phase.engine].kv_gigabytes
+        # Pages may take less than was asked for, if they are in another dtype than the parameters.
+        gigabytes = int(10 * asked * room / pages) / 10
         yield Change({f"{phase.engine}.kv_gigabytes": gigabytes})
 
 

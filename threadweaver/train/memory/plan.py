@@ -11,7 +11,7 @@ import torch
 
 from threadweaver.device import DTYPES, choose, memory_of
 from threadweaver.generate.settings import EngineSizes
-from threadweaver.train.config import AdamWConfig, ComputeConfig, RunConfig
+from threadweaver.train.config import AdamWConfig, ComputeConfig, ConfigError, RunConfig
 from threadweaver.train.memory.blueprint import architecture_of
 from threadweaver.train.memory.optimizer import state_bytes, step_bytes
 from threadweaver.train.memory.rollout import EngineBytes, EngineUse, count_engine
@@ -105,7 +105,12 @@ def target_of(compute: ComputeConfig) -> Target:
     """
     named = compute.device_gb
     absent = compute.device == "cuda" and not torch.cuda.is_available()
-    if absent and named is not None:
+    if absent and named is None:
+        raise ConfigError(
+            "compute.device is cuda, and there is none here: name the memory of the one to plan "
+            "for, as --compute.device_gb 80"
+        )
+    if absent:
         kind, autocast = "cuda", compute.precision != "fp32"
     else:
         device = device_of(compute)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
+from threadweaver.generate.runner import kv_page_bytes
 from threadweaver.generate.settings import EngineSizes
 from threadweaver.generate.weights import EngineWeights
-from threadweaver.model import kv_shape, output_layer, trie_hidden_states
+from threadweaver.model import output_layer, trie_hidden_states
 from threadweaver.train.memory.blueprint import Architecture, counting
 from tw_kernels import Trie
 
@@ -57,10 +57,8 @@ def count_engine(architecture: Architecture, use: EngineUse) -> EngineBytes:
     with counting(architecture, use.parameters, use.on_gpu) as blueprint, torch.no_grad():
         live, model = blueprint.live, blueprint.model
         parameters = live.now
-        page_bytes = math.prod(kv_shape(model, 1, sizes.page_size)) * model.dtype.itemsize
-        pages = int(sizes.kv_gigabytes * 1e9 / page_bytes)
-        kv_dtype = torch.bfloat16 if use.autocast else model.dtype
-        kv_pages = math.prod(kv_shape(model, pages, sizes.page_size)) * kv_dtype.itemsize
+        page_bytes = kv_page_bytes(model, sizes.page_size, use.autocast)
+        kv_pages = int(sizes.kv_gigabytes * 1e9 / page_bytes) * page_bytes
         weights = EngineWeights(model, torch.bfloat16 if use.autocast else None)
         weights.cast()
         held = live.now

@@ -9,13 +9,12 @@ last bit.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tw_kernels import triton_device
 from tw_kernels.attention.triton.forward_kernel import (
     LOG2E,
     Config,
@@ -323,13 +322,12 @@ def row_stats(dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     num_tokens, num_heads, head_dim = out.shape
     blocks = -(-num_tokens // STATS_ROWS)
     stats = torch.empty(2, num_heads, blocks * STATS_ROWS, dtype=torch.float32, device=out.device)
-    kernel: Any = row_stats_kernel
-    with torch.cuda.device_of(out):
-        kernel[(blocks, num_heads)](
-            dout, out, lse, *stats, num_tokens,
-            *dout.stride()[:2], *out.stride()[:2], stats.stride(1),
-            BLOCK_Q=STATS_ROWS, D=head_dim, num_warps=8,
-        )  # fmt: skip
+    triton_device.launch(
+        row_stats_kernel, (blocks, num_heads),
+        dout, out, lse, *stats, num_tokens,
+        *dout.stride()[:2], *out.stride()[:2], stats.stride(1),
+        BLOCK_Q=STATS_ROWS, D=head_dim, num_warps=8,
+    )  # fmt: skip
     return stats[0], stats[1]
 
 

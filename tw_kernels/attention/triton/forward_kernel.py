@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tw_kernels import triton_device
 from tw_kernels.trie import BlockSchedule
 from tw_kernels.triton_softcap import tanh
 
@@ -40,17 +41,18 @@ class Config(NamedTuple):
 
 
 def launch(kernel: Any, grid: tuple[int, int], config: Config, head_dim: int, *args) -> None:
-    """Runs a kernel on the device of its first argument."""
-    with torch.cuda.device_of(args[0]):
-        kernel[grid](
-            *args,
-            BLOCK_Q=config.block_q,
-            BLOCK_KV=config.block_kv,
-            D=head_dim,
-            PARTIAL_STAGES=config.partial_stages,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+    """Runs a kernel of some configuration."""
+    triton_device.launch(
+        kernel,
+        grid,
+        *args,
+        BLOCK_Q=config.block_q,
+        BLOCK_KV=config.block_kv,
+        D=head_dim,
+        PARTIAL_STAGES=config.partial_stages,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
 
 
 @triton.jit

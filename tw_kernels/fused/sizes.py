@@ -1,20 +1,12 @@
-"""How the kernels of this package are launched. Threads and programs are not timed yet."""
+"""Warps and programs that the kernels of this package run with. Not timed yet."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 
 _ELEMENTS_A_WARP = 512  # 16 a thread: float32 copies of a few operands fit the registers
 _PROGRAMS_A_MULTIPROCESSOR = 4
 _PROGRAMS_ON_CPU = 3  # in the interpreter, so that programs do share rows in tests
-
-
-def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-    """Runs a Triton kernel, if there is anything to do."""
-    if programs:
-        kernel[(programs,)](*arguments, **constants)
 
 
 def num_warps(elements: int) -> int:

@@ -1,0 +1,113 @@
+"""LoRA in a run: the adapters of its model, and what its checkpoints are then.
+
+run_dir/base/                    the model that the adapters are for, where model.path is not it
+run_dir/checkpoints/step-N/      adapters, as peft writes them, and the tokenizer
+run_dir/checkpoints/step-N/merged/  with report.export: a plain Hugging Face folder
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from threadweaver.model import load_configs, save_model
+from threadweaver.model.lora import Adapters, base_model, merged_model, why_no_lora
+from threadweaver.train.checkpoint import EXPORT
+from threadweaver.train.config import ConfigError, ModelConfig, RunConfig
+from threadweaver.trajectory import TAGS
+from threadweaver.whole_file import sync
+
+
+def check_lora(settings: ModelConfig) -> None:
+    """Raises ConfigError if adapters are asked for and peft is not there."""
+    if settings.lora is not None and (reason := why_no_lora()):
+        raise ConfigError(f"model.lora: {reason}")
+
+
+class RunAdapters:
+    """The adapters that a run trains.
+
+    Args:
+        model: gets them.
+        base: what names the model without them: model.path, or a folder that `write_base` writes.
+
+    Attributes:
+        adapters: of the model.
+
+    Raises:
+        ConfigError: targets that the model has not, or a model that cannot be trained so.
+    """
+
+    def __init__(
+        self, config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ):
+        settings = config.model.lora
+        assert settings is not None
+        self._tokenizer = tokenizer
+        self._base = Path(config.run_dir).absolute() / "base"
+        if config.model.path is not None and _is_stored(model, config.model.path):
+            self._base = Path(config.model.path).absolute()
+        vocabulary = tokenizer.get_vocab()
+        try:
+            self.adapters = Adapters(
+                model,
+                settings.rank,
+                settings.alpha,
+                settings.targets,
+                [vocabulary[tag] for tag in TAGS],
+                config.seed,
+            )
+        except ValueError as error:
+            own = str(error).startswith("targets")
+            raise ConfigError(f"model.lora{'.' if own else ': '}{error}") from error
+
+    @property
+    def lacks_base(self) -> bool:
+        """Whether the folder of the base is yet to be written."""
+        return not self._base.exists()
+
+    def write(self, folder: Path, export: bool) -> None:
+        """Writes the adapters.
+
+        Args:
+            export: also a plain folder of the merged model in it.
+        """
+        if self.lacks_base:
+            self._write_base()
+        self.adapters.save(folder, str(self._base))
+        self._tokenizer.save_pretrained(folder)
+        if export:
+            save_model(merged_model(self.adapters.model), self._tokenizer, folder / EXPORT)
+
+    def _write_base(self) -> None:
+        """Whole or not at all."""
+        partial = self._base.with_name(".base.partial")
+        if partial.exists():
+            shutil.rmtree(partial)
+        save_model(base_model(self.adapters.model), self._tokenizer, partial)
+        for path in (*partial.rglob("*"), partial):
+            sync(path)
+        partial.rename(self._base)
+        sync(self._base.parent)
+
+    def load(self, checkpoint: Path) -> None:
+        """Raises ConfigError if it does not hold the adapters of this run."""
+        try:
+            self.adapters.load(checkpoint)
+        except ValueError as error:
+            raise ConfigError(
+                f"{error}; delete the folder {checkpoint.name} to resume from the checkpoint "
+                "before it"
+            ) from error
+
+
+def _is_stored(model: PreTrainedModel, path: str) -> bool:
+    """Whether what plain transformers loads from a folder is this model, but for rows that are
+    trained."""
+    if not (Path(path) / "config.json").is_file():
+        return False
+    stored, ours = load_configs(path)[0].get_text_config(), model.config.get_text_config()
+    names = ("vocab_size", "tie_word_embeddings")
+    return all(getattr(stored, name) == getattr(ours, name) for name in names)
