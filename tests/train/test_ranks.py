@@ -66,6 +66,25 @@ def test_losses_and_weights_are_those_of_one_process(run_of_20, tmp_path, arch, 
     check_alike(together, alone)
 
 
+def test_adapters_are_those_of_one_process(run_of_20, tmp_path):
+    alone, together = run_of_20("alone"), run_of_20("together")
+    for run in (alone, together):
+        run.settings["model"]["lora"] = {"rank": 4, "alpha": 8}
+    assert alone() == 0
+    started = on_ranks(together.arguments(), tmp_path, 2, before=partial(stop_in_step, 9))
+    assert started.codes == [130, 130], started.err
+    last = together.folder / "checkpoints/step-9"
+    assert (last / "adapter_model.safetensors").exists() and not (last / "state").exists()
+    resumed = on_ranks(together.arguments("--resume"), tmp_path, 2)
+    assert resumed.codes == [0, 0], resumed.err
+    check_alike(together, alone)
+    for name in ("base/model", "checkpoints/step-20/adapter_model"):
+        ours, theirs = (load_file(r.folder / f"{name}.safetensors") for r in (together, alone))
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert (ours[key] - value).norm() <= 1e-4 * value.norm(), key
+
+
 def stop_in_step(step: int, rank: int = 0) -> None:
     """Stops the run when this step is done, as by Ctrl-C."""
     take = SFTTrainer.train_step

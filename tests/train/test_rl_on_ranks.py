@@ -57,7 +57,11 @@ def check_alike(ours: Run, theirs: Run) -> None:
 
 @pytest.mark.parametrize(
     ("arch", "count", "updates"),
-    [(ARCH, 2, 1), (ARCH, 4, 2), pytest.param(LLAMA, 4, 1, marks=pytest.mark.slow)],
+    [
+        (ARCH, 2, 1),
+        (ARCH, 4, 2),
+        pytest.param(LLAMA, 4, 1, marks=pytest.mark.slow),
+    ],
     ids=["qwen3-2", "qwen3-4", "llama-4"],
 )
 def test_recorded_rollouts_give_the_losses_and_weights_of_one_process(
@@ -74,6 +78,22 @@ def test_recorded_rollouts_give_the_losses_and_weights_of_one_process(
     ended = together(ranks, tmp_path, count, script=tmp_path / "script")
     assert ended.codes == [0] * count, ended.err
     assert ended.err == "" and ended.out.count("P-GRPO, last batch") == 1
+    check_alike(ranks, alone)
+
+
+@pytest.mark.slow
+def test_adapters_and_passes_by_subtree_come_out_as_in_one_process(new_run, tmp_path):
+    pytest.importorskip("peft")
+    alone, ranks = (new_run(name) for name in ("alone", "ranks"))
+    tokenizer = build_tokenizer()
+    save_model(new_model(tokenizer, ARCH, seed=0), tokenizer, tmp_path / "model")
+    for run in (alone, ranks):
+        run.settings["model"] = {"path": str(tmp_path / "model"), "lora": {"rank": 4}}
+        run.settings["policy"] = {"kl": 0.1, "entropy": 0.01}
+        run.settings["compute"]["pass_tokens"] = 20
+    record(alone, tmp_path / "script")
+    ended = together(ranks, tmp_path, 2, script=tmp_path / "script")
+    assert ended.codes == [0, 0], ended.err
     check_alike(ranks, alone)
 
 

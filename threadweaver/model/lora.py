@@ -162,11 +162,15 @@ def adapted_layers(model: nn.Module) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def merged_weight(layer: Any) -> Tensor:
-    """weight + alpha / rank B A of a layer of `adapted_layers`, float32."""
-    weight = layer.base_layer.weight
-    with torch.autocast(weight.device.type, enabled=False):
-        return weight.float() + layer.get_delta_weight(_NAME).float()
+def merged_weight(layer: Any, weight: Tensor | None = None) -> Tensor:
+    """weight + alpha / rank B A of a layer of `adapted_layers`, float32.
+
+    Args:
+        weight: whole, if that of the layer is divided among processes.
+    """
+    of_base: Tensor = layer.base_layer.weight if weight is None else weight
+    with torch.autocast(of_base.device.type, enabled=False):
+        return of_base.float() + layer.get_delta_weight(_NAME).float()
 
 
 def unwrap(model: PreTrainedModel) -> PreTrainedModel:

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from threadweaver.model.whole import whole
+
 
 class TrainedRows(NamedTuple):
     """ids int64 [T], ascending, and their rows float32 [T, hidden size]."""
@@ -48,7 +50,7 @@ def train_rows(model: PreTrainedModel, ids: Sequence[int]) -> None:
         if table is output and output.weight is embedding.weight:
             table.trained_rows = embedding.trained_rows
         else:
-            rows = table.weight.detach()[sorted_ids].to(torch.float32, copy=True)
+            rows = whole(table.weight)[sorted_ids].to(torch.float32, copy=True)
             table.trained_rows = nn.Parameter(rows)
         table.register_buffer("trained_ids", sorted_ids, persistent=False)
         vars(table)["uses_trained_rows"] = True

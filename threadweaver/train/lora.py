@@ -12,10 +12,12 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from threadweaver.model import load_configs, save_model
+from threadweaver import ranks
+from threadweaver.model import load_configs
 from threadweaver.model.lora import Adapters, base_model, merged_model, why_no_lora
 from threadweaver.train.checkpoint import EXPORT
 from threadweaver.train.config import ConfigError, ModelConfig, RunConfig
+from threadweaver.train.sharding import export
 from threadweaver.trajectory import TAGS
 from threadweaver.whole_file import sync
 
@@ -68,29 +70,40 @@ class RunAdapters:
         """Whether the folder of the base is yet to be written."""
         return not self._base.exists()
 
-    def write(self, folder: Path, export: bool) -> None:
-        """Writes the adapters.
+    def write(self, folder: Path, plain: bool) -> None:
+        """Writes the adapters; all ranks call it.
 
         Args:
-            export: also a plain folder of the merged model in it.
+            plain: also a plain folder of the merged model in it.
         """
-        if self.lacks_base:
+        if ranks.on_first(lambda: self.lacks_base):
             self._write_base()
-        self.adapters.save(folder, str(self._base))
-        self._tokenizer.save_pretrained(folder)
-        if export:
-            save_model(merged_model(self.adapters.model), self._tokenizer, folder / EXPORT)
+        if ranks.is_first():
+            self.adapters.save(folder, str(self._base))
+            self._tokenizer.save_pretrained(folder)
+        if plain:
+            self._write_plain(folder / EXPORT, merged=True)
+
+    def _write_plain(self, folder: Path, merged: bool) -> None:
+        """A plain Hugging Face folder, of the model with its adapters or without."""
+        model = self.adapters.model
+        if ranks.size() == 1:
+            model = merged_model(model) if merged else base_model(model)
+        export(model, self._tokenizer, folder, merged)
 
     def _write_base(self) -> None:
         """Whole or not at all."""
         partial = self._base.with_name(".base.partial")
-        if partial.exists():
-            shutil.rmtree(partial)
-        save_model(base_model(self.adapters.model), self._tokenizer, partial)
-        for path in (*partial.rglob("*"), partial):
-            sync(path)
-        partial.rename(self._base)
-        sync(self._base.parent)
+
+        def publish() -> None:
+            for path in (*partial.rglob("*"), partial):
+                sync(path)
+            partial.rename(self._base)
+            sync(self._base.parent)
+
+        ranks.on_first(lambda: shutil.rmtree(partial, ignore_errors=True))
+        self._write_plain(partial, merged=False)
+        ranks.on_first(publish)
 
     def load(self, checkpoint: Path) -> None:
         """Raises ConfigError if it does not hold the adapters of this run."""

@@ -86,7 +86,7 @@ from threadweaver.train.sharded_checkpoint import (
     save_shards,
     take_whole_optimizer,
 )
-from threadweaver.train.sharding import export
+from threadweaver.train.sharding import export, gathered, sum_gradients
 from threadweaver.train.stages import RLConfig, SFTConfig
 from threadweaver.train.trackers import check_trackers, start_trackers
 from threadweaver.trajectory import Codec
@@ -264,6 +264,7 @@ class Trainer(Run[T]):
     num_steps: int
     trains_on: str
     fingerprint: str
+    lora: RunAdapters | None = None
     offload: ActivationOffload | None = None
 
     @abstractmethod
@@ -290,8 +291,9 @@ class Trainer(Run[T]):
         ranks.on_first(find)
         if ranks.size() > 1:
             state = self.state or {}
-            # The moments, if one process wrote them, stay on rank 0.
-            small = ranks.from_first({k: v for k, v in state.items() if k != "optimizer"})
+            # The moments of all weights, if one process wrote them, stay on rank 0.
+            kept = ["optimizer"] if self.config.model.lora is None else []
+            small = ranks.from_first({k: v for k, v in state.items() if k not in kept})
             self.state = {**small, **state} or None
 
     def load(self) -> None:
@@ -329,7 +331,7 @@ class Trainer(Run[T]):
 
     def _add_adapters(self) -> RunAdapters:
         """Those of the checkpoint that the run continues from, or new ones."""
-        base = weights_fingerprint(self.model)
+        base = weights_fingerprint(self.model, gathered(self.model) if ranks.size() > 1 else None)
         if self.state and self.state.get("base", base) != base:
             raise ConfigError(
                 f"model.path: {self.config.model.path} is not what the adapters of "
@@ -428,6 +430,7 @@ class Trainer(Run[T]):
         Raises:
             NotFiniteError: a loss or the norm; the weights and the micro-batches are saved.
         """
+        sum_gradients(self.model)
         largest = self.config.optimization.gradient_clip
         norm = clip_gradient(self.model, self.optimizer, largest)
         is_finite = bool(torch.isfinite(torch.stack([*losses, norm])).all())
@@ -515,8 +518,8 @@ class Trainer(Run[T]):
 
     @property
     def is_sharded(self) -> bool:
-        """Whether what is trained is divided among the ranks."""
-        return ranks.size() > 1
+        """Whether what is trained is divided among the ranks: each has all adapters."""
+        return ranks.size() > 1 and self.lora is None
 
     def _write_model(self, folder: Path, plain: bool) -> None:
         """What a folder of this model has; all ranks call it. Adapters; or a plain Hugging Face

@@ -25,10 +25,6 @@ def check_settings(config: RunConfig) -> None:
                     f"{name} is {theirs.get(name)} on rank {rank} and {value} on rank 0: start all "
                     "ranks with the same settings"
                 )
-    if config.model.lora is not None and size > 1:
-        raise ConfigError(
-            f"model.lora: adapters are trained in one process, and there are {size} ranks"
-        )
     for name, settings in optimizations(config):
         if isinstance(settings, OptimizationConfig) and settings.accumulation % size:
             raise ConfigError(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -23,6 +24,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from threadweaver import ranks
 from threadweaver.device import DTYPES
 from threadweaver.model import replace_parameters, save_model, to_device
+from threadweaver.model.lora import adapted_layers, merged_weight
+from threadweaver.model.trained_rows import rows_of
+from threadweaver.model.whole import whole
 from threadweaver.train.config import ComputeConfig
 from threadweaver.train.layers import layers_of
 
@@ -118,37 +122,78 @@ def scatter(into: Tensor, full: Tensor | None) -> None:
 
 
 @torch.no_grad()
-def gathered(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and whole value of each parameter, tied ones once, on every rank. All run through it."""
+def gathered(model: PreTrainedModel, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """Name and whole value of each parameter of a sharded model, tied ones once, on every rank. All
+    run through it.
+
+    Args:
+        merged: with its adapters, if it has some, in the weights; else without them.
+    """
+    adapted = adapted_layers(model)
     for name, parameter in model.named_parameters():
-        yield name, whole(parameter)
+        if not isinstance(parameter, DTensor):  # of an adapter
+            continue
+        value = whole(parameter)
+        owner, _, leaf = name.rpartition(".")
+        if merged and leaf == "weight":
+            if (layer := adapted.get(owner.removesuffix(_BASE))) is not None:
+                value = merged_weight(layer, value).to(value.dtype)
+            elif (own := rows_of(model.get_submodule(owner))) is not None:
+                value = value.index_copy(0, own.ids, own.rows.to(value.dtype))
+        yield _plain(name), value
 
 
-def whole(value: Tensor) -> Tensor:
-    """Of a tensor that may be divided among the ranks, which then all call it."""
-    return (value.full_tensor() if isinstance(value, DTensor) else value).detach()
+_BASE = ".base_layer"  # what peft calls a layer that has an adapter
 
 
-def weights_on_first(model: PreTrainedModel) -> dict[str, Tensor]:
+def _plain(name: str) -> str:
+    """The name of a parameter in a model without adapters."""
+    return name.replace(f"{_BASE}.", ".")
+
+
+def weights_on_first(model: PreTrainedModel, merged: bool = True) -> dict[str, Tensor]:
     """The state dict of a sharded model as it would be in one process, on the CPU of rank 0; on the
-    others empty. All call it."""
-    tied: dict[int, list[str]] = {}
+    others empty. All call it; `merged` as above."""
+    names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        tied.setdefault(id(parameter), []).append(name)
-    found: dict[str, Any] = {}
-    for names, (_, value) in zip(tied.values(), gathered(model), strict=True):
+        if isinstance(parameter, DTensor):
+            names.setdefault(id(parameter), []).append(_plain(name))
+    tied = {found[0]: found for found in names.values()}
+    weights: dict[str, Tensor] = {}
+    for name, value in gathered(model, merged):
         if ranks.is_first():
-            found |= dict.fromkeys(names, value.cpu())
+            weights |= dict.fromkeys(tied[name], value.cpu())
     if not ranks.is_first():
         return {}
-    order = model.state_dict().keys()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in order}
-    found |= {name: buffer.cpu() for name, buffer in buffers.items()}
-    return {name: found[name] for name in order}
+    stored = model.state_dict().keys()
+    buffers = {n: buffer.cpu() for n, buffer in model.named_buffers() if n in stored}
+    return weights | buffers
 
 
-def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes a plain Hugging Face folder, by rank 0; all ranks call it."""
-    weights = weights_on_first(model) if ranks.size() > 1 else None
+def sum_gradients(model: nn.Module) -> None:
+    """Adds up, over the ranks, the gradients of what each of them has whole; all call it. Those of
+    what is sharded are sums already."""
+    own = [p.grad for p in model.parameters() if p.grad is not None]
+    own = [gradient for gradient in own if not isinstance(gradient, DTensor)]
+    if ranks.size() == 1 or not own:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in own])
+    dist.all_reduce(flat)
+    for gradient, total in zip(own, flat.split([g.numel() for g in own]), strict=True):
+        gradient.copy_(total.view_as(gradient))
+
+
+def export(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    merged: bool = True,
+) -> None:
+    """Writes a plain Hugging Face folder, by rank 0; all ranks call it.
+
+    Args:
+        merged: of a sharded model with adapters: with them, or without.
+    """
+    weights = weights_on_first(model, merged) if ranks.size() > 1 else None
     if ranks.is_first():
         save_model(model, tokenizer, folder, weights)
