@@ -6,6 +6,7 @@
     report  write results as a document with pictures
     profile the time of our peers of a suite by kernel
     step    the time of one engine step by kernel
+    memory  what runs of Qwen3 models hold on a GPU, by their plans, as tables
     gpu     all tests, benchmarks and profiles on a GPU, in a fixed time
 
 Exit codes: 0; 1 for a wrong result, a failure of ours or a regression; 2 for arguments or files
@@ -27,6 +28,7 @@ COMMANDS = {
     "report": "bench.report",
     "profile": "bench.profile",
     "step": "bench.step_profile",
+    "memory": "bench.memory",
     "gpu": "bench.gpu",
 }
 

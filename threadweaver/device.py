@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from functools import cache
+from pathlib import Path
 from statistics import median
 from typing import Literal, NamedTuple
 
@@ -21,6 +22,9 @@ from tw_kernels.cpu import bfloat16_instructions, processor_name
 Precision = Literal["auto", "bf16", "fp32"]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FIRST_CAPABILITY = (8, 0)  # of CUDA devices that multiply bfloat16
+# Of a device's memory, for what no tensor shows: libraries, their workspaces, and what an allocator
+# rounds up or cannot use.
+SHARE_KEPT_FREE = 0.05
 
 
 class Choice(NamedTuple):
@@ -43,10 +47,45 @@ def find_device(name: str) -> torch.device:
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes that it has in all, used or not."""
+    """Bytes that it has in all, used or not; of the host, what this process may take of them."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([physical, *_group_limits(Path("/"))])
+
+
+def unused_memory(device: torch.device) -> int:
+    """Bytes of a CUDA device that nobody uses, what PyTorch keeps for later among them."""
+    free, _ = torch.cuda.mem_get_info(device)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + kept
+
+
+def _group_limits(root: Path) -> list[int]:
+    """Limits on the memory of this process by its control groups (cgroups 1 and 2): of its own
+    group and of those above, as far as they are seen from here."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    limits = []
+    for number, controllers, path in (line.split(":", 2) for line in lines):
+        if number == "0":
+            mount, name = root / "sys/fs/cgroup", "memory.max"
+        elif "memory" in controllers.split(","):
+            mount, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
+            continue
+        # A container may see its group as the mount itself.
+        group = mount / path.strip("/")
+        for folder in (group, *group.parents):
+            if folder == mount.parent:
+                break
+            try:
+                limits.append(int((folder / name).read_text()))
+            except (OSError, ValueError):  # not there, or "max"
+                continue
+    return limits
 
 
 def choose(device: torch.device) -> Choice:

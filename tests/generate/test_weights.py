@@ -134,4 +134,4 @@ def test_pages_fill_the_gigabytes_that_they_are_given(fork_join_model, autocast)
     sizes = EngineSizes(kv_gigabytes=0.001, page_size=8)
     use = EngineUse(sizes, torch.float32, autocast, on_gpu=False)
     architecture = Architecture(fork_join_model.config, None)
-    assert count_engine(architecture, use).kv_pages == pages.nbytes
+    assert count_engine(architecture, use).pages.named(0.001).bytes == pages.nbytes

@@ -28,7 +28,13 @@ from threadweaver.model import (
     trie_loss,
 )
 from threadweaver.model import loss as model_loss
-from threadweaver.model.lora import Adapters, adapter_parameters, base_model, merged_model
+from threadweaver.model.lora import (
+    Adapters,
+    adapted_layers,
+    adapter_parameters,
+    base_model,
+    merged_model,
+)
 from threadweaver.train.setup import compile_layers, recompute_activations
 from threadweaver.trajectory import TAGS
 from tw_kernels import Trie, fused
@@ -42,6 +48,16 @@ MODELS = {
     "llama, untied": {**LLAMA, "tie_word_embeddings": False},
     "gemma, whose embedding scales": {**SMALL, "model_type": "gemma", "num_key_value_heads": 2},
 }
+EXPERTS = {
+    **SMALL,
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 32,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "mlp_only_layers": [0],
+    "tie_word_embeddings": True,
+}
+MODELS["qwen3_moe, a layer without experts"] = EXPERTS
 TOKENIZER = build_tokenizer()
 TAG_IDS = [TOKENIZER.get_vocab()[tag] for tag in TAGS]
 PATHS = [[7, 2, 70, 2, 3, 50, 8, 9], [7, 2, 70, 10, 2, 2, 51, 60, 11], [60, 5, 4]]
@@ -103,7 +119,8 @@ def test_only_adapters_and_rows_of_tags_have_gradients(tmp_path):
         for name, parameter in model.named_parameters():
             is_adapter = "lora_" in name or name.endswith("trained_rows")
             assert (parameter.grad is not None) == parameter.requires_grad == is_adapter, name
-            assert not is_adapter or (parameter.dtype == torch.float32 and parameter.grad.any())
+            if parameter.grad is not None:
+                assert parameter.dtype == torch.float32 and parameter.grad.any()
         layers = 2 * 7  # of two layers: four of attention, three of the MLP
         tables = 1 if arch["tie_word_embeddings"] else 2
         assert len(adapters.parameters()) == 2 * layers + tables
@@ -253,6 +270,16 @@ def test_targets_that_match_nothing_are_refused(targets, message):
     with pytest.raises(ValueError, match=message):
         Adapters(model, 4, 8.0, targets, TAG_IDS, seed=0)
     assert model.state_dict().keys() == before.keys()
+
+
+def test_a_layer_that_peft_takes_for_experts_gets_no_adapter():
+    model = new_model(TOKENIZER, EXPERTS)
+    names = ["gate_proj", "up_proj", "down_proj"]
+    with pytest.raises(ValueError, match="targets: 'down_proj' is what peft calls experts'"):
+        Adapters(model, 4, 8.0, names, TAG_IDS, seed=0)
+    Adapters(model, 4, 8.0, "all-linear", TAG_IDS, seed=0)
+    adapted = {name.rpartition(".")[2] for name in adapted_layers(model)}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 def test_adapters_of_another_model_or_a_damaged_file_are_refused(tmp_path: Path):

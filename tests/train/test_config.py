@@ -48,8 +48,10 @@ def test_options_win_over_the_file(tmp_path):
     [
         ("sft-demo.yaml", SFTConfig),
         ("sft-qwen3-8b.yaml", SFTConfig),
+        ("sft-qwen3-8b-lora.yaml", SFTConfig),
         ("demo.yaml", PipelineConfig),
         ("pipeline-qwen3-8b.yaml", PipelineConfig),
+        ("pipeline-qwen3-8b-lora.yaml", PipelineConfig),
     ],
 )
 def test_the_files_in_configs_are_valid(name, kind):

@@ -102,13 +102,16 @@ def test_only_adapters_are_trained_and_the_base_stays_bit_for_bit(lora_run, monk
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("kind, tied", [("qwen3", True), ("llama", False)])
+@pytest.mark.parametrize(
+    "kind, tied, rows, base", [("qwen3", True, 300, "run/base"), ("llama", False, 320, "model")]
+)
 def test_a_checkpoint_is_what_peft_writes_and_its_export_a_plain_model(
-    lora_run, tmp_path, kind, tied
+    lora_run, tmp_path, kind, tied, rows, base
 ):
-    from peft import AutoPeftModelForCausalLM
+    """The adapters name the model at model.path, unless the tags made that larger."""
+    from peft import AutoPeftModelForCausalLM, PeftModel
 
-    run = lora_run(path=write_model(tmp_path / "model", kind, tied))
+    run = lora_run(path=write_model(tmp_path / "model", kind, tied, rows))
     assert run() == 0
     step = run.folder / "checkpoints" / "step-6"
     assert {p.name for p in step.iterdir()} == {
@@ -121,32 +124,20 @@ def test_a_checkpoint_is_what_peft_writes_and_its_export_a_plain_model(
     }
     assert not (run.folder / "checkpoints" / "step-4" / "merged").exists()  # export: end
     assert run.summary()["checkpoint"] == str(step / "merged") == str(checkpoint_of(run.folder))
-    ids = torch.arange(300)[None]
+    config = json.loads((step / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / base)
+    assert (run.folder / "base").exists() == (base == "run/base")
+    stored = AutoModelForCausalLM.from_pretrained(tmp_path / base)
+    models = [
+        AutoModelForCausalLM.from_pretrained(step / "merged"),
+        AutoPeftModelForCausalLM.from_pretrained(str(step)),
+        PeftModel.from_pretrained(stored, str(step)),
+    ]
     with torch.no_grad():
-        by_peft = AutoPeftModelForCausalLM.from_pretrained(str(step)).eval()(ids).logits
-        merged = AutoModelForCausalLM.from_pretrained(step / "merged").eval()(ids).logits
-    torch.testing.assert_close(by_peft, merged, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("rows, named", [(300, "base"), (320, "model")])
-def test_adapters_name_the_model_at_model_path_unless_the_tags_made_it_larger(
-    lora_run, tmp_path, rows, named
-):
-    run = lora_run(path=write_model(tmp_path / "model", rows=rows))
-    assert run() == 0
-    folder = run.folder / "base" if named == "base" else tmp_path / "model"
-    config = json.loads((run.folder / "checkpoints/step-6/adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(folder)
-    assert (run.folder / "base").exists() == (named == "base")
-    from peft import PeftModel
-
-    base = AutoModelForCausalLM.from_pretrained(folder)
-    with torch.no_grad():
-        model = PeftModel.from_pretrained(base, str(run.folder / "checkpoints/step-6"))
-        merged = AutoModelForCausalLM.from_pretrained(checkpoint_of(run.folder)).eval()
-        ids = torch.arange(312)[None]
-        logits = [m.eval()(ids).logits[..., :312] for m in (model, merged)]
-    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+        ids = torch.arange(312)[None]  # all that there is a token for
+        logits = [model.eval()(ids).logits[..., :312] for model in models]
+    for others in logits[1:]:
+        torch.testing.assert_close(others, logits[0], rtol=1e-5, atol=1e-5)
 
 
 def test_every_checkpoint_has_an_export_if_asked_for(lora_run):
@@ -171,7 +162,7 @@ def test_export_changes_nothing_where_the_checkpoint_is_the_plain_folder(new_run
     }
 
 
-@pytest.mark.parametrize("command", ["sft", "rl"])
+@pytest.mark.parametrize("command", ["sft", pytest.param("rl", marks=pytest.mark.slow)])
 def test_an_interrupted_run_goes_on_bit_for_bit(lora_run, new_rl_run, monkeypatch, command):
     make, kind = (lora_run, SFTTrainer) if command == "sft" else (new_rl_run, RLTrainer)
     whole, dead = make("whole"), make("dead")
@@ -265,19 +256,19 @@ def test_the_reference_of_kl_is_the_model_without_adapters(new_rl_run, monkeypat
 
 def test_a_model_without_tags_learns(lora_run, tmp_path):
     """New tags of a word begin with one row for all of them: with that row kept the loss stays at
-    1.43 or more, since adapters cannot tell <Thread> from </Thread>."""
+    1.6, since adapters cannot tell <Thread> from </Thread>."""
     run = lora_run(path=write_model(tmp_path / "model", initializer_range=0.2))
     run.settings["model"]["lora"] = {"rank": 8, "alpha": 16}
-    run.settings["data"] = {"train": str(write_task(tmp_path / "seven.jsonl"))}
+    run.settings["data"] = {"train": str(write_task(tmp_path / "seven.jsonl", 20))}
     run.settings["optimization"] = {
         "max_steps": 60,
         "batch_tokens": 2048,
-        "learning_rate": 2e-2,
+        "learning_rate": 1.5e-2,
         "weight_decay": 0.0,
     }
     run.settings["report"] = {"checkpoint_every": 60}
     assert run() == 0
-    assert run.summary()["train_loss"] < 0.9
+    assert run.summary()["train_loss"] < 1.1
 
 
 @pytest.mark.parametrize(
@@ -352,6 +343,7 @@ def test_a_damaged_adapter_file_is_named_and_what_to_do(lora_run, fails):
     assert str(file) in line and "delete the folder step-2" in line
 
 
+@pytest.mark.slow
 def test_nothing_but_the_run_is_said(lora_run):
     """peft imports packages that warn of kernels nobody uses here."""
     run = lora_run()

@@ -132,6 +132,8 @@ def _main(arguments: list[str] | None) -> int:
                 options.model, engine_options, parallel=parallel, template=template
             )
             weights = {"weights": engine.fingerprint(), "precision": engine_options.precision}
+            if engine.pool_note:
+                print_line(console, engine.pool_note)
         if note:
             print_line(console, note)
         check_chat(options.chat, tokenizer)

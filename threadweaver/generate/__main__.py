@@ -166,8 +166,8 @@ def _answer(options: Namespace, settings: GenerationSettings) -> int:
             options.model, engine_options, parallel=settings.mode == "parallel", template=template
         )
         check_chat(options.chat, tokenizer)
-        if precision_note:
-            print_line(console, precision_note)
+        for note in filter(None, (precision_note, engine.pool_note)):
+            print_line(console, note)
         answers = AnswerFile(examples, engine, settings, options.n, options.seed, console)
         log = ResponseLog(
             options.out,

@@ -14,20 +14,20 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from threadweaver.device import memory_of
 from threadweaver.generate.constraint import Constraint
 from threadweaver.generate.decoder import Decoding
 from threadweaver.generate.pages import PagePool
+from threadweaver.generate.pool_size import pool_size
 from threadweaver.generate.rollout import Completion, Rollout
-from threadweaver.generate.runner import Counts, Runner, Step, kv_page_bytes
+from threadweaver.generate.runner import Counts, Runner, Step
 from threadweaver.generate.sampler import stream_key
 from threadweaver.generate.scheduler import Batch, Branch, Family, Scheduler, Sequence
-from threadweaver.generate.settings import GenerationSettings
+from threadweaver.generate.settings import EngineSizes, GenerationSettings
 from threadweaver.generate.weaver import Reason, RequestId, Weaver
 from threadweaver.model import context_length, weights_fingerprint
 from threadweaver.trajectory import Codec
@@ -75,10 +75,12 @@ class Engine:
         model: loaded by threadweaver.model; stays where it is, on its device and in its dtype.
         page_size: tokens a KV page.
         num_pages: pages of the pool. Default: as many as kv_gigabytes hold.
-        kv_gigabytes: memory for keys and values, in 1e9 bytes.
+        kv_gigabytes: memory for keys and values, in 1e9 bytes, or auto, as in EngineSizes.
         max_sequences: most threads, of all generations together, that a step advances.
         max_batch_tokens: most new tokens of a step; longer prefills go in chunks.
         autocast: see Runner.
+        reserve: bytes of a GPU that auto leaves to others, which will have taken them when a batch
+            begins.
 
     Attributes:
         pool: the KV pages.
@@ -96,38 +98,26 @@ class Engine:
         *,
         page_size: int = 16,
         num_pages: int | None = None,
-        kv_gigabytes: float = 2.0,
+        kv_gigabytes: float | Literal["auto"] = "auto",
         max_sequences: int = 64,
         max_batch_tokens: int = 2048,
         autocast: bool = False,
+        reserve: int = 0,
     ):
-        if num_pages is None:
-            page_bytes = kv_page_bytes(model, max(page_size, 1), autocast)
-            memory = memory_of(model.device)
-            if kv_gigabytes * 1e9 > memory:
-                raise ValueError(
-                    f"kv_gigabytes is {kv_gigabytes:g}: {model.device.type} has {memory / 1e9:.3g} "
-                    "GB of memory in all"
-                )
-            num_pages = int(kv_gigabytes * 1e9 / page_bytes)
-            if num_pages < 1:
-                raise ValueError(
-                    f"kv_gigabytes is {kv_gigabytes}: a page of {page_size} tokens takes "
-                    f"{page_bytes / 1e9:.3g}"
-                )
-        for name, value in (
-            ("max_sequences", max_sequences),
-            ("max_batch_tokens", max_batch_tokens),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} is {value}: it must be at least 1")
+        self._sizes = EngineSizes(kv_gigabytes, page_size, max_sequences, max_batch_tokens)
+        self._autocast = autocast
         self.codec = codec
         self.max_sequences = max_sequences
         self._model = model
-        self.pool = PagePool(num_pages, page_size)
         self._runner = Runner(
-            model, num_pages, page_size, autocast=autocast, max_sequences=max_sequences
+            model, num_pages or 0, page_size, autocast=autocast, max_sequences=max_sequences
         )
+        self._pool_size = None
+        if num_pages is None:
+            reserve += self._runner.bytes_to_copy
+            self._pool_size = pool_size(model, self._sizes, self._autocast, reserve)
+            self._runner.num_pages = num_pages = self._pool_size.pages
+        self.pool = PagePool(num_pages, page_size)
         self._scheduler = Scheduler(self.pool, max_sequences, max_batch_tokens)
         self._families: dict[tuple[int, ...], Family] = {}
         self._live: dict[int, Generation] = {}
@@ -259,6 +249,7 @@ class Engine:
         if not self._is_cast:
             self._runner.cast()
             self._is_cast = True
+            self._fit_pool()
         batch, step = self._scheduler.schedule(), self._ahead
         if step is None or step.batch is not batch:
             step = self._plan(batch)
@@ -304,6 +295,28 @@ class Engine:
         if self.has_work:
             raise RuntimeError(f"{len(self._live)} generations are not finished")
         self._runner.free()
+
+    @property
+    def pool_note(self) -> str | None:
+        """A line to show of a pool whose size nobody named: how many tokens fit."""
+        return str(self._pool_size) if self._sizes.kv_gigabytes == "auto" else None
+
+    def _fit_pool(self) -> None:
+        """Makes a pool of auto smaller if less memory is left than when its size was found. A batch
+        begins and no branch has pages yet."""
+        if self._pool_size is None or self._runner.holds_pages:
+            return
+        pages = pool_size(self._model, self._sizes, self._autocast).pages
+        if pages >= self.pool.num_pages:
+            return
+        longest = max(
+            len(g.prompt) + min(g.settings.max_tokens, self.context_length - len(g.prompt))
+            for g in self._live.values()
+        )
+        if pages * self.pool.page_size < longest:
+            raise MemoryError(f"{pages} KV pages for a response of {longest} tokens")
+        self.pool = self._scheduler.pool = PagePool(pages, self.pool.page_size)
+        self._runner.num_pages = pages
 
     def _in_runner(self) -> float:
         """Seconds, in which those of attention are once."""

@@ -97,6 +97,7 @@ class Runner:
         max_sequences: no step draws more tokens.
 
     Attributes:
+        num_pages: that the next step which takes their memory takes.
         overlaps: whether `launch` returns before the step is done.
         counts: of all steps so far.
         seconds: time spent on "plan", "model" and, within the model, "attention", and "sampling".
@@ -118,7 +119,7 @@ class Runner:
         self.page_size = page_size
         self.counts = Counts()
         self.seconds = {"plan": 0.0, "model": 0.0, "attention": 0.0, "sampling": 0.0}
-        self._num_pages = num_pages
+        self.num_pages = num_pages
         self._pages: Tensor | None = None
         self._caches: list[PagedKV] = []
         self._device = model.device  # model.device goes through all parameters
@@ -136,6 +137,15 @@ class Runner:
         config = self._weights.model.config.get_text_config()
         *_, kv_heads, head_dim = kv_shape(self._weights.model, num_pages, page_size)
         self._heads = Heads(config.num_attention_heads, kv_heads, head_dim)
+
+    @property
+    def bytes_to_copy(self) -> int:
+        """What `cast` takes that is not there yet."""
+        return self._weights.bytes_to_copy
+
+    @property
+    def holds_pages(self) -> bool:
+        return self._pages is not None
 
     def cast(self) -> None:
         """Takes the model's weights as they are now for all steps until it is called again."""
@@ -251,14 +261,14 @@ class Runner:
 
     def _allocate(self) -> None:
         if self._pages is None:
-            shape = kv_shape(self._weights.model, self._num_pages, self.page_size)
+            shape = kv_shape(self._weights.model, self.num_pages, self.page_size)
             self._pages = torch.empty(shape, dtype=self._dtype, device=self._device)
             self._caches = [PagedKV(k, v) for k, v in self._pages]
             if self._capture is not None:
                 self._graphs = StepGraphs(
                     self._forward,
                     self._captured,
-                    self._num_pages,
+                    self.num_pages,
                     self._max_sequences,
                     self._device,
                 )

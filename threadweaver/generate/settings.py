@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from threadweaver.generate.sampler import SamplingParams
 from threadweaver.generate.weaver import Mode, Weaver
@@ -24,7 +25,9 @@ class EngineSizes:
     """The sizes of an engine.
 
     Args:
-        kv_gigabytes: memory for keys and values, in 1e9 bytes.
+        kv_gigabytes: memory for keys and values, in 1e9 bytes. auto: at most what max_sequences of
+            the longest context take; of a GPU whatever is left when all else is there and what a
+            step takes is set aside; of a host a quarter of its memory, taken as it is filled.
         page_size: tokens a KV page.
         max_sequences: most threads, of all responses together, that a step advances.
         max_batch_tokens: most new tokens of a step; longer prefills go in chunks.
@@ -33,14 +36,16 @@ class EngineSizes:
         ValueError: a size out of range; names it.
     """
 
-    kv_gigabytes: float = 2.0
+    kv_gigabytes: float | Literal["auto"] = "auto"
     page_size: int = 16
     max_sequences: int = 64
     max_batch_tokens: int = 2048
 
     def __post_init__(self) -> None:
-        if not 0 < self.kv_gigabytes < math.inf:
-            raise ValueError(f"kv_gigabytes is {self.kv_gigabytes}: it must be above 0 and finite")
+        if self.kv_gigabytes != "auto" and not 0 < self.kv_gigabytes < math.inf:
+            raise ValueError(
+                f"kv_gigabytes is {self.kv_gigabytes}: it must be above 0 and finite, or auto"
+            )
         for name in ("page_size", "max_sequences", "max_batch_tokens"):
             value = getattr(self, name)
             if value < 1:

@@ -36,6 +36,7 @@ class EngineWeights:
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None):
         self.model: PreTrainedModel = unwrap(model).eval()
         self._copies: list[tuple[Tensor, Callable[[], Tensor]]] = []  # and what each is a copy of
+        self._copy_bytes = 0
         for name, layer in adapted_layers(model).items():
             weight = layer.base_layer.weight
             own_dtype = dtype if dtype and weight.dtype == torch.float32 else weight.dtype
@@ -61,7 +62,9 @@ class EngineWeights:
         self, module: nn.Module, name: str, dtype: torch.dtype, source: Callable[[], Tensor]
     ) -> None:
         """Gives a module a parameter of its own, which `cast` makes what the source is."""
-        empty = torch.empty(0, dtype=dtype, device=getattr(module, name).device)
+        copied = getattr(module, name)
+        self._copy_bytes += copied.numel() * dtype.itemsize
+        empty = torch.empty(0, dtype=dtype, device=copied.device)
         own = nn.Parameter(empty, requires_grad=False)
         setattr(module, name, own)
         self._copies.append((own, source))
@@ -75,6 +78,11 @@ class EngineWeights:
                 own.copy_(value)
             else:
                 own.data = value.to(own.dtype)
+
+    @property
+    def bytes_to_copy(self) -> int:
+        """What `cast` takes that is not there yet."""
+        return 0 if any(own.numel() for own, _ in self._copies) else self._copy_bytes
 
     def free(self) -> None:
         """Gives the memory of the copies back."""

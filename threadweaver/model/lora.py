@@ -41,7 +41,7 @@ class Adapters:
     Args:
         rank, alpha: alpha / rank times a product of this rank is added to a matrix.
         targets: names of linear layers, or the end of their names; or all-linear: all but the
-            output layer.
+            output layer, and but those that peft tells by the same names as experts.
         trained_ids: tokens whose rows in the tables are trained too.
         seed: of the first of the two matrices; the second is zero.
 
@@ -64,13 +64,14 @@ class Adapters:
         from peft import LoraConfig, inject_adapter_in_model
 
         self.model = model
-        names = _target_names(model, [targets] if isinstance(targets, str) else targets)
+        targets = [targets] if isinstance(targets, str) else targets
         self._config = LoraConfig(
             r=rank,
             lora_alpha=alpha,  # pyright: ignore[reportArgumentType] (any number is taken)
-            target_modules=names,
+            target_modules=_target_names(model, targets),
             task_type="CAUSAL_LM",
         )
+        _leave_out_experts(self._config, model, ALL_LINEAR in targets)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             inject_adapter_in_model(self._config, model, adapter_name=_NAME)
@@ -223,3 +224,23 @@ def _target_names(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
             )
         names += found
     return sorted(set(names))
+
+
+def _leave_out_experts(config: Any, model: PreTrainedModel, quietly: bool) -> None:
+    """Experts of transformers 5 are parameters of three dimensions, no layers. Where a model has
+    some, peft takes the names that their layers had, wherever they stand, for these parameters.
+
+    Raises:
+        ValueError: such names were asked for, and this is not to be done quietly.
+    """
+    from peft.utils import transformers_weight_conversion as conversion
+
+    converted = copy.deepcopy(config)
+    conversion.convert_peft_config_for_transformers(converted, model, None)
+    lost = sorted(set(config.target_modules) - set(converted.target_modules))
+    if lost and not quietly:
+        raise ValueError(
+            f"targets: {lost[0].rpartition('.')[2]!r} is what peft calls experts' parameters in "
+            f"{model.config.model_type}, which get no adapters here: leave it out"
+        )
+    config.target_modules = set(converted.target_modules)

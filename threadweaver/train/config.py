@@ -54,7 +54,7 @@ class LoraConfig:
         rank: of the product that is added to a matrix.
         alpha: that product counts alpha / rank times.
         targets: names of the linear layers that get one, such as [q_proj, v_proj]; all-linear: all
-            but the output layer.
+            but the output layer and, in a model with experts, those of attention alone.
     """
 
     rank: int = 16
@@ -210,6 +210,8 @@ class ComputeConfig:
             how near they are; needs the extra `memory` and precision bf16, which auto then is.
             With model.lora: of the weights that stay; adapters are in float32, and need no extra.
         device_gb: memory of the device for --plan, in 1e9 bytes; default: what it has.
+        ranks: for --plan, how many there are, with a device each; default: as many as torchrun
+            started.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them,
             but for the results of attention: true: of all layers; a number: of so many, from the
             first on. Use as few as the memory allows.
@@ -217,7 +219,8 @@ class ComputeConfig:
             GPU. With gradient_checkpointing, without which there are far more of them to copy.
         pass_tokens: most tokens of a forward and backward pass; a larger trie or pack of tries is
             computed in several, whose gradients add up to its own. What they share is computed in
-            each, which costs time. No path is cut, so the longest may be more; default: no limit.
+            each, which costs time. No path is cut, so the longest may be more; default: on a GPU
+            as many as fit its memory by --plan, on a CPU no limit.
         compile: run the model's layers through torch.compile.
         threads: CPU threads of PyTorch; default: as many as PyTorch takes, or, in a resumed run, as
             many as before.
@@ -227,6 +230,7 @@ class ComputeConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     parameters: Literal["fp32", "bf16"] = "fp32"
     device_gb: float | None = None
+    ranks: int | None = None
     gradient_checkpointing: bool | int = False
     activation_offload: bool = False
     pass_tokens: int | None = None
@@ -234,7 +238,7 @@ class ComputeConfig:
     threads: int | None = None
 
     def __post_init__(self):
-        check_least(1, "compute", self, "pass_tokens", "threads")
+        check_least(1, "compute", self, "pass_tokens", "ranks", "threads")
         if self.device_gb is not None and not 0 < self.device_gb < math.inf:
             raise ConfigError(
                 f"compute.device_gb is {self.device_gb}: it must be above 0 and finite"
@@ -308,6 +312,7 @@ class RunConfig:
         "run_dir",
         "compute.device",
         "compute.device_gb",
+        "compute.ranks",
         "compute.threads",
         "compute.gradient_checkpointing",
         "compute.activation_offload",

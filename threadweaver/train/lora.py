@@ -8,6 +8,7 @@ run_dir/checkpoints/step-N/merged/  with report.export: a plain Hugging Face fol
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,7 +17,7 @@ from threadweaver import ranks
 from threadweaver.model import load_configs
 from threadweaver.model.lora import Adapters, base_model, merged_model, why_no_lora
 from threadweaver.train.checkpoint import EXPORT
-from threadweaver.train.config import ConfigError, ModelConfig, RunConfig
+from threadweaver.train.config import ConfigError, LoraConfig, ModelConfig, RunConfig
 from threadweaver.train.sharding import export
 from threadweaver.trajectory import TAGS
 from threadweaver.whole_file import sync
@@ -26,6 +27,21 @@ def check_lora(settings: ModelConfig) -> None:
     """Raises ConfigError if adapters are asked for and peft is not there."""
     if settings.lora is not None and (reason := why_no_lora()):
         raise ConfigError(f"model.lora: {reason}")
+
+
+def adapters_of(
+    settings: LoraConfig, model: PreTrainedModel, trained_ids: Sequence[int], seed: int
+) -> Adapters:
+    """Those of the settings, which the model has from now on.
+
+    Raises:
+        ConfigError: targets that the model has not, or a model that cannot be trained so.
+    """
+    try:
+        return Adapters(model, settings.rank, settings.alpha, settings.targets, trained_ids, seed)
+    except ValueError as error:
+        own = str(error).startswith("targets")
+        raise ConfigError(f"model.lora{'.' if own else ': '}{error}") from error
 
 
 class RunAdapters:
@@ -52,18 +68,7 @@ class RunAdapters:
         if config.model.path is not None and _is_stored(model, config.model.path):
             self._base = Path(config.model.path).absolute()
         vocabulary = tokenizer.get_vocab()
-        try:
-            self.adapters = Adapters(
-                model,
-                settings.rank,
-                settings.alpha,
-                settings.targets,
-                [vocabulary[tag] for tag in TAGS],
-                config.seed,
-            )
-        except ValueError as error:
-            own = str(error).startswith("targets")
-            raise ConfigError(f"model.lora{'.' if own else ': '}{error}") from error
+        self.adapters = adapters_of(settings, model, [vocabulary[t] for t in TAGS], config.seed)
 
     @property
     def lacks_base(self) -> bool:

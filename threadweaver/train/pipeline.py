@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from threadweaver import ranks
 from threadweaver.data import save_rows, trajectory_row
-from threadweaver.device import DTYPES, resolve
+from threadweaver.device import resolve
 from threadweaver.evaluate.grade import graded_row, summary
 from threadweaver.evaluate.metrics import Evaluation
 from threadweaver.evaluate.modes import evaluate_modes
@@ -183,13 +183,8 @@ class Pipeline(Run[PipelineConfig]):
     ) -> list[Problem]:
         section = name if budget is None else f"{name}.rollouts"
         try:
-            engine = Engine(model, codec, **asdict(sizes))
-            if budget is None:
-                # Evaluations decode in compute.precision, the stages on weights in float32.
-                dtype = DTYPES[resolve(self.config.compute.precision, self.device)]
-                share = model.dtype.itemsize / dtype.itemsize
-                pages = int(engine.pool.num_pages * share)
-                engine = Engine(model, codec, page_size=sizes.page_size, num_pages=pages)
+            half = resolve(self.config.compute.precision, self.device) == "bf16"
+            engine = Engine(model, codec, **asdict(sizes), autocast=half)
             fit = fitting(engine, problems, settings.generation, budget)
         except ValueError as error:
             raise ConfigError(f"{section}: {error}") from error

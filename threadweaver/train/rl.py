@@ -32,6 +32,7 @@ from threadweaver.evaluate.rollouts import fingerprint, fitting, roll_out, texts
 from threadweaver.generate.engine import Engine
 from threadweaver.generate.settings import EngineSizes, GenerationSettings
 from threadweaver.model import TokenLogprobs, trie_logprobs
+from threadweaver.model.whole import local
 from threadweaver.progress import Progress, print_line
 from threadweaver.tasks import Problem, load_task
 from threadweaver.train.advantages import group_advantages
@@ -39,6 +40,7 @@ from threadweaver.train.batches import unrolled_tokens
 from threadweaver.train.config import ConfigError
 from threadweaver.train.deal import Cost
 from threadweaver.train.groups import Group, batch_of, sample_groups
+from threadweaver.train.memory.optimizer import state_bytes
 from threadweaver.train.policy_batch import PolicyTrie, policy_group
 from threadweaver.train.policy_loss import PolicyLoss, policy_loss
 from threadweaver.train.policy_parts import Part, imbalance, parts_of
@@ -87,7 +89,13 @@ class RLTrainer(Trainer[RLConfig]):
         self.num_steps = config.optimization.steps
         self.rollout_model = RolloutModel(self.model, self.tokenizer, config.compute)
         self.cost = Cost(self.model)
+        self.filler = PolicyTrie.filler(self.codec.eos_id)
+        # Before the engine, which may take what is left.
+        with_second = config.policy.kl and self.lora is None
+        self.reference = self._load_reference() if with_second else None
         self.engine = self._engine(config.rollouts.engine)
+        if note := self.engine.pool_note:
+            print_line(self.console, f"rollouts: {note}")
         self.problems, self.skipped_prompts = self._fitting(
             "training",
             self.engine,
@@ -97,13 +105,20 @@ class RLTrainer(Trainer[RLConfig]):
         )
         if config.report.validate_every is not None:
             self._load_held_out()
-        with_second = config.policy.kl and self.lora is None
-        self.reference = self._load_reference() if with_second else None
-        self.filler = PolicyTrie.filler(self.codec.eos_id)
 
     def _engine(self, sizes: EngineSizes) -> Engine:
-        autocast = self.config.compute.precision == "bf16"
-        return Engine(self.rollout_model.model, self.codec, **asdict(sizes), autocast=autocast)
+        config = self.config
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        elements, dtype = [local(p).numel() for p in trained], trained[0].dtype
+        moments, _ = state_bytes(config.optimization.optimizer, elements, dtype)
+        return Engine(
+            self.rollout_model.model,
+            self.codec,
+            **asdict(sizes),
+            autocast=config.compute.precision == "bf16",
+            # Moments are there from the second batch on.
+            reserve=moments + self.rollout_model.bytes_to_gather,
+        )
 
     def _fitting(
         self,
@@ -149,7 +164,7 @@ class RLTrainer(Trainer[RLConfig]):
             merged.tries,
             optimization.updates,
             optimization.batch_tokens,
-            self.config.compute.pass_tokens,
+            self.pass_tokens,
         )
         num_tokens = sum(group.num_sampled_tokens for group in batch)
         learnt = self._learn(parts, num_tokens, [group.source for group in batch])

@@ -34,6 +34,12 @@ class RolloutModel:
         self.model.requires_grad_(False).eval()
         self._is_whole = False
 
+    @property
+    def bytes_to_gather(self) -> int:
+        """What `gather` takes of the device's memory."""
+        own = [] if self._is_whole else self.model.parameters()
+        return sum(p.numel() * p.dtype.itemsize for p in own)
+
     @torch.no_grad()
     def gather(self) -> None:
         """Takes the weights as they are now, unless they are there; all ranks call it."""

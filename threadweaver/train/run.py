@@ -35,7 +35,7 @@ from threadweaver.model import (
     save_without_weights,
     weights_fingerprint,
 )
-from threadweaver.progress import has_no_reader, print_line
+from threadweaver.progress import Progress, has_no_reader, print_line
 from threadweaver.train.checkpoint import (
     all_checkpoints,
     check_room,
@@ -50,6 +50,7 @@ from threadweaver.train.config import ConfigError, RunConfig
 from threadweaver.train.interrupt import Interrupts
 from threadweaver.train.log import LastRecord, MetricsLog, ProgressLog
 from threadweaver.train.lora import RunAdapters, check_lora
+from threadweaver.train.memory.choice import choose_pass_tokens
 from threadweaver.train.not_finite import save_batch
 from threadweaver.train.offload import ActivationOffload, check_offload
 from threadweaver.train.optimizer import (
@@ -258,6 +259,8 @@ class Trainer(Run[T]):
         passes: what runs it; all passes go through it, since its weights may be elsewhere before.
         lora: the adapters that are trained in place of the weights; None: the weights are.
         offload: of its activations, if compute.activation_offload is set.
+        pass_tokens: most tokens of a pass: compute.pass_tokens or, without it, what a GPU has
+            memory for; None: no limit.
         copies: of its matrices in the dtype of their products; cast before the passes of a step.
     """
 
@@ -266,6 +269,7 @@ class Trainer(Run[T]):
     fingerprint: str
     lora: RunAdapters | None = None
     offload: ActivationOffload | None = None
+    pass_tokens: int | None = None
 
     @abstractmethod
     def load_data(self) -> None:
@@ -308,6 +312,7 @@ class Trainer(Run[T]):
         self.totals: dict[str, float] = {"seconds": 0.0}
         self.last_record: Record = {}
         self.steps_done = 0
+        self.pass_tokens = self._settle_passes()
         self.load_data()
         check_data(self.trains_on, self.fingerprint)
         if compute.compile:
@@ -328,6 +333,17 @@ class Trainer(Run[T]):
         # So that now - origin is the wall-clock of the whole run, less the time between stop and
         # resume.
         self.origin = self.started - self.totals["seconds"]
+
+    def _settle_passes(self) -> int | None:
+        """compute.pass_tokens, or what a GPU has memory for, which is shown."""
+        compute = self.config.compute
+        if compute.pass_tokens is not None or self.device.type != "cuda":
+            return compute.pass_tokens
+        with Progress(self.console, "counting the memory of an update", None, "counts"):
+            choice = choose_pass_tokens(self.config)
+        if choice.note:
+            print_line(self.console, choice.note)
+        return choice.tokens
 
     def _add_adapters(self) -> RunAdapters:
         """Those of the checkpoint that the run continues from, or new ones."""
@@ -448,13 +464,13 @@ class Trainer(Run[T]):
         return float(norm)
 
     def cost_of(self, passes: Sequence[Sized], trie_tokens: int) -> Record:
-        """What the record of a step says of its passes, where compute.pass_tokens makes them.
+        """What the record of a step says of its passes, where there is a limit on them.
 
         Args:
             passes: of the step.
             trie_tokens: of the tries that they are parts of.
         """
-        if self.config.compute.pass_tokens is None:
+        if self.pass_tokens is None:
             return {}
         repeated = sum(map(len, passes)) - trie_tokens
         largest = max(map(len, passes), default=0)

@@ -4,6 +4,7 @@ config.yaml      every setting, as resolved; present as soon as training starts
 metrics.jsonl    one record a step (log.py)
 summary.json     what came out; present once the run is finished
 checkpoints/     step-N/ (checkpoint.py)
+base/            the model that adapters are for (lora.py)
 nan-step-N/      what a step that was not finite was made of (not_finite.py)
 events.out.*     TensorBoard
 """

@@ -78,6 +78,8 @@ class SelfTraining(Run[SelfTrainConfig]):
         self.engine = None
         if self.missing and not self.is_selected:
             self.engine = self._engine(None)
+            if note := self.engine.pool_note:
+                print_line(self.console, f"rollouts: {note}")
             for note in fitting(self.engine, problems, config.rollouts.generation).notes:
                 print_line(self.console, f"training problems: {note}")
 

@@ -188,12 +188,12 @@ class SFTTrainer(Trainer[SFTConfig]):
             return self.passes(trie_loss, trie)
 
     def _passes(self, trie: Trie) -> list[Trie]:
-        most = self.config.compute.pass_tokens
+        most = self.pass_tokens
         return [trie] if most is None else [part.trie for part in split(trie, most)]
 
     def _passes_progress(self, title: str, count: int) -> Progress:
         title = f"{title}, step {self.steps_done + 1}"
-        unit = "micro-batches" if self.config.compute.pass_tokens is None else "passes"
+        unit = "micro-batches" if self.pass_tokens is None else "passes"
         return Progress(self.console, title, count, unit)
 
     def _validation_is_due(self, step: Step) -> bool:
@@ -243,7 +243,7 @@ class SFTTrainer(Trainer[SFTConfig]):
             f"unrolled), {data.dropped_calls:,} calls cut to fit optimization.batch_tokens, "
             f"{data.dropped_trajectories:,} malformed trajectories dropped",
         )
-        most = self.config.compute.pass_tokens
+        most = self.pass_tokens
         paths = [int(trie.positions.max()) + 1 for trie in data.tries]
         if most is not None and (longer := [n for n in paths if n > most]):
             print_line(

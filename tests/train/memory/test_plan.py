@@ -16,9 +16,15 @@ from tests.architecture import SMALL
 from threadweaver.data import save_rows
 from threadweaver.tasks.multiplication import make_rows, split_problems
 from threadweaver.train.__main__ import main
-from threadweaver.train.config import ComputeConfig, DataConfig, ModelConfig, OptimizationConfig
+from threadweaver.train.config import (
+    ComputeConfig,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizationConfig,
+)
 from threadweaver.train.memory.live import LiveBytes
-from threadweaver.train.memory.plan import Planner
+from threadweaver.train.memory.planner import Planner
 from threadweaver.train.stages import SFTConfig
 
 ROOT = Path(__file__).parents[3]
@@ -68,6 +74,26 @@ CASES = {
         {"batch_tokens": 512},
         {"gradient_checkpointing": True},
     ),
+    "in passes": (
+        {"arch": arch(512, 6)},
+        {"batch_tokens": 4096},
+        {"pass_tokens": 1024},
+    ),
+    "adapters": (
+        {"arch": arch(1024, 6), "lora": {"rank": 8}},
+        {"batch_tokens": 1024},
+        {},
+    ),
+    "two ranks": (
+        {"arch": arch(1024, 6)},
+        {"batch_tokens": 1024, "accumulation": 2},
+        {"ranks": 2},
+    ),
+    "two ranks, recomputed": (
+        {"arch": arch(512, 6)},
+        {"batch_tokens": 4096, "accumulation": 4},
+        {"ranks": 2, "gradient_checkpointing": True},
+    ),
 }
 
 
@@ -82,6 +108,8 @@ def test_the_plan_is_what_a_process_takes(name, tmp_path):
     compute = {"device": "cpu", "precision": "fp32", "threads": 1, **compute}
     optimization = {"max_steps": 2, "learning_rate": 1e-4, **optimization}
     tiny = {"arch": arch(128, 2)}, {**optimization, "batch_tokens": 512}
+    ranks = compute.get("ranks", 1)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     files = [tmp_path / f"{run}.yaml" for run in ("tiny", "whole")]
     data = {"train": str(tmp_path / "data.jsonl")}
     for file, (of_run, steps) in zip(files, (tiny, (model, optimization)), strict=True):
@@ -89,7 +117,11 @@ def test_the_plan_is_what_a_process_takes(name, tmp_path):
         file.write_text(yaml.safe_dump({**settings, "model": of_run, "optimization": steps}))
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "100000", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.train.memory.measured_peak", *map(str, files)],
+        [
+            sys.executable,
+            *(launcher if ranks > 1 else []),
+            *("-m", "tests.train.memory.measured_peak", *map(str, files)),
+        ],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -97,9 +129,10 @@ def test_the_plan_is_what_a_process_takes(name, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     measured = int(done.stdout.split("grew by ")[1].split()[0])
+    lora = LoraConfig(**model["lora"]) if "lora" in model else None
     config = SFTConfig(
         run_dir="unused",
-        model=ModelConfig(**model),
+        model=ModelConfig(**{**model, "lora": lora}),
         data=DataConfig(train=data["train"]),
         optimization=OptimizationConfig(**optimization),
         compute=ComputeConfig(**compute),
@@ -142,14 +175,15 @@ def show(tmp_path, capsys):
 
 
 def test_a_run_that_does_not_fit_says_with_what_it_would(show):
-    on_gpu = ["--data.train", "absent.jsonl", "--compute.device", "cuda", "--compute.device_gb"]
-    code, out = show("sft", *on_gpu, "200")
+    on_gpu = ["--data.train", "absent.jsonl", "--optimization.batch_tokens", "4096"]
+    on_gpu += ["--compute.device", "cuda", "--compute.device_gb"]
+    code, out = show("sft", *on_gpu, "60")
     assert code == 0 and "\nfits: at most" in out
-    code, out = show("sft", *on_gpu, "24")
+    code, out = show("sft", *on_gpu, "16")
     assert code == 2 and "\ndoes not fit: at most" in out
     options = out.strip().splitlines()[-1].partition(" with: ")[2].split()
     assert options
-    code, out = show("sft", *on_gpu, "24", *options)
+    code, out = show("sft", *on_gpu, "16", *options)
     assert code == 0 and "\nfits: at most" in out
 
 

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple, TypeVar
 
 from threadweaver.generate.settings import EngineSizes
 from threadweaver.train.config import AdamWConfig, RunConfig
-from threadweaver.train.memory.plan import Phase, Plan, Planner
+from threadweaver.train.memory.plan import Phase, Plan
+from threadweaver.train.memory.planner import LEAST_TOKENS, Planner
 
 S = TypeVar("S")
 _LEAST_KV = 5e8  # bytes; fewer pages make rollouts wait for each other
-_LEAST_TOKENS = 1024  # of a trie; fewer cut off most of a trajectory
 
 
 class Change(NamedTuple):
@@ -81,21 +81,26 @@ def _changes(config: RunConfig, plan: Plan) -> Iterator[Change]:
         found.optimizer != "adamw-offload" for found in optimizations.values()
     ):
         yield _all(optimizations, "optimizer", "adamw-offload")
-    tokens = max(found.batch_tokens for found in optimizations.values())
-    if phase.engine is None and tokens // 2 >= _LEAST_TOKENS:
-        yield _all(optimizations, "batch_tokens", tokens // 2)
+    if phase.engine is None and plan.target.on_gpu and not compute.activation_offload:
+        yield Change({"compute.activation_offload": True})
+    tokens = compute.pass_tokens or max(found.batch_tokens for found in optimizations.values())
+    # On a GPU, what is not set is chosen.
+    chosen = plan.target.on_gpu and compute.pass_tokens is None
+    if phase.engine is None and not chosen and tokens // 2 >= LEAST_TOKENS:
+        yield Change({"compute.pass_tokens": tokens // 2})
 
 
 def _smaller_pool(config: RunConfig, plan: Plan, phase: Phase) -> Iterator[Change]:
     """The KV pages that what else there is leaves room for."""
     assert phase.engine is not None
-    pages = sum(part.bytes for part in phase.parts if part.name == "KV pages")  # 0: there is none
+    sizes, pages = _sections(config, EngineSizes)[phase.engine], phase.part("KV pages")
     room = plan.target.usable - (phase.total - pages)
-    if _LEAST_KV <= room < pages:
-        asked = _sections(config, EngineSizes)[phase.engine].kv_gigabytes
-        # Pages may take less than was asked for, if they are in another dtype than the parameters.
-        gigabytes = int(10 * asked * room / pages) / 10
-        yield Change({f"{phase.engine}.kv_gigabytes": gigabytes})
+    if not _LEAST_KV <= room < pages:
+        return
+    if plan.target.on_gpu and sizes.kv_gigabytes != "auto":
+        yield Change({f"{phase.engine}.kv_gigabytes": "auto"})
+    elif not plan.target.on_gpu:
+        yield Change({f"{phase.engine}.kv_gigabytes": int(room / 1e8) / 10})
 
 
 def _all(sections: dict[str, Any], leaf: str, value: Any) -> Change:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     AutoModelForCausalLM,
@@ -27,9 +30,11 @@ from threadweaver.model import (
 from threadweaver.model.files import reading
 from threadweaver.model.new import config_of
 from threadweaver.model.vocabulary import table_rows
-from threadweaver.train.config import ConfigError, ModelConfig
+from threadweaver.train.config import ConfigError, LoraConfig, ModelConfig
+from threadweaver.train.lora import adapters_of, check_lora
 from threadweaver.train.memory.gpu import as_on_gpu
 from threadweaver.train.memory.live import LiveBytes
+from threadweaver.trajectory import TAGS
 
 
 @dataclass
@@ -52,25 +57,28 @@ class Architecture:
     Attributes:
         config: with the rows that its tables will have.
         tokenizer: with the tags; None: there is none beside the config.
+        lora: adapters that are trained in place of its weights.
     """
 
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase | None
+    lora: LoraConfig | None = None
 
 
 def architecture_of(settings: ModelConfig) -> Architecture:
     """Of a new model, or of one on disk, whose weights need not be there.
 
     Raises:
-        ConfigError: there is none, or one that cannot be trained on tries.
+        ConfigError: there is none, one that cannot be trained on tries, or none with such adapters.
     """
+    check_lora(settings)
     try:
         if settings.path is None:
             tokenizer = build_tokenizer()
             with reading("model.arch"):
                 config = config_of(tokenizer, settings.arch or {})
                 check_supported(config)
-            return Architecture(config, tokenizer)
+            return Architecture(config, tokenizer, settings.lora)
         config, _ = load_configs(settings.path)
         with reading(settings.path):
             check_supported(config)
@@ -79,12 +87,12 @@ def architecture_of(settings: ModelConfig) -> Architecture:
         raise ConfigError(f"{field}{error}") from error
     try:
         tokenizer = load_tokenizer(settings.path)
-    except ValueError:
-        return Architecture(config, None)  # a plan may come before the download
+    except ValueError:  # a plan may come before the download
+        return Architecture(config, None, settings.lora)
     text = config.get_text_config()
     add_tags(tokenizer)
     text.vocab_size = table_rows(text.vocab_size, tokenizer)
-    return Architecture(config, tokenizer)
+    return Architecture(config, tokenizer, settings.lora)
 
 
 @contextmanager
@@ -101,9 +109,23 @@ def counting(
         model = AutoModelForCausalLM.from_config(
             architecture.config, attn_implementation=ATTENTION, dtype=parameters
         )
+        if architecture.lora is not None:
+            _add_adapters(model, architecture.lora)
     if architecture.tokenizer is not None:
         mask_unknown_ids(model, architecture.tokenizer)  # by the values of real tensors
     with as_on_gpu(model) if on_gpu else nullcontext(), mode, LiveBytes() as live:
         for tensor in (*model.parameters(), *model.buffers()):
             live.count(tensor)
         yield Blueprint(live, model)
+
+
+def _add_adapters(model: PreTrainedModel, settings: LoraConfig) -> None:
+    """Those of the settings, and rows of as many tokens as there are tags."""
+    # Modules of tensors without memory cannot be moved, and all of them are where they should be.
+    with patch.object(nn.Module, "to", _stay):
+        adapters_of(settings, model, range(len(TAGS)), 0)
+
+
+def _stay(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """In the place of a move."""
+    return module

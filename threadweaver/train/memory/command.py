@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from threadweaver.device import SHARE_KEPT_FREE
 from threadweaver.progress import print_line
 from threadweaver.train.config import RunConfig
 from threadweaver.train.memory.advice import advice
-from threadweaver.train.memory.plan import SHARE_KEPT_FREE, Part, Phase, Plan, Planner
+from threadweaver.train.memory.plan import Part, Phase, Plan
+from threadweaver.train.memory.planner import Planner
 
 
 def show_plan(config: RunConfig, console: Console) -> int:
@@ -25,7 +27,11 @@ def show_plan(config: RunConfig, console: Console) -> int:
     if plan.fits:
         return 0
     if (found := advice(planner, config)) is None:
-        print_line(console, "no setting that --plan knows makes it fit: take a smaller model")
+        print_line(
+            console,
+            "no setting that --plan tries makes it fit: take a smaller model, more ranks "
+            "(compute.ranks), or train adapters (model.lora)",
+        )
     else:
         changes, changed = found
         options = " ".join(map(str, changes))
@@ -52,8 +58,9 @@ def _show(phase: Phase, console: Console) -> None:
 def _verdict(plan: Plan) -> str:
     target, most = plan.target, plan.fullest.total
     verdict = "fits" if plan.fits else "does not fit"
+    device = target.device if target.ranks == 1 else f"each of {target.ranks} {target.device} ranks"
     return (
-        f"{verdict}: at most {_gb(most)} GB on {target.device}, which has {_gb(target.memory)} GB, "
+        f"{verdict}: at most {_gb(most)} GB on {device}, which has {_gb(target.memory)} GB, "
         f"{SHARE_KEPT_FREE:.0%} of it kept free for libraries and what an allocator cannot use"
     )
 

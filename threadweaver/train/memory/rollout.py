@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from threadweaver.generate.runner import kv_page_bytes
+from threadweaver.generate.pool_size import PageNeeds
 from threadweaver.generate.settings import EngineSizes
 from threadweaver.generate.weights import EngineWeights
 from threadweaver.model import output_layer, trie_hidden_states
 from threadweaver.train.memory.blueprint import Architecture, counting
+from threadweaver.train.memory.first_layers import of_all_layers
 from tw_kernels import Trie
 
 
@@ -38,13 +39,13 @@ class EngineBytes:
     Attributes:
         parameters: of the model, which a trainer may hold already; and buffers.
         copies: of its weights.
-        kv_pages: all of them. On a CPU a page takes memory only once it is written.
+        pages: what the number of KV pages follows from.
         step: what the largest prefill takes while it runs, and the logits of all sequences.
     """
 
     parameters: int
     copies: int
-    kv_pages: int
+    pages: PageNeeds
     step: int
 
 
@@ -57,14 +58,23 @@ def count_engine(architecture: Architecture, use: EngineUse) -> EngineBytes:
     with counting(architecture, use.parameters, use.on_gpu) as blueprint, torch.no_grad():
         live, model = blueprint.live, blueprint.model
         parameters = live.now
-        page_bytes = kv_page_bytes(model, sizes.page_size, use.autocast)
-        kv_pages = int(sizes.kv_gigabytes * 1e9 / page_bytes) * page_bytes
+        pages = PageNeeds.of(model, sizes, use.autocast)
         weights = EngineWeights(model, torch.bfloat16 if use.autocast else None)
         weights.cast()
         held = live.now
-        live.reset_peak()
-        with torch.autocast("cpu", torch.bfloat16, enabled=use.autocast):
-            hidden = trie_hidden_states(weights.model, trie, layout)
-            last = hidden[: sizes.max_sequences]
-            output_layer(weights.model)(last).float().log_softmax(-1)
-        return EngineBytes(parameters, held - parameters, kv_pages, live.peak - held)
+
+        def run() -> _Step:
+            live.reset_peak()
+            with torch.autocast("cpu", torch.bfloat16, enabled=use.autocast):
+                hidden = trie_hidden_states(weights.model, trie, layout)
+                last = hidden[: sizes.max_sequences]
+                output_layer(weights.model)(last).float().log_softmax(-1)
+            return _Step(live.peak - held)
+
+        step = of_all_layers(weights.model, True, run).bytes
+        return EngineBytes(parameters, held - parameters, pages, step)
+
+
+@dataclass(frozen=True)
+class _Step:
+    bytes: int
