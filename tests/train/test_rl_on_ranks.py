@@ -58,7 +58,7 @@ def check_alike(ours: Run, theirs: Run) -> None:
 @pytest.mark.parametrize(
     ("arch", "count", "updates"),
     [
-        (ARCH, 2, 1),
+        pytest.param(ARCH, 2, 1, marks=pytest.mark.slow),
         (ARCH, 4, 2),
         pytest.param(LLAMA, 4, 1, marks=pytest.mark.slow),
     ],
