@@ -26,7 +26,7 @@ ROOMS = [
         "threadweaver.ranks",
         "threadweaver.whole_file",
     ],
-    ["threadweaver.command", "threadweaver.progress"],
+    ["threadweaver.command", "threadweaver.progress", "threadweaver.shared"],
     ["threadweaver.rank_errors", "threadweaver.trajectory"],
     ["threadweaver.data", "threadweaver.grading"],
     ["threadweaver.model"],

@@ -129,6 +129,11 @@ def leave() -> None:
     _store = None
 
 
+def store() -> dist.Store | None:  # pyright: ignore[reportPrivateImportUsage]
+    """Which all ranks read and write without waiting for each other; None in one process."""
+    return _store
+
+
 def rank() -> int:
     """Of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0

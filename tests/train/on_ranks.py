@@ -12,6 +12,7 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from multiprocessing import get_context
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
@@ -52,6 +53,7 @@ class Ranks:
         count: how many are started.
         size: how many there should be; default: as many.
         before: called in each rank, with its number, before the command.
+        command: the package of the command.
         **env: of their environment.
 
     Attributes:
@@ -65,6 +67,7 @@ class Ranks:
         count: int,
         size: int | None = None,
         before: Callable[[int], None] | None = None,
+        command: str = "threadweaver.train",
         **env: str,
     ):
         size = size or count
@@ -88,7 +91,9 @@ class Ranks:
                 "OMP_NUM_THREADS": "1",
                 **env,
             }
-            process = _context.Process(target=_run, args=(each[rank], str(file), variables, before))
+            process = _context.Process(
+                target=_run, args=(command, each[rank], str(file), variables, before)
+            )
             process.start()
             self.processes.append(process)
 
@@ -113,6 +118,7 @@ class Ranks:
 
 
 def _run(
+    command: str,
     arguments: list[str],
     file: str,
     variables: dict[str, str],
@@ -123,8 +129,7 @@ def _run(
         os.dup2(os.open(file + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
     import torch
 
-    from threadweaver.train.__main__ import main
-
+    main = import_module(f"{command}.__main__").main
     torch.set_num_threads(1)
     if before is not None:
         before(int(variables["RANK"]))

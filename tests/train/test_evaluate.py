@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from tests.products import FACTORS, PROMPTS, RESPONSES, save_product_model
+from tests.train.on_ranks import on_ranks
 
 
 @pytest.fixture
@@ -115,3 +116,16 @@ def test_evaluation_takes_the_held_out_problems_of_a_task(evaluated_run, fails):
     shutil.rmtree(evaluated_run.folder)
     line = fails(evaluated_run("--evaluate.problems", "9"), 2)
     assert "evaluate.data: multiplication has 4 validation problems, not 9" in line
+
+
+def test_ranks_evaluate_together_and_find_what_one_process_finds(evaluated_run, tmp_path):
+    assert evaluated_run("--optimization.accumulation", "2") == 0
+    alone = evaluated_run.summary()
+    evaluated_run.folder.rename(tmp_path / "alone")
+    arguments = evaluated_run.arguments("--optimization.accumulation", "2")
+    ended = on_ranks(arguments, tmp_path, 2)
+    assert ended.codes == [0, 0], ended.err
+    together = evaluated_run.summary()
+    assert alone["accuracy"] == 1
+    for name in ("accuracy", "format", "parallel_accuracy", "parallel_activation", "speedup"):
+        assert together[name] == alone[name]

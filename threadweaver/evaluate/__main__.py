@@ -11,6 +11,9 @@ are there already are overwritten with --overwrite alone.
 
 --server URL has another engine decode, request by request.
 
+torchrun --nproc_per_node N -m threadweaver.eval ... has N processes share out the problems, each
+with an engine of its own; the first reads and writes the files.
+
 Prompts are the user's turn of the tokenizer's chat template, if it has one; with --template.use
 none they are taken as they stand.
 
@@ -22,8 +25,10 @@ when stopped by Ctrl-C.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
+import time
 from argparse import ArgumentError
 from collections.abc import Iterable
 from dataclasses import asdict, replace
@@ -53,13 +58,27 @@ with train_extra():
 if TYPE_CHECKING:
     from threadweaver.evaluate.metrics import Evaluation
 
+SECONDS_FOR_FIRST = 2.0  # that the first rank has to say what it keeps, when all are interrupted
+
 
 @command
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line (default: the process's own) and returns the exit code."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return _main(arguments)
+    from threadweaver.rank_errors import joined
+
+    with joined():
+        return _main(arguments)
+
+
+def _main(arguments: list[str] | None) -> int:
     parser = build_parser()
     try:
         options = parser.parse_args(arguments)
+        if int(os.environ.get("RANK", "0")) > 0:
+            for name in FILES:
+                options[name] = None
         modes = MODES[options.mode]
         generation = generation_settings(options, modes[0])
         check(options)
@@ -73,7 +92,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         return fail(error, 2)
     # After the arguments are known to be good: these take seconds to import.
+    from threadweaver import ranks
     from threadweaver.data.overlap import find_overlap, texts_of_files
+    from threadweaver.device import find_device
     from threadweaver.evaluate.metrics import compare
     from threadweaver.evaluate.modes import evaluate_modes
     from threadweaver.evaluate.rollouts import fingerprint, fitting, queue, texts_of_problems
@@ -104,6 +125,8 @@ def main(arguments: list[str] | None = None) -> int:
             )
             weights: dict[str, Any] = {"server_model": server.model}
         else:
+            if ranks.size() > 1 and find_device(engine_options.device).type == "cuda":
+                ranks.take_gpu()
             engine_options, note = settle_precision(engine_options)
             engine, tokenizer = load_engine(
                 options.model, engine_options, parallel=parallel, template=template
@@ -117,15 +140,16 @@ def main(arguments: list[str] | None = None) -> int:
         problems, skipped, notes = fitting(engine, problems, generation)
         for line in notes:
             print_line(console, line)
+        settings = {
+            **{name: options[name] for name in ("model", "task", "task_options", "seed")},
+            "samples": samples,
+            "problems": fingerprint(problems),
+            "generation": asdict(replace(generation, mode="parallel")),
+            "template": asdict(template),
+            **weights,
+        }
+        _check_ranks({**settings, "mode": options.mode, "at_once": options.at_once})
         if kept is not None:
-            settings = {
-                **{name: options[name] for name in ("model", "task", "task_options", "seed")},
-                "samples": samples,
-                "problems": fingerprint(problems),
-                "generation": asdict(replace(generation, mode="parallel")),
-                "template": asdict(template),
-                **weights,
-            }
             log = ResponseLog(kept, settings, restart=options.overwrite)
             if log.rows:
                 print_line(console, f"{log.path}: {len(log.rows):,} responses are there already")
@@ -149,6 +173,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ServerError, NonFiniteLogits) as error:
         return _ended(error, log, 1)
     except KeyboardInterrupt:
+        if not ranks.is_first():
+            time.sleep(SECONDS_FOR_FIRST)
         return _ended("interrupted", log, 130)
     gain = compare(**evaluations) if options.mode == "both" else None
     print_table(console, f"{options.task}, {len(problems)} problems", evaluations, gain)
@@ -183,6 +209,17 @@ def main(arguments: list[str] | None = None) -> int:
     return code or (128 + signal.SIGPIPE if has_no_reader(console) else 0)
 
 
+def _check_ranks(settings: dict[str, Any]) -> None:
+    """Raises ValueError if other ranks have other settings, problems or weights than the first."""
+    from threadweaver import ranks
+    from threadweaver.generate.response_log import difference
+
+    first, *others = ranks.gather(settings)
+    for rank, theirs in enumerate(others, 1):
+        if differing := difference(theirs, first):
+            raise ValueError(f"rank {rank} has {differing} as rank 0: start all ranks alike")
+
+
 def _kept_in(options: Namespace) -> Path | None:
     """The file beside which responses are kept; None if there is none, or it is a device."""
     files = [options[name] for name in reversed(FILES) if options[name]]
@@ -214,7 +251,7 @@ def _rows(mode: str, evaluation: Evaluation) -> list[dict[str, Any]]:
     for i, graded in enumerate(evaluation.graded):
         row = graded_row(graded)
         asked = {"prompt": row.pop("question"), "answer": row.pop("ground_truth")}
-        timed = {"seconds": graded.rollout.seconds}
+        timed = {"seconds": graded.counts.seconds}
         rows.append({"mode": mode, "sample": i % evaluation.samples, **asked, **row, **timed})
     return rows
 

@@ -8,7 +8,7 @@ from functools import partial
 from math import fsum
 from typing import Any, NamedTuple
 
-from threadweaver.generate.rollout import Rollout
+from threadweaver.generate.rollout import Rollout, RolloutCounts
 from threadweaver.generate.settings import GenerationSettings
 from threadweaver.tasks import GradesInBackground, Problem, Task
 from threadweaver.tasks.boxed import boxed_answer
@@ -27,25 +27,25 @@ class Graded:
     """A rollout and its grade.
 
     Attributes:
+        rollout: None if another rank decoded it.
+        counts: of it.
         response: its text, without the end token.
         correct: whether its answer is right, by the task.
+        no_answer: whether it is wrong because it boxes nothing.
         violations: of the format, a <think> that the prompt ends with included.
         lengths: of its paths, the end token counted; in sequential mode all of it is one path.
         redundancy: of its threads.
     """
 
     problem: Problem = field(repr=False)
-    rollout: Rollout = field(repr=False)
+    rollout: Rollout | None = field(repr=False)
+    counts: RolloutCounts
     response: str
     correct: bool
+    no_answer: bool
     violations: list[str]
     lengths: PathLengths
     redundancy: Redundancy
-
-    @property
-    def no_answer(self) -> bool:
-        """Whether it is wrong because it boxes nothing."""
-        return not self.correct and not boxed_answer(self.response)
 
 
 class Submitted(NamedTuple):
@@ -81,11 +81,14 @@ def grade(
     breaches = violations(codec.prompts.text(problem.prompt), response, settings.max_depth)
     if control := codec.prompts.control_in(response):
         breaches.append(f"line 1: the response holds the control token {control}")
+    correct = submitted.is_correct()
     return Graded(
         problem,
         rollout,
+        rollout.counts,
         response,
-        submitted.is_correct(),
+        correct,
+        not correct and not boxed_answer(response),
         breaches,
         settings.path_lengths(rollout.response, codec),
         redundancy(response, max_depth=settings.max_depth),
@@ -103,8 +106,8 @@ def graded_row(graded: Graded) -> dict[str, Any]:
         "violations": graded.violations,
         **graded.lengths.as_dict(),
         "redundancy": graded.redundancy.share,
-        "decode_steps": graded.rollout.decode_steps,
-        "limits": asdict(graded.rollout.limits),
+        "decode_steps": graded.counts.decode_steps,
+        "limits": asdict(graded.counts.limits),
         "source": graded.problem.source,
     }
 

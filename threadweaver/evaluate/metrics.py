@@ -16,20 +16,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from threadweaver import ranks
 from threadweaver.evaluate.grade import METRICS, Graded, Metric
 from threadweaver.evaluate.intervals import Estimate, ratio, share
 from threadweaver.evaluate.record import Record
-from threadweaver.evaluate.rollouts import Grading, decode
+from threadweaver.evaluate.rollouts import Grading, decode, of_all_ranks
 from threadweaver.generate.decoder import Decoder
 from threadweaver.generate.rollout import Rollout
 from threadweaver.generate.settings import GenerationSettings
+from threadweaver.progress import Pace
 from threadweaver.tasks import Problem, Task
+
+COLLECT_SECONDS = 0.5  # between two times that the first rank writes what the others decoded
 
 _OF_EVALUATIONS = {
     "speedup": Metric(METRICS["total_tokens"].value, METRICS["longest_path_tokens"].value),
     # A server says nothing of its steps.
-    "decode_steps": Metric(lambda g: g.rollout.decode_steps, lambda g: g.rollout.decode_steps > 0),
-    "latency_seconds": Metric(lambda g: g.rollout.seconds, lambda g: g.rollout.seconds > 0),
+    "decode_steps": Metric(lambda g: g.counts.decode_steps, lambda g: g.counts.decode_steps > 0),
+    "latency_seconds": Metric(lambda g: g.counts.seconds, lambda g: g.counts.seconds > 0),
 }
 
 
@@ -94,14 +98,14 @@ class Evaluation:
     @property
     def tokens_per_second(self) -> float:
         """Sampled tokens."""
-        return sum(g.rollout.num_sampled_tokens for g in self.graded) / self.seconds
+        return sum(g.counts.num_sampled_tokens for g in self.graded) / self.seconds
 
     @property
     def limits(self) -> dict[str, int]:
         """LimitCounts summed over all responses."""
         counts = Counter({"response": 0, "threads": 0, "outlines": 0, "blocks": 0})
         for g in self.graded:
-            counts.update(asdict(g.rollout.limits))
+            counts.update(asdict(g.counts.limits))
         return dict(counts)
 
     @property
@@ -206,17 +210,17 @@ def evaluate(
     on_progress: Callable[[int], None] = lambda done: None,
     on_graded: Callable[[int], None] = lambda count: None,
 ) -> Evaluation:
-    """Solves problems and grades the answers.
+    """Solves problems and grades the answers. All ranks call it together, and get all of it.
 
     Args:
         engine: with no work of its own.
         problems: at least one; their prompts are taken as they stand.
         samples: responses to each.
         seed: of the draws; the same seed, model and settings give the same responses.
-        at_once: problems decoded at the same time; None: as many as the engine takes. 1 measures
-            what one user waits for.
+        at_once: problems that a rank decodes at the same time; None: as many as the engine takes. 1
+            measures what one user waits for.
         record: keeps every response when it is done, and has those of an earlier start.
-        on_progress: gets the number of responses that are there, after every step.
+        on_progress: gets the number of responses that are there, of this rank, after every step.
         on_graded: gets the number of those that are graded, after each.
 
     Raises:
@@ -228,25 +232,41 @@ def evaluate(
     known, before = (record.known(engine, problems), record.elapsed) if record else ({}, 0.0)
     for number, rollout in known.items():
         grading.submit(number, rollout)
-    start = time.perf_counter()
+    start, pace = time.perf_counter(), Pace(COLLECT_SECONDS)
+
+    def elapsed() -> float:
+        return before + time.perf_counter() - start
 
     def on_response(number: int, rollout: Rollout) -> None:
         text = grading.submit(number, rollout)
         if record is not None:
-            record.add(number, rollout, text, before + time.perf_counter() - start)
+            record.add(number, rollout, text, elapsed())
 
-    rollouts = decode(
-        engine,
-        problems,
-        settings,
-        samples=samples,
-        seed=(seed,),
-        at_once=at_once,
-        known=known,
-        on_progress=on_progress,
-        on_response=on_response,
+    def on_step(done: int) -> None:
+        if record is not None and pace.due():
+            record.collect(elapsed())
+        on_progress(done)
+
+    try:
+        rollouts = decode(
+            engine,
+            problems,
+            settings,
+            samples=samples,
+            seed=(seed,),
+            at_once=at_once,
+            known=known,
+            on_progress=on_step,
+            on_response=on_response,
+        )
+        own = time.perf_counter() - start if len(rollouts) > len(known) else 0.0
+        graded = grading.finish(rollouts, settings, on_graded)
+        all_graded = of_all_ranks(graded, problems, samples, lambda: on_step(len(rollouts)))
+    finally:
+        if record is not None:
+            record.collect(elapsed())
+    seconds, resumed = max(ranks.gather(own)), ranks.from_first(len(known))
+    [ungraded] = ranks.sums([task.ungraded - ungraded])
+    return Evaluation(
+        settings, samples, all_graded, int(ungraded), ranks.from_first(before) + seconds, resumed
     )
-    decoded = len(rollouts) - len(known)
-    seconds = before + (time.perf_counter() - start if decoded else 0)
-    graded = grading.finish(rollouts, settings, on_graded)
-    return Evaluation(settings, samples, graded, task.ungraded - ungraded, seconds, len(known))

@@ -7,13 +7,14 @@ from dataclasses import replace
 
 from rich.console import Console
 
+from threadweaver import ranks
 from threadweaver.evaluate.metrics import Evaluation, evaluate
+from threadweaver.evaluate.progress import SharedProgress
 from threadweaver.evaluate.record import Record
 from threadweaver.generate.decoder import Decoder
 from threadweaver.generate.response_log import ResponseLog
 from threadweaver.generate.settings import GenerationSettings
 from threadweaver.generate.weaver import Mode
-from threadweaver.progress import ResponsesProgress
 from threadweaver.tasks import Problem, Task
 
 
@@ -32,14 +33,16 @@ def evaluate_modes(
 ) -> dict[Mode, Evaluation]:
     """Evaluates in each mode, in the order of `modes`, and shows the progress on `console`.
 
-    Every response goes to `log`, and those that it has are not decoded again. The other arguments
-    and the errors are those of `evaluate`; the mode of `generation` is ignored.
+    All ranks call it together. Every response goes to `log` of the first rank, and those that it
+    has are not decoded again. The other arguments and the errors are those of `evaluate`; the mode
+    of `generation` is ignored.
     """
+    is_kept = ranks.from_first(log is not None)
     evaluations: dict[Mode, Evaluation] = {}
     for mode in modes:
         title = f"evaluating, {mode} mode"
         settings = replace(generation, mode=mode)
-        with ResponsesProgress(console, title, len(problems) * samples, engine) as progress:
+        with SharedProgress(console, title, len(problems) * samples, engine) as progress:
             evaluations[mode] = evaluate(
                 engine,
                 task,
@@ -48,7 +51,7 @@ def evaluate_modes(
                 samples=samples,
                 seed=seed,
                 at_once=at_once,
-                record=Record(log, settings, samples) if log else None,
+                record=Record(log, settings, samples) if is_kept else None,
                 on_progress=progress.decoded,
                 on_graded=progress.graded,
             )

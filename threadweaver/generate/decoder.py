@@ -58,9 +58,13 @@ class Decoder(Protocol):
     codec: Codec
     context_length: int
     decoded_tokens: int
+    max_sequences: int
 
     @property
     def unfinished(self) -> int: ...
+
+    @property
+    def has_room(self) -> bool: ...
 
     def add(
         self, prompt: Iterable[int], settings: GenerationSettings, seed: int = 0

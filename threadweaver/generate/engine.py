@@ -107,6 +107,7 @@ class Engine:
         self._sizes = EngineSizes(kv_gigabytes, page_size, max_sequences, max_batch_tokens)
         self._autocast = autocast
         self.codec = codec
+        self.max_sequences = max_sequences
         self._model = model
         self._runner = Runner(
             model, num_pages or 0, page_size, autocast=autocast, max_sequences=max_sequences
@@ -155,6 +156,11 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return bool(self._live)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the next step could advance more than was added."""
+        return self._scheduler.has_room
 
     def fingerprint(self) -> str:
         """A short name of the weights as they are now."""

@@ -107,16 +107,13 @@ class ResponseLog:
             text: of it, for who looks at the file.
             elapsed: seconds of decoding in its mode so far.
         """
-        row = {
-            "key": key,
-            "response": text,
-            "decode_steps": rollout.decode_steps,
-            "seconds": rollout.seconds,
-            "elapsed": elapsed,
-            "completions": [[c.request, c.reason, c.tokens] for c in rollout.completions],
-        }
+        self.add_row(response_row(key, rollout, text), elapsed)
+
+    def add_row(self, row: dict[str, Any], elapsed: float) -> None:
+        """As `add`, for a `response_row`."""
+        row = {**row, "elapsed": elapsed}
         if self._write(row):
-            self.rows[key] = row
+            self.rows[Key(*row["key"])] = row
 
     def elapsed(self, mode: str) -> float:
         """Seconds of decoding in a mode, up to its last response."""
@@ -184,6 +181,17 @@ class ResponseLog:
                 flush=True,
             )
         return not self._failed
+
+
+def response_row(key: Key, rollout: Rollout, text: str) -> dict[str, Any]:
+    """A response as it stands in a log, as JSON has it, but for the time."""
+    return {
+        "key": key,
+        "response": text,
+        "decode_steps": rollout.decode_steps,
+        "seconds": rollout.seconds,
+        "completions": [[c.request, c.reason, c.tokens] for c in rollout.completions],
+    }
 
 
 def partial_of(target: Path) -> Path:

@@ -30,6 +30,16 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class RolloutCounts:
+    """What figures need of a rollout beside its text; the fields of `Rollout`."""
+
+    num_sampled_tokens: int
+    limits: LimitCounts
+    decode_steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Rollout:
     """One finished response to one prompt.
 
@@ -53,3 +63,7 @@ class Rollout:
     @property
     def num_sampled_tokens(self) -> int:
         return sum(len(completion.tokens) for completion in self.completions)
+
+    @property
+    def counts(self) -> RolloutCounts:
+        return RolloutCounts(self.num_sampled_tokens, self.limits, self.decode_steps, self.seconds)

@@ -110,6 +110,11 @@ class Scheduler:
         self._kept: list[Branch] = []
         self._ahead: Batch | None = None  # whose pages are taken
 
+    @property
+    def has_room(self) -> bool:
+        """Whether a step could advance more sequences than there are."""
+        return not self._waiting and len(self._running) < self._max_sequences
+
     def add(self, sequence: Sequence) -> None:
         self.forget()
         insort(self._waiting, sequence, key=_rank)

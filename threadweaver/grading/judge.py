@@ -61,7 +61,8 @@ class Judge:
             that it can be pickled; that module should import little.
         seconds: CPU time of one grading. Ten times as long by the clock, at least 5 s, ends one
             that sleeps.
-        processes: answers that are graded at the same time; default: one a CPU.
+        processes: answers that are graded at the same time; default: one a CPU, which ranks on the
+            same machine share out.
 
     Attributes:
         ungraded: gradings so far that did not end, and count as wrong.
@@ -76,7 +77,8 @@ class Judge:
     ):
         self.ungraded = 0
         self._seconds = seconds
-        self._processes = processes or min(_num_cpus(), MOST_PROCESSES)
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self._processes = processes or max(1, min(_num_cpus() // ranks, MOST_PROCESSES))
         self._target = (build, arguments, seconds, self._processes)
         self._server: _Server | None = None
         self._lock = threading.Lock()

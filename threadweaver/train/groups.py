@@ -25,8 +25,13 @@ class Group:
         return any(self.advantages)
 
     @property
+    def is_here(self) -> bool:
+        """Whether this rank decoded them."""
+        return all(g.rollout is not None for g in self.graded)
+
+    @property
     def num_sampled_tokens(self) -> int:
-        return sum(g.rollout.num_sampled_tokens for g in self.graded)
+        return sum(g.counts.num_sampled_tokens for g in self.graded)
 
     @property
     def source(self) -> str:

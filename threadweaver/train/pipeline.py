@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,15 +22,18 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
+from threadweaver import ranks
 from threadweaver.data import save_rows, trajectory_row
 from threadweaver.device import resolve
 from threadweaver.evaluate.grade import graded_row, summary
+from threadweaver.evaluate.metrics import Evaluation
 from threadweaver.evaluate.modes import evaluate_modes
 from threadweaver.evaluate.rollouts import fitting
 from threadweaver.generate.engine import Engine
 from threadweaver.generate.load import load_engine
 from threadweaver.generate.options import EngineSettings
 from threadweaver.generate.settings import EngineSizes
+from threadweaver.generate.weaver import Mode
 from threadweaver.model import end_ids
 from threadweaver.progress import print_line
 from threadweaver.tasks import Problem, Split, load_task
@@ -38,6 +41,7 @@ from threadweaver.train.config import ConfigError, DataConfig, ModelConfig, Task
 from threadweaver.train.plots import plot_rl, plot_stages
 from threadweaver.train.report import print_pipeline_table
 from threadweaver.train.rl import RLTrainer
+from threadweaver.train.rollout_model import RolloutModel
 from threadweaver.train.run import Run
 from threadweaver.train.run_dir import (
     check_same_config,
@@ -83,9 +87,13 @@ class Pipeline(Run[PipelineConfig]):
 
     def find_state(self) -> None:
         """Settings of a stage that has not begun may change; before the first begins, all may."""
-        if has_begun(self.run_dir / "sft"):
-            later = ("self_train", "rl")
-            check_same_config(self.config, [s for s in later if not has_begun(self.run_dir / s)])
+
+        def check() -> None:
+            if has_begun(self.run_dir / "sft"):
+                later = [s for s in ("self_train", "rl") if not has_begun(self.run_dir / s)]
+                check_same_config(self.config, later)
+
+        ranks.on_first(check)
 
     def load(self) -> None:
         config = self.config
@@ -115,9 +123,9 @@ class Pipeline(Run[PipelineConfig]):
                         return code
                 self.part = None  # what follows needs the memory
             checkpoint = str(self._checkpoint(stage))
-            if not self._evaluation_file(stage).exists():
+            if not self._is_there(self._evaluation_file(stage)):
                 self._evaluate(stage, checkpoint)
-        self._finish()
+        ranks.on_first(self._finish)
         return 0
 
     def _problems(self, setting: str, split: Split, count: int | None) -> list[Problem]:
@@ -130,14 +138,20 @@ class Pipeline(Run[PipelineConfig]):
     def _checkpoint(self, stage: Stage) -> Path:
         """That a finished stage ended with."""
         folder = self.run_dir / stage
-        return checkpoint_of(folder / "sft" if stage == "self_train" else folder)
+        own = folder / "sft" if stage == "self_train" else folder
+        return ranks.on_first(lambda: checkpoint_of(own))
 
     def _is_done(self, stage: Stage) -> bool:
-        files = self.run_dir / stage / "summary.json", self._evaluation_file(stage)
-        return all(path.exists() for path in files)
+        return self._is_there(self.run_dir / stage / "summary.json") and self._is_there(
+            self._evaluation_file(stage)
+        )
+
+    def _is_there(self, path: Path) -> bool:
+        return ranks.on_first(path.exists)
 
     def _check_stages(self, sft: SFTTrainer) -> None:
-        self._check_stages_of(sft.model, sft.codec)
+        model = RolloutModel(sft.model, sft.tokenizer, self.config.compute).model
+        self._check_stages_of(model, sft.codec)
 
     def _check_stages_of(self, model: PreTrainedModel, codec: Codec) -> None:
         """Refuses what a later stage or an evaluation would refuse, and says which prompts will be
@@ -151,7 +165,7 @@ class Pipeline(Run[PipelineConfig]):
             ("self_train", own, own.problems or config.task.problems, own.problems),
             ("rl", rl, config.task.problems, None),
         ):
-            if stage in self.stages and not (self.run_dir / stage / "summary.json").exists():
+            if stage in self.stages and not self._is_there(self.run_dir / stage / "summary.json"):
                 problems = self._problems(stage if setting else "task", "train", count)
                 rollouts = stage_settings.rollouts
                 budget = stage_settings.optimization.batch_tokens
@@ -204,7 +218,9 @@ class Pipeline(Run[PipelineConfig]):
         if stage == "sft":
             sft = config.sft
             data = DataConfig(
-                train=sft.data or self._demonstrations(), loss=sft.loss, max_depth=sft.max_depth
+                train=sft.data or ranks.on_first(self._demonstrations),
+                loss=sft.loss,
+                max_depth=sft.max_depth,
             )
             settings = SFTConfig(data=data, optimization=sft.optimization, **shared)
             return SFTTrainer.prepare(settings, None, self.console, check)
@@ -268,6 +284,9 @@ class Pipeline(Run[PipelineConfig]):
             self.console,
             seed=config.seed,
         )
+        ranks.on_first(lambda: self._write_evaluation(stage, evaluations))
+
+    def _write_evaluation(self, stage: Stage, evaluations: Mapping[Mode, Evaluation]) -> None:
         path = self._evaluation_file(stage)
         for mode, evaluation in evaluations.items():
             responses = [graded_row(g) for g in evaluation.graded]
@@ -288,7 +307,7 @@ class Pipeline(Run[PipelineConfig]):
         result = {
             "stages": stages,
             "speedup": total / longest,
-            "checkpoint": str(self._checkpoint("rl")),
+            "checkpoint": str(checkpoint_of(self.run_dir / "rl")),
         }
         print_pipeline_table(self.console, result, self.run_dir)
         write_json(self.run_dir / "summary.json", result)

@@ -55,6 +55,14 @@ class PolicyTrie:
         return int(self.counts.sum())
 
     @classmethod
+    def filler(cls, id: int) -> PolicyTrie:
+        """A trie of two tokens that nobody sampled, one of which is predicted."""
+        none, builder = np.zeros(2, np.float32), _builder()
+        builder.add([id, id], positive_advantages=none, negative_advantages=none)
+        zero = torch.zeros(1, dtype=torch.int64)
+        return cls(builder.build(), zero + 1, zero, zero, zero, torch.zeros(1))
+
+    @classmethod
     def pack(cls, parts: Sequence[PolicyTrie]) -> PolicyTrie:
         """Lays them side by side as one forest."""
         shifts = accumulate(map(len, parts[:-1]), initial=0)

@@ -3,6 +3,9 @@ update.
 
 The engine decodes on the weights that are trained, in this process; its KV pages are given back
 while the weights are updated.
+
+On several ranks each decodes the rollouts of some problems, and keeps them: only what groups earn
+and how large they are goes to the others, so that all of them make up the same batch.
 """
 
 from __future__ import annotations
@@ -11,35 +14,57 @@ import math
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import chain, count, islice
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from threadweaver import ranks
 from threadweaver.evaluate.grade import METRICS, Graded, summary
 from threadweaver.evaluate.modes import evaluate_modes
+from threadweaver.evaluate.progress import SharedProgress
 from threadweaver.evaluate.reward import reward
 from threadweaver.evaluate.rollouts import fingerprint, fitting, roll_out, texts_of_problems
 from threadweaver.generate.engine import Engine
 from threadweaver.generate.settings import EngineSizes, GenerationSettings
-from threadweaver.model import to_device, trie_logprobs
-from threadweaver.progress import Progress, ResponsesProgress, print_line
+from threadweaver.model import TokenLogprobs, trie_logprobs
+from threadweaver.model.whole import local
+from threadweaver.progress import Progress, print_line
 from threadweaver.tasks import Problem, load_task
 from threadweaver.train.advantages import group_advantages
 from threadweaver.train.batches import unrolled_tokens
 from threadweaver.train.config import ConfigError
+from threadweaver.train.deal import Cost
 from threadweaver.train.groups import Group, batch_of, sample_groups
 from threadweaver.train.memory.optimizer import state_bytes
-from threadweaver.train.policy_batch import PolicyTrie, micro_batches, policy_group
+from threadweaver.train.policy_batch import PolicyTrie, policy_group
 from threadweaver.train.policy_loss import PolicyLoss, policy_loss
+from threadweaver.train.policy_parts import Part, imbalance, parts_of
 from threadweaver.train.report import print_rl_table
+from threadweaver.train.rollout_model import RolloutModel
 from threadweaver.train.run import Record, Trainer
 from threadweaver.train.run_dir import write_json
-from threadweaver.train.setup import build_model
+from threadweaver.train.setup import build_passes
+from threadweaver.train.sharding import Passes
 from threadweaver.train.stages import RLConfig
+
+
+@dataclass
+class Merged:
+    """What this rank makes of the groups of a batch.
+
+    Attributes:
+        tries: of each group; of one that has no signal, or that is elsewhere, none.
+        dropped_calls, skipped_rollouts: as in `PolicyGroup`, of all.
+    """
+
+    tries: list[list[PolicyTrie]]
+    dropped_calls: int = 0
+    skipped_rollouts: int = 0
 
 
 class RLTrainer(Trainer[RLConfig]):
@@ -62,6 +87,9 @@ class RLTrainer(Trainer[RLConfig]):
         self.trains_on = f"task: {config.task.name}"
         self.fingerprint = fingerprint(problems)
         self.num_steps = config.optimization.steps
+        self.rollout_model = RolloutModel(self.model, self.tokenizer, config.compute)
+        self.cost = Cost(self.model)
+        self.filler = PolicyTrie.filler(self.codec.eos_id)
         # Before the engine, which may take what is left.
         with_second = config.policy.kl and self.lora is None
         self.reference = self._load_reference() if with_second else None
@@ -81,14 +109,15 @@ class RLTrainer(Trainer[RLConfig]):
     def _engine(self, sizes: EngineSizes) -> Engine:
         config = self.config
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        elements, dtype = [p.numel() for p in trained], trained[0].dtype
+        elements, dtype = [local(p).numel() for p in trained], trained[0].dtype
         moments, _ = state_bytes(config.optimization.optimizer, elements, dtype)
         return Engine(
-            self.model,
+            self.rollout_model.model,
             self.codec,
             **asdict(sizes),
             autocast=config.compute.precision == "bf16",
-            reserve=moments,  # which are there from the second batch on
+            # Moments are there from the second batch on.
+            reserve=moments + self.rollout_model.bytes_to_gather,
         )
 
     def _fitting(
@@ -122,20 +151,44 @@ class RLTrainer(Trainer[RLConfig]):
         """A batch of problems: rolled out, graded, rewarded, and learnt from."""
         start = time.perf_counter()
         preempted, ungraded = self.engine.preemptions, self.task.ungraded
+        self._decode_seconds = 0.0
+        self.rollout_model.gather()
         groups = self._sample()
         self.engine.free()
+        self.rollout_model.free()
         rolled_out = time.perf_counter()
         batch = batch_of(groups, self.config.rollouts.problems)
-        tries, cut = self._tries_of(batch)
+        merged = self._merge(batch)
+        optimization = self.config.optimization
+        parts = parts_of(
+            merged.tries,
+            optimization.updates,
+            optimization.batch_tokens,
+            self.pass_tokens,
+        )
         num_tokens = sum(group.num_sampled_tokens for group in batch)
-        learnt = self._learn(tries, num_tokens, [group.source for group in batch])
+        learnt = self._learn(parts, num_tokens, [group.source for group in batch])
         end = time.perf_counter()
         graded = [g for group in groups for g in group.graded]
         rewards = [r for group in groups for r in group.rewards]
         tokens = sum(group.num_sampled_tokens for group in groups)
-        trie_tokens = sum(map(len, tries))
-        unrolled = sum(unrolled_tokens(t.trie) for t in tries)
+        own = [trie for tries in merged.tries for trie in tries]
+        trie_tokens, unrolled, dropped_calls, skipped_rollouts, preemptions, ungraded = map(
+            int,
+            ranks.sums(
+                [
+                    sum(map(len, own)),
+                    sum(unrolled_tokens(t.trie) for t in own),
+                    merged.dropped_calls,
+                    merged.skipped_rollouts,
+                    self.engine.preemptions - preempted,
+                    self.task.ungraded - ungraded,
+                ]
+            ),
+        )
         no_signal = sum(not group.has_signal for group in groups)
+        sizes = ranks.gather([len(micro) for micros, _ in parts for micro in micros])
+        passes = [range(size) for of_rank in sizes for size in of_rank]
         self.add_to_totals(
             rollout_tokens=tokens,
             trie_tokens=trie_tokens,
@@ -151,14 +204,16 @@ class RLTrainer(Trainer[RLConfig]):
             "groups": len(groups),
             "no_signal_groups": no_signal,
             "unused_groups": len(groups) - no_signal - sum(group.has_signal for group in batch),
-            **cut,
+            "dropped_calls": dropped_calls,
+            "skipped_rollouts": skipped_rollouts,
             **learnt,
+            **self.cost_of(passes, trie_tokens),
             **summary(graded),
-            "reached_limits": sum(any(asdict(g.rollout.limits).values()) for g in graded),
+            "reached_limits": sum(any(asdict(g.counts.limits).values()) for g in graded),
             "no_answer": sum(g.no_answer for g in graded),
-            "ungraded": self.task.ungraded - ungraded,
-            "decode_steps": fmean(g.rollout.decode_steps for g in graded),
-            "preemptions": self.engine.preemptions - preempted,
+            "ungraded": ungraded,
+            "decode_steps": fmean(g.counts.decode_steps for g in graded),
+            "preemptions": preemptions,
             "rollout_tokens": tokens,
             "trie_tokens": trie_tokens,
             "unrolled_tokens": unrolled,
@@ -166,6 +221,10 @@ class RLTrainer(Trainer[RLConfig]):
             "update_tokens_per_second": trie_tokens / (end - rolled_out),
             "tokens_per_second": tokens / (end - start),
         }
+        if ranks.size() > 1:
+            record["imbalance"] = imbalance(parts, self.cost)
+            seconds = ranks.gather(self._decode_seconds)
+            record["decode_imbalance"] = max(seconds) / max(fmean(seconds), 1e-9)
         every, done = self.config.report.validate_every, self.steps_done + 1
         if every is not None and (done % every == 0 or done == self.num_steps):
             record |= self._validate()
@@ -219,8 +278,8 @@ class RLTrainer(Trainer[RLConfig]):
         draws = (self.config.seed, self.steps_done)
         if sampled:
             title, draws = f"{title}, after {sampled} problems", (*draws, sampled)
-        with ResponsesProgress(self.console, title, total, self.engine) as progress:
-            return roll_out(
+        with SharedProgress(self.console, title, total, self.engine) as progress:
+            graded = roll_out(
                 self.engine,
                 self.task,
                 problems,
@@ -229,7 +288,10 @@ class RLTrainer(Trainer[RLConfig]):
                 seed=draws,
                 on_progress=progress.decoded,
                 on_graded=progress.graded,
+                with_texts=False,
             )
+        self._decode_seconds += progress.seconds
+        return graded
 
     def _groups_of(self, graded: Sequence[Graded]) -> list[Group]:
         """Rewards the rollouts and weighs each against its group."""
@@ -242,26 +304,26 @@ class RLTrainer(Trainer[RLConfig]):
             groups.append(Group(group, rewards, group_advantages(totals, config.policy.advantage)))
         return groups
 
-    def _tries_of(self, groups: Sequence[Group]) -> tuple[list[PolicyTrie], Record]:
-        """Merges each group that has a signal into tries; they, and what the budget cut."""
-        tries: list[PolicyTrie] = []
-        dropped_calls = skipped_rollouts = 0
-        for group in groups:
-            if group.has_signal:
-                merged = policy_group(
-                    [g.rollout for g in group.graded],
+    def _merge(self, groups: Sequence[Group]) -> Merged:
+        """Merges each group that has a signal, and that this rank decoded, into tries."""
+        merged = Merged([[] for _ in groups])
+        for group, tries in zip(groups, merged.tries, strict=True):
+            if group.has_signal and group.is_here:
+                made = policy_group(
+                    [g.rollout for g in group.graded if g.rollout is not None],
                     group.advantages,
                     self.config.optimization.batch_tokens,
                 )
-                tries += merged.tries
-                dropped_calls += merged.dropped_calls
-                skipped_rollouts += merged.skipped_rollouts
-        return tries, {"dropped_calls": dropped_calls, "skipped_rollouts": skipped_rollouts}
+                tries += made.tries
+                merged.dropped_calls += made.dropped_calls
+                merged.skipped_rollouts += made.skipped_rollouts
+        return merged
 
     def _validate(self) -> Record:
         """Held-out problems in both modes: each time the same, with the same draws."""
         start = time.perf_counter()
         config = self.config
+        self.rollout_model.gather()
         evaluations = evaluate_modes(
             ("parallel", "sequential"),
             self.validator,
@@ -272,6 +334,7 @@ class RLTrainer(Trainer[RLConfig]):
             seed=config.seed,
         )
         self.validator.free()
+        self.rollout_model.free()
         record: Record = {}
         for mode, evaluation in evaluations.items():
             figures = summary(evaluation.graded)
@@ -285,7 +348,7 @@ class RLTrainer(Trainer[RLConfig]):
         record["validation_seconds"] = time.perf_counter() - start
         return record
 
-    def _learn(self, tries: list[PolicyTrie], num_tokens: int, sources: list[str]) -> Record:
+    def _learn(self, parts: Sequence[Part], num_tokens: int, sources: list[str]) -> Record:
         """The optimizer steps of a batch.
 
         Args:
@@ -295,27 +358,31 @@ class RLTrainer(Trainer[RLConfig]):
         settings = self.config.optimization
         warmup = math.ceil(settings.warmup * self.num_steps)
         rate = settings.learning_rate * min(1.0, (self.steps_done + 1) / max(warmup, 1))
-        parts = [tries[i :: settings.updates] for i in range(settings.updates)]
-        batches = [self._passes_of(part) for part in parts if part]
-        old: list[list[Tensor | None]] = [[None] * len(micros) for micros in batches]
+        old: list[list[Tensor | None]] = [[None] * len(micros) for micros, _ in parts]
         losses: list[PolicyLoss] = []
         norms = []
-        passes = sum(map(len, batches)) * (2 if settings.updates > 1 else 1)
+        passes = sum(len(micros) + fillers for micros, fillers in parts)
         title = f"updating, step {self.steps_done + 1}"
-        with Progress(self.console, title, passes, "passes") as progress:
+        with Progress(
+            self.console, title, passes * (2 if settings.updates > 1 else 1), "passes"
+        ) as progress:
             if settings.updates > 1:
                 self.copies.cast()
                 with torch.no_grad():
-                    old = [
-                        [self._logprobs(self.model, m) for m in progress.track(micros)]
-                        for micros in batches
-                    ]
-            for micros, old_logprobs in zip(batches, old, strict=True):
+                    for (micros, fillers), logprobs in zip(parts, old, strict=True):
+                        logprobs[:] = [
+                            self._logprobs(self.passes, m) for m in progress.track(micros)
+                        ]
+                        for _ in progress.track(range(fillers)):
+                            self._logprobs(self.passes, self.filler)
+            for (micros, fillers), old_logprobs in zip(parts, old, strict=True):
                 self.copies.cast()
                 step = [
                     self._backward(micro, before, num_tokens / settings.updates)
                     for micro, before in zip(progress.track(micros), old_logprobs, strict=True)
                 ]
+                for _ in progress.track(range(fillers)):
+                    self._run_filler()
                 norms.append(
                     self.update(
                         rate,
@@ -326,47 +393,52 @@ class RLTrainer(Trainer[RLConfig]):
                 )
                 losses += step
 
-        def total(name: str) -> float:
-            return math.fsum(float(getattr(loss, name)) for loss in losses)
-
+        names = ("loss", "clipped", "entropy", "kl", "mismatch")
+        sums = [math.fsum(float(getattr(loss, name)) for loss in losses) for name in names]
         # Those of groups with a signal, which alone are looked at.
-        tokens = sum(micro.num_completion_tokens for micros in batches for micro in micros)
-        means = {"clip_share": "clipped", "entropy": "entropy", "kl": "kl", "mismatch": "mismatch"}
+        tokens = sum(micro.num_completion_tokens for micros, _ in parts for micro in micros)
+        loss, *sums, tokens = ranks.sums([*sums, tokens])
+        clip_share, entropy, kl, mismatch = (x / max(tokens, 1) for x in sums)
+        largest = max((float(loss.max_mismatch) for loss in losses), default=0.0)
         return {
-            "loss": total("loss") / settings.updates,
-            **{name: total(of) / max(tokens, 1) for name, of in means.items()},
-            "max_mismatch": max((float(loss.max_mismatch) for loss in losses), default=0.0),
+            "loss": loss / settings.updates,
+            "clip_share": clip_share,
+            "entropy": entropy,
+            "kl": kl,
+            "mismatch": mismatch,
+            "max_mismatch": max(ranks.gather(largest)),
             "gradient_norm": fmean(norms) if norms else 0.0,
             "learning_rate": rate,
             "updates": len(norms),
-            **self.cost_of([micro for micros in batches for micro in micros], sum(map(len, tries))),
         }
-
-    def _passes_of(self, tries: list[PolicyTrie]) -> list[PolicyTrie]:
-        micros = micro_batches(tries, self.config.optimization.batch_tokens)
-        most = self.pass_tokens
-        return micros if most is None else [part for m in micros for part in m.split(most)]
 
     def _backward(self, micro: PolicyTrie, old: Tensor | None, num_tokens: float) -> PolicyLoss:
         """Adds the gradient of a micro-batch; its loss."""
-        policy = self.config.policy
-        reference = None
-        if policy.kl:
-            with torch.no_grad():
-                reference = self._reference_logprobs(micro)
-        with self.forward_pass():
-            layout = micro.trie.layout(self.device)
-            current = trie_logprobs(
-                self.model, micro.trie, layout, micro.sampled, policy.entropy > 0
-            )
-        loss = policy_loss(current, micro, policy, num_tokens, old, reference)
+        current, reference = self._forward(micro)
+        loss = policy_loss(current, micro, self.config.policy, num_tokens, old, reference)
         loss.loss.backward()
         return PolicyLoss(*(value.detach() for value in loss))
 
-    def _logprobs(self, model: PreTrainedModel, micro: PolicyTrie) -> Tensor:
+    def _run_filler(self) -> None:
+        """The passes of `_backward` for nothing, while other ranks have a micro-batch."""
+        current, _ = self._forward(self.filler)
+        (0 * current.logprobs.sum()).backward()
+
+    def _forward(self, micro: PolicyTrie) -> tuple[TokenLogprobs, Tensor | None]:
+        """Log-probabilities with a gradient, and those of the reference if there is one."""
+        reference = None
+        if self.config.policy.kl:
+            with torch.no_grad():
+                reference = self._reference_logprobs(micro)
+        with self.forward_pass():
+            layout, needs_entropy = micro.trie.layout(self.device), self.config.policy.entropy > 0
+            current = self.passes(_logprobs, micro.trie, layout, micro.sampled, needs_entropy)
+        return current, reference
+
+    def _logprobs(self, passes: Passes, micro: PolicyTrie) -> Tensor:
         with self.autocast():
             layout = micro.trie.layout(self.device)
-            return trie_logprobs(model, micro.trie, layout, micro.sampled).logprobs
+            return passes(_logprobs, micro.trie, layout, micro.sampled).logprobs
 
     def _reference_logprobs(self, micro: PolicyTrie) -> Tensor:
         """Of the model that the run started from: without its adapters it is still that."""
@@ -374,16 +446,15 @@ class RLTrainer(Trainer[RLConfig]):
             assert self.reference is not None
             return self._logprobs(self.reference, micro)
         with self.lora.adapters.disabled():
-            return self._logprobs(self.model, micro)
+            return self._logprobs(self.passes, micro)
 
-    def _load_reference(self) -> PreTrainedModel:
+    def _load_reference(self) -> Passes:
         """What the run started from, tags included, so that the first KL is 0."""
         if self.config.model.path is None:
             raise ConfigError(
                 "policy.kl: the reference is the model at model.path: set it, or policy.kl 0"
             )
-        reference, _ = build_model(self.config, None)
-        to_device(reference, self.device)
+        reference, _ = build_passes(self.config, None, self.device)
         return reference.eval()
 
     def finish(self) -> None:
@@ -409,4 +480,9 @@ class RLTrainer(Trainer[RLConfig]):
             "checkpoint": str(self.plain_checkpoint),
         }
         print_rl_table(self.console, result, self.run_dir)
-        write_json(self.run_dir / "summary.json", result | self.overlap)
+        ranks.on_first(lambda: write_json(self.run_dir / "summary.json", result | self.overlap))
+
+
+def _logprobs(model: PreTrainedModel, *args: Any) -> TokenLogprobs:
+    """`trie_logprobs` as tensors of their own: FSDP warns of views."""
+    return TokenLogprobs(*(values.clone() for values in trie_logprobs(model, *args)))

@@ -8,7 +8,8 @@
     run_dir/summary.json            all of it; the first chunk's problems before and after
 
 A killed run loses at most the chunk it was in: chunks are rolled out one after another, each by
-itself, so a resumed run gets the same rollouts.
+itself, so a resumed run gets the same rollouts. So does one on another number of ranks: those share
+out the problems of each chunk, and rank 0 reads and writes all files.
 """
 
 from __future__ import annotations
@@ -16,18 +17,21 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from threadweaver import ranks
 from threadweaver.data import save_rows, trajectory_row
 from threadweaver.evaluate.grade import Graded, graded_row, summary
+from threadweaver.evaluate.progress import SharedProgress
 from threadweaver.evaluate.rollouts import fingerprint, fitting, roll_out, texts_of_problems
 from threadweaver.generate.engine import Engine
 from threadweaver.generate.settings import PromptTooLong
 from threadweaver.model import end_ids, to_device
-from threadweaver.progress import ResponsesProgress, print_line
+from threadweaver.progress import print_line
 from threadweaver.tasks import load_task
 from threadweaver.train.config import ConfigError, DataConfig
 from threadweaver.train.report import print_self_train_table
@@ -53,9 +57,13 @@ class SelfTraining(Run[SelfTrainConfig]):
 
     def find_state(self) -> None:
         """Before its first chunk it may have any settings, and those of SFT until SFT begins."""
-        if has_begun(self.run_dir):
-            unused = [] if has_begun(self.run_dir / "sft") else ["optimization", "loss"]
-            check_same_config(self.config, unused)
+
+        def check() -> None:
+            if has_begun(self.run_dir):
+                unused = [] if has_begun(self.run_dir / "sft") else ["optimization", "loss"]
+                check_same_config(self.config, unused)
+
+        ranks.on_first(check)
 
     def load(self) -> None:
         config = self.config
@@ -66,10 +74,7 @@ class SelfTraining(Run[SelfTrainConfig]):
         self.report_overlap(texts_of_problems(problems))
         size = config.rollouts.chunk
         self.chunks = [problems[i : i + size] for i in range(0, len(problems), size)]
-        made = [self.run_dir / name for name in ("selection.json", "kept.jsonl")]
-        self.is_selected = all(path.exists() for path in (*made, self._chunk_file(0)))
-        numbers = range(len(self.chunks))
-        self.missing = [n for n in numbers if not self._chunk_file(n).exists()]
+        self.is_selected, self.missing = ranks.on_first(self._what_is_there)
         self.engine = None
         if self.missing and not self.is_selected:
             self.engine = self._engine(None)
@@ -78,6 +83,13 @@ class SelfTraining(Run[SelfTrainConfig]):
             for note in fitting(self.engine, problems, config.rollouts.generation).notes:
                 print_line(self.console, f"training problems: {note}")
 
+    def _what_is_there(self) -> tuple[bool, list[int]]:
+        """Whether all is rolled out and selected, and the chunks that are not rolled out."""
+        made = [self.run_dir / name for name in ("selection.json", "kept.jsonl")]
+        is_selected = all(path.exists() for path in (*made, self._chunk_file(0)))
+        numbers = range(len(self.chunks))
+        return is_selected, [n for n in numbers if not self._chunk_file(n).exists()]
+
     def work(self) -> int:
         """See `Run`.
 
@@ -85,9 +97,12 @@ class SelfTraining(Run[SelfTrainConfig]):
             ConfigError: nothing was kept; says why.
         """
         if not self.is_selected:
-            self._select()
+            self._roll_out_missing()
+            ranks.on_first(self._select)
         self.engine = None  # SFT needs the memory
-        selection = read_json(self.run_dir / "selection.json", "rollouts", "kept", "rejected")
+        selection = ranks.on_first(
+            lambda: read_json(self.run_dir / "selection.json", "rollouts", "kept", "rejected")
+        )
         config, folder = self.config, self.run_dir / "sft"
         settings = SFTConfig(
             run_dir=str(folder),
@@ -109,33 +124,38 @@ class SelfTraining(Run[SelfTrainConfig]):
             if code := trainer.run():
                 return code
         del trainer  # the evaluation needs the memory
-        checkpoint = checkpoint_of(folder)
+        checkpoint = ranks.on_first(lambda: checkpoint_of(folder))
         after = self._roll_out(self._engine(checkpoint), 0, "rolling out after SFT")
         result = {
             **selection,
-            "before": self._chunk(0)["means"],
+            "before": ranks.on_first(lambda: self._chunk(0)["means"]),
             "after": summary(after),
             "checkpoint": str(checkpoint),
         }
         print_self_train_table(self.console, result)
-        write_json(self.run_dir / "summary.json", result | self.overlap)
+        ranks.on_first(lambda: write_json(self.run_dir / "summary.json", result | self.overlap))
         return 0
 
-    def _select(self) -> None:
-        """Rolls out what is missing, and writes what is kept."""
+    def _roll_out_missing(self) -> None:
         engine, count = self.engine, len(self.chunks)
         for n in self.missing:
             assert engine is not None
             graded = self._roll_out(engine, n, f"rolling out {n + 1}/{count}")
-            record = {
-                "problems": fingerprint(self.chunks[n]),
-                "means": summary(graded),
-                "skipped_prompts": len(self.chunks[n])
-                - len(graded) // self.config.rollouts.samples,
-                "rollouts": [{**graded_row(g), "fits": self._fits(g, engine)} for g in graded],
-            }
-            write_json(self._chunk_file(n), record, indent=None)
-        chunks = [self._chunk(n) for n in range(count)]
+            ranks.on_first(partial(self._write_chunk, engine, n, graded))
+
+    def _write_chunk(self, engine: Engine, number: int, graded: Sequence[Graded]) -> None:
+        problems = self.chunks[number]
+        record = {
+            "problems": fingerprint(problems),
+            "means": summary(graded),
+            "skipped_prompts": len(problems) - len(graded) // self.config.rollouts.samples,
+            "rollouts": [{**graded_row(g), "fits": self._fits(g, engine)} for g in graded],
+        }
+        write_json(self._chunk_file(number), record, indent=None)
+
+    def _select(self) -> None:
+        """Writes what is kept."""
+        chunks = [self._chunk(n) for n in range(len(self.chunks))]
         rows = [row for chunk in chunks for row in chunk["rollouts"]]
         kept, selection = select(rows, self.config.rollouts.keep_per_problem)
         # Older chunks have none: there such a prompt was an error.
@@ -187,7 +207,7 @@ class SelfTraining(Run[SelfTrainConfig]):
         except PromptTooLong:  # all of them
             problems = []
         total = len(problems) * rollouts.samples
-        with ResponsesProgress(self.console, title, total, engine) as progress:
+        with SharedProgress(self.console, title, total, engine) as progress:
             return roll_out(
                 engine,
                 self.task,
@@ -202,7 +222,8 @@ class SelfTraining(Run[SelfTrainConfig]):
     def _fits(self, graded: Graded, engine: Engine) -> bool:
         """Whether SFT, which writes an end token after the response, can train on it: all of it in
         the context, its first call in the budget."""
-        prompt, response = graded.rollout.prompt, engine.codec.encode(graded.response)
+        prompt = engine.codec.encode_prompt(graded.problem.prompt)
+        response = engine.codec.encode(graded.response)
         if len(prompt) + len(response) >= engine.context_length:
             return False
         ids = [*prompt, *response, engine.codec.eos_id]

@@ -41,6 +41,7 @@ from threadweaver.train.config import ConfigError
 from threadweaver.train.deal import Cost, deal
 from threadweaver.train.passes import split
 from threadweaver.train.report import print_sft_table
+from threadweaver.train.rollout_model import RolloutModel
 from threadweaver.train.run import Record, Trainer
 from threadweaver.train.run_dir import write_json
 from threadweaver.train.schedule import learning_rate
@@ -280,7 +281,8 @@ class SFTTrainer(Trainer[SFTConfig]):
         """Leaves out prompts that do not fit, and refuses what the engine would refuse when all
         training is done."""
         try:
-            engine, generation = self._engine(self.model), self.config.evaluate.generation
+            model = RolloutModel(self.model, self.tokenizer, self.config.compute).model
+            engine, generation = self._engine(model), self.config.evaluate.generation
             self.problems, self.skipped_prompts, notes = fitting(engine, self.problems, generation)
         except ValueError as error:
             raise ConfigError(f"evaluate: {error}") from error

@@ -61,7 +61,7 @@ class ServerEngine:
         self.codec = completions.codec
         self.context_length = context_length
         self.decoded_tokens = 0
-        self._settings, self._completions, self._at_once = settings, completions, at_once
+        self._settings, self._completions, self.max_sequences = settings, completions, at_once
         self._added: list[ServerGeneration] = []
         self._unfinished = 0
         self._waiting: deque[tuple[ServerGeneration, Request]] = deque()
@@ -70,6 +70,11 @@ class ServerEngine:
     def unfinished(self) -> int:
         """Generations that are not done."""
         return self._unfinished
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the server could have more requests than were added."""
+        return not self._waiting and self.unfinished < self.max_sequences
 
     def add(
         self, prompt: Iterable[int], settings: GenerationSettings, seed: int = 0
@@ -125,7 +130,7 @@ class ServerEngine:
             done: set[asyncio.Task[tuple[ServerGeneration, Request, Reply]]] = set()
             try:
                 while self._waiting or sent:
-                    while self._waiting and len(sent) < self._at_once:
+                    while self._waiting and len(sent) < self.max_sequences:
                         sent.add(asyncio.create_task(ask(*self._waiting.popleft())))
                     done, sent = await asyncio.wait(sent, return_when=asyncio.FIRST_COMPLETED)
                     for task in done:
