@@ -179,7 +179,7 @@ def test_data_that_is_not_there_is_refused_before_the_model_is_loaded(
     def never(*_):
         raise AssertionError("it made a model")
 
-    monkeypatch.setattr("threadweaver.train.run.build_passes", never)
+    monkeypatch.setattr("threadweaver.train.trainer.build_passes", never)
     gone = str(tmp_path / "gone.jsonl")
     for option in ("--data.train", "--data.validation", "--evaluate.data"):
         assert f"{gone}: no such file" in fails(new_run("sft")(option, gone), 2)

@@ -247,7 +247,7 @@ def test_rollouts_are_on_merged_weights_and_share_what_has_no_adapter(new_rl_run
 def test_the_reference_of_kl_is_the_model_without_adapters(new_rl_run, monkeypatch):
     run, loaded = new_rl_run(), []
     run.settings["policy"] = {"kl": 0.1}
-    monkeypatch.setattr("threadweaver.train.rl.build_model", loaded.append)
+    monkeypatch.setattr("threadweaver.train.rl.build_passes", loaded.append)
     assert run() == 0
     assert not loaded  # no second one is in memory
     records = run.metrics()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.train.test_rl import new_run as new_rl_run
 from threadweaver.model import WeightCopies, build_tokenizer, new_model, trie_loss
-from threadweaver.train import run as train_run
+from threadweaver.train import run, trainer
 from threadweaver.train.memory.live import LiveBytes
 from threadweaver.train.offload import ActivationOffload
 from threadweaver.train.setup import compile_layers, recompute_activations
@@ -185,8 +185,8 @@ def test_a_run_is_the_same_bit_for_bit(new_run, new_rl_run, command, monkeypatch
             moved.append(tensor.numel())
             return super().to_host(tensor)
 
-    monkeypatch.setattr(train_run, "ActivationOffload", OfTheRun)
-    monkeypatch.setattr(train_run, "check_offload", lambda compute, device: None)
+    monkeypatch.setattr(trainer, "ActivationOffload", OfTheRun)
+    monkeypatch.setattr(run, "check_offload", lambda compute, device: None)
     options = ("--compute.activation_offload", "true", "--compute.gradient_checkpointing", "true")
     assert offloaded(*options) == 0
     assert moved

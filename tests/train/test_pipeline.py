@@ -18,8 +18,8 @@ import yaml
 
 from threadweaver.train import pipeline
 from threadweaver.train.__main__ import main
-from threadweaver.train.run import Trainer
 from threadweaver.train.self_train import SelfTraining
+from threadweaver.train.trainer import Trainer
 
 from .easy_task import pipeline_settings, write_task
 

@@ -197,7 +197,7 @@ def test_weights_copied_once_a_step_train_as_autocast_does(new_run, monkeypatch)
             casts.append(self._layers[0].cast_weight is None)
             super().cast()
 
-    monkeypatch.setattr("threadweaver.train.run.WeightCopies", Copies)
+    monkeypatch.setattr("threadweaver.train.trainer.WeightCopies", Copies)
     assert copied("--compute.precision", "bf16") == 0
     # Of 6 steps and 2 validations one each, and none for the validation before a step.
     assert len(casts) == 8 and sum(casts) == 7

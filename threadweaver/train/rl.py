@@ -46,11 +46,11 @@ from threadweaver.train.policy_loss import PolicyLoss, policy_loss
 from threadweaver.train.policy_parts import Part, imbalance, parts_of
 from threadweaver.train.report import print_rl_table
 from threadweaver.train.rollout_model import RolloutModel
-from threadweaver.train.run import Record, Trainer
 from threadweaver.train.run_dir import write_json
 from threadweaver.train.setup import build_passes
 from threadweaver.train.sharding import Passes
 from threadweaver.train.stages import RLConfig
+from threadweaver.train.trainer import Record, Trainer
 
 
 @dataclass

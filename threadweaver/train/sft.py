@@ -42,10 +42,10 @@ from threadweaver.train.deal import Cost, deal
 from threadweaver.train.passes import split
 from threadweaver.train.report import print_sft_table
 from threadweaver.train.rollout_model import RolloutModel
-from threadweaver.train.run import Record, Trainer
 from threadweaver.train.run_dir import write_json
 from threadweaver.train.schedule import learning_rate
 from threadweaver.train.stages import SFTConfig
+from threadweaver.train.trainer import Record, Trainer
 from tw_kernels import Trie
 
 
