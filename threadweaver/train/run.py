@@ -71,6 +71,7 @@ from threadweaver.train.run_dir import (
 )
 from threadweaver.train.same_on_ranks import (
     check_data,
+    check_folder,
     check_settings,
     generator_states,
     restore_generators,
@@ -84,6 +85,7 @@ from threadweaver.train.setup import (
 from threadweaver.train.sharded_checkpoint import (
     has_shards,
     load_optimizer,
+    missing_shards,
     save_shards,
     take_whole_optimizer,
 )
@@ -183,6 +185,7 @@ class Run(ABC, Generic[C]):
                 raise ConfigError(f"report.overlap: {error}") from error
         ranks.on_first(run._lock_folder)
         try:
+            check_folder(run.run_dir)
             check_lora(config.model)
             check_optimizers(config, device_of(config.compute))
             check_offload(config.compute, device_of(config.compute))
@@ -290,6 +293,8 @@ class Trainer(Run[T]):
                 checkpoint = checkpoints[-1]
                 self.state = load_state(checkpoint, *STATE_KEYS)
                 check_same_settings(self.config, self.state["settings"], checkpoint)
+                if "optimizer" not in self.state and not has_shards(checkpoint):
+                    raise missing_shards(checkpoint)
                 print_line(self.console, f"resuming from {checkpoint}")
 
         ranks.on_first(find)
