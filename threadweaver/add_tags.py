@@ -13,7 +13,15 @@ import sys
 from argparse import ArgumentError
 from pathlib import Path
 
-from threadweaver.command import command, explain, fail, is_writable, quiet, train_extra
+from threadweaver.command import (
+    command,
+    explain,
+    fail,
+    is_writable,
+    quiet,
+    refuse_ranks,
+    train_extra,
+)
 
 with train_extra():
     from jsonargparse import ArgumentParser
@@ -22,6 +30,7 @@ with train_extra():
 @command
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line (default: the process's own) and returns the exit code."""
+    refuse_ranks()
     parser = ArgumentParser(
         prog="python -m threadweaver.add_tags",
         description="Add the tags of the trajectory format to a model and its tokenizer.",

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from logging import ERROR, getLogger
@@ -26,6 +27,7 @@ for name in ("torchao", "torch.utils._pytree"):
     getLogger(name).setLevel(ERROR)
 
 MOST_CHARACTERS = 2000  # of an error
+SECONDS_FOR_FIRST = 10.0  # that the first of several ranks has to say what is wrong
 
 # What says an error, with its exit code, instead of `fail`, and ends the process: set while it is
 # one of several ranks (rank_errors.py).
@@ -90,6 +92,18 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
         return _flush() or code
 
     return run
+
+
+def refuse_ranks() -> None:
+    """For a command of one process: ends each of those that torchrun started, with one line of the
+    first and exit code 2."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(SECONDS_FOR_FIRST)  # torchrun ends all when one has ended
+        sys.exit(2)
+    what = "this command runs in one process: start it with python -m, not torchrun"
+    sys.exit(fail(f"{what} (of several are threadweaver.train and threadweaver.eval)", 2))
 
 
 def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:

@@ -43,6 +43,8 @@ def joined() -> Iterator[None]:
         code = 2 if error.is_told else command.fail(error, 2)
         time.sleep(SAME_SECONDS)  # for those that still look at what is in this process
         sys.exit(code)
+    except ValueError as error:
+        sys.exit(command.fail(error, 2))
     end = _End(store)
     command.on_failure = end.all
     if not ranks.is_first():

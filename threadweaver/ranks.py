@@ -25,8 +25,10 @@ T = TypeVar("T")
 # decodes a long tail of rollouts, or loads a large model, keeps the others waiting.
 JOIN_SECONDS = 600.0
 COLLECTIVE_SECONDS = 4 * 3600.0
+NEEDED = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # in the environment, beside WORLD_SIZE
 
 _store: Store | None = None
+_attempt = ""  # what keys of the ranks begin with: see _attempt_of
 
 
 class NotAllCame(ValueError):  # noqa: N818 (named for what was found)
@@ -56,15 +58,23 @@ def join(seconds: float | None = None) -> Store:
 
     Raises:
         NotAllCame: so many seconds have passed.
+        ValueError: the environment is not what torchrun makes.
     """
-    global _store
+    global _store, _attempt
+    if missing := [name for name in NEEDED if name not in os.environ]:
+        raise ValueError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and {missing[0]} is not set: start several "
+            "ranks with torchrun, or one process without WORLD_SIZE"
+        )
     if seconds is None:
         seconds = float(os.environ.get("TW_JOIN_SECONDS", JOIN_SECONDS))
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     last = time.monotonic() + seconds
-    store = _shared_store(rank, last)
-    if store is None:
+    all_attempts = _shared_store(rank, last)
+    if all_attempts is None:
         raise NotAllCame(seconds, is_told=local_rank() > 0)
+    _attempt = _attempt_of(rank, all_attempts)
+    store = PrefixStore(_attempt, all_attempts)
     store.set(f"came/{rank}", "")
     keys = [f"came/{other}" for other in range(size)]
     if not _becomes(lambda: store.check(keys), last):
@@ -96,6 +106,14 @@ def _shared_store(rank: int, last: float) -> Store | None:
     return TCPStore(*address, is_master=is_ours, wait_for_workers=False)
 
 
+def _attempt_of(rank: int, store: Store) -> str:
+    """A name of this start of the ranks: torchrun keeps its store when it restarts them
+    (--max-restarts), with all that they wrote there before."""
+    # A node counts the restarts that it began alone, a rank those in which it came so far.
+    starts = store.add(f"starts/{rank}", 1) - 1
+    return f"attempt/{max(starts, int(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')))}"
+
+
 def _address() -> tuple[str, int]:
     """Of what the ranks share."""
     return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -103,7 +121,7 @@ def _address() -> tuple[str, int]:
 
 def another_client() -> Store:
     """Of what the ranks share: one that waits for an answer keeps others of its own waiting."""
-    return TCPStore(*_address(), is_master=False, wait_for_workers=False)
+    return PrefixStore(_attempt, TCPStore(*_address(), is_master=False, wait_for_workers=False))
 
 
 def _becomes(is_so: Callable[[], bool], last: float) -> bool:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from tests.train.on_ranks import on_ranks
 from threadweaver import ranks
+from threadweaver.train import same_on_ranks
 from threadweaver.train.config import ConfigError
 from threadweaver.train.same_on_ranks import check_data
 from threadweaver.train.sft import SFTTrainer
@@ -57,6 +59,20 @@ def test_data_that_differs_is_named_with_its_rank(monkeypatch):
     monkeypatch.setattr(ranks, "gather", lambda value: [value, value, "other"])
     with pytest.raises(ConfigError, match=r"^data\.train: FILE is not the same data on rank 2"):
         check_data("data.train: FILE", "ours")
+
+
+def elsewhere(rank: int) -> None:
+    same_on_ranks.SEEN_SECONDS = 0.2
+    (folder := Path(f"machine-{rank}")).mkdir()
+    os.chdir(folder)
+
+
+def test_a_run_folder_that_the_ranks_do_not_share_is_refused(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = run.arguments("--run_dir", "own")
+    line = on_ranks(arguments, tmp_path, 2, before=elsewhere).one_line(2)
+    assert "run_dir: own is another folder on rank 1 than on rank 0" in line
+    assert not list(tmp_path.glob("machine-*/own"))
 
 
 def test_ranks_that_never_come_are_waited_for_only_so_long(run, tmp_path):

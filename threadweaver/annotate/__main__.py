@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, cast
 
-from threadweaver.command import command, explain, fail, quiet, train_extra
+from threadweaver.command import command, explain, fail, quiet, refuse_ranks, train_extra
 
 with train_extra():
     from jsonargparse import ArgumentParser
@@ -41,6 +41,7 @@ with train_extra():
 @command
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line (default: the process's own) and returns the exit code."""
+    refuse_ranks()
     parser = _parser()
     try:
         given = vars(parser.instantiate(parser.parse_args(arguments)))

@@ -42,6 +42,7 @@ from threadweaver.command import (
     fail,
     is_writable,
     quiet,
+    refuse_ranks,
     train_extra,
 )
 
@@ -65,6 +66,7 @@ with train_extra():
 @command
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line (default: the process's own) and returns the exit code."""
+    refuse_ranks()
     parser = _parser()
     try:
         options = parser.parse_args(arguments)

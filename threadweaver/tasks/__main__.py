@@ -9,7 +9,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from threadweaver.command import check_overwrite, command, fail, is_writable, train_extra
+from threadweaver.command import (
+    check_overwrite,
+    command,
+    fail,
+    is_writable,
+    refuse_ranks,
+    train_extra,
+)
 
 with train_extra():
     from jsonargparse import ArgumentParser, auto_cli
@@ -150,6 +157,7 @@ class _DashParser(ArgumentParser):
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line (default: the process's own). Exit codes: 0; 2 for arguments that cannot
     be met, with one line on stderr; 1 for files that cannot be written."""
+    refuse_ranks()
     commands = {"multiplication": multiplication, "write": write}
     try:
         auto_cli(

@@ -40,6 +40,7 @@ from threadweaver.train.run_dir import (
     write_config,
 )
 from threadweaver.train.same_on_ranks import (
+    check_folder,
     check_settings,
 )
 from threadweaver.train.setup import (
@@ -125,6 +126,7 @@ class Run(ABC, Generic[C]):
                 raise ConfigError(f"report.overlap: {error}") from error
         ranks.on_first(run._lock_folder)
         try:
+            check_folder(run.run_dir)
             check_lora(config.model)
             check_optimizers(config, device_of(config.compute))
             check_offload(config.compute, device_of(config.compute))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 
@@ -11,6 +15,9 @@ from threadweaver import ranks
 from threadweaver.train.config import ConfigError, OptimizationConfig, RunConfig
 from threadweaver.train.optimizer import optimizations
 from threadweaver.train.run_dir import flatten
+
+# For a file that rank 0 made to be seen on another machine.
+SEEN_SECONDS = 10.0
 
 
 def check_settings(config: RunConfig) -> None:
@@ -42,6 +49,34 @@ def check_divisible(config: RunConfig, size: int) -> None:
                 f"{name}.optimizer is {settings.optimizer}: its state cannot be divided among "
                 f"{size} ranks: use adamw, of which each rank holds a part"
             )
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ConfigError if ranks have another folder of this name than rank 0, as on machines that
+    do not share it, or cannot write there. All call it, with the folder there on rank 0."""
+    if ranks.size() == 1:
+        return
+
+    def make() -> Path:
+        mark = folder / f".ranks-{uuid4().hex}"
+        mark.touch()
+        return mark
+
+    mark = ranks.on_first(make)
+    last = time.monotonic() + SEEN_SECONDS
+    while not (is_seen := os.path.exists(mark)) and time.monotonic() < last:  # noqa: PTH110 (never raises)
+        time.sleep(0.05)
+    found = ranks.gather((is_seen, os.access(folder, os.W_OK)))
+    if ranks.is_first():
+        mark.unlink()
+    for rank, (is_seen, is_writable) in enumerate(found):
+        if not is_seen:
+            raise ConfigError(
+                f"run_dir: {folder} is another folder on rank {rank} than on rank 0: name one that "
+                "all machines share"
+            )
+        if not is_writable:
+            raise ConfigError(f"run_dir: {folder} cannot be written on rank {rank}")
 
 
 def check_data(name: str, fingerprint: str) -> None:

@@ -37,6 +37,11 @@ def has_shards(checkpoint: Path) -> bool:
     return (checkpoint / FOLDER).is_dir()
 
 
+def missing_shards(checkpoint: Path) -> ConfigError:
+    """What to raise for a checkpoint of several ranks without its parts."""
+    return _unreadable(checkpoint, "it is missing")
+
+
 def save_shards(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """Writes checkpoint/state, forced to disk; all ranks call it.
 
@@ -95,13 +100,19 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 def _load(checkpoint: Path, state: dict[str, Any]) -> None:
     try:
+        reader = FileSystemReader(checkpoint / FOLDER)
+        reader.read_metadata()  # of what it cannot read, `load` would log a traceback
         with _no_word_of_one_process():
-            load(state, storage_reader=FileSystemReader(checkpoint / FOLDER))
+            load(state, storage_reader=reader)
     except (CheckpointException, Exception) as error:  # whatever damaged bytes make of the reader
-        raise ConfigError(
-            f"{checkpoint / FOLDER}: cannot be read ({_cause(error)}); delete the folder "
-            f"{checkpoint.name} to resume from the checkpoint before it"
-        ) from error
+        raise _unreadable(checkpoint, _cause(error)) from error
+
+
+def _unreadable(checkpoint: Path, why: BaseException | str) -> ConfigError:
+    return ConfigError(
+        f"{checkpoint / FOLDER}: cannot be read ({why}); delete the folder {checkpoint.name} to "
+        "resume from the checkpoint before it"
+    )
 
 
 def _cause(error: BaseException) -> BaseException | str:

@@ -63,6 +63,7 @@ from threadweaver.train.setup import (
 from threadweaver.train.sharded_checkpoint import (
     has_shards,
     load_optimizer,
+    missing_shards,
     save_shards,
     take_whole_optimizer,
 )
@@ -132,6 +133,8 @@ class Trainer(Run[T]):
                 checkpoint = checkpoints[-1]
                 self.state = load_state(checkpoint, *STATE_KEYS)
                 check_same_settings(self.config, self.state["settings"], checkpoint)
+                if "optimizer" not in self.state and not has_shards(checkpoint):
+                    raise missing_shards(checkpoint)
                 print_line(self.console, f"resuming from {checkpoint}")
 
         ranks.on_first(find)

@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from threadweaver.command import command, explain, fail, quiet, train_extra
+from threadweaver.command import command, explain, fail, quiet, refuse_ranks, train_extra
 
 with train_extra():
     from jsonargparse import ArgumentParser, Namespace
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 @command
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line (default: the process's own) and returns the exit code."""
+    refuse_ranks()
     arguments = sys.argv[1:] if arguments is None else arguments
     parser, pages = _parsers()
     known = pages.get(arguments[0], parser) if arguments else parser

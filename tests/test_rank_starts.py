@@ -1,0 +1,68 @@
+"""How the processes that torchrun started find each other, and which commands they may run."""
+
+import sys
+
+import pytest
+import torch.distributed as dist
+
+from threadweaver import command, rank_errors, ranks
+from threadweaver.__main__ import MODULES
+
+
+@pytest.fixture
+def torchrun_store(monkeypatch):
+    """That of torchrun's own process, which outlives its ranks."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    told = {
+        "RANK": 0,
+        "WORLD_SIZE": 1,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": store.port,
+        "TORCHELASTIC_USE_AGENT_STORE": True,
+    }
+    for name, value in told.items():
+        monkeypatch.setenv(name, str(value))
+    yield store
+    ranks.leave()
+
+
+@pytest.mark.parametrize("counts", [("0", "1"), ("0", "0")], ids=["one node", "another's restart"])
+def test_ranks_that_are_restarted_see_nothing_of_those_before(torchrun_store, monkeypatch, counts):
+    for count in counts:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        store, other = ranks.join(), ranks.another_client()
+        assert not store.check(["failed"]) and not other.check(["failed"])
+        assert ranks.SharedQueue("problems", 1).take() == 0
+        store.set("failed", "1")
+        assert other.check(["failed"])  # ranks of one start share it
+        ranks.leave()
+
+
+def test_a_world_size_without_the_rest_of_torchrun_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit, match="2"), rank_errors.joined():
+        pass
+    error = capsys.readouterr().err
+    assert error.startswith("error: WORLD_SIZE is 2, and RANK is not set: ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {"train", "evaluate", "eval"}))
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_command_of_one_process_is_refused_on_several_ranks(name, rank, monkeypatch, capsys):
+    monkeypatch.setattr(command, "SECONDS_FOR_FIRST", 0.0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    module = MODULES[name]
+    __import__(module if name == "add-tags" else f"{module}.__main__")
+    main = sys.modules[module if name == "add-tags" else f"{module}.__main__"].main
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    if rank == "0":
+        assert printed.err.startswith("error: this command runs in one process: ")
+        assert printed.err.count("\n") == 1
+    else:
+        assert printed.err == ""
