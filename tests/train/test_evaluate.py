@@ -118,6 +118,7 @@ def test_evaluation_takes_the_held_out_problems_of_a_task(evaluated_run, fails):
     assert "evaluate.data: multiplication has 4 validation problems, not 9" in line
 
 
+@pytest.mark.slow
 def test_ranks_evaluate_together_and_find_what_one_process_finds(evaluated_run, tmp_path):
     assert evaluated_run("--optimization.accumulation", "2") == 0
     alone = evaluated_run.summary()

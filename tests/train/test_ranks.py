@@ -56,7 +56,15 @@ def check_alike(ours, theirs) -> None:
         assert (value - weights[name]).norm() <= 1e-4 * weights[name].norm(), name
 
 
-@pytest.mark.parametrize(("arch", "count"), [(ARCH, 2), (LLAMA, 4)], ids=["qwen3", "llama"])
+@pytest.mark.parametrize(
+    ("arch", "count"),
+    [
+        pytest.param(ARCH, 2, id="qwen3-2"),
+        pytest.param(ARCH, 4, id="qwen3-4", marks=pytest.mark.slow),
+        pytest.param(LLAMA, 2, id="llama-2", marks=pytest.mark.slow),
+        pytest.param(LLAMA, 4, id="llama-4", marks=pytest.mark.slow),
+    ],
+)
 def test_losses_and_weights_are_those_of_one_process(run_of_20, tmp_path, arch, count):
     alone, together = run_of_20("alone", arch), run_of_20("together", arch)
     assert alone() == 0
@@ -114,7 +122,8 @@ def test_a_run_goes_on_with_any_number_of_ranks(run_of_20, tmp_path, monkeypatch
     check_alike(moved, alone)
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [10])
 def test_kills_at_random_moments_lose_only_the_steps_since_the_last_checkpoint(
     run_of_20, tmp_path, times
 ):
