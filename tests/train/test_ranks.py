@@ -123,16 +123,15 @@ def test_a_run_goes_on_with_any_number_of_ranks(run_of_20, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("times", [10])
-def test_kills_at_random_moments_lose_only_the_steps_since_the_last_checkpoint(
-    run_of_20, tmp_path, times
+def test_ten_kills_at_random_moments_lose_only_the_steps_since_the_last_checkpoint(
+    run_of_20, tmp_path
 ):
     alone, killed = run_of_20("alone"), run_of_20("killed")
     killed.settings["report"]["checkpoint_every"] = 2
     assert alone() == 0
     rng = random.Random()
     metrics, checkpoints = killed.folder / "metrics.jsonl", killed.folder / "checkpoints"
-    for number in range(times):
+    for number in range(10):
         before = all_checkpoints(checkpoints)
         arguments = killed.arguments(*(["--resume"] if number else []))
         ranks = Ranks(arguments, tmp_path, 2)
