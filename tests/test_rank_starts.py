@@ -1,18 +1,24 @@
 """How the processes that torchrun started find each other, and which commands they may run."""
 
+import contextlib
+import io
 import sys
 
 import pytest
-import torch.distributed as dist
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.run import get_args_parser
 
 from threadweaver import command, rank_errors, ranks
 from threadweaver.__main__ import MODULES
+from threadweaver.evaluate.options import build_parser
+from threadweaver.train.__main__ import KINDS
+from threadweaver.train.config import parser_of
 
 
 @pytest.fixture
 def torchrun_store(monkeypatch):
     """That of torchrun's own process, which outlives its ranks."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     told = {
         "RANK": 0,
         "WORLD_SIZE": 1,
@@ -46,6 +52,27 @@ def test_a_world_size_without_the_rest_of_torchrun_is_refused(monkeypatch, capsy
     error = capsys.readouterr().err
     assert error.startswith("error: WORLD_SIZE is 2, and RANK is not set: ")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("module", ["threadweaver.eval", "threadweaver.train"])
+def test_torchrun_hands_on_every_option(module):
+    """It takes what abbreviates several options of its own, as --n does, for an error."""
+    if module == "threadweaver.eval":
+        parsers, commands = [build_parser()], [[]]
+    else:
+        parsers = [parser_of(kind) for kind in KINDS.values()]
+        commands = [[name] for name in KINDS]
+    for parser, start in zip(parsers, commands, strict=True):
+        for action in parser._actions:
+            names = [name for name in action.option_strings if name.startswith("--")]
+            assert not names or any(is_handed_on([module, *start], name) for name in names), names
+
+
+def is_handed_on(start: list[str], option: str) -> bool:
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
+        given = ["-m", *start, option, "4"]
+        return get_args_parser().parse_args(given).training_script_args[-2:] == given[-2:]
+    return False
 
 
 @pytest.mark.parametrize("name", sorted(set(MODULES) - {"train", "evaluate", "eval"}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from threadweaver.train.config import ConfigError
 from threadweaver.train.log import MetricsLog
 from threadweaver.train.run_dir import read_json
+from threadweaver.train.sharded_checkpoint import load_weights, save_shards
 
 from .test_resume import stop_before, stopped  # noqa: F401 (a fixture)
 from .test_self_train import run as self_training  # noqa: F401 (a fixture)
@@ -35,6 +37,30 @@ def test_a_damaged_state_is_named_and_the_checkpoint_before_it_taken(
     damage(stopped.folder / "checkpoints/step-6/trainer_state.pt")
     line = fails(stopped("--resume"), 2)
     assert "step-6/trainer_state.pt" in line and "delete the folder step-6" in line
+
+
+def test_a_checkpoint_of_several_ranks_without_its_parts_is_named(stopped, fails):  # noqa: F811
+    checkpoint = stopped.folder / "checkpoints/step-6"
+    state = torch.load(checkpoint / "trainer_state.pt")
+    del state["optimizer"]
+    torch.save(state, checkpoint / "trainer_state.pt")
+    line = fails(stopped("--resume"), 2)
+    assert "step-6/state: cannot be read (it is missing)" in line
+    assert "delete the folder step-6" in line
+
+
+@pytest.mark.parametrize("damaged", [".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize("damage", [lambda p: os.truncate(p, 100), Path.unlink])
+def test_damaged_parts_of_a_checkpoint_are_named_in_one_line(tmp_path, caplog, damaged, damage):
+    model = torch.nn.Linear(64, 64)
+    optimizer = torch.optim.AdamW(model.parameters())
+    save_shards(tmp_path / "step-6", model, optimizer)
+    load_weights(tmp_path / "step-6", model)
+    caplog.clear()
+    damage(tmp_path / "step-6/state" / damaged)
+    with pytest.raises(ConfigError, match=r"step-6/state: cannot be read \(.*the folder step-6 "):
+        load_weights(tmp_path / "step-6", model)
+    assert not [r for r in caplog.records if "NullHandler" not in r.name]  # what users see
 
 
 @pytest.mark.parametrize(

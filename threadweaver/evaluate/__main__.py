@@ -11,8 +11,9 @@ are there already are overwritten with --overwrite alone.
 
 --server URL has another engine decode, request by request.
 
-torchrun --nproc_per_node N -m threadweaver.eval ... has N processes share out the problems, each
-with an engine of its own; the first reads and writes the files.
+torchrun --nproc_per_node N -m threadweaver.eval ... --problems N has N processes share out the
+problems, each with an engine of its own; the first reads and writes the files. (--problems is --n,
+which torchrun takes for one of its own options.)
 
 Prompts are the user's turn of the tokenizer's chat template, if it has one; with --template.use
 none they are taken as they stand.

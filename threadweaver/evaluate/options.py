@@ -42,7 +42,10 @@ def build_parser() -> ArgumentParser:
         "of a benchmark, '{path: FILE}' or '{path: NAME_ON_THE_HUB}'.",
     )
     parser.add_argument(
-        "--n", type=int | None, help="How many problems; null: all that are held out."
+        "--n",
+        "--problems",  # torchrun takes --n for an abbreviation of options of its own
+        type=int | None,
+        help="How many problems; null: all that are held out. With torchrun: --problems.",
     )
     parser.add_argument(
         "--samples",
