@@ -60,9 +60,10 @@ def check_alike(ours: Run, theirs: Run) -> None:
     [
         pytest.param(ARCH, 2, 1, marks=pytest.mark.slow),
         (ARCH, 4, 2),
+        pytest.param(LLAMA, 2, 1, marks=pytest.mark.slow),
         pytest.param(LLAMA, 4, 1, marks=pytest.mark.slow),
     ],
-    ids=["qwen3-2", "qwen3-4", "llama-4"],
+    ids=["qwen3-2", "qwen3-4", "llama-2", "llama-4"],
 )
 def test_recorded_rollouts_give_the_losses_and_weights_of_one_process(
     new_run, tmp_path, arch, count, updates
