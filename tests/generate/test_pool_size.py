@@ -83,6 +83,16 @@ def test_a_pool_shrinks_with_what_is_left_when_a_batch_begins(fork_join_model, m
         engine.run()
 
 
+def test_a_device_that_has_no_room_for_a_page_any_more_is_out_of_memory(
+    fork_join_model, monkeypatch
+):
+    engine = Engine(fork_join_model, CODEC)
+    monkeypatch.setattr("threadweaver.generate.pool_size.memory_of", lambda device: 1000)
+    engine.add([1, 2, 3], GenerationSettings(max_tokens=40))
+    with pytest.raises(MemoryError, match="a page of 16 tokens"):
+        engine.run()
+
+
 def test_pages_that_are_held_are_not_taken_from_under_a_batch(fork_join_model, monkeypatch):
     engine, settings = Engine(fork_join_model, CODEC), GenerationSettings(max_tokens=40)
     before = engine.pool.num_pages

@@ -303,10 +303,17 @@ class Engine:
 
     def _fit_pool(self) -> None:
         """Makes a pool of auto smaller if less memory is left than when its size was found. A batch
-        begins and no branch has pages yet."""
+        begins and no branch has pages yet.
+
+        Raises:
+            MemoryError: too little is left for the longest response, or for a page.
+        """
         if self._pool_size is None or self._runner.holds_pages:
             return
-        pages = pool_size(self._model, self._sizes, self._autocast).pages
+        try:
+            pages = pool_size(self._model, self._sizes, self._autocast).pages
+        except ValueError as error:
+            raise MemoryError(str(error)) from error
         if pages >= self.pool.num_pages:
             return
         longest = max(
