@@ -7,6 +7,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -185,7 +186,10 @@ class Trainer(Run[T]):
         if compute.pass_tokens is not None or self.device.type != "cuda":
             return compute.pass_tokens
         with Progress(self.console, "counting the memory of an update", None, "counts"):
-            choice = ranks.on_first(lambda: choose_pass_tokens(self.config))
+            # Here, and not where --plan is asked about.
+            here = replace(compute, device_gb=None, ranks=None)
+            config = replace(self.config, compute=here)
+            choice = ranks.on_first(lambda: choose_pass_tokens(config))
         if choice.note:
             print_line(self.console, choice.note)
         return choice.tokens

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 from tests.architecture import SMALL
 from tests.train.memory.test_plan import arch
 from threadweaver.generate.settings import EngineSizes
+from threadweaver.train import trainer
 from threadweaver.train.config import (
     ComputeConfig,
     ConfigError,
@@ -20,18 +23,19 @@ from threadweaver.train.config import (
 )
 from threadweaver.train.memory import first_layers, update
 from threadweaver.train.memory.blueprint import Architecture, architecture_of
-from threadweaver.train.memory.choice import choose_pass_tokens
+from threadweaver.train.memory.choice import PassChoice, choose_pass_tokens
 from threadweaver.train.memory.passes import Passes
 from threadweaver.train.memory.plan import Phase
 from threadweaver.train.memory.planner import Planner
 from threadweaver.train.memory.rollout import EngineUse, count_engine
 from threadweaver.train.memory.update import count_update
-from threadweaver.train.stages import RLConfig, SFTConfig
+from threadweaver.train.stages import PipelineConfig, RLConfig, SFTConfig
 from threadweaver.trajectory import TAGS
 
 BF16, FP32 = torch.bfloat16, torch.float32
 DEEP = {**SMALL, "num_hidden_layers": 5, "max_position_embeddings": 4096}
 WIDE = arch(128, 2)
+ONE_TOKEN = Passes(1, False, FP32, False, False)
 
 
 def architecture(lora: LoraConfig | None = None, **fields) -> Architecture:
@@ -126,6 +130,25 @@ def test_an_engine_doubles_no_parameters_in_bfloat16_but_those_with_adapters(lor
     assert count_engine(of, use).copies == (of_targets + rows_of_tags if lora else 0)
 
 
+def test_an_engine_with_merged_adapters_is_counted_apart_from_one_beside_them():
+    config = PipelineConfig(
+        run_dir="unused",
+        model=ModelConfig(arch=SMALL, lora=LoraConfig(rank=4, targets=["q_proj"])),
+        compute=ComputeConfig(device="cpu", precision="fp32"),
+    )
+    config.sft.optimization.batch_tokens = config.self_train.optimization.batch_tokens = 16
+    config.rl.optimization.batch_tokens = 16
+    config.evaluate.engine = config.rl.rollouts.engine
+    phases = Planner(config).plan(config).phases
+    trained, merged = (
+        next(phase for phase in phases if phase.title == title)
+        for title in ("P-GRPO: rollouts", "evaluation")
+    )
+    whole = count_update(architecture_of(ModelConfig(arch=SMALL)), ONE_TOKEN).parameters
+    assert merged.part("rollout copy") == 0 < trained.part("rollout copy")
+    assert merged.part("parameters") == whole < trained.part("parameters")
+
+
 def test_ranks_share_parameters_gradients_and_moments():
     fields = WIDE
     alone = update_of(on_gpu(fields, 80, tokens=64))
@@ -185,6 +208,21 @@ def test_passes_that_do_not_fit_whatever_they_are_are_the_fewest_and_said_so():
     choice = choose_pass_tokens(on_gpu(WIDE, 0.01))
     assert choice.tokens == 1024
     assert choice.note is not None and "does not fit" in choice.note
+
+
+def test_a_run_chooses_for_where_it_is_and_not_for_what_plan_is_asked_about(monkeypatch):
+    asked = []
+
+    def choose(config):
+        asked.append((config.compute.device_gb, config.compute.ranks))
+        return PassChoice(1024, None)
+
+    monkeypatch.setattr(trainer, "choose_pass_tokens", choose)
+    run = SimpleNamespace(
+        config=on_gpu(WIDE, 80, ranks=4), device=torch.device("cuda"), console=Console(stderr=True)
+    )
+    assert trainer.Trainer._settle_passes(run) == 1024  # pyright: ignore[reportArgumentType]
+    assert asked == [(None, None)]
 
 
 def test_offloaded_activations_are_on_the_host():

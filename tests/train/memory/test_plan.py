@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from bench.models import SHAPES
 from tests.architecture import SMALL
 from threadweaver.data import save_rows
 from threadweaver.tasks.multiplication import make_rows, split_problems
@@ -29,18 +30,7 @@ from threadweaver.train.stages import SFTConfig
 
 ROOT = Path(__file__).parents[3]
 TOLERANCE = 0.1
-QWEN3_8B = {
-    "model_type": "qwen3",
-    "vocab_size": 151936,
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 40960,
-    "tie_word_embeddings": False,
-}
+QWEN3_8B = {**SHAPES["8B"], "model_type": "qwen3", "max_position_embeddings": 40960}
 
 
 def arch(hidden: int, layers: int, **others) -> dict:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
-from typing import TypeVar
+from functools import cache, partial
 
 import torch
 
@@ -14,7 +13,7 @@ from threadweaver.train.memory.blueprint import architecture_of
 from threadweaver.train.memory.optimizer import state_bytes, step_bytes
 from threadweaver.train.memory.phases import RollingOut, Updating, phases_of
 from threadweaver.train.memory.plan import Part, Phase, Plan
-from threadweaver.train.memory.rollout import EngineBytes, EngineUse, count_engine
+from threadweaver.train.memory.rollout import EngineUse, count_engine
 from threadweaver.train.memory.sharding import sharded
 from threadweaver.train.memory.target import Target, target_of
 from threadweaver.train.memory.update import Passes, UpdateBytes, count_activations, count_update
@@ -26,9 +25,6 @@ LEAST_TOKENS = 1024
 _FEWEST_PARTS = 8
 _STEP = 256
 
-K = TypeVar("K")
-V = TypeVar("V")
-
 
 class Planner:
     """Plans of runs of one model, each of whose parts is counted once.
@@ -39,9 +35,9 @@ class Planner:
 
     def __init__(self, config: RunConfig):
         self.architecture = architecture_of(config.model)
-        self._updates: dict[Passes, UpdateBytes] = {}
-        self._forwards: dict[Passes, int] = {}
-        self._engines: dict[EngineUse, EngineBytes] = {}
+        self._counted = cache(partial(count_update, self.architecture))
+        self._forward = cache(partial(count_activations, self.architecture))
+        self._engine = cache(partial(count_engine, self.architecture))
 
     def plan(self, config: RunConfig) -> Plan:
         """Raises ConfigError for settings that cannot be."""
@@ -169,11 +165,9 @@ class Planner:
             dtype = target.products if phase.weights == "cast" else torch.float32
         copied = trained and target.ranks == 1 and target.autocast
         # The size of the pool decides nothing of what else there is.
-        use = EngineUse(replace(sizes, kv_gigabytes="auto"), dtype, copied, target.on_gpu)
-        architecture = self.architecture
-        if not trained or target.ranks > 1:
-            architecture = replace(architecture, lora=None)  # adapters are merged
-        found = _kept(self._engines, use, partial(count_engine, architecture))
+        adapters = trained and target.ranks == 1
+        use = EngineUse(replace(sizes, kv_gigabytes="auto"), dtype, copied, target.on_gpu, adapters)
+        found = self._engine(use)
         held = [*self._state(phase.beside, target), *self._reference(phase, target)]
         if trained and target.ranks > 1:
             share = self._parameters(target)
@@ -244,16 +238,7 @@ class Planner:
             sharded=False,
             offloaded=False,
         )
-        return _kept(self._forwards, forward, partial(count_activations, self.architecture))
-
-    def _counted(self, passes: Passes) -> UpdateBytes:
-        return _kept(self._updates, passes, partial(count_update, self.architecture))
-
-
-def _kept(found: dict[K, V], key: K, count: Callable[[K], V]) -> V:
-    if key not in found:
-        found[key] = count(key)
-    return found[key]
+        return self._forward(forward)
 
 
 def _there(parts: list[Part]) -> tuple[Part, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,12 +24,14 @@ class EngineUse:
         parameters: dtype of the model's.
         autocast: whether it computes, and keeps keys and values, in bfloat16 whatever that dtype.
         on_gpu: whether it is for a GPU.
+        adapters: whether those of the architecture are beside its weights; else they are merged.
     """
 
     sizes: EngineSizes
     parameters: torch.dtype
     autocast: bool
     on_gpu: bool
+    adapters: bool = True
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class EngineBytes:
 
 def count_engine(architecture: Architecture, use: EngineUse) -> EngineBytes:
     """Counts an engine and its largest step."""
+    if not use.adapters:
+        architecture = replace(architecture, lora=None)
     sizes = use.sizes
     tokens = sizes.max_batch_tokens
     trie = Trie.from_paths([[0] * tokens])
