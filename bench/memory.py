@@ -7,15 +7,18 @@ Nothing is measured here, and no GPU is needed.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from argparse import ArgumentError
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
+from bench.environment import environment
 from bench.models import SHAPES, check_names
 from bench.suite import UsageError
 from threadweaver.command import explain, fail, quiet
@@ -46,7 +49,7 @@ class Setup:
     """
 
     title: str
-    parameters: str = "fp32"
+    parameters: Literal["fp32", "bf16"] = "fp32"
     optimizer: OptimizerName = "adamw"
     lora: LoraConfig | None = None
     ranks: int = 1
@@ -55,7 +58,7 @@ class Setup:
         return ComputeConfig(
             device="cuda",
             precision="bf16",
-            parameters=self.parameters,  # pyright: ignore[reportArgumentType] (one of two)
+            parameters=self.parameters,
             device_gb=gigabytes,
             ranks=self.ranks,
             gradient_checkpointing=True,
@@ -80,6 +83,8 @@ def main(arguments: list[str]) -> int:
         options = parser.parse_args(arguments)
         models = options.models.split(",")
         check_names(models)
+        if not 0 < options.device_gb < math.inf:
+            raise UsageError(f"--device_gb is {options.device_gb:g}: it must be above 0 and finite")
     except ArgumentError as error:
         return fail(explain(str(error), parser.get_defaults()), 2)
     except UsageError as error:
@@ -149,7 +154,8 @@ def document(
     models: Sequence[str], plans: dict[tuple[str, str], Plans], gigabytes: float
 ) -> Iterator[str]:
     """Lines of Markdown."""
-    gpu = f"{gigabytes:g} GB"
+    gpu, env = f"{gigabytes:g} GB", environment("cpu")
+    commit = f"{(env['commit'] or 'unknown')[:9]}{'-dirty' if env['dirty'] else ''}"
     yield "# Memory of Qwen3 models"
     yield ""
     yield (
@@ -160,7 +166,10 @@ def document(
         "path is longer."
     )
     yield ""
-    yield f"Made by `python -m bench memory --device_gb {gigabytes:g} > docs/memory.md`."
+    yield (
+        f"Made by `{env['command']} > docs/memory.md`, commit {commit}, {env['date'][:10]}; the "
+        "figures do not depend on the machine that counts."
+    )
     for title, stage in (("SFT", "sft"), ("P-GRPO", "rl")):
         yield from ("", f"## {title}", "")
         yield from _table(models, lambda m, s, stage=stage: _update(plans[m, s.title], stage))
@@ -173,7 +182,7 @@ def document(
     yield from _table(models, lambda m, s: _tokens(plans[m, s.title].rl))
 
 
-def _table(models: Sequence[str], cell) -> Iterator[str]:
+def _table(models: Sequence[str], cell: Callable[[str, Setup], str]) -> Iterator[str]:
     yield "| | " + " | ".join(setup.title for setup in SETUPS) + " |"
     yield "|---|" + "---:|" * len(SETUPS)
     for model in models:

@@ -20,3 +20,10 @@ def test_a_model_without_a_shape_is_one_line(capsys):
     assert main(["memory", "--models", "9B"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "9B" in error
+
+
+def test_a_gpu_without_memory_is_one_line(capsys):
+    for gigabytes in ("0", "-1", "nan"):
+        assert main(["memory", "--models", "tiny", "--device_gb", gigabytes]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "device_gb" in error
