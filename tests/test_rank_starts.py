@@ -54,6 +54,12 @@ def test_a_world_size_without_the_rest_of_torchrun_is_refused(monkeypatch, capsy
     assert error.count("\n") == 1
 
 
+def test_seconds_to_join_that_are_no_number_are_named(torchrun_store, monkeypatch):
+    monkeypatch.setenv("TW_JOIN_SECONDS", "1m")
+    with pytest.raises(ValueError, match=r"^TW_JOIN_SECONDS is 1m: "):
+        ranks.join()
+
+
 def test_ranks_that_cannot_reach_each_other_say_so(torchrun_store, monkeypatch, capsys):
     def refuse(*arguments, **options):
         raise RuntimeError("Gloo connectFullMesh failed\nwith a trace")

@@ -69,7 +69,11 @@ def join(seconds: float | None = None) -> Store:
             "ranks with torchrun, or one process without WORLD_SIZE"
         )
     if seconds is None:
-        seconds = float(os.environ.get("TW_JOIN_SECONDS", JOIN_SECONDS))
+        given = os.environ.get("TW_JOIN_SECONDS", JOIN_SECONDS)
+        try:
+            seconds = float(given)
+        except ValueError:
+            raise ValueError(f"TW_JOIN_SECONDS is {given}: it must be a number") from None
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     last = time.monotonic() + seconds
     try:
