@@ -59,8 +59,7 @@ def join(seconds: float | None = None) -> Store:
 
     Raises:
         NotAllCame: so many seconds have passed.
-        ValueError: the environment is not what torchrun makes, or the ranks cannot reach each
-            other.
+        ValueError: the environment is not torchrun's, or the ranks cannot reach each other.
     """
     global _store, _attempt
     if missing := [name for name in NEEDED if name not in os.environ]:
