@@ -54,6 +54,33 @@ def test_a_world_size_without_the_rest_of_torchrun_is_refused(monkeypatch, capsy
     assert error.count("\n") == 1
 
 
+def test_seconds_to_join_that_are_no_number_are_named(torchrun_store, monkeypatch):
+    monkeypatch.setenv("TW_JOIN_SECONDS", "1m")
+    with pytest.raises(ValueError, match=r"^TW_JOIN_SECONDS is 1m: "):
+        ranks.join()
+
+
+def test_ranks_that_cannot_reach_each_other_say_so(torchrun_store, monkeypatch, capsys):
+    def refuse(*arguments, **options):
+        raise RuntimeError("Gloo connectFullMesh failed\nwith a trace")
+
+    monkeypatch.setattr(ranks.dist, "init_process_group", refuse)
+    with pytest.raises(SystemExit, match="2"), rank_errors.joined():
+        pass
+    error = capsys.readouterr().err
+    assert error.startswith("error: rank 0 cannot join the others at 127.0.0.1:")
+    assert "(Gloo connectFullMesh failed with a trace)" in error and error.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_named(torchrun_store, monkeypatch, capsys):
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")  # this rank makes the store itself
+    with pytest.raises(SystemExit, match="2"), rank_errors.joined():
+        pass
+    error = capsys.readouterr().err
+    assert f"rank 0 cannot join the others at 127.0.0.1:{torchrun_store.port} (" in error
+    assert error.count("error: ") == 1 and "Traceback" not in error
+
+
 @pytest.mark.parametrize("module", ["threadweaver.eval", "threadweaver.train"])
 def test_torchrun_hands_on_every_option(module):
     """It takes what abbreviates several options of its own, as --n does, for an error."""

@@ -55,22 +55,21 @@ def joined() -> Iterator[None]:
     except (OSError, MemoryError):
         raise  # said by `command`
     except Exception as error:
-        if isinstance(error, RuntimeError) and command.is_out_of_memory(error):
-            raise
-        if _is_lost(error):
-            end.all(LOST, 1)
+        if isinstance(error, RuntimeError):
+            if command.is_out_of_memory(error):
+                raise
+            if _is_lost(error):
+                end.all(f"{LOST} ({ranks.in_one_line(error)})", 1)
         end.all(f"{type(error).__name__}: {error}", 1, traceback.format_exc())
     end.watched.set()
     command.on_failure = None
     ranks.leave()
 
 
-def _is_lost(error: Exception) -> bool:
-    """Whether a collective failed because a rank is not there any more."""
-    text = str(error)
-    return isinstance(error, DistError) or (
-        isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "NCCL", "peer"))
-    )
+def _is_lost(error: RuntimeError) -> bool:
+    """Whether a collective failed, as when a rank is not there any more."""
+    words = ("gloo", "NCCL", "peer")
+    return isinstance(error, DistError) or any(word in str(error) for word in words)
 
 
 class _End:
@@ -107,7 +106,7 @@ class _End:
         store, rank, size = self._store, ranks.rank(), ranks.size()
         store.set(f"line/{rank}", line)
         if store.add("failed", 1) == 1:
-            _wait(lambda: store.add("failed", 0) == size, SAME_SECONDS)
+            ranks.becomes(lambda: store.add("failed", 0) == size, SAME_SECONDS)
             keys = [f"line/{other}" for other in range(size)]
             alike = store.check(keys) and {store.get(key) for key in keys} == {line.encode()}
             _say(line if alike else f"rank {rank}: {line}", detail)
@@ -116,12 +115,12 @@ class _End:
             code = self._code(store) or code
         store.add("gone", 1)
         if rank == 0:  # in whose process the store may be
-            _wait(lambda: store.add("gone", 0) == size, SAME_SECONDS)
+            ranks.becomes(lambda: store.add("gone", 0) == size, SAME_SECONDS)
         return code
 
     def _code(self, store: Store) -> int | None:
         """That of the first rank that failed, once it has said why; None if it never does."""
-        _wait(lambda: store.check(["code"]), 5 * SAME_SECONDS)
+        ranks.becomes(lambda: store.check(["code"]), 5 * SAME_SECONDS)
         return int(store.get("code")) if store.check(["code"]) else None
 
     def _watch(self, store: Store) -> None:
@@ -140,13 +139,6 @@ class _End:
                 code = 1
             if not self.watched.is_set():
                 _exit(code)
-
-
-def _wait(is_so, seconds: float) -> None:
-    """Until something is so, at most so many seconds."""
-    last = time.monotonic() + seconds
-    while not is_so() and time.monotonic() < last:
-        time.sleep(LOOK_SECONDS / 10)
 
 
 def _say(line: str, detail: str) -> None:

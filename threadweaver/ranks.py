@@ -25,6 +25,7 @@ T = TypeVar("T")
 # decodes a long tail of rollouts, or loads a large model, keeps the others waiting.
 JOIN_SECONDS = 600.0
 COLLECTIVE_SECONDS = 4 * 3600.0
+LOOK_SECONDS = 0.05  # between two looks at whether something has become so
 NEEDED = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # in the environment, beside WORLD_SIZE
 
 _store: Store | None = None
@@ -58,7 +59,7 @@ def join(seconds: float | None = None) -> Store:
 
     Raises:
         NotAllCame: so many seconds have passed.
-        ValueError: the environment is not what torchrun makes.
+        ValueError: the environment is not torchrun's, or the ranks cannot reach each other.
     """
     global _store, _attempt
     if missing := [name for name in NEEDED if name not in os.environ]:
@@ -67,31 +68,44 @@ def join(seconds: float | None = None) -> Store:
             "ranks with torchrun, or one process without WORLD_SIZE"
         )
     if seconds is None:
-        seconds = float(os.environ.get("TW_JOIN_SECONDS", JOIN_SECONDS))
+        given = os.environ.get("TW_JOIN_SECONDS", JOIN_SECONDS)
+        try:
+            seconds = float(given)
+        except ValueError:
+            raise ValueError(f"TW_JOIN_SECONDS is {given}: it must be a number") from None
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     last = time.monotonic() + seconds
-    all_attempts = _shared_store(rank, last)
-    if all_attempts is None:
-        raise NotAllCame(seconds, is_told=local_rank() > 0)
-    _attempt = _attempt_of(rank, all_attempts)
-    store = PrefixStore(_attempt, all_attempts)
-    store.set(f"came/{rank}", "")
-    keys = [f"came/{other}" for other in range(size)]
-    if not _becomes(lambda: store.check(keys), last):
-        raise NotAllCame(seconds, _is_told(store))
+    try:
+        all_attempts = _shared_store(rank, seconds)
+        if all_attempts is None:
+            raise NotAllCame(seconds, is_told=local_rank() > 0)
+        _attempt = _attempt_of(rank, all_attempts)
+        store = PrefixStore(_attempt, all_attempts)
+        store.set(f"came/{rank}", "")
+        keys = [f"came/{other}" for other in range(size)]
+        if not becomes(lambda: store.check(keys), last - time.monotonic()):
+            raise NotAllCame(seconds, _is_told(store))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            store=PrefixStore("collectives", store),
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=COLLECTIVE_SECONDS),
+        )
+    except RuntimeError as error:  # PyTorch's own, of the store and of gloo
+        address, port = _address()
+        raise ValueError(
+            f"rank {rank} cannot join the others at {address}:{port} "
+            f"({in_one_line(error)}): is a rank gone, the port taken, or "
+            "GLOO_SOCKET_IFNAME to name the network between the machines?"
+        ) from error
     _store = store
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-        store=PrefixStore("collectives", store),
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=COLLECTIVE_SECONDS),
-    )
     return store
 
 
-def _shared_store(rank: int, last: float) -> Store | None:
-    """Of torchrun if it has one, else of rank 0; None if that is not there by the time `last`."""
+def _shared_store(rank: int, seconds: float) -> Store | None:
+    """Of torchrun if it has one, else of rank 0; None if that is not there after so many
+    seconds."""
     address = _address()
     is_ours = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
@@ -101,7 +115,7 @@ def _shared_store(rank: int, last: float) -> Store | None:
             return True
         return False
 
-    if not is_ours and not _becomes(is_there, last):
+    if not is_ours and not becomes(is_there, seconds):
         return None
     return TCPStore(*address, is_master=is_ours, wait_for_workers=False)
 
@@ -124,10 +138,16 @@ def another_client() -> Store:
     return PrefixStore(_attempt, TCPStore(*_address(), is_master=False, wait_for_workers=False))
 
 
-def _becomes(is_so: Callable[[], bool], last: float) -> bool:
-    """Waits until something is so; whether it is by the time `last`."""
+def in_one_line(error: RuntimeError) -> str:
+    """What PyTorch met with among ranks, without the trace of C++ that may follow."""
+    return " ".join(str(error).split())[:300]
+
+
+def becomes(is_so: Callable[[], bool], seconds: float) -> bool:
+    """Waits until something is so, at most so many seconds; whether it is then."""
+    last = time.monotonic() + seconds
     while not (found := is_so()) and time.monotonic() < last:
-        time.sleep(0.05)
+        time.sleep(LOOK_SECONDS)
     return found
 
 

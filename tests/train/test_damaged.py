@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
+from threadweaver.train import sharded_checkpoint
 from threadweaver.train.config import ConfigError
 from threadweaver.train.log import MetricsLog
 from threadweaver.train.run_dir import read_json
-from threadweaver.train.sharded_checkpoint import load_weights, save_shards
+from threadweaver.train.sharded_checkpoint import load_optimizer, load_weights, save_shards
 
 from .test_resume import stop_before, stopped  # noqa: F401 (a fixture)
 from .test_self_train import run as self_training  # noqa: F401 (a fixture)
@@ -58,9 +62,42 @@ def test_damaged_parts_of_a_checkpoint_are_named_in_one_line(tmp_path, caplog, d
     load_weights(tmp_path / "step-6", model)
     caplog.clear()
     damage(tmp_path / "step-6/state" / damaged)
-    with pytest.raises(ConfigError, match=r"step-6/state: cannot be read \(.*the folder step-6 "):
+    words = rf"step-6/state: cannot be read \({damaged}: .*the folder step-6 "
+    with pytest.raises(ConfigError, match=words):
         load_weights(tmp_path / "step-6", model)
     assert not [r for r in caplog.records if "NullHandler" not in r.name]  # what users see
+
+
+class Attack:
+    """Runs code where it is unpickled."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("of_value", [False, True], ids=["metadata", "value"])
+def test_parts_of_a_checkpoint_run_no_code(tmp_path, monkeypatch, of_value):
+    mark = tmp_path / "attacked"
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    if of_value:
+        states: Any = get_optimizer_state_dict(model, optimizer)
+        states["param_groups"][0]["betas"] = Attack(mark)
+        with monkeypatch.context() as patch:
+            patch.setattr(sharded_checkpoint, "get_optimizer_state_dict", lambda *_: states)
+            save_shards(tmp_path / "step-6", model, optimizer)
+        if mark.exists():  # by a copy that PyTorch made
+            mark.rmdir()
+    else:
+        save_shards(tmp_path / "step-6", model, optimizer)
+        (tmp_path / "step-6/state/.metadata").write_bytes(pickle.dumps(Attack(mark)))
+    words = "__0_0.distcp: " if of_value else ".metadata: it names posix.mkdir"
+    with pytest.raises(ConfigError, match=words):
+        load_optimizer(tmp_path / "step-6", model, optimizer)
+    assert not mark.exists()
 
 
 @pytest.mark.parametrize(

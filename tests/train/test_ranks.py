@@ -71,6 +71,7 @@ def test_losses_and_weights_are_those_of_one_process(run_of_20, tmp_path, arch, 
     ended = on_ranks(together.arguments(), tmp_path, count)
     assert ended.codes == [0] * count, ended.err
     assert ended.err == "" and ended.out.count("Supervised fine-tuning") == 1
+    assert f"torchrun --nproc_per_node {count} -m threadweaver.train sft --model.path" in ended.out
     check_alike(together, alone)
 
 

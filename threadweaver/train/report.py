@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from threadweaver.progress import print_line
+from threadweaver.ranks import launcher
 
 
 def print_sft_table(console: Console, summary: dict[str, Any], run_dir: Path) -> None:
@@ -35,8 +36,8 @@ def print_sft_table(console: Console, summary: dict[str, Any], run_dir: Path) ->
         ("curves", f"tensorboard --logdir {shlex.quote(str(run_dir))}"),
         (
             "train it further",
-            f"python -m threadweaver.train sft --model.path {shlex.quote(summary['checkpoint'])} "
-            "--data.train FILE --run_dir FOLDER",
+            f"{launcher()} threadweaver.train sft --model.path "
+            f"{shlex.quote(summary['checkpoint'])} --data.train FILE --run_dir FOLDER",
         ),
     ]
     _print(console, "Supervised fine-tuning", rows)

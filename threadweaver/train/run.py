@@ -28,9 +28,7 @@ from threadweaver.progress import print_line
 from threadweaver.train.config import ConfigError, RunConfig
 from threadweaver.train.lora import check_lora
 from threadweaver.train.offload import check_offload
-from threadweaver.train.optimizer import (
-    check_optimizers,
-)
+from threadweaver.train.optimizer import check_optimizers
 from threadweaver.train.run_dir import (
     check_run_dir,
     check_same_config,
@@ -39,13 +37,8 @@ from threadweaver.train.run_dir import (
     settle_precision,
     write_config,
 )
-from threadweaver.train.same_on_ranks import (
-    check_folder,
-    check_settings,
-)
-from threadweaver.train.setup import (
-    prepare_torch,
-)
+from threadweaver.train.same_on_ranks import check_folder, check_settings
+from threadweaver.train.setup import prepare_torch
 from threadweaver.train.trackers import check_trackers
 
 C = TypeVar("C", bound=RunConfig)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -63,9 +62,7 @@ def check_folder(folder: Path) -> None:
         return mark
 
     mark = ranks.on_first(make)
-    last = time.monotonic() + SEEN_SECONDS
-    while not (is_seen := os.path.exists(mark)) and time.monotonic() < last:  # noqa: PTH110 (never raises)
-        time.sleep(0.05)
+    is_seen = ranks.becomes(lambda: os.path.exists(mark), SEEN_SECONDS)  # noqa: PTH110 (never raises)
     found = ranks.gather((is_seen, os.access(folder, os.W_OK)))
     if ranks.is_first():
         mark.unlink()

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 
 from threadweaver import ranks
 from threadweaver.train.config import ConfigError
+from threadweaver.train.shard_reader import SafeLoadPlanner, ShardReader
 from threadweaver.train.sharding import scatter
 
 FOLDER = "state"
@@ -100,10 +101,10 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 def _load(checkpoint: Path, state: dict[str, Any]) -> None:
     try:
-        reader = FileSystemReader(checkpoint / FOLDER)
+        reader = ShardReader(checkpoint / FOLDER)
         reader.read_metadata()  # of what it cannot read, `load` would log a traceback
         with _no_word_of_one_process():
-            load(state, storage_reader=reader)
+            load(state, storage_reader=reader, planner=SafeLoadPlanner())
     except (CheckpointException, Exception) as error:  # whatever damaged bytes make of the reader
         raise _unreadable(checkpoint, _cause(error)) from error
 

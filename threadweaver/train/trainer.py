@@ -41,26 +41,11 @@ from threadweaver.train.lora import RunAdapters
 from threadweaver.train.memory.choice import choose_pass_tokens
 from threadweaver.train.not_finite import save_batch
 from threadweaver.train.offload import ActivationOffload
-from threadweaver.train.optimizer import (
-    build_optimizer,
-    clip_gradient,
-    set_learning_rate,
-)
+from threadweaver.train.optimizer import build_optimizer, clip_gradient, set_learning_rate
 from threadweaver.train.run import Run
-from threadweaver.train.run_dir import (
-    check_same_settings,
-    settings_of,
-)
-from threadweaver.train.same_on_ranks import (
-    check_data,
-    generator_states,
-    restore_generators,
-)
-from threadweaver.train.setup import (
-    build_passes,
-    compile_layers,
-    recompute_activations,
-)
+from threadweaver.train.run_dir import check_same_settings, settings_of
+from threadweaver.train.same_on_ranks import check_data, generator_states, restore_generators
+from threadweaver.train.setup import build_passes, compile_layers, recompute_activations
 from threadweaver.train.sharded_checkpoint import (
     has_shards,
     load_optimizer,
