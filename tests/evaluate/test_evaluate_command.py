@@ -10,15 +10,11 @@ import sys
 import pytest
 import torch
 
-from tests.products import ARCH, CODEC, FACTORS, PROMPTS, RESPONSES, save_product_model
+from tests.evaluate.conftest import GREEDY
+from tests.products import ARCH, CODEC, FACTORS, PROMPTS, RESPONSES
 from tests.trajectory.byte_tokenizer import byte_tokenizer
 from threadweaver.eval import main
 from threadweaver.model import load_model, new_model, save_model
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> str:
-    return save_product_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -26,8 +22,7 @@ def solve(folder):
     """Runs the command with greedy choices; options given later win."""
 
     def run(*options: str, model: str = folder, task: str = "multiplication") -> int:
-        fixed = "--temperature 0 --kv_gigabytes 0.01 --device cpu --precision fp32 --max_tokens 300"
-        return main(["--model", model, "--task", task, *fixed.split(), "--n", "2", *options])
+        return main(["--model", model, "--task", task, *GREEDY.split(), "--n", "2", *options])
 
     return run
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.evaluate.conftest import KNOWN, asking
 from tests.evaluate.test_resume_evaluation import figures, responses
-from tests.products import FACTORS, PROMPTS, save_product_model
+from tests.products import PROMPTS
 from tests.train.on_ranks import Ended, on_ranks
 from threadweaver.evaluate.__main__ import main
 from threadweaver.generate.engine import Engine, NonFiniteLogits
@@ -19,28 +20,12 @@ HOT = ["--mode", "both", "--samples", "3", "--temperature", "2", "--max_tokens",
 HOT += ["--max_sequences", "3"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> str:
-    return save_product_model(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
 def arguments(folder, tmp_path):
     """Of an evaluation on five products, the two that the model knows among them."""
     pytest.importorskip("math_verify")
-    data = tmp_path / "products.jsonl"
-    asked = [(p, a * b) for p, (a, b) in zip(PROMPTS, FACTORS, strict=True)]
-    asked += [(PROMPTS[0] + "?" * i, 1) for i in range(1, 4)]
-    rows = [{"question": question, "ground_truth": str(answer)} for question, answer in asked]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def make(*options: str) -> list[str]:
-        fixed = "--temperature 0 --kv_gigabytes 0.01 --device cpu --precision fp32 --max_tokens 300"
-        files = ["--responses", str(tmp_path / "r.jsonl"), "--json", str(tmp_path / "e.json")]
-        task = ["--task", str(data), "--task_options", "{held_out: 1, whole_numbers: true}"]
-        return ["--model", folder, *task, *fixed.split(), *files, *options]
-
-    return make
+    unknown = [(PROMPTS[0] + "?" * i, 1) for i in range(1, 4)]
+    return asking([*KNOWN, *unknown], folder, tmp_path)
 
 
 def solve(arguments: list[str], folder: Path, count: int, **more) -> Ended:

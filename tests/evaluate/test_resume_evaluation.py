@@ -9,35 +9,19 @@ import numpy as np
 import pytest
 
 from tests.completions_server import Fault, serve
-from tests.products import FACTORS, PROMPTS, RESPONSES, save_product_model
+from tests.evaluate.conftest import KNOWN, asking
+from tests.products import PROMPTS, RESPONSES
 from threadweaver.evaluate.__main__ import main
 from threadweaver.evaluate.metrics import pass_at
 from threadweaver.generate.engine import Engine
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> str:
-    return save_product_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
 def solve(folder, tmp_path):
     """Evaluates both products in a folder of its own; options given later win."""
     pytest.importorskip("math_verify")
-    data = tmp_path / "products.jsonl"
-    rows = [
-        {"question": prompt, "ground_truth": str(a * b)}
-        for prompt, (a, b) in zip(PROMPTS, FACTORS, strict=True)
-    ]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def run(*options: str) -> int:
-        fixed = "--temperature 0 --kv_gigabytes 0.01 --device cpu --precision fp32 --max_tokens 300"
-        files = ["--responses", str(tmp_path / "r.jsonl"), "--json", str(tmp_path / "e.json")]
-        task = ["--task", str(data), "--task_options", "{held_out: 1, whole_numbers: true}"]
-        return main(["--model", folder, *task, *fixed.split(), *files, *options])
-
-    return run
+    arguments = asking(KNOWN, folder, tmp_path)
+    return lambda *options: main(arguments(*options))
 
 
 def figures(path) -> dict:

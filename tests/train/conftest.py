@@ -13,6 +13,7 @@ from tests.architecture import SMALL
 from threadweaver.data import save_rows
 from threadweaver.tasks.multiplication import make_rows, split_problems
 from threadweaver.train.__main__ import main
+from threadweaver.train.trainer import Trainer
 
 ARCH = {**SMALL, "tie_word_embeddings": True}
 
@@ -28,8 +29,12 @@ def restore_torch_settings():
 @pytest.fixture(scope="session")
 def data_files(tmp_path_factory) -> tuple[Path, Path]:
     """Files of 24 training and 6 validation rows, half of them parallel."""
-    folder = tmp_path_factory.mktemp("data")
-    halves = split_problems(train=24, validation=6, digits=1, factors=2, seed=0)
+    return save_products(tmp_path_factory.mktemp("data"), train=24, validation=6, digits=1)
+
+
+def save_products(folder: Path, train: int, validation: int, digits: int) -> tuple[Path, Path]:
+    """Writes files of so many products of two numbers, half of them parallel."""
+    halves = split_problems(train=train, validation=validation, digits=digits, factors=2, seed=0)
     paths = folder / "train.jsonl", folder / "validation.jsonl"
     for path, problems in zip(paths, halves, strict=True):
         save_rows(list(make_rows(problems, parallel_share=0.5, seed=0)), path)
@@ -56,6 +61,19 @@ class Run:
     def __call__(self, *extra: str) -> int:
         """Runs in this process; returns the exit code."""
         return main(self.arguments(*extra))
+
+    def dies_in_step(self, number: int, kind: type[Trainer], monkeypatch) -> None:
+        """Runs until an interrupt in a step, counted from 1, before the step changes anything."""
+        step = kind.train_step
+
+        def die(trainer):
+            if trainer.steps_done == number - 1:
+                raise KeyboardInterrupt
+            return step(trainer)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, "train_step", die)
+            assert self() == 130
 
     def metrics(self) -> list[dict]:
         """All records, without what was measured with a clock."""

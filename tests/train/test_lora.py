@@ -11,14 +11,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.architecture import SMALL
 from tests.trajectory.byte_tokenizer import byte_tokenizer
 from threadweaver.model import load_model, save_model
 from threadweaver.train.__main__ import main
@@ -32,15 +27,6 @@ from .test_rl import LetterTask, begins_low
 
 pytest.importorskip("peft")
 LORA = {"rank": 4, "alpha": 8}
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-}
 
 
 def write_model(
@@ -52,13 +38,10 @@ def write_model(
 ) -> str:
     """A model whose tokenizer of 300 tokens lacks the tags."""
     torch.manual_seed(0)
-    settings = {**SIZES, "vocab_size": rows, "tie_word_embeddings": tied}
-    settings |= {"initializer_range": initializer_range}
+    settings = {**SMALL, "model_type": kind, "max_position_embeddings": 512, "vocab_size": rows}
+    settings |= {"tie_word_embeddings": tied, "initializer_range": initializer_range}
     settings |= {"bos_token_id": None, "eos_token_id": byte_tokenizer().eos_token_id}
-    if kind == "qwen3":
-        model = Qwen3ForCausalLM(Qwen3Config(**settings))
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**settings))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
     save_model(model, byte_tokenizer(), folder)
     return str(folder)
 
@@ -167,17 +150,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(lora_run, new_rl_run, monkeypatc
     make, kind = (lora_run, SFTTrainer) if command == "sft" else (new_rl_run, RLTrainer)
     whole, dead = make("whole"), make("dead")
     assert whole() == 0
-    step, calls = kind.train_step, []
-
-    def die_in_its_fourth(self):
-        calls.append(self)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return step(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(kind, "train_step", die_in_its_fourth)
-        assert dead() == 130
+    dead.dies_in_step(4, kind, monkeypatch)
     assert dead("--resume") == 0
     assert dead.metrics() == whole.metrics()
     assert adapters(dead) == adapters(whole) and dead.weights() == whole.weights()
@@ -247,7 +220,7 @@ def test_rollouts_are_on_merged_weights_and_share_what_has_no_adapter(new_rl_run
 def test_the_reference_of_kl_is_the_model_without_adapters(new_rl_run, monkeypatch):
     run, loaded = new_rl_run(), []
     run.settings["policy"] = {"kl": 0.1}
-    monkeypatch.setattr("threadweaver.train.rl.build_passes", loaded.append)
+    monkeypatch.setattr("threadweaver.train.policy_update.build_passes", loaded.append)
     assert run() == 0
     assert not loaded  # no second one is in memory
     records = run.metrics()

@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
+from tests.train.conftest import save_products
+from tests.train.easy_task import PARALLEL
 from tests.train.test_rl import new_run as new_rl_run
 from tests.train.test_sft import trainer_of
-from threadweaver.data import save_rows
-from threadweaver.tasks.multiplication import make_rows, split_problems
+from threadweaver.data import save_rows, trajectory_row
 from threadweaver.train.batches import Step
 from threadweaver.train.sft import SFTTrainer
 
@@ -26,11 +27,7 @@ LONGEST_PATH, LARGEST_TRIE = 255, 339  # of these files
 def data_files(tmp_path_factory) -> tuple[Path, Path]:
     """As in the other tests of runs, of numbers large enough for threads beside each other."""
     folder = tmp_path_factory.mktemp("two-digits")
-    halves = split_problems(train=10, validation=3, digits=2, factors=2, seed=0)
-    paths = folder / "train.jsonl", folder / "validation.jsonl"
-    for path, problems in zip(paths, halves, strict=True):
-        save_rows(list(make_rows(problems, parallel_share=0.5, seed=0)), path)
-    return paths
+    return save_products(folder, train=10, validation=3, digits=2)
 
 
 @pytest.fixture
@@ -103,16 +100,7 @@ def test_a_run_of_sft_says_what_its_passes_cost(new_run, capsys, ticking_clock, 
 def test_a_resumed_run_may_take_passes_of_another_size(new_run, monkeypatch):
     whole, run = new_run("whole"), new_run()
     assert whole() == 0
-    train_step = SFTTrainer.train_step
-
-    def die_in_the_fifth(self):
-        if self.steps_done == 4:
-            raise KeyboardInterrupt
-        return train_step(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SFTTrainer, "train_step", die_in_the_fifth)
-        assert run() == 130
+    run.dies_in_step(5, SFTTrainer, monkeypatch)
     assert run("--resume", "--compute.pass_tokens", "300") == 0
     for a, b in zip(whole.metrics(), run.metrics(), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
@@ -142,3 +130,19 @@ def test_p_grpo_in_passes_takes_the_steps_of_whole_tries(new_rl_run, passes_seen
     assert parts.summary()["computed_per_trie_token"] == pytest.approx(
         1 + b["repeated_tokens"] / b["trie_tokens"]
     )
+
+
+def test_a_rank_without_a_pass_waits_with_one_that_is_split_as_all_are(
+    new_run, tmp_path, monkeypatch
+):
+    run = new_run()
+    save_rows([trajectory_row("1?\n", PARALLEL, "7")], tmp_path / "parallel.jsonl")
+    run.settings["data"] = {"train": str(tmp_path / "parallel.jsonl")}
+    trainer = trainer_of(run, "--compute.pass_tokens", "1")
+    [trie] = trainer.data.tries
+    passes = trainer._passes(trie)
+    assert len(passes) > 1
+    monkeypatch.setattr("threadweaver.train.sft.ranks.size", lambda: len(passes) + 1)
+    monkeypatch.setattr("threadweaver.train.sft.ranks.rank", lambda: len(passes))
+    dealt = trainer._dealt(passes)
+    assert not dealt.mine and [len(filler) for filler in dealt.fillers] == [len(passes[0])]

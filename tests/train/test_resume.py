@@ -144,16 +144,7 @@ def test_a_run_that_died_before_something_does_it_when_resumed(new_run, monkeypa
 def test_records_after_the_checkpoint_are_taken_back(new_run, monkeypatch):
     whole, dead = new_run("whole"), new_run("dead")
     assert whole() == 0
-    step = SFTTrainer.train_step
-
-    def die_in_sixth(self, *arguments):
-        if self.steps_done == 5:
-            raise KeyboardInterrupt
-        return step(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SFTTrainer, "train_step", die_in_sixth)
-        assert dead() == 130
+    dead.dies_in_step(6, SFTTrainer, monkeypatch)
     assert len(dead.metrics()) == 5  # one more than the checkpoint at step 4 knows
     with (dead.folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
@@ -203,10 +194,15 @@ def test_a_setting_that_reaches_the_weights_cannot_change(stopped, fails):
     assert "optimization.learning_rate is 0.001" in line and "0.003" in line
 
 
-@pytest.mark.parametrize(("name", "other"), [("template.use", "none"), ("data.max_depth", "2")])
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("template.use", "none"), ("data.max_depth", "2"), ("model.lora.alpha", "8.0")],
+)
 def test_a_setting_that_a_run_of_an_older_version_lacks_counts_as_its_default(new_run, name, other):
     def config(*options: str) -> SFTConfig:
-        arguments = new_run().arguments(*options)[1:]
+        run = new_run()
+        run.settings["model"] = {**run.settings["model"], "lora": {"rank": 4}}
+        arguments = run.arguments(*options)[1:]
         return config_of(SFTConfig, parser_of(SFTConfig).parse_args(arguments))
 
     saved = settings_of(config())

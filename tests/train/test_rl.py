@@ -180,7 +180,7 @@ def test_no_module_is_in_training_mode_while_log_probabilities_are_computed(new_
         seen.extend(module.training for module in model.modules())
         return trie_logprobs(model, *arguments)
 
-    monkeypatch.setattr("threadweaver.train.rl.trie_logprobs", watch)
+    monkeypatch.setattr("threadweaver.train.policy_update.trie_logprobs", watch)
     assert run() == 0
     assert seen and not any(seen)
 
@@ -361,17 +361,7 @@ def test_refill_goes_through_the_problems_in_order_also_when_resumed(new_run, mo
         assert whole() == 0
     passes = [seen[i : i + 5] for i in range(0, len(seen) - 4, 5)]
     assert len(passes) > 5 and all(sorted(p) == sorted(PROMPTS) for p in passes)
-    step, calls = RLTrainer.train_step, []
-
-    def die_in_the_fifth(self):
-        calls.append(None)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return step(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RLTrainer, "train_step", die_in_the_fifth)
-        assert dead() == 130
+    dead.dies_in_step(5, RLTrainer, monkeypatch)
     assert dead("--resume") == 0
     assert dead.metrics() == whole.metrics() and dead.weights() == whole.weights()
 

@@ -96,16 +96,16 @@ def tables_alone(model: PreTrainedModel) -> Iterator[None]:
 
 
 def put_into_tables(model: PreTrainedModel) -> None:
-    """Gives the model, and none that it shares its tables with, tables that hold the trained rows;
-    none are trained any more."""
+    """Gives the model, and none that it shares its tables with, tables on the CPU that hold the
+    trained rows; none are trained any more."""
     embedding, output = _tables(model)
     is_tied = output.weight is embedding.weight
     for table in (embedding, output):
         if table is output and is_tied:
             table.weight = embedding.weight
         elif found := rows_of(table):
-            weight = table.weight.detach().clone()
-            weight[found.ids] = found.rows.detach().to(weight.dtype)
+            weight = table.weight.detach().to("cpu", copy=True)  # a GPU may have no room
+            weight[found.ids.cpu()] = found.rows.detach().to(weight)
             table.weight = nn.Parameter(weight, requires_grad=False)
     drop_rows(model)
 

@@ -303,8 +303,8 @@ class RunConfig:
     Attributes:
         command: its name on the command line.
         free_on_resume: settings and sections of them, by dotted name, that a resumed run may
-            change: none that says what the weights are. (Sizes of an engine or of
-            passes, and recomputed activations, may make a sum round otherwise.)
+            change: none that says what the weights are. (Sizes of an engine or of passes,
+            and recomputed activations, may make a sum round otherwise.)
     """
 
     command: ClassVar[str]

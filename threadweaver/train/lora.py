@@ -48,8 +48,10 @@ class RunAdapters:
     """The adapters that a run trains.
 
     Args:
+        config: says which; checkpoints name its model.path as what they are for or, where the model
+            is another, run_dir/base, which the first `write` writes.
         model: gets them.
-        base: what names the model without them: model.path, or a folder that `write_base` writes.
+        tokenizer: of the model; has the tags, whose rows are trained too.
 
     Attributes:
         adapters: of the model.

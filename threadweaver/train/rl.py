@@ -10,18 +10,11 @@ and how large they are goes to the others, so that all of them make up the same 
 
 from __future__ import annotations
 
-import math
-import random
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import chain, count, islice
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import chain
 from statistics import fmean
-from typing import Any
-
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from threadweaver import ranks
 from threadweaver.evaluate.grade import METRICS, Graded, summary
@@ -31,9 +24,8 @@ from threadweaver.evaluate.reward import reward
 from threadweaver.evaluate.rollouts import fingerprint, fitting, roll_out, texts_of_problems
 from threadweaver.generate.engine import Engine
 from threadweaver.generate.settings import EngineSizes, GenerationSettings
-from threadweaver.model import TokenLogprobs, trie_logprobs
 from threadweaver.model.whole import local
-from threadweaver.progress import Progress, print_line
+from threadweaver.progress import print_line
 from threadweaver.tasks import Problem, load_task
 from threadweaver.train.advantages import group_advantages
 from threadweaver.train.batches import unrolled_tokens
@@ -41,33 +33,17 @@ from threadweaver.train.config import ConfigError
 from threadweaver.train.deal import Cost
 from threadweaver.train.groups import Group, batch_of, sample_groups
 from threadweaver.train.memory.optimizer import state_bytes
-from threadweaver.train.policy_batch import PolicyTrie, policy_group
-from threadweaver.train.policy_loss import PolicyLoss, policy_loss
-from threadweaver.train.policy_parts import Part, imbalance, parts_of
+from threadweaver.train.merged import merge
+from threadweaver.train.policy_parts import imbalance, parts_of
+from threadweaver.train.policy_update import PolicyTrainer
+from threadweaver.train.problem_order import in_passes
 from threadweaver.train.report import print_rl_table
 from threadweaver.train.rollout_model import RolloutModel
 from threadweaver.train.run_dir import write_json
-from threadweaver.train.setup import build_passes
-from threadweaver.train.sharding import Passes
-from threadweaver.train.stages import RLConfig
-from threadweaver.train.trainer import Record, Trainer
+from threadweaver.train.trainer import Record
 
 
-@dataclass
-class Merged:
-    """What this rank makes of the groups of a batch.
-
-    Attributes:
-        tries: of each group; of one that has no signal, or that is elsewhere, none.
-        dropped_calls, skipped_rollouts: as in `PolicyGroup`, of all.
-    """
-
-    tries: list[list[PolicyTrie]]
-    dropped_calls: int = 0
-    skipped_rollouts: int = 0
-
-
-class RLTrainer(Trainer[RLConfig]):
+class RLTrainer(PolicyTrainer):
     """Reinforcement learning on the problems of a task."""
 
     def load(self) -> None:
@@ -89,10 +65,7 @@ class RLTrainer(Trainer[RLConfig]):
         self.num_steps = config.optimization.steps
         self.rollout_model = RolloutModel(self.model, self.tokenizer, config.compute)
         self.cost = Cost(self.model)
-        self.filler = PolicyTrie.filler(self.codec.eos_id)
-        # Before the engine, which may take what is left.
-        with_second = config.policy.kl and self.lora is None
-        self.reference = self._load_reference() if with_second else None
+        self.load_reference()  # before the engine, which may take what is left
         self.engine = self._engine(config.rollouts.engine)
         if note := self.engine.pool_note:
             print_line(self.console, f"rollouts: {note}")
@@ -158,16 +131,13 @@ class RLTrainer(Trainer[RLConfig]):
         self.rollout_model.free()
         rolled_out = time.perf_counter()
         batch = batch_of(groups, self.config.rollouts.problems)
-        merged = self._merge(batch)
         optimization = self.config.optimization
+        merged = merge(batch, optimization.batch_tokens)
         parts = parts_of(
-            merged.tries,
-            optimization.updates,
-            optimization.batch_tokens,
-            self.pass_tokens,
+            merged.tries, optimization.updates, optimization.batch_tokens, self.pass_tokens
         )
         num_tokens = sum(group.num_sampled_tokens for group in batch)
-        learnt = self._learn(parts, num_tokens, [group.source for group in batch])
+        learnt = self.learn(parts, num_tokens, [group.source for group in batch])
         end = time.perf_counter()
         graded = [g for group in groups for g in group.graded]
         rewards = [r for group in groups for r in group.rewards]
@@ -188,7 +158,6 @@ class RLTrainer(Trainer[RLConfig]):
         )
         no_signal = sum(not group.has_signal for group in groups)
         sizes = ranks.gather([len(micro) for micros, _ in parts for micro in micros])
-        passes = [range(size) for of_rank in sizes for size in of_rank]
         self.add_to_totals(
             rollout_tokens=tokens,
             trie_tokens=trie_tokens,
@@ -207,7 +176,7 @@ class RLTrainer(Trainer[RLConfig]):
             "dropped_calls": dropped_calls,
             "skipped_rollouts": skipped_rollouts,
             **learnt,
-            **self.cost_of(passes, trie_tokens),
+            **self.cost_of(list(chain(*sizes)), trie_tokens),
             **summary(graded),
             "reached_limits": sum(any(asdict(g.counts.limits).values()) for g in graded),
             "no_answer": sum(g.no_answer for g in graded),
@@ -237,7 +206,8 @@ class RLTrainer(Trainer[RLConfig]):
         sampled: list[Group] = []
 
         def sample(size: int) -> list[Group]:
-            problems = list(self._problems_from(first + len(sampled), size))
+            start = first + len(sampled)
+            problems = in_passes(self.problems, self.config.seed, start, size)
             groups = self._groups_of(self._roll_out(problems, len(sampled)))
             sampled.extend(groups)
             return groups
@@ -253,19 +223,6 @@ class RLTrainer(Trainer[RLConfig]):
         """By all steps done; checkpoints of older versions do not say."""
         before = self.steps_done * self.config.rollouts.problems
         return int(self.totals.get("groups", before))
-
-    def _problems_from(self, start: int, size: int) -> Iterator[Problem]:
-        """So many problems, the `start` first ones left out: pass after pass over all of them, each
-        in an order of its own."""
-
-        def one_pass(number: int) -> list[Problem]:
-            order = list(self.problems)
-            random.Random(f"{self.config.seed}/{number}").shuffle(order)
-            return order
-
-        number, skipped = divmod(start, len(self.problems))
-        passes = map(one_pass, count(number))
-        return islice(chain.from_iterable(passes), skipped, skipped + size)
 
     def _roll_out(self, problems: Sequence[Problem], sampled: int) -> list[Graded]:
         """The rollouts of each problem, decoded and graded; those of one problem are neighbours.
@@ -304,21 +261,6 @@ class RLTrainer(Trainer[RLConfig]):
             groups.append(Group(group, rewards, group_advantages(totals, config.policy.advantage)))
         return groups
 
-    def _merge(self, groups: Sequence[Group]) -> Merged:
-        """Merges each group that has a signal, and that this rank decoded, into tries."""
-        merged = Merged([[] for _ in groups])
-        for group, tries in zip(groups, merged.tries, strict=True):
-            if group.has_signal and group.is_here:
-                made = policy_group(
-                    [g.rollout for g in group.graded if g.rollout is not None],
-                    group.advantages,
-                    self.config.optimization.batch_tokens,
-                )
-                tries += made.tries
-                merged.dropped_calls += made.dropped_calls
-                merged.skipped_rollouts += made.skipped_rollouts
-        return merged
-
     def _validate(self) -> Record:
         """Held-out problems in both modes: each time the same, with the same draws."""
         start = time.perf_counter()
@@ -348,115 +290,6 @@ class RLTrainer(Trainer[RLConfig]):
         record["validation_seconds"] = time.perf_counter() - start
         return record
 
-    def _learn(self, parts: Sequence[Part], num_tokens: int, sources: list[str]) -> Record:
-        """The optimizer steps of a batch.
-
-        Args:
-            num_tokens: of all completions of the batch, those of groups without signal included.
-            sources: of its problems.
-        """
-        settings = self.config.optimization
-        warmup = math.ceil(settings.warmup * self.num_steps)
-        rate = settings.learning_rate * min(1.0, (self.steps_done + 1) / max(warmup, 1))
-        old: list[list[Tensor | None]] = [[None] * len(micros) for micros, _ in parts]
-        losses: list[PolicyLoss] = []
-        norms = []
-        passes = sum(len(micros) + fillers for micros, fillers in parts)
-        title = f"updating, step {self.steps_done + 1}"
-        with Progress(
-            self.console, title, passes * (2 if settings.updates > 1 else 1), "passes"
-        ) as progress:
-            if settings.updates > 1:
-                self.copies.cast()
-                with torch.no_grad():
-                    for (micros, fillers), logprobs in zip(parts, old, strict=True):
-                        logprobs[:] = [
-                            self._logprobs(self.passes, m) for m in progress.track(micros)
-                        ]
-                        for _ in progress.track(range(fillers)):
-                            self._logprobs(self.passes, self.filler)
-            for (micros, fillers), old_logprobs in zip(parts, old, strict=True):
-                self.copies.cast()
-                step = [
-                    self._backward(micro, before, num_tokens / settings.updates)
-                    for micro, before in zip(progress.track(micros), old_logprobs, strict=True)
-                ]
-                for _ in progress.track(range(fillers)):
-                    self._run_filler()
-                norms.append(
-                    self.update(
-                        rate,
-                        [loss.loss for loss in step],
-                        [micro.trie for micro in micros],
-                        [sources] * len(micros),
-                    )
-                )
-                losses += step
-
-        names = ("loss", "clipped", "entropy", "kl", "mismatch")
-        sums = [math.fsum(float(getattr(loss, name)) for loss in losses) for name in names]
-        # Those of groups with a signal, which alone are looked at.
-        tokens = sum(micro.num_completion_tokens for micros, _ in parts for micro in micros)
-        loss, *sums, tokens = ranks.sums([*sums, tokens])
-        clip_share, entropy, kl, mismatch = (x / max(tokens, 1) for x in sums)
-        largest = max((float(loss.max_mismatch) for loss in losses), default=0.0)
-        return {
-            "loss": loss / settings.updates,
-            "clip_share": clip_share,
-            "entropy": entropy,
-            "kl": kl,
-            "mismatch": mismatch,
-            "max_mismatch": max(ranks.gather(largest)),
-            "gradient_norm": fmean(norms) if norms else 0.0,
-            "learning_rate": rate,
-            "updates": len(norms),
-        }
-
-    def _backward(self, micro: PolicyTrie, old: Tensor | None, num_tokens: float) -> PolicyLoss:
-        """Adds the gradient of a micro-batch; its loss."""
-        current, reference = self._forward(micro)
-        loss = policy_loss(current, micro, self.config.policy, num_tokens, old, reference)
-        loss.loss.backward()
-        return PolicyLoss(*(value.detach() for value in loss))
-
-    def _run_filler(self) -> None:
-        """The passes of `_backward` for nothing, while other ranks have a micro-batch."""
-        current, _ = self._forward(self.filler)
-        (0 * current.logprobs.sum()).backward()
-
-    def _forward(self, micro: PolicyTrie) -> tuple[TokenLogprobs, Tensor | None]:
-        """Log-probabilities with a gradient, and those of the reference if there is one."""
-        reference = None
-        if self.config.policy.kl:
-            with torch.no_grad():
-                reference = self._reference_logprobs(micro)
-        with self.forward_pass():
-            layout, needs_entropy = micro.trie.layout(self.device), self.config.policy.entropy > 0
-            current = self.passes(_logprobs, micro.trie, layout, micro.sampled, needs_entropy)
-        return current, reference
-
-    def _logprobs(self, passes: Passes, micro: PolicyTrie) -> Tensor:
-        with self.autocast():
-            layout = micro.trie.layout(self.device)
-            return passes(_logprobs, micro.trie, layout, micro.sampled).logprobs
-
-    def _reference_logprobs(self, micro: PolicyTrie) -> Tensor:
-        """Of the model that the run started from: without its adapters it is still that."""
-        if self.lora is None:
-            assert self.reference is not None
-            return self._logprobs(self.reference, micro)
-        with self.lora.adapters.disabled():
-            return self._logprobs(self.passes, micro)
-
-    def _load_reference(self) -> Passes:
-        """What the run started from, tags included, so that the first KL is 0."""
-        if self.config.model.path is None:
-            raise ConfigError(
-                "policy.kl: the reference is the model at model.path: set it, or policy.kl 0"
-            )
-        reference, _ = build_passes(self.config, None, self.device)
-        return reference.eval()
-
     def finish(self) -> None:
         """Writes summary.json and shows what came out."""
         last = self.metrics.last
@@ -481,8 +314,3 @@ class RLTrainer(Trainer[RLConfig]):
         }
         print_rl_table(self.console, result, self.run_dir)
         ranks.on_first(lambda: write_json(self.run_dir / "summary.json", result | self.overlap))
-
-
-def _logprobs(model: PreTrainedModel, *args: Any) -> TokenLogprobs:
-    """`trie_logprobs` as tensors of their own: FSDP warns of views."""
-    return TokenLogprobs(*(values.clone() for values in trie_logprobs(model, *args)))

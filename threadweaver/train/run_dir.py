@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -244,7 +244,7 @@ def check_same_settings(
     ours = settings_of(config)
     free = [*config.free_on_resume, *unused]
     for name in [*ours, *sorted(saved.keys() - ours.keys())]:
-        theirs = saved[name] if name in saved else _default(config, name)
+        theirs = saved[name] if name in saved else _default(config, name, saved)
         if ours.get(name) == theirs or is_free(name, free) or _is_same_place(config, name, theirs):
             continue
         raise ConfigError(
@@ -265,13 +265,16 @@ def _is_same_place(config: RunConfig, name: str, theirs: Any) -> bool:
     return Path(theirs).parts[-len(parts) :] == parts
 
 
-def _default(config: RunConfig, name: str) -> Any:
-    """Of a setting that an older version did not have; None if it has none."""
+def _default(config: RunConfig, name: str, saved: Collection[str]) -> Any:
+    """Of a setting that an older version did not have; None if it has none, or if its section was
+    left out of the saved settings."""
     *parents, leaf = name.split(".")
     owner: Any = config
-    for parent in parents:
-        if is_dataclass(owner) and _default_of(owner, parent) is None:  # a section left out
-            return None
+    for i, parent in enumerate(parents, 1):
+        if is_dataclass(owner) and _default_of(owner, parent) is None:
+            section = ".".join(parents[:i])
+            if not any(is_free(other, [section]) and other != section for other in saved):
+                return None
         owner = getattr(owner, parent, None)
     made = _default_of(owner, leaf) if is_dataclass(owner) else MISSING
     return None if made is MISSING else json.loads(json.dumps(made))

@@ -96,6 +96,7 @@ class SFTTrainer(Trainer[SFTConfig]):
         )
         self._next_step = 0
         self.cost = Cost(self.model)
+        self.filler = self._passes(min(self.data.tries, key=len))[0]
         self._probe()
         if config.evaluate.data is not None:
             self._check_evaluation()
@@ -167,7 +168,7 @@ class SFTTrainer(Trainer[SFTConfig]):
             "supervised_tokens": supervised,
             "trie_tokens": tokens,
             "unrolled_tokens": unrolled,
-            **self.cost_of(passes, tokens),
+            **self.cost_of(list(map(len, passes)), tokens),
             "tokens_per_second": tokens / seconds,
         }
         if ranks.size() > 1:
@@ -180,8 +181,7 @@ class SFTTrainer(Trainer[SFTConfig]):
         """What this rank computes of the passes of all."""
         dealt = deal([self.cost(trie) for trie in passes], ranks.size())
         mine = dealt.of_ranks[ranks.rank()]
-        filler = min(self.data.tries, key=len)
-        return Dealt(mine, [filler] * (dealt.passes - len(mine)), dealt.imbalance)
+        return Dealt(mine, [self.filler] * (dealt.passes - len(mine)), dealt.imbalance)
 
     def _loss_sum(self, trie: Trie) -> Tensor:
         with self.forward_pass():
@@ -255,9 +255,9 @@ class SFTTrainer(Trainer[SFTConfig]):
 
     @torch.no_grad()
     def _probe(self) -> None:
-        """Runs the smallest trie, so that a model that cannot run fails before training starts."""
+        """Runs a small trie, so that a model that cannot run fails before training starts."""
         try:
-            self._loss_sum(self._passes(min(self.data.tries, key=len))[0])
+            self._loss_sum(self.filler)
         except ValueError as error:
             field = "model.arch" if self.config.model.arch else "model.path"
             raise ConfigError(f"{field}: {error}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain
@@ -297,17 +297,17 @@ class Trainer(Run[T]):
         self.optimizer.zero_grad()
         return float(norm)
 
-    def cost_of(self, passes: Sequence[Sized], trie_tokens: int) -> Record:
+    def cost_of(self, passes: Sequence[int], trie_tokens: int) -> Record:
         """What the record of a step says of its passes, where there is a limit on them.
 
         Args:
-            passes: of the step.
+            passes: tokens of each pass of the step, on all ranks.
             trie_tokens: of the tries that they are parts of.
         """
         if self.pass_tokens is None:
             return {}
-        repeated = sum(map(len, passes)) - trie_tokens
-        largest = max(map(len, passes), default=0)
+        repeated = sum(passes) - trie_tokens
+        largest = max(passes, default=0)
         self.add_to_totals(repeated_tokens=repeated)
         of_all = max(largest, self.totals.get("largest_pass_tokens", 0))
         self.totals["largest_pass_tokens"] = of_all
