@@ -75,8 +75,12 @@ class SFTTrainer(Trainer[SFTConfig]):
     def load(self) -> None:
         config = self.config
         # What needs no model is checked first: a large one takes minutes to load.
-        for path in filter(None, (config.data.train, config.data.validation)):
-            data_files(path)
+        for field in ("train", "validation"):
+            if path := getattr(config.data, field):
+                try:
+                    data_files(path)
+                except ValueError as error:
+                    raise ConfigError(f"data.{field}: {error}") from error
         if config.evaluate.data is not None:
             self._load_problems(config.evaluate.data)
         super().load()
