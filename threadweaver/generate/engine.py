@@ -256,13 +256,13 @@ class Engine:
             self._runner.launch(step)
         self._ahead = self._launch_next(step)
         draws = self._draws(step)
-        for number in {s.rank[0] for s in batch.sequences if self._is_open(s)}:
+        for number in {s.rank[0] for s in batch.sequences if s.is_open}:
             generation = self._live[number]
             generation.steps += 1
             generation.started = generation.started or start
         tokens = [self._advance(*draw) for draw in draws]
         self.decoded_tokens += len(tokens)
-        if (ahead := self._ahead) is not None and not any(map(self._is_open, ahead.sequences)):
+        if (ahead := self._ahead) is not None and not any(s.is_open for s in ahead.sequences):
             self._runner.read(ahead)  # so that nothing runs on after the last step
             self._ahead = None
         if not self._in_run:
@@ -353,7 +353,7 @@ class Engine:
         draws for it is never looked at, and its place in a page is taken back.
         """
         if not self._runner.overlaps or any(
-            self._settles(s, len(s.logprobs) + 1) for s in step.sequences if self._is_open(s)
+            self._settles(s, len(s.logprobs) + 1) for s in step.sequences if s.is_open
         ):
             return None
         batch = self._scheduler.look_ahead()
@@ -362,11 +362,6 @@ class Engine:
         ahead = self._plan(batch)
         self._runner.launch(ahead, after=step)
         return ahead
-
-    def _is_open(self, sequence: Sequence) -> bool:
-        """Whether it has not ended, in a step that was launched before that was known."""
-        generation = self._live.get(sequence.rank[0])
-        return generation is not None and generation.open.get(sequence.request.id) is sequence
 
     def _settles(self, sequence: Sequence, count: int) -> bool:
         """Whether more than an appended token comes of the count-th of a sequence, whatever it
@@ -384,7 +379,7 @@ class Engine:
         draws = self._runner.read(step)
         columns = draws.tokens.tolist(), draws.logprobs.tolist(), draws.sampled_logprobs.tolist()
         rows = zip(step.sequences, *columns, strict=True)
-        rows = [row for row in rows if self._is_open(row[0])]
+        rows = [row for row in rows if row[0].is_open]
         for sequence, _, logprob, _ in rows:
             if math.isnan(logprob):
                 raise NonFiniteLogits(
@@ -422,6 +417,7 @@ class Engine:
             sequence.sampled_logprobs,
             reason,
         )
+        sequence.is_open = False
         del generation.open[request.id]
         generation.retained[request.id] = sequence
         self._scheduler.keep(sequence)

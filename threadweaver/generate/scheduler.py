@@ -47,6 +47,7 @@ class Sequence(Branch):
         key: of its random draws (sampler.stream_key).
         logprobs, sampled_logprobs: of the tokens after the context.
         script: tokens to take instead of drawn ones, the whole completion; None: draw.
+        is_open: its last token is still to come. A step that is launched early may hold others.
     """
 
     request: Request = field(kw_only=True)
@@ -54,6 +55,7 @@ class Sequence(Branch):
     logprobs: list[float] = field(default_factory=list, repr=False)
     sampled_logprobs: list[float] = field(default_factory=list, repr=False)
     script: list[int] | None = field(default=None, repr=False)
+    is_open: bool = True
 
     @property
     def completion(self) -> list[int]:
