@@ -362,7 +362,7 @@ def test_a_gguf_file_is_parsed_once_for_config_tokenizer_and_weights(tmp_path, m
     assert len(parsed) == 1
     model, tokenizer = load_model(file)
     assert len(parsed) == 2 and tokenizer.encode("ab") == [2]
-    table = model.get_input_embeddings().weight
+    table = model.get_parameter("model.embed_tokens.weight")
     stored = {t.name: t for t in reader(file).tensors}["token_embd.weight"].data
     assert torch.equal(table, torch.tensor(stored))
 
