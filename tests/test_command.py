@@ -1,8 +1,10 @@
 """Without the extra `train`: the library's own parts import, and every command names the extra."""
 
+import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 import torch
@@ -65,6 +67,22 @@ def test_too_little_memory_ends_a_command_in_one_line(error, asked, capsys):
     line = capsys.readouterr().err
     assert line.startswith("error: out of memory") and asked in line and "kv_gigabytes" in line
     assert line.count("\n") == 1
+
+
+def test_an_interrupt_in_a_callback_is_not_lost(capsys):
+    @command
+    def main() -> int:
+        thing = set()
+        reference = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
+        del thing
+        assert reference() is None
+        time.sleep(20)
+        return 0
+
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
 
 
 def test_other_errors_of_a_command_are_not_hidden():

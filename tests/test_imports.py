@@ -24,6 +24,7 @@ ROOMS = [
         "threadweaver.lock",
         "threadweaver.output",
         "threadweaver.ranks",
+        "threadweaver.unheard_interrupts",
         "threadweaver.whole_file",
     ],
     ["threadweaver.command", "threadweaver.progress", "threadweaver.shared"],

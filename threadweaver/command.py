@@ -16,6 +16,7 @@ from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, ParamSpec
 
+from threadweaver import unheard_interrupts
 from threadweaver.output import drop
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
-            with train_extra():
+            with train_extra(), unheard_interrupts.repeated():
                 code = main(*args, **kwargs)
         except BrokenPipeError:
             drop(sys.stdout)
