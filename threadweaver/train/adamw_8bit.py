@@ -6,8 +6,10 @@ import torch
 import torchao.optim  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torchao.optim.subclass_8bit import OptimState8bit  # pyright: ignore[reportMissingImports]
 
-from threadweaver.train.moments import is_quantised
+from threadweaver.model.whole import local
+from threadweaver.train.moments import BLOCK, divided_as, is_quantised
 
 
 class AdamW8bit(torchao.optim.AdamW8bit):
@@ -15,6 +17,11 @@ class AdamW8bit(torchao.optim.AdamW8bit):
     those whose rows are whole blocks, and no checkpoint of such can be read by other ranks."""
 
     def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
-        if isinstance(p, DTensor) and not is_quantised(p.shape, p.device_mesh.size()):
+        if not isinstance(p, DTensor):
+            return super()._new_buffer(p, signed)
+        if not is_quantised(p.shape, p.device_mesh.size()):
             return torch.zeros_like(p)
-        return super()._new_buffer(p, signed)
+        own = local(p)
+        # float32, whatever p is: torchao's views are, and torch.compile takes none of another dtype.
+        codes = OptimState8bit.zeros(own.shape, signed, BLOCK, own.device, torch.float32)
+        return divided_as(p, codes, p.shape)

@@ -47,8 +47,8 @@ def parts(moment: Tensor) -> dict[str, Tensor]:
     scale = own.scale.view(-1, group // BLOCK)
     whole = (moment.numel() // group, group // BLOCK)
     return {
-        "codes": _divided_as(moment, own.codes, moment.shape),
-        "scale": _divided_as(moment, scale, whole),
+        "codes": divided_as(moment, own.codes, moment.shape),
+        "scale": divided_as(moment, scale, whole),
         "qmap": own.qmap,
     }
 
@@ -71,12 +71,12 @@ def room_for(moment: Tensor, scale: torch.Size | None) -> Tensor | dict[str, Ten
     if scale is not None:
         codes = torch.empty(own.shape, dtype=torch.uint8, device=own.device)
         return {
-            "codes": _divided_as(moment, codes, moment.shape),
+            "codes": divided_as(moment, codes, moment.shape),
             "scale": torch.empty(scale, device=own.device),  # all of it
             "qmap": torch.empty(256, device=own.device),
         }
     if has_codes(moment):
-        return _divided_as(moment, torch.empty(own.shape, device=own.device), moment.shape)
+        return divided_as(moment, torch.empty(own.shape, device=own.device), moment.shape)
     return moment
 
 
@@ -107,7 +107,7 @@ def _start(moment: Tensor) -> int:
     return sum(shard_sizes(moment.shape, mesh.size())[: mesh.get_local_rank()])
 
 
-def _divided_as(moment: Tensor, own: Tensor, shape: Sequence[int]) -> Tensor:
+def divided_as(moment: Tensor, own: Tensor, shape: Sequence[int]) -> Tensor:
     """A tensor of this shape, whose part of this rank is `own`."""
     if not isinstance(moment, DTensor):
         return own
