@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -103,7 +104,11 @@ def test_adapters_have_all_gradients_and_the_base_has_none():
     of_layer = (128 + 2 * 64) + (384 + 128)  # rows and columns
     rows_of_tags = 2 * len(TAGS) * 128
     found = count_update(of, passes)
-    assert found.gradients == 4 * (2 * 4 * of_layer + rows_of_tags) == 4 * sum(found.elements)
+    assert (
+        found.gradients
+        == 4 * (2 * 4 * of_layer + rows_of_tags)
+        == 4 * sum(map(math.prod, found.shapes))
+    )
     base = count_update(architecture_of(ModelConfig(arch=WIDE)), passes)
     ids = 8 * len(TAGS)
     assert found.parameters == base.parameters + found.gradients + ids
