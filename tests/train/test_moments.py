@@ -15,10 +15,12 @@ from torch.distributed.fsdp import fully_shard
 from tests.train.on_ranks import on_ranks
 from threadweaver import ranks
 from threadweaver.model.whole import local
+from threadweaver.train.memory.optimizer import state_bytes
 from threadweaver.train.moments import (
     BLOCK,
     has_codes,
     is_quantised,
+    parts,
     shard_sizes,
     without_codes,
 )
@@ -102,6 +104,11 @@ def move(by: list[int], source: Path, goal: Path | None) -> None:
                 assert (error <= 0.01 * block.abs().amax(1, keepdim=True)).all(), (shape, name)
             else:
                 assert torch.equal(ours[name], value), (shape, name)
+    if ranks.is_first():
+        found = [local(optimizer.state[p][name]) for p in model.all for name in MOMENTS]
+        tensors = [t for m in found for t in (parts(m).values() if has_codes(m) else [m])]
+        planned, _ = state_bytes("adamw-8bit", list(SHAPES), torch.float32, count)
+        assert sum(t.nbytes for t in tensors) == planned
     if goal is not None:
         save_shards(goal, model, optimizer)
 

@@ -22,6 +22,6 @@ class AdamW8bit(torchao.optim.AdamW8bit):
         if not is_quantised(p.shape, p.device_mesh.size()):
             return torch.zeros_like(p)
         own = local(p)
-        # float32, whatever p is: torchao's views are, and torch.compile takes none of another dtype.
+        # float32, whatever p is: torchao's views are, and torch.compile asks for the same dtype.
         codes = OptimState8bit.zeros(own.shape, signed, BLOCK, own.device, torch.float32)
         return divided_as(p, codes, p.shape)

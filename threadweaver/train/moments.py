@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from threadweaver.model.whole import local
@@ -58,12 +59,12 @@ def without_codes(moment: Tensor) -> Tensor:
     return moment.dequantize() if has_codes(moment) else moment
 
 
-def room_for(moment: Tensor, scale: torch.Size | None) -> Tensor | dict[str, Tensor]:
+def room_for(moment: Tensor, scale: TensorStorageMetadata | None) -> Tensor | dict[str, Tensor]:
     """What a stored moment is to be read into before `take` is called.
 
     Args:
         moment: where it will be.
-        scale: shape of the scale of the stored one; None: it has none.
+        scale: that of the stored one; None: it has none.
     """
     own = local(moment)
     if scale is not None and has_codes(moment):
@@ -72,7 +73,7 @@ def room_for(moment: Tensor, scale: torch.Size | None) -> Tensor | dict[str, Ten
         codes = torch.empty(own.shape, dtype=torch.uint8, device=own.device)
         return {
             "codes": divided_as(moment, codes, moment.shape),
-            "scale": torch.empty(scale, device=own.device),  # all of it
+            "scale": torch.empty(scale.size, device=own.device),  # all of it
             "qmap": torch.empty(256, device=own.device),
         }
     if has_codes(moment):

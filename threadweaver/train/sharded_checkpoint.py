@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -77,16 +76,14 @@ def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> 
     """As `load_weights`, the state of an optimizer that has taken no step."""
     ours: Any = get_optimizer_state_dict(model, optimizer)
     with _reading(checkpoint) as reader:
-        stored: Any = reader.read_metadata().state_dict_metadata
-
-    def scale_of(name: str, key: str) -> torch.Size | None:
-        found = stored.get(f"optimizer.state.{name}.{key}.scale")
-        return None if found is None else found.size
-
-    room = {
-        name: {key: room_for(value, scale_of(name, key)) for key, value in of.items()}
-        for name, of in ours["state"].items()
-    }
+        sizes: Any = reader.read_metadata().state_dict_metadata
+        room = {
+            name: {
+                key: room_for(value, sizes.get(f"optimizer.state.{name}.{key}.scale"))
+                for key, value in of.items()
+            }
+            for name, of in ours["state"].items()
+        }
     _load(checkpoint, {"optimizer": {**ours, "state": room}})
     for name, of in ours["state"].items():
         for key, value in of.items():
@@ -110,8 +107,8 @@ def take_whole_optimizer(
     set_optimizer_state_dict(model, optimizer, ours)
 
 
-def _take_from_first(ours: Tensor, theirs: Tensor | None) -> None:
-    """Fills a tensor of an optimizer's state from the whole one, which rank 0 has."""
+def _take_from_first(ours: Tensor, theirs: Any) -> None:
+    """Fills a tensor of an optimizer's state from the whole one, which rank 0 has: else None."""
     if not isinstance(ours, DTensor):  # how many steps were taken, or what a code stands for
         ours.copy_(ranks.from_first(theirs))
     elif not has_codes(ours):
