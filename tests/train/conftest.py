@@ -32,6 +32,15 @@ def data_files(tmp_path_factory) -> tuple[Path, Path]:
     return save_products(tmp_path_factory.mktemp("data"), train=24, validation=6, digits=1)
 
 
+@pytest.fixture
+def eager():
+    """torchao compiles a step for each shape of a parameter, which takes a minute; eagerly it
+    computes the same."""
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
+
+
 def save_products(folder: Path, train: int, validation: int, digits: int) -> tuple[Path, Path]:
     """Writes files of so many products of two numbers, half of them parallel."""
     halves = split_problems(train=train, validation=validation, digits=digits, factors=2, seed=0)

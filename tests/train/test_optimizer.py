@@ -23,15 +23,6 @@ KINDS = {
 }
 
 
-@pytest.fixture
-def eager():
-    """torchao compiles a step for each shape of a parameter, which takes a minute; eagerly it
-    computes the same."""
-    torch.compiler.set_stance("force_eager")
-    yield
-    torch.compiler.set_stance("default")
-
-
 def run_of(new_run, name: str, kind: str):
     run = new_run(name)
     optimization, compute = KINDS[kind]

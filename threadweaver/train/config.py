@@ -150,8 +150,8 @@ class AdamWConfig:
         warmup: share of all steps in which the learning rate climbs.
         gradient_clip: largest norm of the gradient.
         optimizer: adamw: both moments on the device, in the dtype of the parameters; adamw-8bit:
-            moments of 8 bits; adamw-offload: moments, and the step, on the host, for a GPU. The
-            latter two need the extra `memory`.
+            moments of 8 bits; adamw-offload: moments, and the step, on the host, for a GPU, and not
+            on several ranks. The latter two need the extra `memory`.
     """
 
     batch_tokens: int = 40960

@@ -69,10 +69,11 @@ def build_optimizer(model: PreTrainedModel, settings: AdamWConfig) -> torch.opti
     if settings.optimizer == "adamw" and not half:
         return torch.optim.AdamW(groups, betas=betas, fused=True)
     from torchao.optim import (  # pyright: ignore[reportMissingImports]
-        AdamW8bit,
         CPUOffloadOptimizer,
         _AdamW,
     )
+
+    from threadweaver.train.adamw_8bit import AdamW8bit
 
     if settings.optimizer == "adamw-8bit":
         return AdamW8bit(groups, betas=betas, bf16_stochastic_round=half)

@@ -24,7 +24,6 @@ from threadweaver.evaluate.reward import reward
 from threadweaver.evaluate.rollouts import fingerprint, fitting, roll_out, texts_of_problems
 from threadweaver.generate.engine import Engine
 from threadweaver.generate.settings import EngineSizes, GenerationSettings
-from threadweaver.model.whole import local
 from threadweaver.progress import print_line
 from threadweaver.tasks import Problem, load_task
 from threadweaver.train.advantages import group_advantages
@@ -82,8 +81,12 @@ class RLTrainer(PolicyTrainer):
     def _engine(self, sizes: EngineSizes) -> Engine:
         config = self.config
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        elements, dtype = [local(p).numel() for p in trained], trained[0].dtype
-        moments, _ = state_bytes(config.optimization.optimizer, elements, dtype)
+        moments, _ = state_bytes(
+            config.optimization.optimizer,
+            [tuple(p.shape) for p in trained],
+            trained[0].dtype,
+            ranks.size() if self.is_sharded else 1,
+        )
         return Engine(
             self.rollout_model.model,
             self.codec,

@@ -43,10 +43,10 @@ def check_divisible(config: RunConfig, size: int) -> None:
                 "counts the micro-batches that all ranks have in a step, so it must be a multiple "
                 f"of {size}"
             )
-        if settings.optimizer != "adamw" and size > 1:
+        if settings.optimizer == "adamw-offload" and size > 1:
             raise ConfigError(
-                f"{name}.optimizer is {settings.optimizer}: its state cannot be divided among "
-                f"{size} ranks: use adamw, of which each rank holds a part"
+                f"{name}.optimizer is adamw-offload, which has not been tried on several ranks "
+                f"(here {size}): use adamw or adamw-8bit"
             )
 
 

@@ -1,6 +1,7 @@
 """Weights and optimizer of a model that is divided among ranks, in a checkpoint.
 
-    step-N/state/    torch.distributed.checkpoint: each rank wrote its part; any number reads it
+    step-N/state/    torch.distributed.checkpoint: each rank wrote its part; any number reads it;
+                     a moment of 8 bits is there as the plain tensors of it (moments.py)
 
 The rest of the folder is that of one process (checkpoint.py), but that model.safetensors is there
 only where the settings ask for it (report.export), and that trainer_state.pt has no optimizer.
@@ -28,6 +29,7 @@ from torch.optim import Optimizer
 
 from threadweaver import ranks
 from threadweaver.train.config import ConfigError
+from threadweaver.train.moments import has_codes, parts, room_for, take, without_codes
 from threadweaver.train.shard_reader import SafeLoadPlanner, ShardReader
 from threadweaver.train.sharding import scatter
 
@@ -49,7 +51,12 @@ def save_shards(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> Non
     Raises:
         OSError: on all ranks, if it cannot be written.
     """
-    state = {"model": _weights(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    ours: Any = get_optimizer_state_dict(model, optimizer)
+    moments = {
+        name: {key: parts(value) if has_codes(value) else value for key, value in of.items()}
+        for name, of in ours["state"].items()
+    }
+    state = {"model": _weights(model), "optimizer": {**ours, "state": moments}}
     try:
         save(state, storage_writer=FileSystemWriter(checkpoint / FOLDER))
     except CheckpointException as error:
@@ -67,9 +74,21 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
 
 def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """As `load_weights`, the state of an optimizer that has taken no step."""
-    state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-    _load(checkpoint, state)
-    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    ours: Any = get_optimizer_state_dict(model, optimizer)
+    with _reading(checkpoint) as reader:
+        sizes: Any = reader.read_metadata().state_dict_metadata
+        room = {
+            name: {
+                key: room_for(value, sizes.get(f"optimizer.state.{name}.{key}.scale"))
+                for key, value in of.items()
+            }
+            for name, of in ours["state"].items()
+        }
+    _load(checkpoint, {"optimizer": {**ours, "state": room}})
+    for name, of in ours["state"].items():
+        for key, value in of.items():
+            take(value, room[name][key])
+    set_optimizer_state_dict(model, optimizer, ours)
 
 
 def take_whole_optimizer(
@@ -84,12 +103,25 @@ def take_whole_optimizer(
     theirs = {} if state is None else {ordered[i]: s for i, s in state["state"].items()}
     for name in ranks.from_first(list(theirs)):
         for key, value in ours["state"][name].items():
-            of_first = theirs.get(name, {}).get(key)
-            if isinstance(value, DTensor):
-                scatter(value, of_first)
-            else:  # how many steps were taken
-                value.copy_(ranks.from_first(of_first))
+            _take_from_first(value, theirs.get(name, {}).get(key))
     set_optimizer_state_dict(model, optimizer, ours)
+
+
+def _take_from_first(ours: Tensor, theirs: Any) -> None:
+    """Fills a tensor of an optimizer's state from the whole one, which rank 0 has: else None."""
+    if not isinstance(ours, DTensor):  # how many steps were taken, or what a code stands for
+        ours.copy_(ranks.from_first(theirs))
+    elif not has_codes(ours):
+        scatter(ours, None if theirs is None else without_codes(theirs))
+    elif ranks.from_first(has_codes(theirs)):
+        of_first = {} if theirs is None else parts(theirs)
+        for name, part in parts(ours).items():
+            _take_from_first(part, of_first.get(name))
+    else:
+        room = room_for(ours, None)
+        assert isinstance(room, Tensor)
+        scatter(room, theirs)
+        take(ours, room)
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -100,11 +132,17 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _load(checkpoint: Path, state: dict[str, Any]) -> None:
-    try:
-        reader = ShardReader(checkpoint / FOLDER)
+    with _reading(checkpoint) as reader:
         reader.read_metadata()  # of what it cannot read, `load` would log a traceback
         with _no_word_of_one_process():
             load(state, storage_reader=reader, planner=SafeLoadPlanner())
+
+
+@contextmanager
+def _reading(checkpoint: Path) -> Iterator[ShardReader]:
+    """Inside, whatever is wrong with the files is a ConfigError."""
+    try:
+        yield ShardReader(checkpoint / FOLDER)
     except (CheckpointException, Exception) as error:  # whatever damaged bytes make of the reader
         raise _unreadable(checkpoint, _cause(error)) from error
 

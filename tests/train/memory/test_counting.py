@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -22,6 +24,7 @@ from threadweaver.train.config import (
     OptimizationConfig,
 )
 from threadweaver.train.memory import first_layers, update
+from threadweaver.train.memory.advice import advice
 from threadweaver.train.memory.blueprint import Architecture, architecture_of
 from threadweaver.train.memory.choice import PassChoice, choose_pass_tokens
 from threadweaver.train.memory.passes import Passes
@@ -103,7 +106,11 @@ def test_adapters_have_all_gradients_and_the_base_has_none():
     of_layer = (128 + 2 * 64) + (384 + 128)  # rows and columns
     rows_of_tags = 2 * len(TAGS) * 128
     found = count_update(of, passes)
-    assert found.gradients == 4 * (2 * 4 * of_layer + rows_of_tags) == 4 * sum(found.elements)
+    assert (
+        found.gradients
+        == 4 * (2 * 4 * of_layer + rows_of_tags)
+        == 4 * sum(map(math.prod, found.shapes))
+    )
     base = count_update(architecture_of(ModelConfig(arch=WIDE)), passes)
     ids = 8 * len(TAGS)
     assert found.parameters == base.parameters + found.gradients + ids
@@ -261,9 +268,22 @@ def test_what_ranks_cannot_share_out_has_no_plan():
     with pytest.raises(ConfigError, match=r"accumulation is 4, and there are 3 ranks"):
         Planner(config).plan(config)
     config = on_gpu(SMALL, 80, tokens=16, ranks=2)
-    config.optimization.optimizer = "adamw-8bit"
-    with pytest.raises(ConfigError, match="cannot be divided among 2 ranks"):
+    config.optimization.optimizer = "adamw-offload"
+    with pytest.raises(ConfigError, match="not been tried on several ranks"):
         Planner(config).plan(config)
+
+
+def test_ranks_that_lack_memory_are_told_of_moments_of_8_bits():
+    config = on_gpu(WIDE, 80, tokens=16, gradient_checkpointing=True, ranks=2)
+    eight = copy.deepcopy(config)
+    eight.optimization.optimizer = "adamw-8bit"
+    most, least = update_of(config), update_of(eight)
+    saved = most.part("optimizer") - least.part("optimizer")
+    assert 0.3 * most.part("optimizer") < saved <= most.total - least.total
+    config.compute.device_gb = (most.total + least.total) / 2 / 0.95 / 1e9
+    found = advice(Planner(config), config)
+    assert found is not None
+    assert [str(change) for change in found[0]] == ["--optimization.optimizer adamw-8bit"]
 
 
 def test_ranks_have_all_adapters_and_a_share_of_the_base():

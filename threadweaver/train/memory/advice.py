@@ -69,17 +69,16 @@ def _changes(config: RunConfig, plan: Plan) -> Iterator[Change]:
     """What would make the fullest phase smaller, in the order of what it costs."""
     compute, phase = config.compute, plan.fullest
     optimizations = _sections(config, AdamWConfig)
-    alone = plan.target.ranks == 1  # torchao's optimizers cannot be divided among ranks
     if phase.engine is not None:
         yield from _smaller_pool(config, plan, phase)
     elif compute.gradient_checkpointing is not True:
         yield Change({"compute.gradient_checkpointing": True})
-    if alone and any(found.optimizer == "adamw" for found in optimizations.values()):
+    if any(found.optimizer == "adamw" for found in optimizations.values()):
         yield _all(optimizations, "optimizer", "adamw-8bit")
     if plan.target.on_gpu and compute.parameters == "fp32" and compute.precision != "fp32":
         yield Change({"compute.parameters": "bf16"})
     if (
-        alone
+        plan.target.ranks == 1  # on several it is refused
         and plan.target.on_gpu
         and any(found.optimizer != "adamw-offload" for found in optimizations.values())
     ):

@@ -128,8 +128,7 @@ class Planner:
         held = [*self._state(optimization, target), *self._reference(phase, target)]
         dtype = _name(target.parameters)
         if target.ranks == 1:
-            elements, peak = found.elements, found.peak
-            shares = found.parameters + found.gradients
+            peak, shares = found.peak, found.parameters + found.gradients
             parts = [
                 Part("parameters", found.parameters, dtype),
                 Part(f"copies in {_name(target.products)}", found.copies),
@@ -139,8 +138,7 @@ class Planner:
             has_adapters = self.architecture.lora is not None
             of_ranks = f"a share of {target.ranks}"
             share = sharded(found, target, has_adapters, passes.sums_gradients)
-            elements, peak = share.elements, share.peak
-            shares = share.parameters + share.gradients
+            peak, shares = share.peak, share.parameters + share.gradients
             parts = [
                 Part("parameters", share.parameters, f"{dtype}, {of_ranks}"),
                 Part("gathered parameters", share.gathered, _name(target.products)),
@@ -152,9 +150,10 @@ class Planner:
             Part("activations", found.activations, kept),
             Part("output layer's pieces", found.output_pieces),
         ]
-        step = step_bytes(optimization.optimizer, elements, trained)
+        of_state = optimization.optimizer, found.shapes, trained, self._sharing(target)
+        step = step_bytes(*of_state)
         total = max(peak, shares + step) + sum(part.bytes for part in held)
-        _, host = state_bytes(optimization.optimizer, elements, trained)
+        _, host = state_bytes(*of_state)
         return Phase(title, _there(parts), total, host + found.host, tokens=tokens)
 
     def _rolling_out(self, phase: RollingOut, target: Target) -> Phase:
@@ -210,11 +209,13 @@ class Planner:
     def _state(self, optimization: AdamWConfig | None, target: Target) -> list[Part]:
         if optimization is None:
             return []
-        elements = self._any_update(target).elements
-        if self.architecture.lora is None:
-            elements = [target.shard(n) for n in elements]
-        state, _ = state_bytes(optimization.optimizer, elements, self._trained_dtype(target))
+        shapes, trained = self._any_update(target).shapes, self._trained_dtype(target)
+        state, _ = state_bytes(optimization.optimizer, shapes, trained, self._sharing(target))
         return [Part("optimizer", state, optimization.optimizer)]
+
+    def _sharing(self, target: Target) -> int:
+        """Ranks that share what is trained: of adapters each has all."""
+        return target.ranks if self.architecture.lora is None else 1
 
     def _trained_dtype(self, target: Target) -> torch.dtype:
         """Of gradients and moments too."""

@@ -28,7 +28,6 @@ class ShardedUpdate:
         summed: gradients before they are its share, at most.
         activations, output_pieces: as in one process.
         peak: most that is held at a time.
-        elements: its share of each parameter that is trained.
     """
 
     parameters: int
@@ -38,7 +37,6 @@ class ShardedUpdate:
     activations: int
     output_pieces: int
     peak: int
-    elements: tuple[int, ...]
 
 
 def sharded(
@@ -58,10 +56,10 @@ def sharded(
         gradients = found.gradients
         base = target.shard((found.parameters - gradients) // item) * own
         most = gradients + layers + max(found.in_output, found.in_layers)
-        parameters, summed, elements = base + gradients, 0, found.elements
+        parameters, summed = base + gradients, 0
     else:
-        elements = tuple(target.shard(n) for n in found.elements)
-        gradients, summed = sum(elements) * own, layer.trained * _SUMMED
+        gradients = target.shard(found.gradients // item) * own
+        summed = layer.trained * _SUMMED
         parameters = target.shard(found.parameters // item) * own
         # The output layer's gradients, and those of a layer, in the dtype of products.
         waiting = (rest.output + layer.trained) * item
@@ -81,5 +79,4 @@ def sharded(
         found.activations,
         found.output_pieces,
         parameters + whole + most,
-        elements,
     )

@@ -50,7 +50,7 @@ class UpdateBytes:
             runs, and while the others do: less than the sum of the above, since the gradients are
             not there while all activations are, or more by what a layer takes while it runs.
         late: of in_layers, when all gradients are there.
-        elements: of each parameter that is trained.
+        shapes: of each parameter that is trained.
         layer, rest: what FSDP2 gathers at a time.
         host: activations that are moved there.
     """
@@ -63,7 +63,7 @@ class UpdateBytes:
     in_output: int
     in_layers: int
     late: int
-    elements: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
     layer: Unit
     rest: Unit
     host: int
@@ -111,7 +111,7 @@ def count_update(architecture: Architecture, passes: Passes) -> UpdateBytes:
             found.in_output - held,
             found.in_layers - held,
             found.late - held,
-            tuple(p.numel() for p in trained),
+            tuple(tuple(p.shape) for p in trained),
             *_units(model),
             found.host,
         )
