@@ -17,6 +17,7 @@ from tests.model.families import small_model
 from threadweaver.model import fuse, probe, to_device, trie_loss
 from threadweaver.model import fused as model_fused
 from threadweaver.model.fused import _Fused, _FusedLayer, _FusedMLP, _FusedNorm
+from threadweaver.model.recognition import mlp_of, norm_of
 from tw_kernels import Trie, fused
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -164,14 +165,14 @@ class DropoutMLP(nn.Module):
 
 @pytest.mark.parametrize("of_functions", [False, True])
 def test_an_mlp_with_a_dropout_stays_as_it_is(of_functions):
-    assert model_fused._mlp_of(DropoutMLP(of_functions).eval()) is None
+    assert mlp_of(DropoutMLP(of_functions).eval()) is None
 
 
 def test_a_model_that_would_compute_something_else_is_left_as_it_was(monkeypatch):
     model = model_of("llama")
     classes = [type(module) for module in model.modules()]
     want = loss_and_gradients(model)[0]
-    monkeypatch.setattr(model_fused, "_norm_of", wrong_eps(model_fused._norm_of))
+    monkeypatch.setattr(model_fused, "norm_of", wrong_eps(norm_of))
     assert "would differ by" in (fuse(model) or "")
     assert [type(module) for module in model.modules()] == classes
     assert parts(model) == (0, 0, 0, False)
@@ -200,8 +201,8 @@ class Planted(nn.Module):
 
 @pytest.mark.parametrize("kind", ["centred", "offset of two", "squared"])
 def test_what_is_nearly_a_norm_is_none(kind):
-    assert model_fused._norm_of(Planted(kind)) is None
-    assert model_fused._norm_of(nn.LayerNorm(16)) is None
+    assert norm_of(Planted(kind)) is None
+    assert norm_of(nn.LayerNorm(16)) is None
 
 
 def test_on_a_cpu_a_model_stays_as_it_is():

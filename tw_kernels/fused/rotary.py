@@ -40,74 +40,82 @@ def rotary(
         out_dtype: of the results; default: that of q.
         q_norm, k_norm: x is the norm of a head; None: the head itself.
     """
-    (q_weight, *q_scalars), (k_weight, *k_scalars) = (norm or _NO_NORM for norm in (q_norm, k_norm))
+    out_dtype = out_dtype or q.dtype
+    if q_norm is None and k_norm is None:
+        return _Rotary.apply(q, k, cos, sin, out_dtype)
+    (q_weight, *q_scalars), (k_weight, *k_scalars) = q_norm or _NO_NORM, k_norm or _NO_NORM
     scalars = (q_scalars, k_scalars)
-    return _Rotary.apply(q, k, q_weight, k_weight, cos, sin, out_dtype or q.dtype, scalars)
+    return _NormedRotary.apply(q, k, q_weight, k_weight, cos, sin, out_dtype, scalars)
 
 
-_NO_NORM = (None, None, None)  # the kernels are compiled without what is None
+_NO_NORM = (None, None, None)  # arguments that are None are compiled away
+_TILE = 512  # elements of each half of heads: at most 128 registers a thread, compiled for sm_80
 
 
 class _Rotary(torch.autograd.Function):
-    """scalars: eps and offset, of both norms."""
+    @staticmethod
+    def forward(ctx, q, k, cos, sin, out_dtype):
+        ctx.save_for_backward(cos, sin)
+        ctx.dtype = q.dtype
+        return _rotate(q, k, cos, sin, out_dtype, _NO_NORM, _NO_NORM)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq, dk):  # pyright: ignore[reportIncompatibleMethodOverride]
+        cos, sin = ctx.saved_tensors
+        dq, dk = _rotate(dq, dk, cos, sin, ctx.dtype, _NO_NORM, _NO_NORM, backward=True)
+        return dq, dk, None, None, None
+
+
+class _NormedRotary(torch.autograd.Function):
+    """scalars: eps and offset of the norm of q, and of that of k."""
 
     @staticmethod
     def forward(ctx, q, k, q_weight, k_weight, cos, sin, out_dtype, scalars):
         q, k = q.contiguous(), k.contiguous()
         q_weight, k_weight = (w if w is None else w.contiguous() for w in (q_weight, k_weight))
-        ctx.dtype, ctx.scalars = q.dtype, scalars
-        ctx.has_norm = q_weight is not None or k_weight is not None
-        heads = (q, k, q_weight, k_weight) if ctx.has_norm else ()
-        ctx.save_for_backward(cos, sin, *heads)
+        ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin)
+        ctx.scalars = scalars
         norms = ((q_weight, *scalars[0]), (k_weight, *scalars[1]))
-        return _rotate(q, k, cos, sin, out_dtype, norms, backward=False)
+        return _rotate(q, k, cos, sin, out_dtype, *norms)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dq, dk):  # pyright: ignore[reportIncompatibleMethodOverride]
-        cos, sin, *heads = ctx.saved_tensors
-        if not ctx.has_norm:
-            norms = (_NO_NORM, _NO_NORM)
-            dq, dk = _rotate(dq, dk, cos, sin, ctx.dtype, norms, backward=True)
-            return dq, dk, *[None] * 6
-        dq, dk, dweights = _gradients(dq, dk, *heads, cos, sin, ctx.scalars)
-        needed = ctx.needs_input_grad[2:4]
+        q, k, q_weight, k_weight, cos, sin = ctx.saved_tensors
+        dq, dk, cos, sin = (x.contiguous() for x in (dq, dk, cos, sin))
+        q_out, k_out = torch.empty_like(q), torch.empty_like(k)
+        n, sizes = len(q), (q.shape[1], k.shape[1], q.shape[2])
+        programs = num_programs(q.device, n)
+        partial = torch.empty((programs, 2, q.shape[2]), dtype=torch.float32, device=q.device)
+        launch(
+            _gradient_kernel,
+            (programs,),
+            *(dq, dk, q, k, cos, sin, q_out, k_out, partial),
+            *(q_weight, *ctx.scalars[0], k_weight, *ctx.scalars[1], n, *sizes),
+            **_tiles(*sizes),
+        )
         dweights = [
             dweight.to(weight.dtype) if is_needed else None
-            for dweight, weight, is_needed in zip(dweights, heads[2:], needed, strict=True)
+            for dweight, weight, is_needed in zip(
+                partial.sum(0), (q_weight, k_weight), ctx.needs_input_grad[2:4], strict=True
+            )
         ]
-        return dq, dk, *dweights, *[None] * 4
+        return q_out, k_out, *dweights, None, None, None, None
 
 
-def _rotate(q, k, cos, sin, out_dtype, norms, backward):
+def _rotate(q, k, cos, sin, out_dtype, q_norm, k_norm, backward=False):
     q, k, cos, sin = (x.contiguous() for x in (q, k, cos, sin))
     q_out, k_out = (torch.empty_like(x, dtype=out_dtype) for x in (q, k))
     sizes = (q.shape[1], k.shape[1], q.shape[2])
     launch(
         _rotate_kernel,
         (len(q),),
-        *(q, k, cos, sin, q_out, k_out, *norms[0], *norms[1], *sizes),
+        *(q, k, cos, sin, q_out, k_out, *q_norm, *k_norm, *sizes),
         BACKWARD=backward,
         **_blocks(*sizes),
     )
     return q_out, k_out
-
-
-def _gradients(dq, dk, q, k, q_weight, k_weight, cos, sin, scalars):
-    """-> those of q, k, and, float32 [2, D], both weights; of a weight that is None: zeros."""
-    dq, dk, cos, sin = (x.contiguous() for x in (dq, dk, cos, sin))
-    q_out, k_out = torch.empty_like(q), torch.empty_like(k)
-    sizes = (q.shape[1], k.shape[1], q.shape[2])
-    programs = num_programs(q.device, len(q))
-    partial = torch.empty((programs, 2, q.shape[2]), dtype=torch.float32, device=q.device)
-    launch(
-        _gradient_kernel,
-        (programs,),
-        *(dq, dk, q, k, cos, sin, q_out, k_out, partial),
-        *(q_weight, *scalars[0], k_weight, *scalars[1], len(q), *sizes),
-        **_blocks(*sizes),
-    )
-    return q_out, k_out, partial.sum(0)
 
 
 def _blocks(q_heads: int, k_heads: int, dim: int) -> dict[str, int]:
@@ -116,18 +124,21 @@ def _blocks(q_heads: int, k_heads: int, dim: int) -> dict[str, int]:
     return {"Q_HEADS": q_block, "K_HEADS": k_block, "HALF": half, "num_warps": warps}
 
 
+def _tiles(q_heads: int, k_heads: int, dim: int) -> dict[str, int]:
+    """Of the gradient, which holds more: `_TILE` elements of each half at a time, four a thread."""
+    blocks = _blocks(q_heads, k_heads, dim)
+    for name in ("Q_HEADS", "K_HEADS"):
+        blocks[name] = max(1, min(blocks[name], _TILE // blocks["HALF"]))
+    warps = num_warps(4 * blocks["Q_HEADS"] * blocks["HALF"])
+    return blocks | {"num_warps": warps}
+
+
 @triton.jit
 def _halves(x, at, dim, inside):
     """Both halves of rows of D, in float32; 0 where not inside."""
     x1 = tl.load(x + at, inside, other=0).to(tl.float32)
     x2 = tl.load(x + at + dim // 2, inside, other=0).to(tl.float32)
     return x1, x2
-
-
-@triton.jit
-def _store_halves(out, at, dim, inside, x1, x2):
-    tl.store(out + at, x1.to(out.dtype.element_ty), inside)
-    tl.store(out + at + dim // 2, x2.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -146,10 +157,11 @@ def _rotate_heads(
     head, col = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
     at = (token * heads + head) * dim + col
     inside = (head < heads) & (col < dim // 2)
+    if weight is not None:
+        w1, w2 = _halves(weight, col, dim, col < dim // 2)  # pyright: ignore[reportGeneralTypeIssues]
     x1, x2 = _halves(x, at, dim, inside)  # pyright: ignore[reportGeneralTypeIssues]
     if weight is not None:
         x1, x2, _ = _normed(x1, x2, eps, dim, head < heads)  # pyright: ignore[reportGeneralTypeIssues]
-        w1, w2 = _halves(weight, col, dim, col < dim // 2)  # pyright: ignore[reportGeneralTypeIssues]
         x1, x2 = x1 * (w1 + offset), x2 * (w2 + offset)
     tl.store(out + at, (x1 * c1 - x2 * s1).to(out.dtype.element_ty), inside)
     tl.store(out + at + dim // 2, (x2 * c2 + x1 * s2).to(out.dtype.element_ty), inside)
@@ -179,25 +191,28 @@ def _rotate_kernel(
 
 @triton.jit
 def _gradient_of_heads(
-    dx, x, out, weight, eps, offset, heads, dim, token, c1, c2, s1, s2,
+    dx, x, out, weight, eps, offset, heads, dim, token, c1, c2, s1, s2, dw1, dw2,
     HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Stores dx of the heads of a token; returns both halves of the weight's gradient, [HALF]."""
-    head, col = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
-    at = (token * heads + head) * dim + col
-    inside = (head < heads) & (col < dim // 2)
-    d1, d2 = _halves(dx, at, dim, inside)  # pyright: ignore[reportGeneralTypeIssues]
-    g1, g2 = d1 * c1 + d2 * s2, d2 * c2 - d1 * s1
-    dw1, dw2 = tl.zeros([HALF], tl.float32), tl.zeros([HALF], tl.float32)
-    if weight is not None:
-        x1, x2 = _halves(x, at, dim, inside)  # pyright: ignore[reportGeneralTypeIssues]
-        x1, x2, scale = _normed(x1, x2, eps, dim, head < heads)  # pyright: ignore[reportGeneralTypeIssues]
-        dw1, dw2 = tl.sum(g1 * x1, 0), tl.sum(g2 * x2, 0)
-        w1, w2 = _halves(weight, col, dim, col < dim // 2)  # pyright: ignore[reportGeneralTypeIssues]
-        g1, g2 = g1 * (w1 + offset), g2 * (w2 + offset)
-        mean = (tl.sum(g1 * x1 + g2 * x2, 1) / dim)[:, None]
-        g1, g2 = scale * (g1 - x1 * mean), scale * (g2 - x2 * mean)
-    _store_halves(out, at, dim, inside, g1, g2)
+    col = tl.arange(0, HALF)[None, :]
+    for start in range(0, heads, HEADS):
+        head = start + tl.arange(0, HEADS)[:, None]
+        at = (token * heads + head) * dim + col
+        inside = (head < heads) & (col < dim // 2)
+        if weight is not None:
+            w1, w2 = _halves(weight, col, dim, col < dim // 2)  # pyright: ignore[reportGeneralTypeIssues]
+        d1, d2 = _halves(dx, at, dim, inside)  # pyright: ignore[reportGeneralTypeIssues]
+        g1, g2 = d1 * c1 + d2 * s2, d2 * c2 - d1 * s1
+        if weight is not None:
+            x1, x2 = _halves(x, at, dim, inside)  # pyright: ignore[reportGeneralTypeIssues]
+            x1, x2, scale = _normed(x1, x2, eps, dim, head < heads)  # pyright: ignore[reportGeneralTypeIssues]
+            dw1, dw2 = dw1 + tl.sum(g1 * x1, 0), dw2 + tl.sum(g2 * x2, 0)
+            g1, g2 = g1 * (w1 + offset), g2 * (w2 + offset)
+            mean = (tl.sum(g1 * x1 + g2 * x2, 1) / dim)[:, None]
+            g1, g2 = scale * (g1 - x1 * mean), scale * (g2 - x2 * mean)
+        tl.store(out + at, g1.to(out.dtype.element_ty), inside)
+        tl.store(out + at + dim // 2, g2.to(out.dtype.element_ty), inside)
     return dw1, dw2
 
 
@@ -207,26 +222,25 @@ def _gradient_kernel(
     q_weight, q_eps, q_offset, k_weight, k_eps, k_offset, n, q_heads, k_heads, dim,
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Tokens pid, pid + programs, ...: their dq and dk, and their part of the weights' gradients."""
-    pid, programs = tl.program_id(0), tl.num_programs(0)
+    """Tokens pid, pid + programs, ...: their dq and dk, their part of the weights' gradients."""
+    pid, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     col = tl.arange(0, HALF)
     q1, q2 = tl.zeros([HALF], tl.float32), tl.zeros([HALF], tl.float32)
     k1, k2 = tl.zeros([HALF], tl.float32), tl.zeros([HALF], tl.float32)
-    for i in range(pid, n, programs):
-        token = i.to(tl.int64)
+    for token in range(pid, n, programs):
         at, inside = token * dim + col[None, :], col[None, :] < dim // 2
         c1, c2 = _halves(cos, at, dim, inside)  # pyright: ignore[reportGeneralTypeIssues]
         s1, s2 = _halves(sin, at, dim, inside)  # pyright: ignore[reportGeneralTypeIssues]
-        dw1, dw2 = _gradient_of_heads(  # pyright: ignore[reportGeneralTypeIssues]
-            dq, q, q_out, q_weight, q_eps, q_offset, q_heads, dim, token, c1, c2, s1, s2,
+        q1, q2 = _gradient_of_heads(  # pyright: ignore[reportGeneralTypeIssues]
+            dq, q, q_out, q_weight, q_eps, q_offset, q_heads, dim, token, c1, c2, s1, s2, q1, q2,
             Q_HEADS, HALF,
         )  # fmt: skip
-        q1, q2 = q1 + dw1, q2 + dw2
-        dw1, dw2 = _gradient_of_heads(  # pyright: ignore[reportGeneralTypeIssues]
-            dk, k, k_out, k_weight, k_eps, k_offset, k_heads, dim, token, c1, c2, s1, s2,
+        k1, k2 = _gradient_of_heads(  # pyright: ignore[reportGeneralTypeIssues]
+            dk, k, k_out, k_weight, k_eps, k_offset, k_heads, dim, token, c1, c2, s1, s2, k1, k2,
             K_HEADS, HALF,
         )  # fmt: skip
-        k1, k2 = k1 + dw1, k2 + dw2
-    at = pid * 2 * dim + col
-    _store_halves(partial, at, dim, col < dim // 2, q1, q2)
-    _store_halves(partial, at + dim, dim, col < dim // 2, k1, k2)
+    at, inside = partial + pid * 2 * dim + col, col < dim // 2
+    tl.store(at, q1, inside)
+    tl.store(at + dim // 2, q2, inside)
+    tl.store(at + dim, k1, inside)
+    tl.store(at + dim + dim // 2, k2, inside)
