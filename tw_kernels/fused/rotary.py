@@ -49,7 +49,7 @@ def rotary(
 
 
 _NO_NORM = (None, None, None)  # arguments that are None are compiled away
-_TILE = 512  # elements of each half of heads: at most 128 registers a thread, compiled for sm_80
+_TILE = 512  # elements of each half of heads, 4 a thread: they take 128 registers or fewer
 
 
 class _Rotary(torch.autograd.Function):
@@ -125,7 +125,7 @@ def _blocks(q_heads: int, k_heads: int, dim: int) -> dict[str, int]:
 
 
 def _tiles(q_heads: int, k_heads: int, dim: int) -> dict[str, int]:
-    """Of the gradient, which holds more: `_TILE` elements of each half at a time, four a thread."""
+    """Of the gradient, which holds more operands: no more heads at a time than fill `_TILE`."""
     blocks = _blocks(q_heads, k_heads, dim)
     for name in ("Q_HEADS", "K_HEADS"):
         blocks[name] = max(1, min(blocks[name], _TILE // blocks["HALF"]))
