@@ -15,7 +15,7 @@ import torch
 from tests.kernels.compile_for_sm90 import compile_instead_of_launching, figures
 from tw_kernels.fused.log_softmax import Transform, gradient_, statistics
 from tw_kernels.fused.rms_norm import add_rms_norm, rms_norm
-from tw_kernels.fused.rotary import rotary
+from tw_kernels.fused.rotary import Norm, rotary
 from tw_kernels.fused.swiglu import swiglu
 
 HIDDEN, HALF = 4096, torch.bfloat16
@@ -40,6 +40,14 @@ def launches() -> Iterator[str]:
     yield "norm of heads, backward"
     rotary(heads, heads[:, :8], torch.zeros(64, 128), torch.zeros(64, 128), HALF)
     yield "rotary"
+    # Heads of 256 are those of Gemma 3, and two tiles of the gradient; 128 heads its largest block.
+    for q_heads, k_heads, dim in ((32, 8, 128), (8, 4, 256), (128, 8, 128)):
+        q, k = (torch.zeros(64, h, dim, dtype=HALF, requires_grad=True) for h in (q_heads, k_heads))
+        angles, norm = torch.zeros(64, dim), Norm(torch.ones(dim, requires_grad=True), 1e-6)
+        turned = rotary(q, k, angles, angles, HALF, norm, norm)
+        yield f"norms and rotary of {q_heads} heads of {dim}"
+        torch.autograd.backward(turned, [x.detach() for x in turned])
+        yield f"norms and rotary of {q_heads} heads of {dim}, backward"
     gate, up = matrix(3 * HIDDEN, HALF), matrix(3 * HIDDEN, HALF)
     y = swiglu(gate, up)
     yield "swiglu"

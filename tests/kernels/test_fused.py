@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from tw_kernels import fused
 from tw_kernels.fused import log_softmax
 from tw_kernels.fused.rms_norm import add_rms_norm, rms_norm
-from tw_kernels.fused.rotary import rotary
+from tw_kernels.fused.rotary import Norm, rotary
 from tw_kernels.fused.swiglu import swiglu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -132,6 +132,107 @@ def test_rotary_and_its_gradients_equal_those_in_float64(heads, dim, x_dtype, ou
         check(mine, theirs, out_dtype)
     for mine, theirs in zip(grads, wanted, strict=True):
         check(mine, theirs, x_dtype)
+
+
+def normed_rotary(q, k, cos, sin, weights, offsets, out_dtype=None):
+    """weights and offsets: of queries and of keys; offset None: no norm."""
+    norms = [
+        None if offset is None else Norm(weight, 1e-3, offset)
+        for weight, offset in zip(weights, offsets, strict=True)
+    ]
+    return rotary(q, k, cos, sin, out_dtype, *norms)
+
+
+@pytest.mark.parametrize(
+    "tokens, heads, dim, offsets, x_dtype, out_dtype",
+    [
+        (7, (5, 2), 64, (0.0, 1.0), *DTYPE_PAIRS[1]),
+        (4, (3, 1), 96, (0.0, 0.0), *DTYPE_PAIRS[0]),
+        (1, (2, 2), 128, (1.0, None), *DTYPE_PAIRS[2]),
+        (2, (5, 3), 256, (1.0, 1.0), *DTYPE_PAIRS[0]),  # more heads than a tile of the gradient
+        (5, (2, 5), 20, (None, 0.0), *DTYPE_PAIRS[1]),
+    ],
+)
+def test_norms_and_rotary_and_their_gradients_equal_those_in_float64(
+    tokens, heads, dim, offsets, x_dtype, out_dtype
+):
+    torch.manual_seed(5)
+    q, k = (draw(tokens, h, dim, dtype=x_dtype) for h in heads)
+    weights = draw(dim), draw(dim, dtype=x_dtype)
+    cos, sin = (draw(tokens, dim).detach() for _ in range(2))
+    got = normed_rotary(q, k, cos, sin, weights, offsets, out_dtype)
+    tensors = doubles(q, k, *weights)
+    want = [
+        rotated64(x if offset is None else norm64(x, w, 1e-3, offset), cos.double(), sin.double())
+        for x, w, offset in zip(tensors[:2], tensors[2:], offsets, strict=True)
+    ]
+    dout = [torch.randn_like(x) for x in got]
+    used = [True, True, *(offset is not None for offset in offsets)]
+    inputs, inputs64 = (
+        [x for x, is_used in zip(of, used, strict=True) if is_used]
+        for of in ((q, k, *weights), tensors)
+    )
+    grads = torch.autograd.grad(got, inputs, dout)
+    wanted = torch.autograd.grad(want, inputs64, [d.double() for d in dout])
+    for mine, theirs in zip(got, want, strict=True):
+        check(mine, theirs, out_dtype)
+    for mine, theirs, like in zip(grads, wanted, inputs, strict=True):
+        check(mine, theirs, like.dtype)
+
+
+def test_norms_and_rotary_of_no_token():
+    q, k, weights = draw(0, 4, 16), draw(0, 2, 16), (draw(16), draw(16))
+    cos = torch.ones(0, 16, device=DEVICE)
+    got = normed_rotary(q, k, cos, cos, weights, (0.0, 0.0))
+    grads = torch.autograd.grad([x.sum() for x in got], (q, k, *weights))
+    assert [x.shape for x in (*got, *grads[:2])] == 2 * [q.shape, k.shape]
+    assert not any(grad.any() for grad in grads[2:])
+
+
+def test_norms_and_rotary_of_strided_tensors_and_of_one_weight_for_all():
+    """Transposed heads, angles that have a gap, a weight that is one number."""
+    q, k = draw(4, 3, 16), draw(2, 3, 16)
+    cos, sin = torch.randn(2, 3, 32, device=DEVICE)[..., ::2]
+    weight = draw(1).expand(16)
+    got = normed_rotary(q.transpose(0, 1), k.transpose(0, 1), cos, sin, (weight,) * 2, (0.0, 0.0))
+    for mine, x in zip(got, (q, k), strict=True):
+        normed = norm64(x.detach().double().transpose(0, 1), weight.double(), 1e-3, 0.0)
+        check(mine, rotated64(normed, cos.double(), sin.double()), torch.float32)
+
+
+def test_the_norm_of_zeros_without_eps_leaves_the_gradients_of_other_heads_alone():
+    """Rows of a tile that are no heads are zeros too."""
+    q, k, weight = draw(2, 3, 16), draw(2, 1, 16), draw(16)
+    cos = torch.ones(2, 16, device=DEVICE)
+    got = rotary(q, k, cos, cos, None, Norm(weight, 0.0), Norm(weight, 0.0))
+    grads = torch.autograd.grad([x.sum() for x in got], (q, k, weight))
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_weights_of_norms_before_a_rotation_have_the_same_gradient_every_time():
+    q, k, weights = draw(7, 3, 32), draw(7, 2, 32), (draw(32), draw(32))
+    cos, sin = torch.randn(2, 7, 32, device=DEVICE)
+    dout = [torch.randn_like(x) for x in (q, k)]
+
+    def gradients():
+        got = normed_rotary(q, k, cos, sin, weights, (0.0, 1.0))
+        return torch.autograd.grad(got, (q, k, *weights), dout)
+
+    assert all(torch.equal(a, b) for a, b in zip(gradients(), gradients(), strict=True))
+
+
+def test_the_gradient_of_norms_and_rotary_keeps_nothing_but_what_came_in():
+    q, k, weights = draw(5, 4, 32), draw(5, 2, 32), (draw(32), draw(32))
+    cos, sin = torch.randn(2, 5, 32, device=DEVICE)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        normed_rotary(q, k, cos, sin, weights, (0.0, 0.0))
+    came_in = {x.data_ptr() for x in (q, k, *weights, cos, sin)}
+    assert {x.data_ptr() for x in kept} == came_in
+    kept.clear()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        rotary(q, k, cos, sin)
+    assert {x.data_ptr() for x in kept} == {cos.data_ptr(), sin.data_ptr()}
 
 
 @pytest.mark.parametrize("shape", [(1, 7), (3, 5, 401), (0, 8)])

@@ -7,6 +7,8 @@ a few numbers, and is replaced where the result is that of
     an MLP      down(silu(gate(x)) * up(x))
     a layer     h = x + attention(norm(x)); h + mlp(norm(h)): the sum and the second norm are one
     a rotation  of both halves of queries and keys, by the function that its attention calls
+    attention   whose queries, keys or both go from a norm of each head to that function alone: norm
+                and rotation are one
 
 Whatever else a model has stays as it is. Parameters, their names and the config do too, so a fused
 model saves, loads and trains like any other. The kernels run on a GPU. Elsewhere, on a batch of
@@ -18,25 +20,26 @@ or attention, which would cast them to it.
 
 from __future__ import annotations
 
-import inspect
 import sys
-from collections.abc import Callable, Iterator
-from functools import cache
-from itertools import permutations
-from types import SimpleNamespace
-from typing import Any, cast
+from collections.abc import Callable
+from functools import cache, reduce
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from threadweaver.model.deferred_norms import (
+    NormedAngles,
+    Pair,
+    deferrable_norms,
+    with_children,
+)
 from threadweaver.model.probe import TOLERANCE, trie_outputs
+from threadweaver.model.recognition import is_layer, is_rotation, mlp_of, norm_of
 from tw_kernels import fused
 
 _ROTARY = "apply_rotary_pos_emb"  # what attention modules of transformers call
-_MOST_COLUMNS = 16384  # of a norm
 
 
 def fuse(model: PreTrainedModel) -> str | None:
@@ -89,18 +92,23 @@ def _install(model: PreTrainedModel) -> list[tuple[Any, str, Any]]:
 
     modules = [m for m in model.modules() if not isinstance(m, _Fused)]
     for module in modules:
-        if found := _norm_of(module):
+        if found := norm_of(module):
             become(module, _FusedNorm, fused_eps=found[0], fused_offset=found[1])
-        elif names := _mlp_of(module):
+        elif names := mlp_of(module):
             become(module, _FusedMLP, fused_names=names)
     for module in modules:
-        if _is_layer(module):
+        second = getattr(module, "post_attention_layernorm", None)
+        if isinstance(second, _FusedNorm) and is_layer(module):
             become(module, _FusedLayer)
     for source in {type(m).__module__: sys.modules[type(m).__module__] for m in modules}.values():
         function = getattr(source, _ROTARY, None)
-        if function is not None and not hasattr(function, "unfused") and _is_rotation(function):
+        if function is not None and not hasattr(function, "unfused") and is_rotation(function):
             undo.append((source, _ROTARY, function))
             setattr(source, _ROTARY, _fused_rotary(function))
+    for module in modules:
+        norms = {n: len(m.weight) for n, m in module.named_children() if isinstance(m, _FusedNorm)}
+        if _has_fused_rotary(type(module)) and (pair := deferrable_norms(module, norms)):
+            become(module, _FusedAttention, fused_norms=pair)
     return undo
 
 
@@ -110,16 +118,23 @@ def _with(kind: type, original: type) -> type:
     return type(f"Fused{original.__name__}", (kind, original), {})
 
 
+def _has_fused_rotary(kind: type) -> bool:
+    """Whether the rotation that an attention calls is fused: not so after pickle took the attention
+    to another process."""
+    original = kind.__bases__[1] if issubclass(kind, _Fused) else kind
+    return hasattr(getattr(sys.modules[original.__module__], _ROTARY, None), "unfused")
+
+
 def _runs_fused(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and fused.runs_on(x)
 
 
-def _out_dtype(x: Tensor, other: Tensor) -> torch.dtype:
-    """Autocast's, or that of a product of both."""
+def _out_dtype(x: Tensor, *others: Tensor) -> torch.dtype:
+    """Autocast's, or that of a product of all."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
-    return torch.promote_types(x.dtype, other.dtype)
+    return reduce(torch.promote_types, [other.dtype for other in others], x.dtype)
 
 
 class _Fused(nn.Module):
@@ -183,123 +198,42 @@ class _FusedLayer(_Fused):
         return hidden_states + self.mlp(normed)
 
 
+class _FusedAttention(_Fused):
+    fused_norms: Pair
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        angles: Any = kwargs.get("position_embeddings")
+        if angles is None or not _runs_fused(angles[0]) or not _has_fused_rotary(type(self)):
+            return super().forward(*args, **kwargs)
+        norms = [name if name is None else getattr(self, name) for name in self.fused_norms]
+        kwargs["position_embeddings"] = NormedAngles(angles[0], *norms), angles[1]
+        identities = {name: _IDENTITY for name in self.fused_norms if name is not None}
+        own: Any = super(_FusedAttention, with_children(self, identities))
+        return own.forward(*args, **kwargs)
+
+
+_IDENTITY = nn.Identity()
+
+
 def _fused_rotary(original: Callable) -> Callable:
     """For all models of the family: it differs on a GPU alone."""
 
-    def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any):
+    def rotary(q: Tensor, k: Tensor, cos: Any, sin: Tensor, *args: Any, **kwargs: Any):
         """q [1, Hq, N, D], k [1, Hkv, N, D], cos and sin [1, N, D]; else as the original."""
+        norms: list[Any] = [None, None]
+        if isinstance(cos, NormedAngles):
+            cos, *norms = cos.cos, cos.q_norm, cos.k_norm
         packed = q.dim() == 4 and q.shape[0] == cos.shape[0] == 1 and cos.shape[-1] == q.shape[-1]
         if args or kwargs or not packed or not _runs_fused(q):
+            q, k = (x if norm is None else norm(x) for x, norm in zip((q, k), norms, strict=True))
             return original(q, k, cos, sin, *args, **kwargs)
-        from tw_kernels.fused.rotary import rotary
+        from tw_kernels.fused.rotary import Norm, rotary
 
+        dtype = _out_dtype(q, cos, *(norm.weight for norm in norms if norm is not None))
+        of_heads = [norm and Norm(norm.weight, norm.fused_eps, norm.fused_offset) for norm in norms]
         q, k = (x.squeeze(0).transpose(0, 1) for x in (q, k))
-        q, k = rotary(q, k, cos.squeeze(0), sin.squeeze(0), _out_dtype(q, cos))
+        q, k = rotary(q, k, cos.squeeze(0), sin.squeeze(0), dtype, *of_heads)
         return q.transpose(0, 1).unsqueeze(0), k.transpose(0, 1).unsqueeze(0)
 
     vars(rotary)["unfused"] = original
     return rotary
-
-
-def _numbers(*shape: int) -> Tensor:
-    """Random, the same every time, and without a move of the generators that a run draws from."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
-
-
-def _equal(got: Any, want: Tensor) -> bool:
-    same_kind = isinstance(got, Tensor) and got.shape == want.shape
-    return same_kind and torch.allclose(got.double(), want.double(), rtol=1e-5, atol=1e-7)
-
-
-def _computed(compute: Callable[[], Any]) -> Any:
-    """What it returns; None if the module needs what a plain call does not have."""
-    try:
-        with torch.no_grad():
-            return compute()
-    except Exception:
-        return None
-
-
-def _norm_of(module: nn.Module) -> tuple[float, float] | None:
-    """eps and offset of an RMS norm; None if it is none."""
-    weight = getattr(module, "weight", None)
-    own = [*module.parameters(), *module.buffers(), *module.children()]
-    if not isinstance(weight, Tensor) or weight.dim() != 1 or len(own) != 1:
-        return None
-    size = len(weight)
-    if not 1 < size <= _MOST_COLUMNS or len(inspect.signature(module.forward).parameters) != 1:
-        return None
-    # So small that any eps shows.
-    x, w = 1e-3 * _numbers(3, size), 1 + _numbers(1, size)[0] / 4
-    got = _computed(lambda: functional_call(module, {"weight": w}, (x,)))
-    for eps in {value for value in vars(module).values() if isinstance(value, float)}:
-        for offset in (0.0, 1.0):
-            if _equal(got, x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (offset + w)):
-                return eps, offset
-    return None
-
-
-def _mlp_of(module: nn.Module) -> tuple[str, str, str] | None:
-    """Names of gate, up and down; None if it is no SwiGLU."""
-    linear = {name: child for name, child in module.named_children() if type(child) is nn.Linear}
-    # Without `training`: what asks for it fails. One mode would not show what the other computes.
-    others = {n: value for n, value in _public(module) if n not in linear and n != "training"}
-    if len(linear) != 3 or any(isinstance(child, nn.Dropout) for child in module.children()):
-        return None
-    x = _numbers(3, 8)
-    stubs = dict(zip(linear, _stub_functions(), strict=False))
-    got = _computed(lambda: cast(Any, type(module)).forward(SimpleNamespace(**others, **stubs), x))
-    for gate, up, down in permutations(linear):
-        if linear[gate].weight.shape != linear[up].weight.shape:
-            continue
-        if _equal(got, stubs[down](F.silu(stubs[gate](x)) * stubs[up](x))):
-            return gate, up, down
-    return None
-
-
-def _public(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Attributes and children."""
-    yield from ((n, v) for n, v in vars(module).items() if not n.startswith("_"))
-    yield from module.named_children()
-
-
-def _stub_functions() -> list[Callable[[Tensor], Tensor]]:
-    """Stand-ins for children, which no order of them but one gives the same result."""
-    return [lambda x, c=c: torch.sin(c * x) + c for c in (0.7, 1.1, 1.3, 1.7)]
-
-
-def _is_layer(module: nn.Module) -> bool:
-    names = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
-    children = dict(module.named_children())
-    if children.keys() != set(names) or not isinstance(children[names[2]], _FusedNorm):
-        return False
-    first, attend, second, mlp = _stub_functions()
-    passed = {"attention_mask": None, "position_ids": object(), "trie_layout": object()}
-    received = []
-
-    def attention(hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
-        received.append(kwargs)
-        return attend(hidden_states), None
-
-    stub = SimpleNamespace(**dict(zip(names, (first, attention, second, mlp), strict=True)))
-    x = _numbers(3, 8)
-    got = _computed(lambda: cast(Any, type(module)).forward(stub, x, **passed))
-    hidden = x + attend(first(x))
-    given = received and {name: received[0].get(name) for name in passed} == passed
-    return bool(given) and _equal(got, hidden + mlp(second(hidden)))
-
-
-def _is_rotation(function: Callable) -> bool:
-    q, k, cos, sin = (_numbers(1, heads, 3, 8) for heads in (4, 2, 1, 1))
-    cos, sin = cos.squeeze(1), sin.squeeze(1).flip(-1)
-    got = _computed(lambda: function(q, k, cos, sin))
-
-    def rotated(x: Tensor) -> Tensor:
-        x1, x2 = x.chunk(2, -1)
-        return x * cos.unsqueeze(1) + torch.cat((-x2, x1), -1) * sin.unsqueeze(1)
-
-    return (
-        isinstance(got, tuple)
-        and len(got) == 2
-        and all(_equal(mine, rotated(x)) for mine, x in zip(got, (q, k), strict=True))
-    )

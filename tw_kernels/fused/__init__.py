@@ -2,7 +2,7 @@
 with its gradient in one more:
 
     rms_norm.py      RMSNorm, of a sum too, which it also returns; into any dtype
-    rotary.py        the rotary embedding of queries and keys
+    rotary.py        the rotary embedding of queries and keys, RMSNorm of their heads before it too
     swiglu.py        silu(gate) * up
     log_softmax.py   log-probabilities and entropies of logits; the gradient overwrites the logits
 

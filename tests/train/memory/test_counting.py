@@ -14,6 +14,7 @@ from rich.console import Console
 from tests.architecture import SMALL
 from tests.train.memory.test_plan import arch
 from threadweaver.generate.settings import EngineSizes
+from threadweaver.model import fused
 from threadweaver.train import trainer
 from threadweaver.train.config import (
     ComputeConfig,
@@ -125,6 +126,20 @@ def test_the_reference_of_adapters_takes_no_memory():
     config.policy.kl = 0.1
     config.optimization.batch_tokens = 16
     assert not any(phase.part("reference") for phase in Planner(config).plan(config).phases)
+
+
+def test_norms_that_are_left_to_the_rotation_are_counted_as_on_a_gpu(monkeypatch):
+    """Queries and keys are kept as they were projected and as they were rotated: in neither way
+    more than with kernels of their own, which keep a number a head too."""
+    pytest.importorskip("triton")
+    passes = Passes(64, False, FP32, autocast=True, on_gpu=True)
+    of = architecture(model_type="qwen3")
+    found = count_update(of, passes)
+    monkeypatch.setattr(fused, "deferrable_norms", lambda module, sizes: None)
+    apart = count_update(of, passes)
+    heads = DEEP["num_attention_heads"] + DEEP["num_key_value_heads"]
+    assert apart.activations - found.activations == 4 * 64 * heads * DEEP["num_hidden_layers"]
+    assert apart.gradients == found.gradients and apart.parameters == found.parameters
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4, targets=["q_proj"])])
