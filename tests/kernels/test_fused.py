@@ -5,6 +5,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
@@ -143,6 +145,10 @@ def normed_rotary(q, k, cos, sin, weights, offsets, out_dtype=None):
     return rotary(q, k, cos, sin, out_dtype, *norms)
 
 
+def any_norm(offsets):
+    return offsets != (None, None)
+
+
 @pytest.mark.parametrize(
     "tokens, heads, dim, offsets, x_dtype, out_dtype",
     [
@@ -156,6 +162,27 @@ def normed_rotary(q, k, cos, sin, weights, offsets, out_dtype=None):
 def test_norms_and_rotary_and_their_gradients_equal_those_in_float64(
     tokens, heads, dim, offsets, x_dtype, out_dtype
 ):
+    check_normed_rotary(tokens, heads, dim, offsets, x_dtype, out_dtype)
+
+
+OFFSET = st.sampled_from([None, 0.0, 1.0])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 9),
+    st.tuples(st.integers(1, 7), st.integers(1, 3)),
+    st.integers(1, 40).map(lambda half: 2 * half),
+    st.tuples(OFFSET, OFFSET).filter(any_norm),
+    st.sampled_from(DTYPE_PAIRS),
+)
+def test_norms_and_rotary_of_random_shapes_equal_those_in_float64(
+    tokens, heads, dim, offsets, dtypes
+):
+    check_normed_rotary(tokens, heads, dim, offsets, *dtypes)
+
+
+def check_normed_rotary(tokens, heads, dim, offsets, x_dtype, out_dtype):
     torch.manual_seed(5)
     q, k = (draw(tokens, h, dim, dtype=x_dtype) for h in heads)
     weights = draw(dim), draw(dim, dtype=x_dtype)
