@@ -17,14 +17,13 @@ from tw_kernels.sampling.rows import SamplingRows
 from tw_kernels.triton_device import launch
 
 CHUNK = 4096  # logits of a program: 152,000 make 38 a row
-WARPS, CUT_WARPS = 8, 16
+WARPS = 8
 # Tokens whose largest logit `cut` looks at: a line of a cache in 16-bit numbers, and more where a
 # program could not keep the largest of all groups in registers.
 GROUP, MOST_GROUPS = 64, 4096
 # Of a row, that `cut` lists: 128 KiB, less than half of 152,000 logits in bfloat16.
 CANDIDATES = 16384
-CUT_BLOCK = 4096  # that `cut` reads at a time; twice as many spill registers
-LIST_BLOCK = 1024  # of its list, likewise: seldom are there more, and most passes are over it
+LIST_BLOCK = 1024  # of these that it reads at a time: seldom are there more
 
 
 def why_not(logits: Tensor) -> str | None:
@@ -60,7 +59,7 @@ def forward(logits: Tensor, rows: SamplingRows, points: Tensor | None) -> Tensor
     launch(kernels.largest_kernel, grid, logits, largest, of_groups, stride, **of_group)
     sums = masses, norms
     launch(kernels.weigh_kernel, grid, logits, data, largest, *sums, levels, stride, **each)
-    if rows.truncates:
+    if of_groups is not None and levels is not None:
         cuts = _cut(logits, data, points, largest, of_groups, levels, of_row | {"GROUP": group})
     found = largest, cuts, *sums, out
     launch(kernels.pick_kernel, (count,), logits, data, points, *found, stride, **each)
@@ -87,6 +86,6 @@ def _cut(
     found = largest, of_groups, levels, groups, values, ids, cuts
     sizes = sizes | {"GROUPS": groups.shape[1], "LISTED": values.shape[1]}
     sizes |= {"BLOCK_GROUPS": 1 << (groups.shape[1] - 1).bit_length()}
-    sizes |= {"BLOCK": CUT_BLOCK, "LIST_BLOCK": LIST_BLOCK, "num_warps": CUT_WARPS}
+    sizes |= {"BLOCK": CHUNK, "LIST_BLOCK": LIST_BLOCK, "num_warps": WARPS}
     launch(cut_kernel, (count,), logits, data, points, *found, logits.stride(0), **sizes)
     return cuts

@@ -1,5 +1,5 @@
-"""What the Triton kernels of sample_tokens have in common: the arithmetic of its definition, and how
-they read a row's settings.
+"""What the Triton kernels of sample_tokens have in common: the arithmetic of its definition, and
+how they read a row's settings.
 
 All that decides on a token is in whole numbers, or in float32 operations that are rounded one by
 one (enable_fp_fusion=False), as tw_kernels/sampling/op.py defines them.
@@ -29,8 +29,7 @@ COLUMNS = tl.constexpr(len(Column))
 KEY, POSITION, FORCED, TEMPERATURE, TOP_K, TOP_P, MIN_WEIGHT = (
     tl.constexpr(int(c)) for c in Column
 )
-# Levels below the row's largest at which weights are added up, if top_p alone cuts the row: 2 apart,
-# since that many times fewer tokens than a level has do not matter, and from the last on all weigh 0.
+# How many differences to the row's largest `weigh` adds weights up for, where top_p alone cuts it.
 LEVELS = tl.constexpr(8)
 
 

@@ -1,14 +1,14 @@
 """The Triton kernel of sample_tokens that draws from the rows which top_k or top_p cut: `cut`.
 
-A program a row, which reads few of its logits. What `largest` and `weigh` have written gives a bound
-that all kept tokens reach:
+A program a row, which reads few of its logits. What `largest` and `weigh` have written gives it a
+bound that all kept tokens reach:
 
-    top_k          the largest logits of at least k groups of tokens reach it
-    top_p alone    the tokens of this level or above weigh at least what is to be kept
+    top_k          the largest logits of k groups of tokens reach it
+    top_p alone    the tokens of this level or above weigh what is to be kept
 
-Groups that reach it are listed by id, and those of their tokens that do, the candidates. Bisection
-over the order of float32 then finds the last kept token, by number for top_k and by weight for
-top_p, and one more pass the drawn one. Where there are too many candidates to be listed (a flat
+The groups that reach it are listed by id, and then those of their tokens that do: the candidates.
+Bisection over the order of float32 finds the last kept one, by number for top_k and by weight for
+top_p, and one more pass the drawn one. Where the candidates are too many to be listed (a flat
 distribution, or equal logits), these passes go over all tokens of the groups.
 """
 
@@ -80,7 +80,7 @@ def _entries(row, at, size, V: tl.constexpr, GROUP: tl.constexpr, LISTED: tl.con
     else:
         tokens = tl.load(groups + at // GROUP, there, other=0) * GROUP + at % GROUP
         x = tl.load(x_row + tokens, there & (tokens < V), other=-float("inf")).to(tl.float32)
-        t, _ = tempered(x, divisor, most)
+        t, _ = tempered(x, divisor, most)  # pyright: ignore[reportGeneralTypeIssues]
     return t, tokens
 
 
@@ -102,14 +102,18 @@ def _amount(
     row, size, top, low, last_key, last_id, least_weight, V: tl.constexpr, GROUP: tl.constexpr,
     LISTED: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """The amounts of all tokens of at least a key together."""
+    """The amounts of all tokens of at least a key together; the nearest keys that there are: the
+    least from it on, and the largest below it."""
     total = tl.zeros((BLOCK,), tl.int64)
+    above = tl.full((BLOCK,), ABOVE_ALL, tl.int32)
+    below = tl.full((BLOCK,), BELOW_ALL, tl.int32)
     for start in range(0, size, BLOCK):
         t, tokens = _entries(row, start + tl.arange(0, BLOCK), size, V, GROUP, LISTED)
-        total += _amounts(
-            t, tokens, top, low, ABOVE_ALL, last_key, last_id, least_weight, COUNT
-        )
-    return tl.sum(total)
+        total += _amounts(t, tokens, top, low, ABOVE_ALL, last_key, last_id, least_weight, COUNT)
+        key = order(t)
+        above = tl.minimum(above, tl.where(key >= low, key, ABOVE_ALL))
+        below = tl.maximum(below, tl.where(key < low, key, BELOW_ALL))
+    return tl.sum(total), tl.min(above), tl.max(below)
 
 
 @triton.jit
@@ -121,7 +125,7 @@ def _reach(
     before = tl.full((), 0, tl.int64)
     found = tl.full((), V, tl.int64)
     for start in range(0, size, BLOCK):
-        t, tokens = _entries(row, start + tl.arange(0, BLOCK), size, V, GROUP, LISTED)
+        t, tokens = _entries(row, start + tl.arange(0, BLOCK), size, V, GROUP, LISTED)  # pyright: ignore[reportGeneralTypeIssues]
         amounts = _amounts(t, tokens, top, low, high, last_key, last_id, least_weight, COUNT)
         reached = (amounts > 0) & (before + tl.cumsum(amounts, 0) >= target)
         found = tl.minimum(found, tl.min(tl.where(reached, tokens, V)))
@@ -136,27 +140,26 @@ def _last(
 ):  # fmt: skip
     """The last token, as key and id, of the fewest first ones whose amounts reach the target.
 
-    Invariant: tokens of keys >= low reach it, those of keys >= high do not.
+    Invariant: tokens of keys >= low reach it, those of keys > high do not. Both are keys that there
+    are, so that there are no more passes than it takes to tell these apart, few in 16-bit logits.
     """
-    low = least.to(tl.int64)
-    high = order(top).to(tl.int64) + 1
-    while high - low > 1:
-        middle = (low + high) >> 1
-        amount = _amount(
-            row, size, top, middle.to(tl.int32), last_key, last_id, 0, V, GROUP, LISTED, BLOCK, COUNT
+    low, high = least, order(top)
+    while low < high:
+        middle = ((low.to(tl.int64) + high.to(tl.int64) + 1) >> 1).to(tl.int32)
+        amount, above, below = _amount(
+            row, size, top, middle, last_key, last_id, 0, V, GROUP, LISTED, BLOCK, COUNT
         )
-        low = tl.where(amount >= target, middle, low)
-        high = tl.where(amount >= target, high, middle)
+        low = tl.where(amount >= target, above, low)
+        high = tl.where(amount >= target, high, below)
     # Of the tokens of this key, all of one weight, as many as it takes, by id.
-    key = low.to(tl.int32)
-    above = _amount(
-        row, size, top, key + 1, last_key, last_id, 0, V, GROUP, LISTED, BLOCK, COUNT
+    before, _above, _below = _amount(
+        row, size, top, low + 1, last_key, last_id, 0, V, GROUP, LISTED, BLOCK, COUNT
     )
     last = _reach(
-        row, size, top, target - above, key, key, last_key, last_id, 0, V, GROUP, LISTED, BLOCK,
+        row, size, top, target - before, low, low, last_key, last_id, 0, V, GROUP, LISTED, BLOCK,
         COUNT,
     )  # fmt: skip
-    return key, last
+    return low, last
 
 
 @triton.jit
@@ -168,19 +171,16 @@ def _draw(
     key = tl.full((), BELOW_ALL, tl.int32)
     last = tl.full((), V, tl.int64)
     if top_k > 0:
-        target = tl.minimum(top_k, candidates)  # fewer than k: the others are -inf
-        key, last = _last(
-            row, size, top, target, least, key, last, V, GROUP, LISTED, BLOCK, True
+        target = tl.minimum(top_k, candidates)  # where there are fewer than k, the others are -inf
+        key, last = _last(row, size, top, target, least, key, last, V, GROUP, LISTED, BLOCK, True)  # pyright: ignore[reportGeneralTypeIssues]
+        mass, _above, _below = _amount(
+            row, size, top, key, key, last, 0, V, GROUP, LISTED, BLOCK, False
         )
-        mass = _amount(row, size, top, key, key, last, 0, V, GROUP, LISTED, BLOCK, False)
-    # The product in float64 may exceed the weight of all.
-    if (top_p < 1.0) & (_share(mass, top_p) <= mass):
-        target = _share(mass, top_p)
-        least = tl.maximum(least, key)
-        key, last = _last(
-            row, size, top, target, least, key, last, V, GROUP, LISTED, BLOCK, False
-        )
-    total = _amount(
+        least = key
+    target = _share(mass, top_p)
+    if (top_p < 1.0) & (target <= mass):  # it may exceed that: the product is in float64
+        key, last = _last(row, size, top, target, least, key, last, V, GROUP, LISTED, BLOCK, False)
+    total, _above, _below = _amount(
         row, size, top, LEAST_KEY, key, last, least_weight, V, GROUP, LISTED, BLOCK, False
     )
     point = (total.to(tl.float64) * u).to(tl.int64)
@@ -192,8 +192,29 @@ def _draw(
 
 
 @triton.jit
+def _list_candidates(
+    row, size, top, least_key, least_d, V: tl.constexpr, GROUP: tl.constexpr,
+    LISTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes the tokens of the listed groups that reach a bound, by id, as far as there is room;
+    returns how many there are, and the least of their keys."""
+    _, _, values, ids, _, _ = row
+    candidates = tl.full((), 0, tl.int32)
+    least = tl.full((), ABOVE_ALL, tl.int32)
+    for start in range(0, size, BLOCK):
+        t, tokens = _entries(row, start + tl.arange(0, BLOCK), size, V, GROUP, False)  # pyright: ignore[reportGeneralTypeIssues]
+        reaches = (order(t) >= least_key) & (t - top >= least_d)
+        at = candidates + tl.cumsum(reaches.to(tl.int32), 0) - 1
+        tl.store(values + at, t, reaches & (at < LISTED))
+        tl.store(ids + at, tokens, reaches & (at < LISTED))
+        candidates += tl.sum(reaches.to(tl.int32))
+        least = tl.minimum(least, tl.min(tl.where(reaches, order(t), ABOVE_ALL)))
+    return candidates, least
+
+
+@triton.jit
 def cut_kernel(
-    logits, data, points, largest, group_largest, levels, groups, values, ids, cuts, stride,
+    logits, data, points, largest, of_groups, levels, groups, values, ids, cuts, stride,
     V: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr, GROUP: tl.constexpr, LISTED: tl.constexpr, BLOCK: tl.constexpr,
     LIST_BLOCK: tl.constexpr,
@@ -206,7 +227,7 @@ def cut_kernel(
     row = tl.program_id(0).to(tl.int64)
     row_data = data + row * COLUMNS
     divisor, greedy = temperature(row_data)  # pyright: ignore[reportGeneralTypeIssues]
-    of_chunks, most, bad = row_largest(largest, row, CHUNKS, BLOCK_CHUNKS)
+    _of_chunks, most, bad = row_largest(largest, row, CHUNKS, BLOCK_CHUNKS)
     top_k, top_p = truncation(row_data, V)  # pyright: ignore[reportGeneralTypeIssues]
     key = tl.full((), BELOW_ALL, tl.int32)
     last = tl.full((), V, tl.int64)
@@ -215,11 +236,9 @@ def cut_kernel(
     if (greedy == 0) & (bad == 0) & ((top_k > 0) | (top_p < 1.0)):
         u = random_number(points, row, row_data)
         least_weight = tl.load(row_data + MIN_WEIGHT)
-        top, of_top = tempered(most, divisor, most)  # pyright: ignore[reportGeneralTypeIssues]
+        top, _of_top = tempered(most, divisor, most)  # pyright: ignore[reportGeneralTypeIssues]
         each = tl.arange(0, BLOCK_GROUPS)
-        x = tl.load(
-            group_largest + row * GROUPS + each, each < GROUPS, other=-float("inf")
-        )
+        x = tl.load(of_groups + row * GROUPS + each, each < GROUPS, other=-float("inf"))
         t, d = tempered(x, divisor, most)  # pyright: ignore[reportGeneralTypeIssues]
         least_key = tl.full((), LEAST_KEY, tl.int32)
         least_d = tl.full((), -float("inf"), tl.float32)
@@ -228,26 +247,17 @@ def cut_kernel(
             least_key = _bound_by_count(order(t), order(top), top_k)
         else:
             least_d, mass = _bound_by_weight(levels, row, top_p, CHUNKS, BLOCK_CHUNKS)
-        reaches = (order(t) >= least_key) & (t - top >= least_d)
-        count = reaches.to(tl.int32)
-        size = tl.sum(count) * GROUP
-        tl.store(groups + row * GROUPS + tl.cumsum(count, 0) - 1, each, reaches)
+        reaches = (order(t) >= least_key) & (d >= least_d)
+        groups += row * GROUPS
+        tl.store(groups + tl.cumsum(reaches.to(tl.int32), 0) - 1, each, reaches)
+        size = tl.sum(reaches.to(tl.int32)) * GROUP
         tl.debug_barrier()  # other threads of the program read what one has written
-
         values += row * LISTED
         ids += row * LISTED
-        source = (logits + row * stride, groups + row * GROUPS, values, ids, divisor, most)
-        candidates = tl.full((), 0, tl.int32)
-        least = tl.full((), ABOVE_ALL, tl.int32)
-        for start in range(0, size, BLOCK):
-            t, tokens = _entries(source, start + tl.arange(0, BLOCK), size, V, GROUP, False)
-            reaches = (order(t) >= least_key) & (t - top >= least_d)
-            count = reaches.to(tl.int32)
-            at = candidates + tl.cumsum(count, 0) - 1
-            tl.store(values + at, t, reaches & (at < LISTED))
-            tl.store(ids + at, tokens, reaches & (at < LISTED))
-            candidates += tl.sum(count)
-            least = tl.minimum(least, tl.min(tl.where(reaches, order(t), ABOVE_ALL)))
+        source = (logits + row * stride, groups, values, ids, divisor, most)
+        candidates, least = _list_candidates(
+            source, size, top, least_key, least_d, V, GROUP, LISTED, BLOCK
+        )
         tl.debug_barrier()
         if candidates <= LISTED:
             key, last, token, total = _draw(

@@ -1,10 +1,11 @@
-"""The Triton kernels of sample_tokens: largest, weigh, pick; between the last two triton_cut.py's,
-where some row truncates.
+"""The Triton kernels of sample_tokens: largest, weigh, pick; where some row truncates, the one of
+triton_cut.py runs before `pick`.
 
 A row of logits is taken in chunks, a program each, so that few rows fill a GPU too: `largest` finds
-the largest logit of each chunk, `weigh` the weight of each. `pick`, a program a row, finds the chunk
-that holds the point from the chunks' sums and reads that one alone again; in a row that is cut it
-takes the token that `cut` has drawn. Log-probabilities decide on nothing, and are floating point.
+the largest logit of each chunk, `weigh` its weight. `pick`, a program a row, finds the chunk that
+holds the point from the chunks' sums and reads that one alone again; in a row that top_k or top_p
+cuts it takes the token that `cut` has drawn. Log-probabilities decide on nothing and are floating
+point.
 """
 
 from __future__ import annotations
