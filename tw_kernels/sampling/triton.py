@@ -49,7 +49,8 @@ def forward(logits: Tensor, rows: SamplingRows, points: Tensor | None) -> Tensor
     of_groups = levels = cuts = None
     if rows.truncates:
         of_groups = torch.empty(count, chunks * CHUNK // group, device=device)
-        levels = masses.new_empty(count, chunks, kernels.LEVELS.value)
+        shape = count, chunks, kernels.LEVELS.value
+        levels = torch.empty(shape, dtype=torch.int64, device=device)
     sizes: dict[str, Any] = {"V": vocabulary, "CHUNKS": chunks, "enable_fp_fusion": False}
     of_row = sizes | {"BLOCK_CHUNKS": block_chunks}
     parts = {"CHUNK": CHUNK, "num_warps": WARPS}
@@ -79,12 +80,13 @@ def _cut(
     from tw_kernels.sampling.triton_cut import cut_kernel
 
     count, vocabulary = logits.shape
+    most = min(CANDIDATES, vocabulary)
     groups = torch.empty_like(of_groups, dtype=torch.int32)
-    values = logits.new_empty(count, min(CANDIDATES, vocabulary), dtype=torch.float32)
+    values = torch.empty(count, most, device=logits.device)
     ids = torch.empty_like(values, dtype=torch.int32)
-    cuts = data.new_empty(count, 4)
+    cuts = torch.empty(count, 4, dtype=torch.int64, device=logits.device)
     found = largest, of_groups, levels, groups, values, ids, cuts
-    sizes = sizes | {"GROUPS": groups.shape[1], "LISTED": values.shape[1]}
+    sizes = sizes | {"GROUPS": groups.shape[1], "CANDIDATES": most}
     sizes |= {"BLOCK_GROUPS": 1 << (groups.shape[1] - 1).bit_length()}
     sizes |= {"BLOCK": CHUNK, "LIST_BLOCK": LIST_BLOCK, "num_warps": WARPS}
     launch(cut_kernel, (count,), logits, data, points, *found, logits.stride(0), **sizes)

@@ -69,10 +69,10 @@ def _share(mass, top_p):
 
 
 @triton.jit
-def _entries(row, at, size, V: tl.constexpr, GROUP: tl.constexpr, LISTED: tl.constexpr):
+def _entries(source, at, size, V: tl.constexpr, GROUP: tl.constexpr, LISTED: tl.constexpr):
     """Tempered logits and ids at some places of a list of so many: of the candidates, or of the
     tokens of their groups. -inf past its end, and past the vocabulary's."""
-    x_row, groups, values, ids, divisor, most = row
+    x_row, groups, values, ids, divisor, most = source
     there = at < size
     if LISTED:
         t = tl.load(values + at, there, other=-float("inf"))
@@ -99,7 +99,7 @@ def _amounts(t, tokens, top, low, high, last_key, last_id, least_weight, COUNT: 
 
 @triton.jit
 def _amount(
-    row, size, top, low, last_key, last_id, least_weight, V: tl.constexpr, GROUP: tl.constexpr,
+    source, size, top, low, last_key, last_id, least_weight, V: tl.constexpr, GROUP: tl.constexpr,
     LISTED: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """The amounts of all tokens of at least a key together; the nearest keys that there are: the
@@ -108,7 +108,7 @@ def _amount(
     above = tl.full((BLOCK,), ABOVE_ALL, tl.int32)
     below = tl.full((BLOCK,), BELOW_ALL, tl.int32)
     for start in range(0, size, BLOCK):
-        t, tokens = _entries(row, start + tl.arange(0, BLOCK), size, V, GROUP, LISTED)
+        t, tokens = _entries(source, start + tl.arange(0, BLOCK), size, V, GROUP, LISTED)
         total += _amounts(t, tokens, top, low, ABOVE_ALL, last_key, last_id, least_weight, COUNT)
         key = order(t)
         above = tl.minimum(above, tl.where(key >= low, key, ABOVE_ALL))
@@ -118,14 +118,14 @@ def _amount(
 
 @triton.jit
 def _reach(
-    row, size, top, target, low, high, last_key, last_id, least_weight, V: tl.constexpr,
+    source, size, top, target, low, high, last_key, last_id, least_weight, V: tl.constexpr,
     GROUP: tl.constexpr, LISTED: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """The id at which the amounts, added up in the order of ids, reach the target; V if nowhere."""
     before = tl.full((), 0, tl.int64)
     found = tl.full((), V, tl.int64)
     for start in range(0, size, BLOCK):
-        t, tokens = _entries(row, start + tl.arange(0, BLOCK), size, V, GROUP, LISTED)  # pyright: ignore[reportGeneralTypeIssues]
+        t, tokens = _entries(source, start + tl.arange(0, BLOCK), size, V, GROUP, LISTED)  # pyright: ignore[reportGeneralTypeIssues]
         amounts = _amounts(t, tokens, top, low, high, last_key, last_id, least_weight, COUNT)
         reached = (amounts > 0) & (before + tl.cumsum(amounts, 0) >= target)
         found = tl.minimum(found, tl.min(tl.where(reached, tokens, V)))
@@ -135,7 +135,7 @@ def _reach(
 
 @triton.jit
 def _last(
-    row, size, top, target, least, last_key, last_id, V: tl.constexpr, GROUP: tl.constexpr,
+    source, size, top, target, least, last_key, last_id, V: tl.constexpr, GROUP: tl.constexpr,
     LISTED: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """The last token, as key and id, of the fewest first ones whose amounts reach the target.
@@ -144,19 +144,18 @@ def _last(
     are, so that there are no more passes than it takes to tell these apart, few in 16-bit logits.
     """
     low, high = least, order(top)
+    before = tl.full((), 0, tl.int64)  # the amount of keys > high
     while low < high:
         middle = ((low.to(tl.int64) + high.to(tl.int64) + 1) >> 1).to(tl.int32)
         amount, above, below = _amount(
-            row, size, top, middle, last_key, last_id, 0, V, GROUP, LISTED, BLOCK, COUNT
+            source, size, top, middle, last_key, last_id, 0, V, GROUP, LISTED, BLOCK, COUNT
         )
         low = tl.where(amount >= target, above, low)
         high = tl.where(amount >= target, high, below)
+        before = tl.where(amount >= target, before, amount)
     # Of the tokens of this key, all of one weight, as many as it takes, by id.
-    before, _above, _below = _amount(
-        row, size, top, low + 1, last_key, last_id, 0, V, GROUP, LISTED, BLOCK, COUNT
-    )
     last = _reach(
-        row, size, top, target - before, low, low, last_key, last_id, 0, V, GROUP, LISTED, BLOCK,
+        source, size, top, target - before, low, low, last_key, last_id, 0, V, GROUP, LISTED, BLOCK,
         COUNT,
     )  # fmt: skip
     return low, last
@@ -164,7 +163,7 @@ def _last(
 
 @triton.jit
 def _draw(
-    row, size, candidates, top, least, top_k, top_p, mass, least_weight, u, V: tl.constexpr,
+    source, size, candidates, top, least, top_k, top_p, mass, least_weight, u, V: tl.constexpr,
     GROUP: tl.constexpr, LISTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The last kept token, as key and id, the drawn one, and what the kept ones weigh."""
@@ -172,41 +171,45 @@ def _draw(
     last = tl.full((), V, tl.int64)
     if top_k > 0:
         target = tl.minimum(top_k, candidates)  # where there are fewer than k, the others are -inf
-        key, last = _last(row, size, top, target, least, key, last, V, GROUP, LISTED, BLOCK, True)  # pyright: ignore[reportGeneralTypeIssues]
+        key, last = _last(  # pyright: ignore[reportGeneralTypeIssues]
+            source, size, top, target, least, key, last, V, GROUP, LISTED, BLOCK, True
+        )
         mass, _above, _below = _amount(
-            row, size, top, key, key, last, 0, V, GROUP, LISTED, BLOCK, False
+            source, size, top, key, key, last, 0, V, GROUP, LISTED, BLOCK, False
         )
         least = key
     target = _share(mass, top_p)
     if (top_p < 1.0) & (target <= mass):  # it may exceed that: the product is in float64
-        key, last = _last(row, size, top, target, least, key, last, V, GROUP, LISTED, BLOCK, False)
+        key, last = _last(
+            source, size, top, target, least, key, last, V, GROUP, LISTED, BLOCK, False
+        )
     total, _above, _below = _amount(
-        row, size, top, LEAST_KEY, key, last, least_weight, V, GROUP, LISTED, BLOCK, False
+        source, size, top, LEAST_KEY, key, last, least_weight, V, GROUP, LISTED, BLOCK, False
     )
     point = (total.to(tl.float64) * u).to(tl.int64)
     token = _reach(
-        row, size, top, point + 1, LEAST_KEY, ABOVE_ALL, key, last, least_weight, V, GROUP, LISTED,
-        BLOCK, False,
+        source, size, top, point + 1, LEAST_KEY, ABOVE_ALL, key, last, least_weight, V, GROUP,
+        LISTED, BLOCK, False,
     )  # fmt: skip
     return key, last, token, total
 
 
 @triton.jit
 def _list_candidates(
-    row, size, top, least_key, least_d, V: tl.constexpr, GROUP: tl.constexpr,
-    LISTED: tl.constexpr, BLOCK: tl.constexpr,
+    source, size, top, least_key, least_d, V: tl.constexpr, GROUP: tl.constexpr,
+    CANDIDATES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Writes the tokens of the listed groups that reach a bound, by id, as far as there is room;
     returns how many there are, and the least of their keys."""
-    _, _, values, ids, _, _ = row
+    _, _, values, ids, _, _ = source
     candidates = tl.full((), 0, tl.int32)
     least = tl.full((), ABOVE_ALL, tl.int32)
     for start in range(0, size, BLOCK):
-        t, tokens = _entries(row, start + tl.arange(0, BLOCK), size, V, GROUP, False)  # pyright: ignore[reportGeneralTypeIssues]
+        t, tokens = _entries(source, start + tl.arange(0, BLOCK), size, V, GROUP, False)  # pyright: ignore[reportGeneralTypeIssues]
         reaches = (order(t) >= least_key) & (t - top >= least_d)
         at = candidates + tl.cumsum(reaches.to(tl.int32), 0) - 1
-        tl.store(values + at, t, reaches & (at < LISTED))
-        tl.store(ids + at, tokens, reaches & (at < LISTED))
+        tl.store(values + at, t, reaches & (at < CANDIDATES))
+        tl.store(ids + at, tokens, reaches & (at < CANDIDATES))
         candidates += tl.sum(reaches.to(tl.int32))
         least = tl.minimum(least, tl.min(tl.where(reaches, order(t), ABOVE_ALL)))
     return candidates, least
@@ -216,13 +219,13 @@ def _list_candidates(
 def cut_kernel(
     logits, data, points, largest, of_groups, levels, groups, values, ids, cuts, stride,
     V: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, GROUPS: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr, GROUP: tl.constexpr, LISTED: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr, GROUP: tl.constexpr, CANDIDATES: tl.constexpr, BLOCK: tl.constexpr,
     LIST_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per row: of the tokens that top_k and top_p keep the last, as key and id, the
     drawn one, and the weight of all, int64 [S, 4]. A row that neither cuts has the token -1.
 
-    Workspaces: groups int32 [S, GROUPS], values float32 and ids int32 [S, LISTED].
+    Workspaces: groups int32 [S, GROUPS], values float32 and ids int32 [S, CANDIDATES].
     """
     row = tl.program_id(0).to(tl.int64)
     row_data = data + row * COLUMNS
@@ -252,14 +255,14 @@ def cut_kernel(
         tl.store(groups + tl.cumsum(reaches.to(tl.int32), 0) - 1, each, reaches)
         size = tl.sum(reaches.to(tl.int32)) * GROUP
         tl.debug_barrier()  # other threads of the program read what one has written
-        values += row * LISTED
-        ids += row * LISTED
+        values += row * CANDIDATES
+        ids += row * CANDIDATES
         source = (logits + row * stride, groups, values, ids, divisor, most)
         candidates, least = _list_candidates(
-            source, size, top, least_key, least_d, V, GROUP, LISTED, BLOCK
+            source, size, top, least_key, least_d, V, GROUP, CANDIDATES, BLOCK
         )
         tl.debug_barrier()
-        if candidates <= LISTED:
+        if candidates <= CANDIDATES:
             key, last, token, total = _draw(
                 source, candidates, candidates, top, least, top_k, top_p, mass, least_weight, u, V,
                 GROUP, True, LIST_BLOCK,

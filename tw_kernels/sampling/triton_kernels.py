@@ -68,8 +68,12 @@ def weigh_kernel(
     if TRUNCATES:
         top_k, top_p = truncation(row_data, V)  # pyright: ignore[reportGeneralTypeIssues]
         if (greedy == 0) & (top_k == 0) & (top_p < 1.0):
+            here = tl.load(largest + row * CHUNKS + chunk)
+            _here, nearest = tempered(here, divisor, most)  # pyright: ignore[reportGeneralTypeIssues]
             for i in range(LEVELS):
-                mass = tl.sum(tl.where(d >= level(i), w, 0))
+                mass = tl.full((), 0, tl.int64)
+                if nearest >= level(i):
+                    mass = tl.sum(tl.where(d >= level(i), w, 0))
                 tl.store(levels + (row * CHUNKS + chunk) * LEVELS + i, mass)
         w = tl.where(w >= tl.load(row_data + MIN_WEIGHT), w, 0)
     tl.store(masses + row * CHUNKS + chunk, tl.sum(w))
