@@ -70,8 +70,8 @@ def _share(mass, top_p):
 
 @triton.jit
 def _entries(source, at, size, V: tl.constexpr, GROUP: tl.constexpr, LISTED: tl.constexpr):
-    """Tempered logits and ids at some places of a list of so many: of the candidates, or of the
-    tokens of their groups. -inf past its end, and past the vocabulary's."""
+    """Tempered logits, their keys and ids at some places of a list of so many: of the candidates,
+    or of the tokens of their groups. -inf past its end, and past the vocabulary's."""
     x_row, groups, values, ids, divisor, most = source
     there = at < size
     if LISTED:
@@ -81,13 +81,14 @@ def _entries(source, at, size, V: tl.constexpr, GROUP: tl.constexpr, LISTED: tl.
         tokens = tl.load(groups + at // GROUP, there, other=0) * GROUP + at % GROUP
         x = tl.load(x_row + tokens, there & (tokens < V), other=-float("inf")).to(tl.float32)
         t, _ = tempered(x, divisor, most)  # pyright: ignore[reportGeneralTypeIssues]
-    return t, tokens
+    return t, order(t), tokens
 
 
 @triton.jit
-def _amounts(t, tokens, top, low, high, last_key, last_id, least_weight, COUNT: tl.constexpr):
+def _amounts(
+    t, key, tokens, top, low, high, last_key, last_id, least_weight, COUNT: tl.constexpr
+):  # fmt: skip
     """1, or the weight, of each token of a key from low to high, not after the last kept one."""
-    key = order(t)
     counts = (key >= low) & (key <= high) & is_kept(key, tokens, last_key, last_id)
     if COUNT:
         amounts = counts.to(tl.int64)
@@ -108,9 +109,10 @@ def _amount(
     above = tl.full((BLOCK,), ABOVE_ALL, tl.int32)
     below = tl.full((BLOCK,), BELOW_ALL, tl.int32)
     for start in range(0, size, BLOCK):
-        t, tokens = _entries(source, start + tl.arange(0, BLOCK), size, V, GROUP, LISTED)
-        total += _amounts(t, tokens, top, low, ABOVE_ALL, last_key, last_id, least_weight, COUNT)
-        key = order(t)
+        t, key, tokens = _entries(source, start + tl.arange(0, BLOCK), size, V, GROUP, LISTED)
+        total += _amounts(
+            t, key, tokens, top, low, ABOVE_ALL, last_key, last_id, least_weight, COUNT
+        )
         above = tl.minimum(above, tl.where(key >= low, key, ABOVE_ALL))
         below = tl.maximum(below, tl.where(key < low, key, BELOW_ALL))
     return tl.sum(total), tl.min(above), tl.max(below)
@@ -125,8 +127,8 @@ def _reach(
     before = tl.full((), 0, tl.int64)
     found = tl.full((), V, tl.int64)
     for start in range(0, size, BLOCK):
-        t, tokens = _entries(source, start + tl.arange(0, BLOCK), size, V, GROUP, LISTED)  # pyright: ignore[reportGeneralTypeIssues]
-        amounts = _amounts(t, tokens, top, low, high, last_key, last_id, least_weight, COUNT)
+        t, key, tokens = _entries(source, start + tl.arange(0, BLOCK), size, V, GROUP, LISTED)  # pyright: ignore[reportGeneralTypeIssues]
+        amounts = _amounts(t, key, tokens, top, low, high, last_key, last_id, least_weight, COUNT)
         reached = (amounts > 0) & (before + tl.cumsum(amounts, 0) >= target)
         found = tl.minimum(found, tl.min(tl.where(reached, tokens, V)))
         before += tl.sum(amounts)
@@ -205,13 +207,13 @@ def _list_candidates(
     candidates = tl.full((), 0, tl.int32)
     least = tl.full((), ABOVE_ALL, tl.int32)
     for start in range(0, size, BLOCK):
-        t, tokens = _entries(source, start + tl.arange(0, BLOCK), size, V, GROUP, False)  # pyright: ignore[reportGeneralTypeIssues]
-        reaches = (order(t) >= least_key) & (t - top >= least_d)
+        t, key, tokens = _entries(source, start + tl.arange(0, BLOCK), size, V, GROUP, False)  # pyright: ignore[reportGeneralTypeIssues]
+        reaches = (key >= least_key) & (t - top >= least_d)
         at = candidates + tl.cumsum(reaches.to(tl.int32), 0) - 1
         tl.store(values + at, t, reaches & (at < CANDIDATES))
         tl.store(ids + at, tokens, reaches & (at < CANDIDATES))
         candidates += tl.sum(reaches.to(tl.int32))
-        least = tl.minimum(least, tl.min(tl.where(reaches, order(t), ABOVE_ALL)))
+        least = tl.minimum(least, tl.min(tl.where(reaches, key, ABOVE_ALL)))
     return candidates, least
 
 
