@@ -84,23 +84,24 @@ def profile_steps(name: str, device: str, threads: int, prompt: int) -> dict[str
     dtype = DTYPES["bf16" if device == "cuda" else "fp32"]
     model = random_model(name, tokenizer, device, dtype).eval()
     floor, codec = _floor(model, device), Codec.from_tokenizer(tokenizer)
-    profiles = {}
-    for key, sampling in SAMPLINGS.items():
+
+    def profiled(sampling: SamplingParams) -> StepProfile:
         engine = decoding_engine(model, codec, threads, prompt, sampling)
         before, seconds = asdict(engine.counts), engine.seconds
         start = time.perf_counter()
         for _ in range(TIMED):
             engine.step()
         ms = (time.perf_counter() - start) * 1e3 / TIMED
-        counts = {count: n - before[count] for count, n in asdict(engine.counts).items()}
-        spent = {part: (s - seconds[part]) / TIMED for part, s in engine.seconds.items()}
-        rows = kernels(lambda _, engine=engine: engine.step(), 1, device)
+        counts = {key: n - before[key] for key, n in asdict(engine.counts).items()}
+        spent = {key: (s - seconds[key]) / TIMED for key, s in engine.seconds.items()}
+        rows = kernels(lambda _: engine.step(), 1, device)
         launches = sum(row["launches"] for row in rows)
         us = sum(row["launches"] * row["us"] for row in rows)
-        profiles[key] = StepProfile(
+        return StepProfile(
             name, threads, prompt, sampling, ms, floor, launches, us, counts, spent, rows
         )
-    return profiles
+
+    return {key: profiled(sampling) for key, sampling in SAMPLINGS.items()}
 
 
 def _floor(model: PreTrainedModel, device: str) -> float | None:
