@@ -116,16 +116,6 @@ def test_groups_grow_with_the_vocabulary(monkeypatch):
     assert_draws_as_defined("triton", logits, rows)
 
 
-def test_a_share_of_weights_that_float64_rounds_up_keeps_all():
-    """2^13 tokens of weight 2^40 and some of less: the largest share below 1, rounded up, is above
-    what they weigh together."""
-    logits = torch.full((8192 + 9,), -8.0)
-    logits[1:8193] = 0.0
-    rows = logits[None], rows_of([Settings.of(1.0, None, 1 - 2**-53, 0.0)], [0])
-    assert run("reference", *rows).sampled_logprobs.isfinite()
-    assert_draws_as_defined("triton", *rows)
-
-
 def launches(monkeypatch, logits: Tensor, rows: SamplingRows) -> dict[str, tuple]:
     """Kernel -> grid and arguments, in order."""
     seen = {}

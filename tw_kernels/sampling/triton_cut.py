@@ -59,12 +59,14 @@ def _bound_by_weight(levels, row, top_p, CHUNKS: tl.constexpr, BLOCK_CHUNKS: tl.
     at = levels + (row * CHUNKS + chunks) * LEVELS + each
     sums = tl.sum(tl.load(at, (chunks < CHUNKS) & (each >= 0), other=0), 0)
     mass = tl.max(sums)
-    reached = tl.sum((sums < _share(mass, top_p)).to(tl.int32))
-    return level(tl.minimum(reached, LEVELS - 1)), mass
+    first = tl.sum((sums < _share(mass, top_p)).to(tl.int32))
+    return level(first), mass
 
 
 @triton.jit
 def _share(mass, top_p):
+    """What top_p < 1 keeps of a weight: never more, as the next number below 1 takes half a unit
+    in the last place off a product in float64."""
     return tl.maximum(tl.ceil(mass.to(tl.float64) * top_p).to(tl.int64), 1)
 
 
@@ -140,7 +142,8 @@ def _last(
     source, size, top, target, least, last_key, last_id, V: tl.constexpr, GROUP: tl.constexpr,
     LISTED: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """The last token, as key and id, of the fewest first ones whose amounts reach the target.
+    """The last token, as key and id, of the fewest first ones whose amounts reach the target; of
+    all down to the least key, with the id V, if they do not: the others are -inf.
 
     Invariant: tokens of keys >= low reach it, those of keys > high do not. Both are keys that there
     are, so that there are no more passes than it takes to tell these apart, few in 16-bit logits.
@@ -165,23 +168,22 @@ def _last(
 
 @triton.jit
 def _draw(
-    source, size, candidates, top, least, top_k, top_p, mass, least_weight, u, V: tl.constexpr,
+    source, size, top, least, top_k, top_p, mass, least_weight, u, V: tl.constexpr,
     GROUP: tl.constexpr, LISTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The last kept token, as key and id, the drawn one, and what the kept ones weigh."""
     key = tl.full((), BELOW_ALL, tl.int32)
     last = tl.full((), V, tl.int64)
     if top_k > 0:
-        target = tl.minimum(top_k, candidates)  # where there are fewer than k, the others are -inf
         key, last = _last(  # pyright: ignore[reportGeneralTypeIssues]
-            source, size, top, target, least, key, last, V, GROUP, LISTED, BLOCK, True
+            source, size, top, top_k, least, key, last, V, GROUP, LISTED, BLOCK, True
         )
         mass, _above, _below = _amount(
             source, size, top, key, key, last, 0, V, GROUP, LISTED, BLOCK, False
         )
         least = key
-    target = _share(mass, top_p)
-    if (top_p < 1.0) & (target <= mass):  # it may exceed that: the product is in float64
+    if top_p < 1.0:
+        target = _share(mass, top_p)
         key, last = _last(
             source, size, top, target, least, key, last, V, GROUP, LISTED, BLOCK, False
         )
@@ -266,13 +268,13 @@ def cut_kernel(
         tl.debug_barrier()
         if candidates <= CANDIDATES:
             key, last, token, total = _draw(
-                source, candidates, candidates, top, least, top_k, top_p, mass, least_weight, u, V,
-                GROUP, True, LIST_BLOCK,
+                source, candidates, top, least, top_k, top_p, mass, least_weight, u, V, GROUP,
+                True, LIST_BLOCK,
             )  # fmt: skip
         else:
             key, last, token, total = _draw(
-                source, size, candidates, top, least, top_k, top_p, mass, least_weight, u, V,
-                GROUP, False, BLOCK,
+                source, size, top, least, top_k, top_p, mass, least_weight, u, V, GROUP, False,
+                BLOCK,
             )  # fmt: skip
     tl.store(cuts + row * 4, key)
     tl.store(cuts + row * 4 + 1, last)
