@@ -187,7 +187,7 @@ def _draw(
         key, last = _last(
             source, size, top, target, least, key, last, V, GROUP, LISTED, BLOCK, False
         )
-    total, _above, _below = _amount(
+    total, _above, _below = _amount(  # pyright: ignore[reportGeneralTypeIssues]
         source, size, top, LEAST_KEY, key, last, least_weight, V, GROUP, LISTED, BLOCK, False
     )
     point = (total.to(tl.float64) * u).to(tl.int64)
