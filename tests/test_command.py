@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -83,3 +84,13 @@ def test_required_settings_are_named_without_the_subcommand(arguments, capsys):
     missing = "run_dir" if "x" in arguments else "run_dir, data.train"
     message = f"error: the following arguments are required: {missing}\n"
     assert capsys.readouterr().err == message
+
+
+def test_a_long_value_is_looked_through_once(capsys):
+    from threadweaver.train.__main__ import main
+
+    start = time.process_time()
+    assert main(["sft", "--run_dir", "x", "--data.train", "x", "--seed", "x" * 300_000]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: seed: Expected a <class 'int'>") and line.count("\n") == 1
+    assert time.process_time() - start < 10  # letter by letter it would be minutes

@@ -148,9 +148,10 @@ def check_overwrite(paths: Iterable[Path], overwrite: bool) -> None:
     raise ValueError(f"{names}: there already; name another place, or give --overwrite")
 
 
-# Of a section that may be left out jsonargparse says all that it could have been.
+# Of a section that may be left out jsonargparse says all that it could have been. A name begins at
+# its first character: a value of a million letters is looked through once.
 _OPTIONAL_SECTION = (
-    r"(?P<name>[\w.]+): Does not validate against any of the Union subtypes "
+    r"(?<![\w.])(?P<name>[\w.]+): Does not validate against any of the Union subtypes "
     r"Subtypes: \[<class '[\w.]+Config'>, <class 'NoneType'>\] Errors: "
     r"(- Problem with given class_path '[^']+': (?P<what>.*?) - Expected a <class 'NoneType'>)?"
     r".*Given value: (?P<value>.*)"

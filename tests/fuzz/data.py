@@ -269,6 +269,7 @@ def _file(rng: Random, rows: list[Row], folder: Path) -> Damaged:
     elif name == "array":
         path = folder / "rows.json"
         path.write_text(json.dumps(rows))
+        must = "accept"
     elif name == "indented":
         path = folder / "rows.json"
         path.write_text("\n".join(json.dumps(row, indent=1) for row in rows))

@@ -107,8 +107,9 @@ def fault(given: Input, outcome: Outcome, folder: Path) -> str | None:
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     if isinstance(code, str):
         return f"an exception: {code}"
-    if "Traceback" in err or "Traceback" in outcome.stdout:
-        return "a traceback in its output"
+    for text in (err, outcome.stdout):
+        if "Traceback" in text:
+            return f"a traceback in its output: {text[-MOST_CHARACTERS:]}"
     if leftover := sorted({p.name for p in folder.iterdir()} - {given.writes}):
         return f"left in the current folder: {leftover}"
     if code == 2:

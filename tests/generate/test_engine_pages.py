@@ -43,30 +43,42 @@ class LabelRunner:
         self.page_size = page_size
         self.seconds = {"plan": 0.0, "model": 0.0, "attention": 0.0, "sampling": 0.0}
         self.overlaps = overlaps
+        self.unread: list[Any] = []  # launched steps
         self.computed = 0
         self.largest_batch = 0
 
     def cast(self) -> None:
         pass
 
-    def plan(self, batch: Batch, rows: SamplingRows, constraints: Any) -> SimpleNamespace:
-        return SimpleNamespace(batch=batch, tokens=rows.data[:, Column.FORCED])
+    def plan(
+        self, batch: Batch, sequences: list[Any], rows: SamplingRows, constraints: Any
+    ) -> SimpleNamespace:
+        tokens = rows.data[:, Column.FORCED]
+        return SimpleNamespace(batch=batch, sequences=sequences, tokens=tokens, drawn=None)
 
-    def launch(self, step: Any) -> None:
-        batch = step.batch
+    def launch(self, step: Any, after: Any = None) -> None:
+        batch, drawn = step.batch, {}
+        if after is not None:
+            assert self.unread == [after]
+            drawn = dict(zip(after.sequences, after.tokens.tolist(), strict=True))
+        self.unread.append(step)
+        step.drawn = step.tokens
         writes, written = [], {}
         for sequence, count in zip(batch.sequences, batch.counts, strict=True):
             table = sequence.table
             for page in table.pages[(table.length - count) // self.page_size :]:
                 assert written.setdefault(page, sequence) is sequence, "two owners write one page"
-            writes.append((table, sequence.ids[table.length - count : table.length]))
+            path = sequence.ids + ([drawn[sequence]] if after else [])
+            writes.append((table, path[table.length - count : table.length]))
         self.pages.run(batch.copies, writes)
         for sequence in batch.sequences:
-            assert self.pages.read(sequence.table) == sequence.ids[: sequence.table.length]
+            path = sequence.ids + ([drawn[sequence]] if after else [])
+            assert self.pages.read(sequence.table) == path[: sequence.table.length]
         self.computed += sum(batch.counts)
         self.largest_batch = max(self.largest_batch, sum(batch.counts))
 
     def read(self, step: Any) -> Draws:
+        assert self.unread.pop(0) is step
         zeros = torch.zeros(len(step.tokens))
         return Draws(step.tokens, zeros, zeros)
 
@@ -122,7 +134,7 @@ def test_every_generation_ends_as_its_script_says_however_small_the_pool(
     assert [r.response for r in rollouts] == [weaver.response for _, _, weaver in jobs]
     assert [r.limits for r in rollouts] == [weaver.limits for _, _, weaver in jobs]
     assert engine.pool.free_pages == num_pages
-    assert not engine.has_work and not engine._families
+    assert not engine.has_work and not engine._families and not runner.unread
     assert runner.largest_batch <= max(max_batch_tokens, max_sequences)
 
 

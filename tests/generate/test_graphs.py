@@ -74,21 +74,69 @@ def test_padded_steps_planned_ahead_decode_what_plain_steps_decode(fork_join_mod
     assert [page for page in padded.pool._holders if page] == []
 
 
-def test_most_steps_of_a_long_run_are_planned_while_the_device_works(fork_join_model):
-    engine = engine_with(fork_join_model, EagerCapture())
-    runner, events = engine._runner, []
+def events_of(engine: Engine) -> list[str]:
+    """Names of the runner's calls, as they come; what is planned is launched, and once."""
+    events: list[str] = []
 
     def spy(name: str) -> None:
-        call = getattr(runner, name)
-        setattr(runner, name, lambda *args: (events.append(name), call(*args))[1])
+        call = getattr(engine._runner, name)
+
+        def spied(*args, **kwargs):
+            events.append(name)
+            return call(*args, **kwargs)
+
+        setattr(engine._runner, name, spied)
 
     for name in ("plan", "launch", "read"):
         spy(name)
+    return events
+
+
+def test_most_steps_of_a_long_run_start_before_their_predecessors_are_read(fork_join_model):
+    engine = engine_with(fork_join_model, EagerCapture())
+    events = events_of(engine)
     decode(engine, prompts=["0:"])
-    meanwhile = sum(events[i : i + 3] == ["launch", "plan", "read"] for i in range(len(events) - 2))
-    assert engine.counts.steps > 40 and meanwhile > 0.9 * engine.counts.steps
-    # What was planned is what runs: only the last is dropped.
-    assert events.count("plan") <= events.count("launch") + 1
+    pattern = ["plan", "launch", "read"]
+    assert events[:2] == pattern[:2] and events[-1] == "read"
+    # The device has a step to go on with while the host reads one and thinks of the next.
+    waiting = [
+        events[: i + 1].count("launch") - events[:i].count("read") for i in range(len(events))
+    ]
+    ahead = [n == 2 for n, event in zip(waiting, events, strict=True) if event == "read"]
+    assert len(ahead) == engine.counts.steps > 40 and sum(ahead) > 0.9 * len(ahead)
+    assert events.count("plan") == events.count("launch") == events.count("read")
+
+
+@pytest.mark.parametrize("prompts", [["0:"], ["2:"], TRAJECTORIES], ids=["0", "2", "all"])
+def test_steps_launched_ahead_of_a_stop_token_leave_nothing_behind(fork_join_model, prompts):
+    plain, ahead = engine_with(fork_join_model, None), engine_with(fork_join_model, EagerCapture())
+    events = events_of(ahead)
+    for engine in (plain, ahead):
+        reported = []
+        for seed, prompt in enumerate(prompts):
+            settings = GenerationSettings(max_tokens=400, max_depth=2, sampling=GREEDY)
+            engine.add(ids(prompt), settings, seed)
+        rollouts = engine.run(reported.extend)
+        # Tokens drawn after a stop token are neither reported nor counted.
+        assert len(reported) == engine.decoded_tokens
+        assert len(reported) == sum(rollout.num_sampled_tokens for rollout in rollouts)
+    assert ahead.decoded_tokens == plain.decoded_tokens
+    # Each stop of the last running sequence costs a step, and one late sequence a later start.
+    assert plain.counts.steps < ahead.counts.steps < 1.1 * plain.counts.steps
+    assert events.count("read") == ahead.counts.steps
+    assert ahead._ahead is None and ahead.pool.free_pages == 500
+    ahead.free()
+
+
+def test_a_generation_counts_the_steps_that_it_would_without_steps_launched_ahead(fork_join_model):
+    counts = []
+    for capture in (None, EagerCapture()):
+        engine = engine_with(fork_join_model, capture)
+        settings = GenerationSettings(max_tokens=400, max_depth=2, sampling=GREEDY)
+        generation = engine.add(ids("2:"), settings)
+        engine.run()
+        counts.append(generation.steps)
+    assert counts[0] == counts[1] > 40
 
 
 def test_a_long_run_of_mixed_requests_captures_no_graph_after_warm_up(fork_join_model):

@@ -5,7 +5,7 @@ from copy import deepcopy
 from time import perf_counter
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from simulated_pages import SimulatedPages
@@ -221,6 +221,13 @@ class PagePoolMachine(RuleBasedStateMachine):
         if data.draw(st.booleans()):
             del self.tables[i], self.contents[i]
 
+    @rule(data=st.data())
+    def drop_last(self, data):
+        i = self.pick(data)
+        assume(self.contents[i])
+        self.pool.drop_last(self.tables[i])
+        self.contents[i] = self.contents[i][:-1]
+
     @rule()
     def refuse_more_than_there_is(self):
         table = PageTable()
@@ -263,17 +270,3 @@ class PagePoolMachine(RuleBasedStateMachine):
 
 TestPagePoolMachine = PagePoolMachine.TestCase
 TestPagePoolMachine.settings = settings(deadline=None, max_examples=60, stateful_step_count=30)
-
-
-@given(st.randoms(use_true_random=False), st.sampled_from([1, 4, 16]))
-def test_an_append_that_is_taken_back_leaves_no_trace(random, page_size):
-    """Not even in the order in which pages are handed out; copies of shared pages included."""
-    pool, tables = PagePool(200, page_size), [PageTable() for _ in range(3)]
-    pool.append(tables, [random.randint(1, 9) for _ in tables])
-    tables += [pool.fork(random.choice(tables)) for _ in range(4)]
-    for _ in range(page_size + 5):
-        some = random.sample(tables, random.randint(1, len(tables)))
-        before = state(pool, *tables)
-        pool.take_back(some, pool.append(some, [1] * len(some)))
-        assert state(pool, *tables) == before
-        pool.append(some, [1] * len(some))

@@ -9,6 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -320,6 +321,50 @@ def test_a_damaged_gguf_file_is_named(tmp_path):
         file = tmp_path / "model.gguf"
         file.write_bytes(content)
         assert refusal(file).startswith(f"{file}: ")
+
+
+def test_a_gguf_file_is_parsed_once_for_config_tokenizer_and_weights(tmp_path, monkeypatch):
+    gguf = pytest.importorskip("gguf")
+    file, tokens = tmp_path / "model.gguf", ["a", "b", "ab", "ba", "<s>", "</s>", "<unk>"]
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(64)
+    writer.add_block_count(1)
+    writer.add_embedding_length(8)
+    writer.add_feed_forward_length(16)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges(["a b", "b a"])
+    writer.add_token_types([1, 1, 1, 1, 3, 3, 3])
+    writer.add_bos_token_id(4)
+    writer.add_eos_token_id(5)
+    writer.add_unk_token_id(6)
+    shapes = {"attn_q": (8, 8), "attn_k": (4, 8), "attn_v": (4, 8), "attn_output": (8, 8)}
+    shapes |= {"ffn_gate": (16, 8), "ffn_up": (16, 8), "ffn_down": (8, 16)}
+    shapes |= {"attn_norm": (8,), "ffn_norm": (8,)}
+    shapes = {f"blk.0.{name}": shape for name, shape in shapes.items()}
+    shapes |= {"token_embd": (7, 8), "output_norm": (8,)}
+    numbers = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        values = numbers.standard_normal(shape).astype(np.float32)
+        writer.add_tensor(f"{name}.weight", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    reader, parsed = gguf.GGUFReader, []
+    monkeypatch.setattr(gguf, "GGUFReader", lambda *a: (parsed.append(a), reader(*a))[1])
+    assert load_tokenizer(file).encode("ab") == [2]
+    assert len(parsed) == 1
+    model, tokenizer = load_model(file)
+    assert len(parsed) == 2 and tokenizer.encode("ab") == [2]
+    table = model.get_parameter("model.embed_tokens.weight")
+    stored = {t.name: t for t in reader(file).tensors}["token_embd.weight"].data
+    assert torch.equal(table, torch.tensor(stored))
 
 
 # Code that comes with a model.

@@ -14,6 +14,7 @@ from threadweaver.data import (
     columns_note,
     files,
     load_examples,
+    read_rows,
     save_rows,
 )
 from threadweaver.model import build_tokenizer
@@ -270,11 +271,11 @@ def test_a_bad_parquet_row_is_named_by_file_row_and_field(tmp_path):
         (b'{"question": "Q", }\n', ":2: not JSON ("),
         (b"question,response\n", ":2: not JSON ("),
         (b"\n", ":2: empty line; remove it"),
-        (b'{"question": "\xff"}\n', ":2: not UTF-8 (byte 15 of the line)"),
+        (b'{"question": "\xff"}\n', ":2: not UTF-8 (byte 15)"),
         (b'{"question": "a", "question": "b"}\n', ":2: field 'question' is there twice; keep one"),
         (b'{"reward_model": {"a": 1, "a": 2}}\n', ":2: field 'a' is there twice; keep one"),
-        (b"[" * 100_000 + b"\n", ":2: nested too deeply; write one flat JSON object"),
-        (b'{"a":' * 100_000 + b"\n", ":2: nested too deeply; write one flat JSON object"),
+        (b"[" * 100_000 + b"\n", ":2: nested too deeply; write one JSON object a line"),
+        (b'{"a":' * 100_000 + b"\n", ":2: nested too deeply; write one JSON object a line"),
         (b'{"answer": ' + b"9" * 5000 + b"}\n", ":2: a whole number has more than 4,300 digits"),
         (b"\xef\xbb\xbf{}\n", ":2: not JSON ("),
     ],
@@ -284,6 +285,40 @@ def test_a_line_that_is_no_json_is_named(tmp_path, line, message):
     path.write_bytes(path.read_bytes() + line + path.read_bytes())
     with pytest.raises(DataError) as error:
         load_examples(path)
+    assert str(error.value).startswith(f"{path}{message}")
+
+
+@pytest.mark.parametrize("start", ["", " \n\t", "\ufeff"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_file_may_hold_one_array_of_rows(tmp_path, start, indent):
+    rows = [GOOD, {**GOOD, "question": "a\u2028b"}]
+    path = tmp_path / "rows.json"
+    path.write_text(start + json.dumps(rows, indent=indent), encoding="utf-8")
+    assert list(read_rows(path)) == [(f"{path}, row {n}", row) for n, row in enumerate(rows, 1)]
+    lines = write(tmp_path / "lines.json", *rows)
+    assert [row for _, row in read_rows(lines)] == rows
+    assert [e.prompt for e in load_examples(path)] == [e.prompt for e in load_examples(lines)]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"[]", ": holds no rows; write at least one"),
+        (b'[{"question": "Q"},\n {"question": "R",}]', ":2: not JSON ("),
+        (b'[{"question": "Q"}\n', ":2: not JSON ("),
+        (b"[{}] {}", ":1: not JSON (Extra data"),
+        (b'[{"question": "\xff"}]', ": not UTF-8 (byte 16)"),
+        (b'[{"a": 1, "a": 2}]', ": field 'a' is there twice; keep one"),
+        (b"[" * 100_000, ": nested too deeply; write an array of JSON objects"),
+        (b"[" + b"9" * 5000 + b"]", ": a whole number has more than 4,300 digits"),
+        (b'[{"question": "Q"}, [1]]', ", row 2: found a list where a row should be; write an arr"),
+    ],
+)
+def test_what_is_wrong_with_an_array_of_rows_is_named(tmp_path, data, message):
+    path = tmp_path / "rows.json"
+    path.write_bytes(data)
+    with pytest.raises(DataError) as error:
+        list(read_rows(path))
     assert str(error.value).startswith(f"{path}{message}")
 
 

@@ -247,7 +247,9 @@ def test_a_model_without_the_tags_gets_them(new_run, tmp_path):
 
 
 def test_a_missing_data_file_is_named(new_run, fails):
-    assert "data.train: none.jsonl: no such file" in fails(new_run()("--data.train", "none.jsonl"), 2)
+    assert "data.train: none.jsonl: no such file" in fails(
+        new_run()("--data.train", "none.jsonl"), 2
+    )
 
 
 def test_a_line_that_is_no_json_is_named(new_run, fails, tmp_path, data_files):

@@ -1,5 +1,5 @@
-"""Files of rows: JSON lines (`.jsonl`, or `.json` with one object a line) and parquet; folders and
-patterns of them.
+"""Files of rows: JSON lines (`.jsonl`), JSON (`.json`: an array of objects, or one object a line)
+and parquet; folders and patterns of them.
 
 A file is written whole or not at all. No row is ever dropped: one that cannot be read stops the
 read with a `DataError` that names file and row.
@@ -7,13 +7,14 @@ read with a `DataError` that names file and row.
 
 from __future__ import annotations
 
+import codecs
 import glob
 import json
 import stat
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from threadweaver.whole_file import whole_file, write_whole
 
@@ -52,6 +53,7 @@ def save_rows(rows: Sequence[dict], path: str | Path) -> None:
 # A row is a line: one of more bytes is no row.
 MOST_BYTES = 2**28
 KINDS = (".jsonl", ".json", ".parquet")
+_LINES, _ARRAY = "one JSON object a line", "an array of JSON objects"
 
 
 def data_files(path: str | Path) -> list[Path]:
@@ -98,8 +100,8 @@ def _check_file(path: Path) -> None:
         raise DataError(f"{path}: is a folder; name files, or one folder alone")
     if path.suffix not in KINDS:
         raise DataError(
-            f"{path}: unknown extension '{path.suffix}'; use .jsonl (or .json, one object a line) "
-            f"or .parquet"
+            f"{path}: unknown extension '{path.suffix}'; use .jsonl, .json (an array of objects, "
+            f"or one object a line) or .parquet"
         )
     if not stat.S_ISREG(mode):
         kind = "a pipe" if stat.S_ISFIFO(mode) else "a socket or device"
@@ -108,7 +110,7 @@ def _check_file(path: Path) -> None:
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each row of the files that a path names (`data_files`), in order, and its source:
-    "file:line", or "file, row n" for parquet, both counted from 1.
+    "file:line", or "file, row n" for parquet and arrays, both counted from 1.
 
     Raises:
         DataError: as `data_files`; a file that is empty or cannot be read, or a line that is no
@@ -128,6 +130,9 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         # Bytes, so that only a newline ends a line: text may hold other separators (U+2028, form
         # feed).
         with path.open("rb") as file:
+            if path.suffix == ".json" and _begins_array(file):
+                yield from _array_rows(path, file.read())
+                return
             number = 0
             while line := file.readline(MOST_BYTES + 1):
                 number += 1
@@ -136,26 +141,45 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
 
+def _begins_array(file: BinaryIO) -> bool:
+    """Whether `[` comes first in a file, which is at its start and stays there."""
+    start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
+    file.seek(0)
+    return start.startswith(b"[")
+
+
+def _array_rows(path: Path, data: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
+    rows = _parsed(data.removeprefix(codecs.BOM_UTF8), str(path), is_line=False)
+    for number, row in enumerate(rows, 1):
+        source = f"{path}, row {number}"
+        yield source, _object_row(row, source, _ARRAY)
+
+
 def _json_row(line: bytes, source: str, first: bool) -> dict[str, Any]:
     if len(line) > MOST_BYTES:
-        raise DataError(
-            f"{source}: the line has more than {MOST_BYTES:,} bytes; write one JSON object a line"
-        )
+        raise DataError(f"{source}: the line has more than {MOST_BYTES:,} bytes; write {_LINES}")
+    if first:
+        line = line.removeprefix(codecs.BOM_UTF8)  # some editors mark UTF-8 at the start of a file
+    if not line.strip():
+        raise DataError(f"{source}: empty line; remove it")
+    return _object_row(_parsed(line, source, is_line=True), source, _LINES)
+
+
+def _parsed(data: bytes, source: str, is_line: bool) -> Any:
+    """The JSON value of a line or of a whole file."""
+    form = _LINES if is_line else _ARRAY
     try:
-        # Some editors mark UTF-8 at the start of a file.
-        text = line.decode("utf-8-sig" if first else "utf-8")
-        row = json.loads(text, object_pairs_hook=_object)
+        return json.loads(data.decode(), object_pairs_hook=_object)
     except DataError as error:
         raise DataError(f"{source}: {error}") from error
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{source}: not UTF-8 (byte {error.start + 1} of the line); re-encode the file"
+            f"{source}: not UTF-8 (byte {error.start + 1}); re-encode the file"
         ) from error
     except json.JSONDecodeError as error:
-        if not line.strip():
-            raise DataError(f"{source}: empty line; remove it") from error
+        where = source if is_line else f"{source}:{error.lineno}"
         raise DataError(
-            f"{source}: not JSON ({error.msg}, column {error.colno}); write one JSON object a line"
+            f"{where}: not JSON ({error.msg}, column {error.colno}); write {form}"
         ) from error
     except ValueError as error:
         raise DataError(
@@ -163,13 +187,12 @@ def _json_row(line: bytes, source: str, first: bool) -> dict[str, Any]:
             "write it as text"
         ) from error
     except RecursionError as error:
-        raise DataError(
-            f"{source}: nested too deeply; write one flat JSON object a line"
-        ) from error
+        raise DataError(f"{source}: nested too deeply; write {form}") from error
+
+
+def _object_row(row: Any, source: str, form: str) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise DataError(
-            f"{source}: found {kind_of(row)} where a row should be; write one JSON object a line"
-        )
+        raise DataError(f"{source}: found {kind_of(row)} where a row should be; write {form}")
     return row
 
 

@@ -130,7 +130,7 @@ class Engine:
         self.context_length = context_length(model) or MOST_IDS
         self._rows = cast(Tensor, model.get_input_embeddings().weight).shape[0]
         self._orchestration = 0.0  # seconds
-        self._ahead: Step | None = None  # the next one, if it is planned already
+        self._ahead: Step | None = None  # the next one, if it is launched already
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -251,18 +251,20 @@ class Engine:
             self._is_cast = True
             self._fit_pool()
         batch, step = self._scheduler.schedule(), self._ahead
-        if step is None or step.batch is not batch:
+        if step is None:
             step = self._plan(batch)
-        ready = [s for s in batch.sequences if s.pending == 0]
-        self._runner.launch(step)
-        self._ahead = self._plan_ahead(ready)
-        draws = self._draws(step, ready)
-        for number in {s.rank[0] for s in batch.sequences}:
+            self._runner.launch(step)
+        self._ahead = self._launch_next(step)
+        draws = self._draws(step)
+        for number in {s.rank[0] for s in batch.sequences if s.is_open}:
             generation = self._live[number]
             generation.steps += 1
             generation.started = generation.started or start
-        tokens = [self._advance(s, *draw) for s, draw in zip(ready, draws, strict=True)]
+        tokens = [self._advance(*draw) for draw in draws]
         self.decoded_tokens += len(tokens)
+        if (ahead := self._ahead) is not None and not any(s.is_open for s in ahead.sequences):
+            self._runner.read(ahead)  # so that nothing runs on after the last step
+            self._ahead = None
         if not self._in_run:
             for number in self._done:
                 del self._added[number]
@@ -342,15 +344,24 @@ class Engine:
             [s.script[p] if s.script else None for s, p in zip(ready, positions, strict=True)],
         )
         constraints = [self._live[s.rank[0]].constraint for s in ready]
-        return self._runner.plan(batch, rows, constraints)
+        return self._runner.plan(batch, ready, rows, constraints)
 
-    def _plan_ahead(self, ready: list[Sequence]) -> Step | None:
-        """The next step, while the device computes one that draws a token for each of these, if
-        they all go on after it. A stop token, which is not known yet, drops it (`_close`)."""
-        if not self._runner.overlaps or any(self._settles(s, len(s.logprobs) + 1) for s in ready):
+    def _launch_next(self, step: Step) -> Step | None:
+        """The next step, launched while the device computes this one, if it can be known.
+
+        A stop token is not: it ends a sequence that the next step computes all the same. What that
+        draws for it is never looked at, and its place in a page is taken back.
+        """
+        if not self._runner.overlaps or any(
+            self._settles(s, len(s.logprobs) + 1) for s in step.sequences if s.is_open
+        ):
             return None
         batch = self._scheduler.look_ahead()
-        return None if batch is None else self._plan(batch)
+        if batch is None:
+            return None
+        ahead = self._plan(batch)
+        self._runner.launch(ahead, after=step)
+        return ahead
 
     def _settles(self, sequence: Sequence, count: int) -> bool:
         """Whether more than an appended token comes of the count-th of a sequence, whatever it
@@ -362,19 +373,20 @@ class Engine:
             return True
         return request.kind == "prompt" and count == 1
 
-    def _draws(self, step: Step, ready: list[Sequence]) -> list[tuple[int, float, float]]:
-        """For each sequence a token and its two log-probabilities, of a launched step."""
+    def _draws(self, step: Step) -> list[tuple[Sequence, int, float, float]]:
+        """Sequences that have not ended, each with a token and its two log-probabilities, of a
+        launched step."""
         draws = self._runner.read(step)
-        logprobs = draws.logprobs.tolist()
-        for sequence, logprob in zip(ready, logprobs, strict=True):
+        columns = draws.tokens.tolist(), draws.logprobs.tolist(), draws.sampled_logprobs.tolist()
+        rows = zip(step.sequences, *columns, strict=True)
+        rows = [row for row in rows if row[0].is_open]
+        for sequence, _, logprob, _ in rows:
             if math.isnan(logprob):
                 raise NonFiniteLogits(
                     f"generation {sequence.rank[0]}, request {sequence.request.id}: the model's "
                     f"logits after {len(sequence.ids)} tokens are not finite"
                 )
-        return list(
-            zip(draws.tokens.tolist(), logprobs, draws.sampled_logprobs.tolist(), strict=True)
-        )
+        return rows
 
     def _advance(
         self, sequence: Sequence, token: int, logprob: float, sampled_logprob: float
@@ -405,6 +417,7 @@ class Engine:
             sequence.sampled_logprobs,
             reason,
         )
+        sequence.is_open = False
         del generation.open[request.id]
         generation.retained[request.id] = sequence
         self._scheduler.keep(sequence)

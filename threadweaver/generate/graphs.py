@@ -123,11 +123,17 @@ class StepGraphs:
         staged.take_plan(plan)
         return staged
 
-    def launch(self, staged: StepInputs) -> Tensor:
-        """Packed draws [S, 3] on the device, padded; overwritten by the next launch."""
+    def launch(self, staged: StepInputs, tokens: int, drawn: Tensor | None = None) -> Tensor:
+        """Packed draws [S, 3] on the device, padded; overwritten by the next launch.
+
+        Args:
+            tokens: how many ids are no padding.
+            drawn: what the ids are places in, if they are no tokens (`StepInputs.take_drawn`).
+        """
         capacity = staged.plan.capacity
         graph = self._graphs[Key(capacity.rows, capacity.items, staged.rows.truncates)]
         graph.inputs.take(staged)
+        graph.inputs.take_drawn(tokens, drawn)
         graph.replay()
         return graph.packed
 

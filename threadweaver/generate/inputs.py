@@ -65,6 +65,12 @@ class StepInputs:
         self.buffer[: other.used].copy_(other.buffer[: other.used], non_blocking=True)
         self._is_of(other.plan)
 
+    def take_drawn(self, count: int, drawn: Tensor | None) -> None:
+        """Turns the first ids from places among draws, int32 [S, 3], into the tokens drawn there;
+        None: they are tokens."""
+        if drawn is not None:
+            self.ids[:count] = drawn[:, 0].index_select(0, self.ids[:count])
+
     def _is_of(self, plan: DecodePlan) -> None:
         self.plan.num_pages, self.plan.size = plan.num_pages, plan.size
         self.plan.memo.clear()

@@ -115,25 +115,14 @@ class PagePool:
                 pages.append(free.pop())
         return copies
 
-    def take_back(self, tables: Sequence[PageTable], copies: Sequence[Copy]) -> None:
-        """Undoes the last append, of one token to each of the tables, which returned `copies`.
-
-        Nothing else must have happened to the pool since, so that it is as it was before, the order
-        in which pages are handed out included.
-        """
-        source_of = {copy.target: copy.source for copy in copies}
-        for table in reversed(tables):
-            table.length -= 1
-            page = table.pages[-1]
-            if table.length % self.page_size == 0:
-                table.pages.pop()
-            elif page in source_of:
-                table.pages[-1] = source_of[page]
-                self._holders[source_of[page]] += 1
-            else:
-                continue
-            self._holders[page] = 0
-            self._free.append(page)
+    def drop_last(self, table: PageTable) -> None:
+        """Takes the last token off a table, and its page if it was the first in it."""
+        table.length -= 1
+        if table.length % self.page_size == 0:
+            page = table.pages.pop()
+            self._holders[page] -= 1
+            if self._holders[page] == 0:
+                self._free.append(page)
 
     def fork(self, table: PageTable, length: int | None = None) -> PageTable:
         """Another sequence of the first `length` tokens, by default all; takes no page."""

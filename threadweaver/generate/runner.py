@@ -3,16 +3,18 @@ token drawn for each sequence that is complete.
 
 A step has three parts, so that a GPU works while the host thinks of the next:
 
-    step = runner.plan(batch, rows)     what needs no token: plan, positions, where draws go
+    step = runner.plan(batch, …)        what needs no token: plan, positions, where draws go
     runner.launch(step)                 token ids; does not wait for the device
     draws = runner.read(step)           waits
+
+The next step may be launched before that one is read: its ids are then what the device drew.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -26,7 +28,7 @@ from threadweaver.generate.constraint import Constraint, constrained
 from threadweaver.generate.graphs import MOST_TOKENS, Capture, CudaCapture, StepGraphs
 from threadweaver.generate.inputs import StepInputs
 from threadweaver.generate.pages import Copy
-from threadweaver.generate.scheduler import Batch
+from threadweaver.generate.scheduler import Batch, Sequence
 from threadweaver.generate.weights import EngineWeights
 from threadweaver.model import PagedStep, kv_shape, output_layer, paged_hidden_states
 from tw_kernels import DecodePlan, PagedKV, PlanSizes
@@ -66,18 +68,21 @@ class Step:
     """One step between its plan and its draws.
 
     Attributes:
+        sequences: those that it draws a token for, in the order of its draws.
         inputs: on the host; the ids are filled in at the launch.
-        samples: how many tokens it draws.
         in_graph: whether it is padded for a graph.
-        constraints: of the sequences that it draws for, if there are any.
-        packed: what was drawn, on the host once `arrived` has happened.
+        constraints: of the sequences, if there are any.
+        drawn: what was drawn, int32 [S, 3] or padded, on the device; None until it is launched. The
+            next launch may overwrite it.
+        packed: the same on the host, once `arrived` has happened.
     """
 
     batch: Batch
+    sequences: list[Sequence]
     inputs: StepInputs
-    samples: int
     in_graph: bool
-    constraints: Sequence[Constraint | None]
+    constraints: list[Constraint | None]
+    drawn: Tensor | None = None
     packed: Tensor | None = None
     arrived: torch.cuda.Event | None = None
 
@@ -154,19 +159,23 @@ class Runner:
 
     @torch.inference_mode()
     def plan(
-        self, batch: Batch, rows: SamplingRows, constraints: Sequence[Constraint | None] = ()
+        self,
+        batch: Batch,
+        sequences: list[Sequence],
+        rows: SamplingRows,
+        constraints: list[Constraint | None],
     ) -> Step:
         """Prepares a step, whose pages are taken.
 
         Args:
-            rows: on the CPU, of each sequence that has nothing pending after it, in the order of
-                the batch.
-            constraints: of the same sequences; with one of them the step runs in no graph.
+            sequences: those of the batch that have nothing pending after it, in its order.
+            rows: on the CPU, of these.
+            constraints: of these; with one of them the step runs in no graph.
         """
         start = time.perf_counter()
         self._allocate()
         tokens, samples = sum(batch.counts), len(rows.data)
-        constraints = constraints if any(c is not None for c in constraints) else ()
+        constraints = constraints if any(c is not None for c in constraints) else []
         in_graph = self._graphs is not None and tokens <= MOST_TOKENS and not constraints
         with self._threads(tokens):
             if self._graphs is not None and in_graph:
@@ -182,24 +191,33 @@ class Runner:
         inputs.last[:samples] = last
         inputs.rows.data[:samples] = rows.data
         self.seconds["plan"] += time.perf_counter() - start
-        return Step(batch, inputs, samples, in_graph, constraints)
+        return Step(batch, sequences, inputs, in_graph, constraints)
 
     @torch.inference_mode()
-    def launch(self, step: Step) -> None:
-        """Computes a step, whose token ids are known by now; `read` gives what it drew."""
+    def launch(self, step: Step, after: Step | None = None) -> None:
+        """Computes a step; `read` gives what it drew.
+
+        Args:
+            after: the step launched last, if it is not read yet: one that draws the only new token
+                of every sequence.
+        """
         start = time.perf_counter()
-        ids = _ids(step.batch)
+        if after is None:
+            ids, drawn = _ids(step.batch), None
+        else:
+            ids, drawn = _places(step.batch, after), after.drawn
         step.inputs.ids[: len(ids)] = ids
         self._copy(step.batch.copies)
         if self._graphs is not None and step.in_graph:
-            packed = self._graphs.launch(step.inputs)
+            packed = self._graphs.launch(step.inputs, len(ids), drawn)
             self.seconds["model"] += time.perf_counter() - start
         else:
             inputs = step.inputs
             if self._device.type != "cpu":
                 buffer = inputs.buffer.to(self._device, non_blocking=True)
-                shape = len(inputs.ids), step.samples, inputs.plan, inputs.rows.truncates
+                shape = len(ids), len(step.sequences), inputs.plan, inputs.rows.truncates
                 inputs = StepInputs(buffer, *shape)
+            inputs.take_drawn(len(ids), drawn)
             with self._threads(len(ids)):
                 logits = self._logits(inputs)
             computed = time.perf_counter()
@@ -209,10 +227,11 @@ class Runner:
             self.seconds["sampling"] += time.perf_counter() - computed
         self.counts.steps += 1
         self.counts.copies_to_device += 1
-        step.packed = packed[: step.samples]
+        step.drawn = packed
+        shape = len(step.sequences), packed.shape[1]
+        step.packed = torch.empty(shape, dtype=torch.int32, pin_memory=packed.is_cuda)
+        step.packed.copy_(packed[: len(step.sequences)], non_blocking=True)
         if packed.is_cuda:
-            host = torch.empty(step.packed.shape, dtype=torch.int32, pin_memory=True)
-            step.packed = host.copy_(step.packed, non_blocking=True)
             step.arrived = torch.cuda.Event()
             step.arrived.record()
         self.counts.copies_to_host += 1
@@ -317,6 +336,12 @@ def _ids(batch: Batch) -> Tensor:
         end = sequence.table.length
         ids += sequence.ids[end - count : end]
     return torch.tensor(ids)
+
+
+def _places(batch: Batch, after: Step) -> Tensor:
+    """Of the batch's sequences among the draws of the step before it, int64 [T]."""
+    place = {sequence: i for i, sequence in enumerate(after.sequences)}
+    return torch.tensor([place[sequence] for sequence in batch.sequences])
 
 
 def _positions(batch: Batch, samples: int) -> tuple[Tensor, Tensor]:

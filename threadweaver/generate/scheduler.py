@@ -47,6 +47,7 @@ class Sequence(Branch):
         key: of its random draws (sampler.stream_key).
         logprobs, sampled_logprobs: of the tokens after the context.
         script: tokens to take instead of drawn ones, the whole completion; None: draw.
+        is_open: its last token is still to come. A step that is launched early may hold others.
     """
 
     request: Request = field(kw_only=True)
@@ -54,6 +55,7 @@ class Sequence(Branch):
     logprobs: list[float] = field(default_factory=list, repr=False)
     sampled_logprobs: list[float] = field(default_factory=list, repr=False)
     script: list[int] | None = field(default=None, repr=False)
+    is_open: bool = True
 
     @property
     def completion(self) -> list[int]:
@@ -108,7 +110,7 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._waiting: list[Sequence] = []
         self._kept: list[Branch] = []
-        self._ahead: Batch | None = None  # whose pages are taken
+        self._ahead: Batch | None = None  # the next step, if it is under way
 
     @property
     def has_room(self) -> bool:
@@ -116,22 +118,21 @@ class Scheduler:
         return not self._waiting and len(self._running) < self._max_sequences
 
     def add(self, sequence: Sequence) -> None:
-        self.forget()
         insort(self._waiting, sequence, key=_rank)
         sequence.family.branches.append(sequence)
 
     def keep(self, branch: Branch) -> None:
         """Stops decoding a branch; it holds its pages until they are needed elsewhere."""
-        self.forget()
         if isinstance(branch, Sequence) and branch in self._running:
             self._running.remove(branch)
+            if self._ahead is not None and branch in self._ahead.sequences:
+                self.pool.drop_last(branch.table)
         else:
             branch.family.branches.append(branch)
         insort(self._kept, branch, key=_rank)
 
     def remove(self, branch: Branch) -> None:
         """Releases its pages."""
-        self.forget()
         if isinstance(branch, Sequence) and branch in self._running:
             self._running.remove(branch)
         elif isinstance(branch, Sequence) and branch in self._waiting:
@@ -148,7 +149,8 @@ class Scheduler:
         """
         if (ahead := self._ahead) is not None:
             self._ahead = None
-            return ahead
+            if not set(self._running).isdisjoint(ahead.sequences):
+                return ahead
         self._admit()
         # Decoding goes before prefill, so that a long prompt does not hold up running sequences.
         by_need = sorted(self._running, key=lambda s: s.pending > 1)
@@ -172,11 +174,12 @@ class Scheduler:
             return Batch(batch, counts, copies)
 
     def look_ahead(self) -> Batch | None:
-        """What `schedule` will return if the step that is being computed adds a token to every
-        running sequence and nothing else happens; None if that cannot be said.
+        """The step after the one that is being computed, if that one adds a token to every running
+        sequence; None if more or less is to be computed next.
 
-        Call it when all tokens are computed but for those of that step. The pages are taken; `add`,
-        `keep` and `remove` give them back first, for they change what is scheduled.
+        Call it when all tokens are computed but for those of that step. The device may start on it:
+        `schedule` returns it next, whatever is added, kept or removed until then, if any sequence
+        of it still runs. One that is kept leaves without its token in it.
         """
         running = self._running
         if self._waiting or not running or any(s.pending for s in running):
@@ -187,12 +190,6 @@ class Scheduler:
             return None
         self._ahead = Batch(list(running), [1] * len(running), copies)
         return self._ahead
-
-    def forget(self) -> None:
-        """Gives back what `look_ahead` took; the tables are as they were."""
-        if (ahead := self._ahead) is not None:
-            self._ahead = None
-            self.pool.take_back([s.table for s in ahead.sequences], ahead.copies)
 
     def _admit(self) -> None:
         """Moves waiting sequences to the running ones, in order, as far as slots and pages go."""

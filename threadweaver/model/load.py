@@ -25,6 +25,7 @@ from threadweaver.model.files import (
     read_object,
     reading,
 )
+from threadweaver.model.gguf_file import parsed_once
 from threadweaver.model.logits import mask_unknown_ids
 from threadweaver.model.probe import probe
 from threadweaver.model.sizes import check_heads, check_sizes
@@ -35,7 +36,8 @@ from threadweaver.model.weights import load_weights
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model; same paths and errors as `load_model`."""
     source = model_source(path)
-    return _load_tokenizer(source, _load_config(source))
+    with parsed_once():
+        return _load_tokenizer(source, _load_config(source))
 
 
 def _load_tokenizer(source: ModelSource, config: PretrainedConfig) -> PreTrainedTokenizerBase:
@@ -76,11 +78,12 @@ def load_model(
             or layers a trie cannot use; names the file and what is wrong.
     """
     source = model_source(path)
-    config = _load_config(source)
-    tokenizer = _load_tokenizer(source, config)
-    with reading(source.config):
-        check_supported(config)
-    model = load_weights(source, config, dtype)
+    with parsed_once():
+        config = _load_config(source)
+        tokenizer = _load_tokenizer(source, config)
+        with reading(source.config):
+            check_supported(config)
+        model = load_weights(source, config, dtype)
     _untie(model)
     # A GGUF file is dequantised as it is loaded: the model is saved as an ordinary one.
     model.__dict__["hf_quantizer"] = None
