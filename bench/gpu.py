@@ -12,7 +12,8 @@ minutes hold what matters:
     tests                     all GPU tests. Rows need no test before them: every result is compared
                               with float64 before it is timed
     profile-*, ncu-*          time, registers, spills and shared memory of each kernel; with Nsight
-                              Compute, where it is installed, what limits each
+                              Compute, where it is installed, what limits each; of a step of the
+                              engine also where top_k and top_p cut its tokens
     *-peers, *-window, *-8B   the same cases with all peers, in windows, and the larger model
     train_step, rollout       the suites that a CPU runs too
     sweep-*                   all other cases

@@ -71,6 +71,7 @@ def gpu_steps(out: Path) -> list[Step]:
         _rows("engine", suite("engine", [], *of_17), 0.45),
         _rows("model_step", suite("model_step", of_step, *of_17), 0.6),
         Step("tests", _tests(), 0.9),
+        _rows("profile-step", [*PYTHON, "bench", "step", "--device", "cuda"], 0.3),
         *(_rows(f"profile-{name}", run, 0.3) for name, run in (kernels | models).items()),
         *(_ncu(name, run, out) for name, run in kernels.items()),
         _rows("decode-peers", suite("decode", decode), 0.3),
@@ -120,6 +121,7 @@ def dry_steps(out: Path) -> list[Step]:
         _rows("engine", suite("engine", decoding), 0.5),
         _rows("model_step", suite("model_step", step), 0.5),
         Step("tests", _tests("tests/kernels"), 0.5),
+        _rows("profile-step", [*PYTHON, "bench", "step", "--threads", "2"], 0.5),
         *(_rows(f"profile-{name}", run, 0.5) for name, run in (kernels | models).items()),
         *(
             Step(f"ncu-{name}", [*NCU, *run], 0.5, absent="a CPU has no use for ncu")

@@ -10,14 +10,18 @@ from bench.__main__ import main
 def test_a_profile_has_every_kernel_of_a_step_and_what_the_step_costs_beside_them(tmp_path, capsys):
     path = tmp_path / "step.json"
     assert main(["step", "--threads", "2", "--prompt", "20", "--json", str(path)]) == 0
-    step = json.loads(path.read_text())["step"]
+    written = json.loads(path.read_text())
+    step, truncated = written["step"], written["truncated_step"]
+    assert (truncated["sampling"]["top_k"], truncated["sampling"]["top_p"]) == (20, 0.95)
+    assert truncated["ms"] > 0 and truncated["kernels"]
     counts = step["counts"]
     assert counts["steps"] == counts["copies_to_device"] == counts["copies_to_host"] == 50
     assert counts["captures"] == counts["casts"] == 0
     assert sum(row["share"] for row in step["kernels"]) == pytest.approx(1)
     assert step["launches"] > 10 and step["us"] > 0 and step["ms"] > 0
     assert any("softmax" in r["kernel"] or "mm" in r["kernel"] for r in step["kernels"])
-    assert f"{step['ms']:.2f} ms a step" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{step['ms']:.2f} ms a step" in out and f"{truncated['ms']:.2f} ms a step" in out
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 As compile_for_sm90.py, whose driver and figures it uses; run it without TRITON_INTERPRET.
 
-    python -m tests.kernels.compile_sampling_for_sm90 bfloat16
+    python -m tests.kernels.compile_sampling_for_sm90 bfloat16 --sm 80
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ COUNTED = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dtype")
-    dtype = getattr(torch, parser.parse_args().dtype)
-    compiled = compile_instead_of_launching()
+    parser.add_argument("--sm", type=int, default=90)
+    args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
+    compiled = compile_instead_of_launching(args.sm)
     rows = SamplingRows.build([0] * 4, [0] * 4, [Settings.of(0.7, None, 0.9, 0.0)] * 4)
     triton.forward(torch.zeros(4, VOCABULARY, dtype=dtype), rows, None)
     for kernel in compiled:

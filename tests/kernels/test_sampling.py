@@ -10,13 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from tw_kernels.sampling import Draws, SamplingRows, sample_tokens, uniforms
+from tests.kernels.draws import assert_draws_as_defined, random_logits, rows_of, run
+from tw_kernels.sampling import SamplingRows, sample_tokens, uniforms
 from tw_kernels.sampling.reference import weights
 from tw_kernels.sampling.rows import WHOLE, Settings
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NO_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 BACKENDS = ["native", pytest.param("triton", marks=NO_TRITON)]
 
@@ -34,45 +33,6 @@ TRUNCATED = [
     Settings.of(1.0, 10**6, 1e-6, 0.0),
     Settings.of(2.0, None, 1 - 2**-53, 0.1),
 ]
-
-
-def random_logits(seed: int, rows: int, vocabulary: int, kind: str = "normal") -> Tensor:
-    x = torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * 3
-    if kind == "ties":
-        x = x.round()
-    elif kind == "signed zeros":
-        x = x.sign() * 0.0
-    elif kind == "excluded":
-        x[:, ::2] = -math.inf
-    elif kind == "steep":
-        x *= 40
-    return x
-
-
-def rows_of(settings: list[Settings], forced: list[int | None] | None = None) -> SamplingRows:
-    count = len(settings)
-    return SamplingRows.build([2**63 + 7 * i for i in range(count)], range(count), settings, forced)
-
-
-def run(backend: str, logits: Tensor, rows: SamplingRows, points: Tensor | None = None) -> Draws:
-    device = DEVICE if backend == "triton" else "cpu"
-    moved = SamplingRows(rows.data.to(device), rows.truncates)
-    points = None if points is None else points.to(device)
-    return Draws.unpack(sample_tokens(logits.to(device), moved, points, backend).cpu())
-
-
-def assert_draws_as_defined(
-    backend: str, logits: Tensor, rows: SamplingRows, points: Tensor | None = None
-) -> None:
-    want, got = run("reference", logits, rows, points), run(backend, logits, rows, points)
-    meant = ~want.logprobs.isnan()
-    assert torch.equal(~got.logprobs.isnan(), meant)
-    assert torch.equal(got.tokens[meant], want.tokens[meant])
-    # Log-probabilities are differences of float32 numbers as large as logits, tempered or not.
-    largest = float(logits.float().nan_to_num(0, 0, 0).abs().max()) if logits.numel() else 0.0
-    atol = max(2e-5, 2**-21 * largest)
-    for a, b in zip(got[1:], want[1:], strict=True):
-        torch.testing.assert_close(a[meant], b[meant], atol=atol, rtol=1e-6)
 
 
 KINDS = ["normal", "ties", "signed zeros", "excluded", "steep"]
@@ -228,13 +188,16 @@ def test_points_of_another_dtype_or_number_are_refused(points):
         sample_tokens(torch.zeros(1, 10), rows_of([PLAIN]), points)
 
 
-@pytest.fixture(scope="module")
-def compiled():
-    """One row per kernel, compiled for sm_90."""
+@pytest.fixture(
+    scope="module",
+    params=["90", *(pytest.param(sm, marks=pytest.mark.slow) for sm in ("80", "86", "89", "100"))],
+)
+def compiled(request):
+    """One row per kernel, compiled for an architecture."""
     pytest.importorskip("triton")
     from tests.kernels.triton_rows import rows_of
 
-    return rows_of("compile_sampling_for_sm90", "bfloat16")
+    return rows_of("compile_sampling_for_sm90", "bfloat16", "--sm", request.param)
 
 
 def test_the_compiler_contracts_no_product_and_sum_that_decides_on_a_token(compiled):
