@@ -130,11 +130,14 @@ def test_no_reply_on_disk_is_asked_for_again_wherever_a_kill_falls(runs, tmp_pat
             child = runs.start(out, server)
             done = threading.Event()
             if kills < 10:
-                # Not before its first request: until then it does nothing.
-                def kill(child=child, before=before, done=done) -> None:
-                    while len(server.received) == before and not done.is_set():
+                # Not before its first request: until then it does nothing. By requests and not by
+                # the clock, so that there are some left for the last, however busy the machine is.
+                enough = before + 1 + rng.randrange(count // 12)
+
+                def kill(child=child, enough=enough, done=done) -> None:
+                    while len(server.received) < enough and not done.is_set():
                         time.sleep(0.001)
-                    if not done.wait(rng.uniform(0, 0.1)):
+                    if not done.wait(rng.uniform(0, 0.02)):
                         os.kill(child, signal.SIGKILL)
 
                 threading.Thread(target=kill, daemon=True).start()
