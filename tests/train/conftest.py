@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,16 @@ def eager():
     torch.compiler.set_stance("force_eager")
     yield
     torch.compiler.set_stance("default")
+
+
+def weights_of_resumed(run: Run) -> bytes:
+    """Of a run of 6 steps, as if it had been killed after the fourth and gone on."""
+    run.settings["report"]["checkpoint_every"] = 2
+    assert run() == 0
+    (run.folder / "summary.json").unlink()
+    shutil.rmtree(run.folder / "checkpoints" / "step-6")
+    assert run("--resume") == 0
+    return run.weights()
 
 
 def save_products(folder: Path, train: int, validation: int, digits: int) -> tuple[Path, Path]:

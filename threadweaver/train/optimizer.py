@@ -68,12 +68,10 @@ def build_optimizer(model: PreTrainedModel, settings: AdamWConfig) -> torch.opti
     betas = settings.betas
     if settings.optimizer == "adamw" and not half:
         return torch.optim.AdamW(groups, betas=betas, fused=True)
-    from torchao.optim import (  # pyright: ignore[reportMissingImports]
-        CPUOffloadOptimizer,
-        _AdamW,
-    )
+    from torchao.optim import _AdamW  # pyright: ignore[reportMissingImports]
 
     from threadweaver.train.adamw_8bit import AdamW8bit
+    from threadweaver.train.adamw_offload import CPUOffloadOptimizer
 
     if settings.optimizer == "adamw-8bit":
         return AdamW8bit(groups, betas=betas, bf16_stochastic_round=half)
