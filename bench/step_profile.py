@@ -112,14 +112,19 @@ def _floor(model: PreTrainedModel, device: str) -> float | None:
     return product_weights(model) * model.dtype.itemsize / gb_per_s / 1e6
 
 
-def main(arguments: list[str]) -> int:
-    """Returns the exit code."""
+def step_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m bench step", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--model", choices=list(SHAPES), help="default: 1.7B, on a CPU tiny")
     parser.add_argument("--threads", type=int, default=4, help="sequences of a step; default 4")
     parser.add_argument("--prompt", type=int, default=512, help="its tokens; default 512")
     parser.add_argument("--json", type=Path, help="file to write")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code."""
+    parser = step_parser()
     try:
         given = parser.parse_args(arguments)
         check_device(given.device)

@@ -19,6 +19,7 @@ from bench.__main__ import main
 from bench.archive import unpack
 from bench.compiled import Compiled
 from bench.environment import REPOSITORY
+from bench.step_profile import step_parser
 from bench.steps import Step, StepRunner
 from bench.suite import Options, load_suite
 from tw_kernels import cuda_build
@@ -261,6 +262,9 @@ def test_a_gpu_takes_the_options_of_every_suite_that_its_steps_name():
         if "bench.report" in command or "-m" not in command or not step.writes:
             continue
         module, *arguments = command[command.index("-m") + 1 :]
+        if arguments[0] == "step":
+            assert step_parser().parse_args(arguments[1:]).device == "cuda"
+            continue
         name = arguments.pop(1) if module == "bench" else module.removeprefix("bench.")
         arguments = arguments[1:] if module == "bench" else arguments
         suite = load_suite(name)
