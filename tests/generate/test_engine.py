@@ -6,6 +6,7 @@ import copy
 import gc
 import re
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -252,6 +253,20 @@ def test_logits_that_are_not_finite_stop_with_the_request_named(fork_join_model)
     with torch.no_grad():
         output_layer(model).weight[5, 3] = torch.nan
     with pytest.raises(NonFiniteLogits, match=r"generation 0, request \(0,\).*after 2 tokens"):
+        engine.run()
+
+
+def test_an_engine_whose_step_was_interrupted_says_so_and_decodes_no_more(
+    fork_join_model, monkeypatch
+):
+    engine = Engine(fork_join_model, CODEC, num_pages=500)
+    engine.add(ids("1:"), GenerationSettings(max_tokens=30))
+    engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._runner, "read", MagicMock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            engine.run()
+    with pytest.raises(RuntimeError, match="interrupted: make a new engine"):
         engine.run()
 
 

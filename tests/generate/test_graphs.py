@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
 from conftest import TRAJECTORIES
@@ -17,7 +20,7 @@ from threadweaver.generate import Engine, GenerationSettings, Rollout
 from threadweaver.generate.graphs import LEAST_ITEMS, Capture, CudaCapture, StepGraphs, power_of_two
 from threadweaver.generate.runner import Runner
 from threadweaver.generate.sampler import SamplingParams
-from tw_kernels import PlanSizes
+from tw_kernels import DecodePlan, PlanSizes
 
 
 class EagerCapture:
@@ -197,6 +200,48 @@ def test_capacities_hold_their_plans_and_are_few(needs):
     assert len(seen) <= len(pairs) * 14
 
 
+def test_a_graph_is_kept_until_the_capture_of_the_one_in_its_place_is_done():
+    """A step of it may be running; and a pool whose graphs are all gone takes no others."""
+    made: list[weakref.ref] = []
+    kept: list[bool] = []
+
+    def capture(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        kept.extend(replay() is not None for replay in made)
+        replay, output = EagerCapture()(call)
+        made.append(weakref.ref(replay))
+        return replay, output
+
+    graphs = StepGraphs(lambda inputs: inputs.ids.int(), capture, 10, 4, torch.device("cpu"))
+    for slots in (16, 32):
+        capacity = PlanSizes(1, 10, LEAST_ITEMS, slots)
+        pages = [np.arange(2, dtype=np.int32)]
+        graphs.stage(DecodePlan.build(pages, [9], [1], 8, capacity=capacity), False)
+    assert kept == [True]
+    assert [replay() is not None for replay in made] == [False, True]
+
+
+def test_graphs_share_a_pool_until_all_are_gone_and_streams_for_good(monkeypatch):
+    """cuBLAS leaves memory in the pool of the first capture, and PyTorch then takes no more into
+    it; and it keeps memory for each stream."""
+
+    class Graph:
+        def replay(self) -> None: ...
+
+    streams, pools = [MagicMock(), MagicMock()], iter("ab")
+    cuda = MagicMock(graph_pool_handle=pools.__next__, CUDAGraph=Graph)
+    cuda.Stream.side_effect = streams
+    monkeypatch.setattr(torch, "cuda", cuda)
+    capture = CudaCapture()
+    graphs = [capture(lambda: torch.zeros(1)) for _ in range(3)]
+    del graphs[:2]
+    graphs.append(capture(lambda: torch.zeros(1)))
+    assert cuda.graph.call_args.kwargs == {"pool": "a", "stream": streams[1]}
+    graphs.clear()
+    cuda.graph.reset_mock()  # which holds what it was called with
+    capture(lambda: torch.zeros(1))
+    assert cuda.graph.call_args.kwargs == {"pool": "b", "stream": streams[1]}
+
+
 def test_power_of_two():
     assert [power_of_two(n) for n in (0, 1, 2, 3, 4, 5, 1000)] == [1, 1, 2, 4, 4, 8, 1024]
 
@@ -206,5 +251,8 @@ def test_power_of_two():
 def test_cuda_graphs_decode_what_plain_steps_decode(fork_join_model, dtype):
     model = copy.deepcopy(fork_join_model).to("cuda", dtype)
     expected = decode(engine_with(model, None))
-    got = decode(engine_with(model, CudaCapture()))
-    assert [r.response for r in got] == [r.response for r in expected]
+    engine = engine_with(model, CudaCapture())
+    for _ in range(2):
+        got = decode(engine)
+        assert [r.response for r in got] == [r.response for r in expected]
+        engine.free()  # a trainer does, after each batch

@@ -131,7 +131,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         # feed).
         with path.open("rb") as file:
             if path.suffix == ".json" and _begins_array(file):
-                yield from _array_rows(path, file.read())
+                yield from _array_rows(path, file)
                 return
             number = 0
             while line := file.readline(MOST_BYTES + 1):
@@ -148,8 +148,8 @@ def _begins_array(file: BinaryIO) -> bool:
     return start.startswith(b"[")
 
 
-def _array_rows(path: Path, data: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
-    rows = _parsed(data.removeprefix(codecs.BOM_UTF8), str(path), is_line=False)
+def _array_rows(path: Path, file: BinaryIO) -> Iterator[tuple[str, dict[str, Any]]]:
+    rows = _parsed(file.read().removeprefix(codecs.BOM_UTF8), str(path), is_line=False)
     for number, row in enumerate(rows, 1):
         source = f"{path}, row {number}"
         yield source, _object_row(row, source, _ARRAY)

@@ -131,6 +131,7 @@ class Engine:
         self._rows = cast(Tensor, model.get_input_embeddings().weight).shape[0]
         self._orchestration = 0.0  # seconds
         self._ahead: Step | None = None  # the next one, if it is launched already
+        self._is_broken = False  # whether a step began and did not end
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -244,12 +245,17 @@ class Engine:
 
         Raises:
             NonFiniteLogits: the model gave NaN or infinite logits; names the request.
+            RuntimeError: an earlier step raised an error or was interrupted. What it computed is
+                lost, and so are all unfinished generations.
         """
+        if self._is_broken:
+            raise RuntimeError("a step of this engine failed or was interrupted: make a new engine")
         start, before = time.perf_counter(), self._in_runner()
         if not self._is_cast:
             self._runner.cast()
             self._is_cast = True
             self._fit_pool()
+        self._is_broken = True
         batch, step = self._scheduler.schedule(), self._ahead
         if step is None:
             step = self._plan(batch)
@@ -269,6 +275,7 @@ class Engine:
             for number in self._done:
                 del self._added[number]
             self._done.clear()
+        self._is_broken = False
         self._orchestration += time.perf_counter() - start - (self._in_runner() - before)
         return tokens
 

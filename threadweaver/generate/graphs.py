@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -138,9 +139,11 @@ class StepGraphs:
         return graph.packed
 
     def _new_graph(self, key: Key, plan: DecodePlan) -> _Graph:
-        self._graphs.pop(key, None)
+        # What is replaced may be running. It is let go of when this returns, after a capture, which
+        # waits for the device.
+        _replaced = self._graphs.pop(key, None)
         if len(self._graphs) == MAX_GRAPHS:
-            self._graphs.popitem(last=False)
+            _replaced = self._graphs.popitem(last=False)
         tokens = plan.capacity.rows
         samples = min(tokens, self._most_samples)
         shape = tokens, samples, plan, key.truncates
@@ -168,16 +171,26 @@ class CudaCapture:
     so that only one may run at a time."""
 
     def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+        self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
 
     def __call__(self, call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        if not self._graphs:
+            # PyTorch refuses a pool whose graphs are all gone while anything lies in it, and what
+            # cuBLAS works in on the stream of captures stays in the pool of the first one.
+            self._pool = torch.cuda.graph_pool_handle()
+        if self._streams is None:
+            # For good: cuBLAS keeps up to 32 MiB for each stream. And of this capture alone: some
+            # versions of PyTorch free that of a stream with any graph that was captured on it.
+            self._streams = torch.cuda.Stream(), torch.cuda.Stream()
+        warm_up, stream = self._streams
+        warm_up.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(warm_up):
             for _ in range(WARM_UP_CALLS):
                 call()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(warm_up)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
             output = call()
+        self._graphs.add(graph)
         return graph.replay, output

@@ -58,6 +58,7 @@ def _attended(module: Any, sizes: dict[str, int], pair: Pair, deferred: bool) ->
 
     Two sequences: kernels take one, so this is the family's own rotation.
     """
+    config = copy.copy(module.config)  # first: what has none is no attention
     (size,) = {sizes[name] for name in pair if name is not None}
     x, cos = numbers(2, 3, 8), numbers(2, 3, size)
     norms: dict[Any, Any] = {
@@ -74,7 +75,6 @@ def _attended(module: Any, sizes: dict[str, int], pair: Pair, deferred: bool) ->
     if deferred:
         children |= {name: nn.Identity() for name in pair if name is not None}
         angles = NormedAngles(cos, norms.get(pair[0]), norms.get(pair[1]))
-    config = copy.copy(module.config)
     config._attn_implementation_internal = "eager"
     results = []
     for training in (False, True):

@@ -7,11 +7,17 @@ from contextlib import contextmanager
 from functools import cache
 from unittest.mock import patch
 
+from threadweaver.model.files import ModelSource
+
 
 @contextmanager
-def parsed_once() -> Iterator[None]:
-    """Inside, a GGUF file is parsed once. transformers parses it anew for the config, the tokenizer
-    and the weights, eight times for a model, and a vocabulary of 49,152 takes seconds each time."""
+def parsed_once(source: ModelSource) -> Iterator[None]:
+    """Inside, a model's GGUF file is parsed once, if it is one. transformers parses it anew for the
+    config, the tokenizer and the weights, eight times for a model, and a vocabulary of 49,152 takes
+    seconds each time."""
+    if not source.gguf:
+        yield
+        return
     try:
         import gguf
     except ImportError:  # transformers says what for

@@ -36,7 +36,7 @@ from threadweaver.model.weights import load_weights
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model; same paths and errors as `load_model`."""
     source = model_source(path)
-    with parsed_once():
+    with parsed_once(source):
         return _load_tokenizer(source, _load_config(source))
 
 
@@ -78,7 +78,7 @@ def load_model(
             or layers a trie cannot use; names the file and what is wrong.
     """
     source = model_source(path)
-    with parsed_once():
+    with parsed_once(source):
         config = _load_config(source)
         tokenizer = _load_tokenizer(source, config)
         with reading(source.config):
