@@ -237,7 +237,7 @@ def test_graphs_share_a_pool_until_all_are_gone_and_streams_for_good(monkeypatch
     graphs.append(capture(lambda: torch.zeros(1)))
     assert cuda.graph.call_args.kwargs == {"pool": "a", "stream": streams[1]}
     graphs.clear()
-    cuda.graph.reset_mock()  # which holds what it was called with
+    cuda.reset_mock()  # it holds what it was called with
     capture(lambda: torch.zeros(1))
     assert cuda.graph.call_args.kwargs == {"pool": "b", "stream": streams[1]}
 

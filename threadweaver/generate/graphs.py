@@ -117,6 +117,8 @@ class StepGraphs:
         key = Key(plan.capacity.rows, plan.capacity.items, truncates)
         graph = self._graphs.get(key)
         if graph is None or graph.inputs.plan.capacity != plan.capacity:
+            # One that is replaced may be running: the name keeps it until the other is captured,
+            # for which the device has been waited for.
             graph = self._new_graph(key, plan)
         self._graphs.move_to_end(key)
         graph.staging.reverse()
@@ -139,11 +141,9 @@ class StepGraphs:
         return graph.packed
 
     def _new_graph(self, key: Key, plan: DecodePlan) -> _Graph:
-        # What is replaced may be running. It is let go of when this returns, after a capture, which
-        # waits for the device.
-        _replaced = self._graphs.pop(key, None)
+        self._graphs.pop(key, None)
         if len(self._graphs) == MAX_GRAPHS:
-            _replaced = self._graphs.popitem(last=False)
+            self._graphs.popitem(last=False)
         tokens = plan.capacity.rows
         samples = min(tokens, self._most_samples)
         shape = tokens, samples, plan, key.truncates
