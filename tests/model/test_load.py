@@ -367,6 +367,13 @@ def test_a_gguf_file_is_parsed_once_for_config_tokenizer_and_weights(tmp_path, m
     assert torch.equal(table, torch.tensor(stored))
 
 
+def test_a_folder_is_loaded_without_the_package_of_gguf_files(folder, monkeypatch):
+    """Its import takes a tenth of a second and more."""
+    monkeypatch.delitem(sys.modules, "gguf", raising=False)
+    load_model(folder)
+    assert "gguf" not in sys.modules
+
+
 # Code that comes with a model.
 
 
