@@ -7,6 +7,7 @@ import pickle
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -220,6 +221,16 @@ def test_an_output_on_a_full_disk_does_not_end_a_run(new_run, monkeypatch):
         patch.setattr(sys, "stdout", full)
         assert run() == 0
     assert run.summary()["steps"] == 6
+
+
+def test_too_little_memory_is_not_taken_for_a_damaged_checkpoint(tmp_path, monkeypatch):
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    save_shards(tmp_path, model, optimizer)
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(sharded_checkpoint, "room_for", MagicMock(side_effect=error))
+    with pytest.raises(torch.OutOfMemoryError):
+        load_optimizer(tmp_path, model, optimizer)
 
 
 def test_a_record_that_cannot_be_written_names_the_file(tmp_path):

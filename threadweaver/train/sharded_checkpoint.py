@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -143,6 +144,8 @@ def _reading(checkpoint: Path) -> Iterator[ShardReader]:
     """Inside, whatever is wrong with the files is a ConfigError."""
     try:
         yield ShardReader(checkpoint / FOLDER)
+    except torch.OutOfMemoryError:
+        raise  # of the device: the files may be sound
     except (CheckpointException, Exception) as error:  # whatever damaged bytes make of the reader
         raise _unreadable(checkpoint, _cause(error)) from error
 
