@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from threading import RLock
 from unittest.mock import patch
 
 from threadweaver.model.files import ModelSource
+
+_LOADING = RLock()  # of one thread at a time: what it puts in its place is seen by all
 
 
 @contextmanager
@@ -23,5 +26,5 @@ def parsed_once(source: ModelSource) -> Iterator[None]:
     except ImportError:  # transformers says what for
         yield
         return
-    with patch.object(gguf, "GGUFReader", cache(gguf.GGUFReader)):
+    with _LOADING, patch.object(gguf, "GGUFReader", cache(gguf.GGUFReader)):
         yield
