@@ -1,7 +1,7 @@
 # make demo   SFT, self-training and P-GRPO of a small model that multiplies in parallel threads, from
 #             nothing, on a laptop's CPU
 # make test   everything CI runs: lint, types, build, tests, kernels compiled for sm_90
-# make test-all  the same with the slow tests
+# make test-all  the same with the slow tests, and with new random examples
 # make test-gpu  the tests that need a GPU, on one, in two minutes on 16 cores
 # make setup  the environment for both; make lint  ruff and pyright alone
 # make docs   the documentation as a site, build/site/index.html
@@ -19,7 +19,7 @@ test: lint
 	$(PYTEST)
 
 test-all: lint
-	$(PYTEST) -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow" --hypothesis-profile new-examples
 
 # Most of their time is compilation, so a process a core; each takes one thread by itself, and up to
 # 5 GB of the GPU (tests/conftest.py).
