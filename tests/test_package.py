@@ -138,8 +138,9 @@ def test_the_script_passes_arguments_on():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sdist", "wheel"])
-def test_each_distribution_installs_into_an_empty_environment(tmp_path, kind):
+def test_each_distribution_installs_into_an_empty_environment(tmp_path, monkeypatch, kind):
     """Bare, the kernels work and the trainer says what it lacks; with `train` it has its --help."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # pip takes what is there for installed
     python, constraints = tmp_path / "env" / "bin" / "python", ROOT / "constraints.txt"
     venv.create(tmp_path / "env", with_pip=True)
 
@@ -153,12 +154,11 @@ def test_each_distribution_installs_into_an_empty_environment(tmp_path, kind):
     distribution = next(tmp_path.glob("threadweaver-*"))
     install("torch")
     install(distribution)
-    outside = {"cwd": tmp_path, "PYTHONPATH": ""}
-    done = run(python, ROOT / "examples" / "attention.py", **outside)
+    done = run(python, ROOT / "examples" / "attention.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    done = run(python, "-m", "threadweaver.train", **outside)
+    done = run(python, "-m", "threadweaver.train", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "pip install 'threadweaver[train]'" in done.stderr
     install(f"{distribution}[train]")
-    done = run(tmp_path / "env" / "bin" / "threadweaver", "train", "sft", "--help", **outside)
+    done = run(tmp_path / "env" / "bin" / "threadweaver", "train", "sft", "--help", cwd=tmp_path)
     assert done.returncode == 0 and "--data.train" in done.stdout, done.stderr

@@ -3,6 +3,7 @@ table of docs/models.md: python -m tests.model.families writes it."""
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,8 @@ def small_config(family: str, **fields: Any) -> PretrainedConfig:
     """A config of the family with sizes of a few dozen, and no dropout; with short windows in some
     layers where it has windows."""
     kind = CONFIG_MAPPING[family]
-    return kind(**_small(kind(), SPECIAL.get(family, {}) | fields))
+    # A copy: some configs change the lists that they are given.
+    return kind(**copy.deepcopy(_small(kind(), SPECIAL.get(family, {}) | fields)))
 
 
 def _small(config: PretrainedConfig, fields: dict[str, Any]) -> dict[str, Any]:
