@@ -74,6 +74,7 @@ def gpu_steps(out: Path) -> list[Step]:
         _rows("profile-step", [*PYTHON, "bench", "step", "--device", "cuda"], 0.3),
         *(_rows(f"profile-{name}", run, 0.3) for name, run in (kernels | models).items()),
         *(_ncu(name, run, out) for name, run in kernels.items()),
+        _rows("candidates", suite("candidates", ATTENTION_CASES), 0.3),
         _rows("decode-peers", suite("decode", decode), 0.3),
         _rows("attention-peers", suite("attention", [*ATTENTION_CASES, large]), 0.5),
         _rows("attention-window", suite("attention", windows, *WINDOW), 0.3),
@@ -127,6 +128,7 @@ def dry_steps(out: Path) -> list[Step]:
             Step(f"ncu-{name}", [*NCU, *run], 0.5, absent="a CPU has no use for ncu")
             for name, run in kernels.items()
         ),
+        _rows("candidates", suite("candidates", [packed, fp32]), 0.5),
         _rows("decode-peers", suite("decode", [tree, fp32]), 0.5),
         _rows("attention-peers", suite("attention", [packed, *small]), 0.5),
         _rows("attention-window", suite("attention", [packed, fp32, ours], *window), 0.5),

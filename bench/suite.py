@@ -22,6 +22,7 @@ from bench.roofline import Work
 SUITES = {
     "layout": "bench.layout",
     "attention": "bench.attention",
+    "candidates": "bench.candidates",
     "decode": "bench.decode",
     "rollout": "bench.rollout",
     "engine": "bench.engine",

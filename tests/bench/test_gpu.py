@@ -249,7 +249,7 @@ def test_every_suite_has_what_a_step_of_a_dry_run_asks_of_it(tmp_path, monkeypat
             assert run_here([*step.command, "--json", str(tmp_path / "new.json")]) == 0
     assert asked == [
         *("attention", "decode", "engine", "model_step"),
-        *("decode", "attention", "attention", "decode", "engine", "model_step"),
+        *("candidates", "decode", "attention", "attention", "decode", "engine", "model_step"),
         *("train_step", "rollout", "attention", "decode"),
     ]
 

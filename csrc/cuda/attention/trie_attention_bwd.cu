@@ -8,6 +8,10 @@
 // having no atomics), against two exponentials.
 #include "cuda/attention/device.h"
 
+#ifndef TW_DKV_RUNS_ON // bench/candidates.py
+#define TW_DKV_RUNS_ON 0
+#endif
+
 namespace tw::cuda {
 
 // A row is read by D / 8 neighbouring threads, 16 bytes each.
@@ -189,6 +193,9 @@ __device__ void produce(const DkvArguments &a, DkvShared<D, kGrain> &shared) {
 template <class Element, int D, Grain kGrain>
 __device__ void consume(const DkvArguments &a, DkvShared<D, kGrain> &shared, unsigned warpgroup) {
   static_assert(tiles_are_the_copy_engines<Element, D>());
+  // Whether the last products run on while the next scores are started, as dQ's does: at 128 there
+  // are no registers for it.
+  constexpr bool kRunsOn = TW_DKV_RUNS_ON && D == 64;
   constexpr Stream kStream = dkv_stream(D);
   using Scores = SharedProduct<Element, kStream.rows, D>;
   using Gradient = RegisterProduct<Element, D, kStream.rows>;
@@ -212,6 +219,13 @@ __device__ void consume(const DkvArguments &a, DkvShared<D, kGrain> &shared, uns
     Fragment<kStream.rows> s, dp;
     Operand<Element, kStream.rows> p, ds;
     Fragment<D> dk, dv;
+    int running = -1; // the stage that the last products read, if they run on
+    const auto finish_last = [&](auto left) {
+      finish<left>(dk);
+      warpgroup_fence_operand(dv);
+      if (running >= 0) release(shared.empty[running]);
+      running = -1;
+    };
 
     wait(shared.own_full[warpgroup], round % 2);
     const auto own_k = k(_, _, _, warpgroup), own_v = v(_, _, _, warpgroup);
@@ -220,12 +234,14 @@ __device__ void consume(const DkvArguments &a, DkvShared<D, kGrain> &shared, uns
       for (int block = t.first; block < t.last; ++block) {
         wait(shared.full[ring.stage], ring.parity);
         if (kGrain == Grain::fine && !range.has(block)) {
+          if constexpr (kRunsOn) finish_last(Int<0>{}); // or its stage would be waited for
           release(shared.empty[ring.stage]);
           ring.advance();
           continue;
         }
         start(Scores{}, own_k, q(_, _, _, ring.stage), s, Into::zero);
         start(Scores{}, own_v, dout(_, _, _, ring.stage), dp, Into::zero);
+        if constexpr (kRunsOn) finish_last(Int<2>{});
         finish<1>(s);
         if (range.is_masked(block)) hide_transposed(s, block * kStream.rows, column, ends);
         const float *lse2 = shared.lse2[ring.stage], *delta = shared.delta[ring.stage];
@@ -240,12 +256,16 @@ __device__ void consume(const DkvArguments &a, DkvShared<D, kGrain> &shared, uns
         narrow(dp, ds);
         start(Gradient{}, ds, q_columns(_, _, _, ring.stage), dk, into);
         into = Into::sum;
-        // Not left running into the next step, as dq is: at 128 there are no registers for it.
-        finish<0>(dk);
-        warpgroup_fence_operand(dv);
-        release(shared.empty[ring.stage]);
+        if constexpr (kRunsOn) {
+          running = ring.stage;
+        } else {
+          finish<0>(dk);
+          warpgroup_fence_operand(dv);
+          release(shared.empty[ring.stage]);
+        }
         ring.advance();
       }
+    if constexpr (kRunsOn) finish_last(Int<0>{});
     release(shared.own_empty[warpgroup]);
     CUTE_UNROLL
     for (int e = 0; e < size(dk); ++e) dk(e) *= a.scale;

@@ -7,7 +7,31 @@
 // not matter, a K or V tile serving 128 rows.
 #include "cuda/attention/device.h"
 
+#ifndef TW_FORWARD_IN_TURNS // bench/candidates.py
+#define TW_FORWARD_IN_TURNS 0
+#endif
+
 namespace tw::cuda {
+
+// Warpgroups start their products in turns, so that the softmax of one runs beside the products of
+// the other. Both walk the same number of tiles. Barriers 3 and 4 of the block: a warpgroup waits
+// for its own, at which the other one arrives.
+template <bool kInTurns> struct Turns {
+  int own;
+  __device__ explicit Turns(int warpgroup) : own(3 + warpgroup) {
+    if (warpgroup == 1) pass(); // the first turn is the other's
+  }
+  __device__ void wait() const {
+    if constexpr (kInTurns) cutlass::arch::NamedBarrier::sync(kConsumers * 128, own);
+  }
+  __device__ void pass() const {
+    if constexpr (kInTurns) cutlass::arch::NamedBarrier::arrive(kConsumers * 128, 7 - own);
+  }
+  // No arrival is left at a barrier when the block ends.
+  __device__ void end() const {
+    if (own == 3) wait();
+  }
+};
 
 template <int D, Grain kGrain>
 __device__ void init_barriers(ForwardShared<D, kGrain> &shared) {
@@ -73,6 +97,7 @@ __device__ void consume(const ForwardArguments &a, ForwardShared<D, kGrain> &sha
   const auto k = right_operand<Scores, TileRows>(shared.k[0]);
   const auto v = right_operand<Output, TileColumns>(shared.v[0]);
 
+  const Turns<TW_FORWARD_IN_TURNS> turns(warpgroup);
   Ring<kStream.stages> k_ring, v_ring;
   for (int round = 0, tile; (tile = tile_of(round, gridDim.x, blockIdx.x)) < a.tiles; ++round) {
     const RowTile t = row_tile(kGrain, a.rows, a.kv_heads, a.group, tile);
@@ -107,8 +132,10 @@ __device__ void consume(const ForwardArguments &a, ForwardShared<D, kGrain> &sha
     narrow(s, p);
     if (t.begin + 1 < t.end) wait_for_k();
     for (int i = t.begin + 1; i < t.end; ++i) {
+      turns.wait();
       start_scores();
       start_output(i == t.begin + 1 ? Into::zero : Into::sum);
+      turns.pass();
       finish<1>(s);
       mask(i);
       const float2 shrink = softmax.update(s, a.scale_log2);
@@ -134,6 +161,7 @@ __device__ void consume(const ForwardArguments &a, ForwardShared<D, kGrain> &sha
         a.lse[static_cast<int64_t>(head) * a.tokens + row + 8 * h] =
             (softmax.max[h] + log2f(sums[h])) * kLn2;
   }
+  turns.end();
 }
 
 } // namespace tw::cuda

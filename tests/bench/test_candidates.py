@@ -1,0 +1,105 @@
+"""bench.candidates: kernels that no figure has chosen yet."""
+
+import re
+
+import pytest
+import torch
+
+from bench import attention_setup, candidates, shapes
+from bench.candidates import CANDIDATES, SOURCES
+from bench.suite import Skip
+from tests.kernels.cubins import compiled, figures
+from tw_kernels import cuda_build
+from tw_kernels.attention import cuda
+
+BY_NAME = {candidate.name: candidate for candidate in CANDIDATES}
+
+
+def kernel_source(name: str):
+    """The file of csrc that a candidate compiles, and the macro it sets."""
+    text = BY_NAME[name].source.read_text()
+    found = re.fullmatch(r'#define (\w+) 1\n#include "(.+)"\n', text)
+    assert found
+    macro, file = found.groups()
+    return cuda_build.SOURCES / file, macro
+
+
+def test_every_file_is_a_candidate():
+    assert {path.stem for path in SOURCES.iterdir()} == BY_NAME.keys()
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_a_candidate_is_a_kernel_with_a_macro_that_is_off(name):
+    source, macro = kernel_source(name)
+    replaced = getattr(cuda, BY_NAME[name].replaces)
+    assert source in cuda_build.sources() and replaced.stem == source.stem
+    assert f"#ifndef {macro} // bench/candidates.py\n#define {macro} 0\n" in source.read_text()
+
+
+def setup(what, head_dim=64):
+    problem = attention_setup.Problem(shapes.pack(2, 8), "cpu", 2, 1, head_dim)
+    return attention_setup.AttentionSetup(problem, torch.bfloat16, what)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_its_cubin_is_launched_in_its_pass_and_only_in_its_calls(name, monkeypatch):
+    candidate = BY_NAME[name]
+    kept, seen = getattr(cuda, candidate.replaces), []
+
+    def attend(*_, **options):
+        assert options["backend"] == "cuda"
+        seen.append(getattr(cuda, candidate.replaces))
+        raise RuntimeError("launched")
+
+    monkeypatch.setattr(cuda, "why_not", lambda *_: None)
+    monkeypatch.setattr(candidates, "trie_attention", attend)
+    monkeypatch.setattr(candidates, "compile_candidates", lambda: None)
+    other = "bwd" if candidate.what == "fwd" else "fwd"
+    with pytest.raises(Skip, match="the kernel that runs is the same there"):
+        candidates._prepare(setup(other), candidate)
+    if candidate.head_dims == (64,):
+        with pytest.raises(Skip, match="the kernel that runs is the same there"):
+            candidates._prepare(setup(candidate.what, 128), candidate)
+    call = candidates._prepare(setup(candidate.what), candidate)
+    assert getattr(cuda, candidate.replaces) == kept
+    with pytest.raises(RuntimeError, match="launched"):
+        call(0)
+    assert seen == [candidate.cubin] and getattr(cuda, candidate.replaces) == kept
+
+
+def test_candidates_are_left_out_where_they_cannot_run(monkeypatch):
+    monkeypatch.setattr(cuda, "why_not", lambda *_: "no Hopper")
+    for peer in candidates.SUITE.peers[1:]:
+        assert peer.why_absent("cpu") == "no Hopper"
+    with pytest.raises(Skip, match="no Hopper"):
+        candidates._prepare(setup("fwd"), BY_NAME["forward_in_turns"])
+
+
+@pytest.mark.slow
+def test_candidates_compile_as_cleanly_as_the_kernels_that_run(tmp_path, monkeypatch):
+    if reason := cuda_build.why_not():
+        pytest.skip(reason)
+    logs, compile_kernels = [], cuda_build.compile_kernels
+
+    def compile_and_log(source, cubin):
+        logs.append(compile_kernels(source, cubin))
+        return logs[-1]
+
+    monkeypatch.setattr(candidates, "CUBINS", tmp_path / "cubins")
+    monkeypatch.setattr(cuda_build, "compile_kernels", compile_and_log)
+    candidates.compile_candidates()
+    assert len(logs) == len(CANDIDATES)
+    candidates.compile_candidates()  # they are there
+    assert len(logs) == len(CANDIDATES)
+    assert not any("C75" in log or "warning" in log.lower() for log in logs)
+    for candidate in CANDIDATES:
+        usual = figures(compiled(kernel_source(candidate.name)[0].stem)[0])
+        kernels = figures(candidate.cubin)
+        assert kernels.keys() == usual.keys()
+        for name, kernel in kernels.items():
+            assert not kernel["stack"] and "LDL" not in kernel and "STL" not in kernel
+            assert kernel.get("HGMMA") == usual[name].get("HGMMA")
+    turns = figures(BY_NAME["forward_in_turns"].cubin)
+    usual = figures(compiled("trie_attention_fwd")[0])
+    # Two of a turn, the first arrival and the last wait.
+    assert all(turns[name]["BAR"] == usual[name]["BAR"] + 4 for name in turns)
