@@ -1,9 +1,9 @@
 """CUDA attention kernels that no figure has chosen yet, beside those that run:
 `python -m bench.candidates --help`.
 
-A candidate is a file of bench/candidate_kernels: a file of csrc/cuda/attention with a macro that
-changes its main loop. What a GPU shows to be faster becomes the loop of that file, and a candidate
-goes with its macro either way. Columns are those of bench.attention.
+A candidate is a file of bench/candidate_kernels: a file of csrc/cuda/attention with macros that
+change its main loop. What a GPU shows to be faster becomes the loop of that file, and a candidate
+goes with its macros either way. Columns are those of bench.attention.
 """
 
 from __future__ import annotations
@@ -39,12 +39,14 @@ class Candidate(NamedTuple):
         what: the pass that it changes.
         replaces: the constant of tw_kernels/attention/cuda.py that names the cubin it stands for.
         head_dims: where it differs from that one.
+        group: what the number of query heads of a KV head must be a multiple of.
     """
 
     name: str
     what: Pass
     replaces: str
     head_dims: tuple[int, ...]
+    group: int = 1
 
     @property
     def source(self) -> Path:
@@ -63,6 +65,9 @@ class Candidate(NamedTuple):
 CANDIDATES = [
     # The two warpgroups start their products in turns, as those of FlashAttention 3 do.
     Candidate("forward_in_turns", "fwd", "FORWARD_CUBIN", (64, 128)),
+    # Two thread blocks, of neighbouring heads of a group, read each tile of K and V once.
+    Candidate("forward_in_clusters", "fwd", "FORWARD_CUBIN", (128,), group=4),
+    Candidate("forward_in_turns_and_clusters", "fwd", "FORWARD_CUBIN", (128,), group=4),
     # The gradients' products run on while the next scores are started.
     Candidate("dkv_runs_on", "bwd", "BACKWARD_CUBIN", (64,)),
 ]
@@ -93,6 +98,8 @@ def _prepare(setup: AttentionSetup, candidate: Candidate) -> Callable[[int], Any
         raise Skip("the kernel that runs is the same there")
     if reason := cuda.why_not(q, k, v, setup.problem.window):
         raise Skip(reason)
+    if q.shape[1] // k.shape[1] % candidate.group:
+        raise Skip(f"the query heads of a KV head are not a multiple of {candidate.group}")
     compile_candidates()
     kept, cubin = getattr(cuda, candidate.replaces), candidate.cubin
     attend = partial(trie_attention, layout=setup.layout, backend="cuda")

@@ -1,6 +1,7 @@
 """bench.candidates: kernels that no figure has chosen yet."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,13 +16,16 @@ from tw_kernels.attention import cuda
 BY_NAME = {candidate.name: candidate for candidate in CANDIDATES}
 
 
-def kernel_source(name: str):
-    """The file of csrc that a candidate compiles, and the macro it sets."""
-    text = BY_NAME[name].source.read_text()
-    found = re.fullmatch(r'#define (\w+) 1\n#include "(.+)"\n', text)
-    assert found
-    macro, file = found.groups()
-    return cuda_build.SOURCES / file, macro
+def kernel_source(name: str) -> tuple[Path, list[str]]:
+    """The file of csrc that a candidate compiles, and the macros it sets."""
+    *defines, include = BY_NAME[name].source.read_text().splitlines()
+    file, macros = re.fullmatch(r'#include "(.+)"', include), []
+    for line in defines:
+        define = re.fullmatch(r"#define (\w+) [1-9]", line)
+        assert define
+        macros.append(define[1])
+    assert file and macros
+    return cuda_build.SOURCES / file[1], macros
 
 
 def test_every_file_is_a_candidate():
@@ -29,15 +33,17 @@ def test_every_file_is_a_candidate():
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-def test_a_candidate_is_a_kernel_with_a_macro_that_is_off(name):
-    source, macro = kernel_source(name)
+def test_a_candidate_is_a_kernel_with_macros_that_are_off(name):
+    source, macros = kernel_source(name)
     replaced = getattr(cuda, BY_NAME[name].replaces)
     assert source in cuda_build.sources() and replaced.stem == source.stem
-    assert f"#ifndef {macro} // bench/candidates.py\n#define {macro} 0\n" in source.read_text()
+    for macro in macros:
+        off = rf"#ifndef {macro} // bench/candidates.py\n#define {macro} [01]\n#endif\n"
+        assert re.search(off, source.read_text())
 
 
-def setup(what, head_dim=64):
-    problem = attention_setup.Problem(shapes.pack(2, 8), "cpu", 2, 1, head_dim)
+def setup(what, head_dim, heads=4):
+    problem = attention_setup.Problem(shapes.pack(2, 8), "cpu", heads, 1, head_dim)
     return attention_setup.AttentionSetup(problem, torch.bfloat16, what)
 
 
@@ -54,13 +60,17 @@ def test_its_cubin_is_launched_in_its_pass_and_only_in_its_calls(name, monkeypat
     monkeypatch.setattr(cuda, "why_not", lambda *_: None)
     monkeypatch.setattr(candidates, "trie_attention", attend)
     monkeypatch.setattr(candidates, "compile_candidates", lambda: None)
+    head_dim = candidate.head_dims[0]
     other = "bwd" if candidate.what == "fwd" else "fwd"
-    with pytest.raises(Skip, match="the kernel that runs is the same there"):
-        candidates._prepare(setup(other), candidate)
-    if candidate.head_dims == (64,):
+    same = [setup(other, head_dim)]
+    same += [setup(candidate.what, d) for d in {64, 128}.difference(candidate.head_dims)]
+    for unchanged in same:
         with pytest.raises(Skip, match="the kernel that runs is the same there"):
-            candidates._prepare(setup(candidate.what, 128), candidate)
-    call = candidates._prepare(setup(candidate.what), candidate)
+            candidates._prepare(unchanged, candidate)
+    if candidate.group > 1:
+        with pytest.raises(Skip, match="query heads of a KV head are not a multiple of 4"):
+            candidates._prepare(setup(candidate.what, head_dim, heads=6), candidate)
+    call = candidates._prepare(setup(candidate.what, head_dim), candidate)
     assert getattr(cuda, candidate.replaces) == kept
     with pytest.raises(RuntimeError, match="launched"):
         call(0)
@@ -72,7 +82,7 @@ def test_candidates_are_left_out_where_they_cannot_run(monkeypatch):
     for peer in candidates.SUITE.peers[1:]:
         assert peer.why_absent("cpu") == "no Hopper"
     with pytest.raises(Skip, match="no Hopper"):
-        candidates._prepare(setup("fwd"), BY_NAME["forward_in_turns"])
+        candidates._prepare(setup("fwd", 64), BY_NAME["forward_in_turns"])
 
 
 @pytest.mark.slow
@@ -99,7 +109,12 @@ def test_candidates_compile_as_cleanly_as_the_kernels_that_run(tmp_path, monkeyp
         for name, kernel in kernels.items():
             assert not kernel["stack"] and "LDL" not in kernel and "STL" not in kernel
             assert kernel.get("HGMMA") == usual[name].get("HGMMA")
-    turns = figures(BY_NAME["forward_in_turns"].cubin)
     usual = figures(compiled("trie_attention_fwd")[0])
+    turns = figures(BY_NAME["forward_in_turns"].cubin)
     # Two of a turn, the first arrival and the last wait.
     assert all(turns[name]["BAR"] == usual[name]["BAR"] + 4 for name in turns)
+    clusters = figures(BY_NAME["forward_in_clusters"].cubin)
+    for name, kernel in clusters.items():
+        # Tiles of K and V are 2 boxes, of which a block copies one to both.
+        copies = kernel["UTMALDG"], kernel.get("UTMALDG.3D.MULTICAST", 0)
+        assert copies == ((8, 4) if "_128_" in name else (usual[name]["UTMALDG"], 0))

@@ -1,6 +1,7 @@
 // What the trie attention kernels share: tiles of a head, the mask, a thread block. Device code.
 #pragma once
 
+#include <cute/arch/cluster_sm90.hpp>
 #include <cutlass/arch/reg_reconfig.h>
 
 #include "cuda/attention/trie_attention.h"
@@ -21,9 +22,9 @@ constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
 // Of 65536 registers: setmaxnreg takes them from the copying warpgroup for the computing ones.
-constexpr int kProducerRegisters = 24;
 constexpr int kConsumerRegisters = 240;
-static_assert(128 * (kProducerRegisters + kConsumers * kConsumerRegisters) <= 65536);
+constexpr int producer_registers(int sharers) { return sharers == 1 ? 24 : 32; }
+static_assert(128 * (producer_registers(2) + kConsumers * kConsumerRegisters) <= 65536);
 
 constexpr int kWarpArrivals = 4 * kConsumers; // that release a stage of a ring
 
@@ -36,6 +37,19 @@ template <int kRows, int D>
 __device__ void load_tile(const TensorMap &map, uint64_t &barrier, Bits *tile, int head, int row) {
   for (int box = 0; box < D / kBoxColumns; ++box)
     load_box(map, barrier, tile + box * kRows * kBoxColumns, box * kBoxColumns, head, row);
+}
+
+// The same towards the barriers of all blocks of a cluster, each of which copies its share.
+template <int kRows, int D, int kSharers>
+__device__ void load_shared_tile(const TensorMap &map, uint64_t &barrier, Bits *tile, int head,
+                                 int row) {
+  constexpr int kBoxes = D / kBoxColumns, kShare = kBoxes / kSharers;
+  static_assert(kBoxes % kSharers == 0);
+  const int first = static_cast<int>(block_rank_in_cluster()) * kShare;
+  for (int box = first; box < first + kShare; ++box)
+    SM90_TMA_LOAD_MULTICAST_3D::copy(&map, &barrier, (1 << kSharers) - 1,
+                                     static_cast<uint64_t>(Reuse::likely),
+                                     tile + box * kRows * kBoxColumns, box * kBoxColumns, head, row);
 }
 
 // The scores of rows `row` and row + 8 that the trie hides become -inf.
@@ -79,23 +93,35 @@ __device__ void store_tile(const TensorMap &map, Bits *buffer, const Values &val
 
 // A thread block: one thread copies, two warpgroups compute. `init_barriers`, `produce` and
 // `consume` are those of the kernel's Shared; that there is a template `consume` must be known here.
+// Blocks of a cluster, if there are kSharers of them, reach into each other's shared memory: it must
+// be there before the first of them begins and until the last has ended.
 template <class Element> void consume();
-template <class Element, class Shared, class Arguments> __device__ void run(const Arguments &a) {
+template <class Element, class Shared, int kSharers = 1, class Arguments>
+__device__ void run(const Arguments &a) {
   extern __shared__ __align__(1024) unsigned char memory[];
   auto &shared = *reinterpret_cast<Shared *>(memory);
   if (threadIdx.x == 0) {
     init_barriers(shared);
     cutlass::arch::fence_barrier_init();
   }
-  __syncthreads();
+  if constexpr (kSharers > 1) {
+    __syncwarp();
+    cluster_sync();
+  } else {
+    __syncthreads();
+  }
   const int warpgroup = cutlass::canonical_warp_group_idx();
   if (warpgroup == 0) {
-    cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
+    cutlass::arch::warpgroup_reg_dealloc<producer_registers(kSharers)>();
     if (threadIdx.x == 0) produce(a, shared);
   } else {
     cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
     consume<Element>(a, shared, warpgroup - 1);
     tma_store_wait<0>(); // shared memory must outlive the last store
+  }
+  if constexpr (kSharers > 1) {
+    __syncwarp();
+    cluster_sync();
   }
 }
 

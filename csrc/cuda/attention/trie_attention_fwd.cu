@@ -10,8 +10,23 @@
 #ifndef TW_FORWARD_IN_TURNS // bench/candidates.py
 #define TW_FORWARD_IN_TURNS 0
 #endif
+#ifndef TW_FORWARD_SHARERS // bench/candidates.py
+#define TW_FORWARD_SHARERS 1
+#endif
 
 namespace tw::cuda {
+
+// Blocks of a cluster. They take neighbouring tiles, query heads of one group at the same rows: the
+// tiles of K and V that stream past are the same, and each block copies a share of them to all.
+// The number of tiles of a group must be a multiple.
+template <int D> constexpr int kSharers = D == 128 ? TW_FORWARD_SHARERS : 1;
+
+template <int D> __device__ int forward_tile(int round) {
+  if constexpr (kSharers<D> == 1) return tile_of(round, gridDim.x, blockIdx.x);
+  constexpr unsigned kBlocks = kSharers<D>;
+  const int tiles = tile_of(round, gridDim.x / kBlocks, blockIdx.x / kBlocks);
+  return tiles * static_cast<int>(kBlocks) + static_cast<int>(blockIdx.x % kBlocks);
+}
 
 // Warpgroups start their products in turns, so that the softmax of one runs beside the products of
 // the other. Both walk the same number of tiles. Barriers 3 and 4 of the block: a warpgroup waits
@@ -40,8 +55,8 @@ __device__ void init_barriers(ForwardShared<D, kGrain> &shared) {
     init(shared.q_empty[w], kWarpArrivals / kConsumers);
   }
   for (int s = 0; s < shared.kStream.stages; ++s) {
-    init(shared.k_full[s], 1), init(shared.k_empty[s], kWarpArrivals);
-    init(shared.v_full[s], 1), init(shared.v_empty[s], kWarpArrivals);
+    init(shared.k_full[s], 1), init(shared.k_empty[s], kWarpArrivals * kSharers<D>);
+    init(shared.v_full[s], 1), init(shared.v_empty[s], kWarpArrivals * kSharers<D>);
   }
 }
 
@@ -49,11 +64,15 @@ template <int D, Grain kGrain>
 __device__ void produce(const ForwardArguments &a, ForwardShared<D, kGrain> &shared) {
   constexpr Stream kStream = forward_stream(D, kGrain);
   Ring<kStream.stages> k_ring, v_ring;
+  const auto load = [&](const TensorMap &map, uint64_t &full, Bits *tile, int head, int row) {
+    if constexpr (kSharers<D> == 1) load_tile<kStream.rows, D>(map, full, tile, head, row);
+    else load_shared_tile<kStream.rows, D, kSharers<D>>(map, full, tile, head, row);
+  };
   const auto load_k = [&](int head, int row) {
     uint64_t &full = shared.k_full[k_ring.stage];
     wait(shared.k_empty[k_ring.stage], k_ring.parity ^ 1);
     arrive_expecting(full, sizeof(shared.k[0]) + sizeof(shared.ends[0]));
-    load_tile<kStream.rows, D>(a.k, full, shared.k[k_ring.stage], head, row);
+    load(a.k, full, shared.k[k_ring.stage], head, row);
     load_numbers<kStream.rows>(a.ends + row, full, shared.ends[k_ring.stage]);
     k_ring.advance();
   };
@@ -61,10 +80,10 @@ __device__ void produce(const ForwardArguments &a, ForwardShared<D, kGrain> &sha
     uint64_t &full = shared.v_full[v_ring.stage];
     wait(shared.v_empty[v_ring.stage], v_ring.parity ^ 1);
     arrive_expecting(full, sizeof(shared.v[0]));
-    load_tile<kStream.rows, D>(a.v, full, shared.v[v_ring.stage], head, row);
+    load(a.v, full, shared.v[v_ring.stage], head, row);
     v_ring.advance();
   };
-  for (int round = 0, tile; (tile = tile_of(round, gridDim.x, blockIdx.x)) < a.tiles; ++round) {
+  for (int round = 0, tile; (tile = forward_tile<D>(round)) < a.tiles; ++round) {
     const RowTile t = row_tile(kGrain, a.rows, a.kv_heads, a.group, tile);
     for (int w = 0; w < kConsumers; ++w) {
       wait(shared.q_empty[w], round % 2 ^ 1);
@@ -99,7 +118,7 @@ __device__ void consume(const ForwardArguments &a, ForwardShared<D, kGrain> &sha
 
   const Turns<TW_FORWARD_IN_TURNS> turns(warpgroup);
   Ring<kStream.stages> k_ring, v_ring;
-  for (int round = 0, tile; (tile = tile_of(round, gridDim.x, blockIdx.x)) < a.tiles; ++round) {
+  for (int round = 0, tile; (tile = forward_tile<D>(round)) < a.tiles; ++round) {
     const RowTile t = row_tile(kGrain, a.rows, a.kv_heads, a.group, tile);
     const int head = t.head(warpgroup), first_row = t.row(warpgroup);
     const int row = first_row + product_row(threadIdx.x % 128, 0);
@@ -116,10 +135,14 @@ __device__ void consume(const ForwardArguments &a, ForwardShared<D, kGrain> &sha
       wait(shared.v_full[v_ring.stage], v_ring.parity);
       start(Output{}, p, v(_, _, _, v_ring.stage), out, into);
     };
+    const auto release_tile = [](uint64_t &empty) {
+      if constexpr (kSharers<D> == 1) release(empty);
+      else release_in_cluster<kSharers<D>>(empty);
+    };
     const auto mask = [&](int i) {
       if (i >= t.partial)
         hide(s, row, a.rows.kv_blocks[i] * kStream.rows, shared.ends[k_ring.stage]);
-      release(shared.k_empty[k_ring.stage]);
+      release_tile(shared.k_empty[k_ring.stage]);
       k_ring.advance();
     };
 
@@ -142,7 +165,7 @@ __device__ void consume(const ForwardArguments &a, ForwardShared<D, kGrain> &sha
       compute_now(s);
       if (i + 1 < t.end) wait_for_k();
       finish<0>(out);
-      release(shared.v_empty[v_ring.stage]);
+      release_tile(shared.v_empty[v_ring.stage]);
       v_ring.advance();
       scale_rows(out, shrink);
       narrow(s, p);
@@ -150,7 +173,7 @@ __device__ void consume(const ForwardArguments &a, ForwardShared<D, kGrain> &sha
     release(shared.q_empty[warpgroup]);
     start_output(t.end == t.begin + 1 ? Into::zero : Into::sum);
     finish<0>(out);
-    release(shared.v_empty[v_ring.stage]);
+    release_tile(shared.v_empty[v_ring.stage]);
     v_ring.advance();
 
     const float sums[2] = {softmax.total(0), softmax.total(1)};
@@ -166,11 +189,17 @@ __device__ void consume(const ForwardArguments &a, ForwardShared<D, kGrain> &sha
 
 } // namespace tw::cuda
 
+#if TW_FORWARD_SHARERS > 1
+#define TW_CLUSTER(D) __cluster_dims__(tw::cuda::kSharers<D>)
+#else
+#define TW_CLUSTER(D)
+#endif
 #define TW_KERNEL(DTYPE, ELEMENT, D, GRAIN)                                                        \
-  extern "C" __global__ void __launch_bounds__(tw::cuda::kThreads, 1)                              \
+  extern "C" __global__ void TW_CLUSTER(D) __launch_bounds__(tw::cuda::kThreads, 1)                \
       trie_attention_forward_##DTYPE##_##D##_##GRAIN(                                              \
           const __grid_constant__ tw::cuda::ForwardArguments arguments) {                          \
-    tw::cuda::run<ELEMENT, tw::cuda::ForwardShared<D, tw::cuda::Grain::GRAIN>>(arguments);         \
+    tw::cuda::run<ELEMENT, tw::cuda::ForwardShared<D, tw::cuda::Grain::GRAIN>,                     \
+                  tw::cuda::kSharers<D>>(arguments);                                               \
   }
 #define TW_KERNELS(DTYPE, ELEMENT)                                                                 \
   TW_KERNEL(DTYPE, ELEMENT, 64, coarse)                                                            \

@@ -69,6 +69,13 @@ __device__ inline void release(uint64_t &barrier) {
   arrive_of_warp(barrier);
 }
 
+// The same at this barrier of every block of a cluster.
+template <int kBlocks> __device__ void release_in_cluster(uint64_t &barrier) {
+  __syncwarp();
+  const uint32_t lane = threadIdx.x % 32;
+  cutlass::arch::ClusterBarrier::arrive(&barrier, lane, lane < kBlocks);
+}
+
 // Ordinary writes to shared memory before it are seen by products and bulk copies after the next
 // barrier of the threads (PTX ISA, async proxy).
 __device__ inline void publish() {

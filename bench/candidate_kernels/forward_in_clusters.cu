@@ -1,0 +1,2 @@
+#define TW_FORWARD_SHARERS 2
+#include "cuda/attention/trie_attention_fwd.cu"
