@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from bench.attention_setup import OURS
+from bench.candidate_kernels import CANDIDATES, Candidate
 from bench.steps import Step
 from tw_kernels import cuda_build
 
@@ -74,7 +76,11 @@ def gpu_steps(out: Path) -> list[Step]:
         _rows("profile-step", [*PYTHON, "bench", "step", "--device", "cuda"], 0.3),
         *(_rows(f"profile-{name}", run, 0.3) for name, run in (kernels | models).items()),
         *(_ncu(name, run, out) for name, run in kernels.items()),
-        _rows("candidates", suite("candidates", ATTENTION_CASES), 0.3),
+        _build_candidates(cuda_build.why_not()),
+        *(
+            _rows(f"candidate-{c.name}", suite("candidates", _candidate(c)), 0.15)
+            for c in CANDIDATES
+        ),
         _rows("decode-peers", suite("decode", decode), 0.3),
         _rows("attention-peers", suite("attention", [*ATTENTION_CASES, large]), 0.5),
         _rows("attention-window", suite("attention", windows, *WINDOW), 0.3),
@@ -92,6 +98,22 @@ def gpu_steps(out: Path) -> list[Step]:
         ),
         _rows("sweep-tree", suite("decode", ["case=*ToT*"]), 1.0),
         _report(out),
+    ]
+
+
+def _build_candidates(absent: str | None) -> Step:
+    return Step("build-candidates", [*PYTHON, "bench.candidate_kernels"], 0.3, absent=absent)
+
+
+def _candidate(candidate: Candidate) -> list[str]:
+    """The rows of one candidate. A step each, for a kernel that has never run may never end."""
+    dims = [f"head_dim={dim}" for dim in candidate.head_dims]
+    return [
+        *ATTENTION_CASES,
+        *dims,
+        f"pass={candidate.what}",
+        f"peer={OURS}",
+        f"peer=*{candidate.name}",
     ]
 
 
@@ -128,7 +150,11 @@ def dry_steps(out: Path) -> list[Step]:
             Step(f"ncu-{name}", [*NCU, *run], 0.5, absent="a CPU has no use for ncu")
             for name, run in kernels.items()
         ),
-        _rows("candidates", suite("candidates", [packed, fp32]), 0.5),
+        _build_candidates("a CPU runs none of them"),
+        *(
+            _rows(f"candidate-{c.name}", suite("candidates", [packed, fp32]), 0.5)
+            for c in CANDIDATES
+        ),
         _rows("decode-peers", suite("decode", [tree, fp32]), 0.5),
         _rows("attention-peers", suite("attention", [packed, *small]), 0.5),
         _rows("attention-window", suite("attention", [packed, fp32, ours], *window), 0.5),

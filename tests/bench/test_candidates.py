@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import attention_setup, candidates, shapes
-from bench.candidates import CANDIDATES, SOURCES
+from bench import attention_setup, candidate_kernels, candidates, shapes
+from bench.candidate_kernels import CANDIDATES, SOURCES, __main__
 from bench.suite import Skip
 from tests.kernels.cubins import compiled, figures
 from tw_kernels import cuda_build
@@ -29,7 +29,7 @@ def kernel_source(name: str) -> tuple[Path, list[str]]:
 
 
 def test_every_file_is_a_candidate():
-    assert {path.stem for path in SOURCES.iterdir()} == BY_NAME.keys()
+    assert {path.stem for path in SOURCES.glob("*.cu")} == BY_NAME.keys()
 
 
 @pytest.mark.parametrize("name", BY_NAME)
@@ -59,7 +59,7 @@ def test_its_cubin_is_launched_in_its_pass_and_only_in_its_calls(name, monkeypat
 
     monkeypatch.setattr(cuda, "why_not", lambda *_: None)
     monkeypatch.setattr(candidates, "trie_attention", attend)
-    monkeypatch.setattr(candidates, "compile_candidates", lambda: None)
+    monkeypatch.setattr(candidates, "compiled", lambda candidate: candidate.cubin)
     head_dim = candidate.head_dims[0]
     other = "bwd" if candidate.what == "fwd" else "fwd"
     same = [setup(other, head_dim)]
@@ -85,6 +85,37 @@ def test_candidates_are_left_out_where_they_cannot_run(monkeypatch):
         candidates._prepare(setup("fwd", 64), BY_NAME["forward_in_turns"])
 
 
+def test_a_candidate_that_does_not_compile_is_named_and_the_others_are_kept(
+    tmp_path, monkeypatch, capsys
+):
+    def compile_kernels(source, cubin):
+        if source.stem == "dkv_runs_on":
+            raise RuntimeError("nvcc failed")
+        cubin.touch()
+
+    monkeypatch.setattr(candidate_kernels, "CUBINS", tmp_path / "cubins")
+    monkeypatch.setattr(cuda_build, "compile_kernels", compile_kernels)
+    monkeypatch.setattr(cuda_build, "why_not", lambda: None)
+    monkeypatch.setattr(cuda_build, "command", lambda *_: ["nvcc", "-O3"])
+    assert __main__.main() == 1
+    assert "dkv_runs_on: nvcc failed" in capsys.readouterr().out
+    there = {path.name.split("-")[0] for path in (tmp_path / "cubins").iterdir()}
+    assert there == BY_NAME.keys() - {"dkv_runs_on"}
+    monkeypatch.setattr(cuda_build, "why_not", lambda: "no nvcc")
+    assert __main__.main() == 2 and capsys.readouterr().out == "no nvcc\n"
+
+
+def test_a_cubin_is_named_by_what_it_is_compiled_from_and_how(monkeypatch):
+    words = ["nvcc", "-O3", "-I/here", "-o=to"]
+    monkeypatch.setattr(cuda_build, "command", lambda *_: words)
+    candidate = CANDIDATES[0]
+    name = candidate.cubin.name
+    words[:] = ["/other/nvcc", "-O3", "-I/there", "-o=elsewhere"]
+    assert candidate.cubin.name == name
+    words[1] = "-O2"
+    assert candidate.cubin.name != name and CANDIDATES[1].cubin.name != name
+
+
 @pytest.mark.slow
 def test_candidates_compile_as_cleanly_as_the_kernels_that_run(tmp_path, monkeypatch):
     if reason := cuda_build.why_not():
@@ -95,12 +126,10 @@ def test_candidates_compile_as_cleanly_as_the_kernels_that_run(tmp_path, monkeyp
         logs.append(compile_kernels(source, cubin))
         return logs[-1]
 
-    monkeypatch.setattr(candidates, "CUBINS", tmp_path / "cubins")
+    monkeypatch.setattr(candidate_kernels, "CUBINS", tmp_path / "cubins")
     monkeypatch.setattr(cuda_build, "compile_kernels", compile_and_log)
-    candidates.compile_candidates()
-    assert len(logs) == len(CANDIDATES)
-    candidates.compile_candidates()  # they are there
-    assert len(logs) == len(CANDIDATES)
+    assert __main__.main() == 0 and len(logs) == len(CANDIDATES)
+    assert __main__.main() == 0 and len(logs) == len(CANDIDATES)  # they are there
     assert not any("C75" in log or "warning" in log.lower() for log in logs)
     for candidate in CANDIDATES:
         usual = figures(compiled(kernel_source(candidate.name)[0].stem)[0])

@@ -21,10 +21,15 @@ template <class Element, int D> constexpr bool tiles_are_the_copy_engines() {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// Of 65536 registers: setmaxnreg takes them from the copying warpgroup for the computing ones.
-constexpr int kConsumerRegisters = 240;
-constexpr int producer_registers(int sharers) { return sharers == 1 ? 24 : 32; }
-static_assert(128 * (producer_registers(2) + kConsumers * kConsumerRegisters) <= 65536);
+// Of a thread: setmaxnreg takes them from the copying warpgroup for the computing ones. Copies to a
+// cluster take more.
+constexpr int producer_registers(int sharers) { return sharers == 1 ? 24 : 40; }
+constexpr int consumer_registers(int sharers) { return sharers == 1 ? 240 : 232; }
+template <int kSharers>
+constexpr bool kRegistersSuffice =
+    producer_registers(kSharers) + kConsumers * consumer_registers(kSharers) <=
+    (1 + kConsumers) * launch_registers(kThreads);
+static_assert(kRegistersSuffice<1> && kRegistersSuffice<2>);
 
 constexpr int kWarpArrivals = 4 * kConsumers; // that release a stage of a ring
 
@@ -115,7 +120,7 @@ __device__ void run(const Arguments &a) {
     cutlass::arch::warpgroup_reg_dealloc<producer_registers(kSharers)>();
     if (threadIdx.x == 0) produce(a, shared);
   } else {
-    cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
+    cutlass::arch::warpgroup_reg_alloc<consumer_registers(kSharers)>();
     consume<Element>(a, shared, warpgroup - 1);
     tma_store_wait<0>(); // shared memory must outlive the last store
   }

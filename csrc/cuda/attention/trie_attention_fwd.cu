@@ -3,8 +3,8 @@
 // the softmax of one tile runs the product of the last one's probabilities with V.
 //
 // What bounds it: at head dim 128, 4 * D operations a pair of row and column in the tensor cores
-// (2 * D each for Q K^T and P V) against one exponential, of which an SM does 16 a cycle; bytes do
-// not matter, a K or V tile serving 128 rows.
+// (2 * D each for Q K^T and P V) against one exponential, of which an SM does 16 a cycle; bytes of
+// device memory do not matter, a K or V tile serving 128 rows.
 #include "cuda/attention/device.h"
 
 #ifndef TW_FORWARD_IN_TURNS // bench/candidates.py
@@ -18,7 +18,7 @@ namespace tw::cuda {
 
 // Blocks of a cluster. They take neighbouring tiles, query heads of one group at the same rows: the
 // tiles of K and V that stream past are the same, and each block copies a share of them to all.
-// The number of tiles of a group must be a multiple.
+// The tiles of a group (row_tiles over KV heads) must be a multiple, in the grain of the launch.
 template <int D> constexpr int kSharers = D == 128 ? TW_FORWARD_SHARERS : 1;
 
 template <int D> __device__ int forward_tile(int round) {

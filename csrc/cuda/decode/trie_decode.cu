@@ -18,9 +18,10 @@ namespace tw::cuda {
 
 namespace {
 
-// Of 65536 registers: setmaxnreg takes them from the feeding warps for the multiplying ones.
+// Of a thread: setmaxnreg takes them from the feeding warps for the multiplying ones.
 constexpr int kFeedRegisters = 40, kMultiplyRegisters = 232;
-static_assert(kWarpgroupThreads * (kFeedRegisters + kRowWarpgroups * kMultiplyRegisters) <= 65536);
+static_assert(kFeedRegisters + kRowWarpgroups * kMultiplyRegisters <=
+              (1 + kRowWarpgroups) * launch_registers((1 + kRowWarpgroups) * kWarpgroupThreads));
 
 template <int D> __device__ void init_barriers(AttendShared<D> &shared) {
   for (int slot = 0; slot < AttendShared<D>::kSlots; ++slot)

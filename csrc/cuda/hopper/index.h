@@ -25,6 +25,11 @@ constexpr int kBoxColumns = 64; // of one bulk copy: 128 bytes, the span of the 
 constexpr int kWarpgroupThreads = 128;
 constexpr int kWarpgroupRows = 64; // of one product (wgmma)
 
+// Registers of a thread at the start of a kernel whose blocks of so many threads have a
+// multiprocessor to themselves. setmaxnreg moves registers between the warpgroups of a block, within
+// what its launch got, not within the 65536 there are: it waits for ever for more.
+TW_INDEX int launch_registers(int threads) { return 65536 / threads / 8 * 8; }
+
 // Element of a tile [rows, columns] in shared memory at which (row, column) is: boxes of 64 columns
 // one after the other, rows of 128 bytes whose 16-byte chunks are permuted by the row
 // (CU_TENSOR_MAP_SWIZZLE_128B in the CUDA driver API). Tiles start at multiples of 1024 bytes.
