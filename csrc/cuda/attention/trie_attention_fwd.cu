@@ -28,6 +28,17 @@ template <int D> __device__ int forward_tile(int round) {
   return tiles * static_cast<int>(kBlocks) + static_cast<int>(blockIdx.x % kBlocks);
 }
 
+// A tile of K or V, and its release.
+template <int kRows, int D>
+__device__ void load_streamed(const TensorMap &map, uint64_t &full, Bits *tile, int head, int row) {
+  if constexpr (kSharers<D> == 1) load_tile<kRows, D>(map, full, tile, head, row);
+  else load_shared_tile<kRows, D, kSharers<D>>(map, full, tile, head, row);
+}
+template <int D> __device__ void release_streamed(uint64_t &empty) {
+  if constexpr (kSharers<D> == 1) release(empty);
+  else release_in_cluster<kSharers<D>>(empty);
+}
+
 // Warpgroups start their products in turns, so that the softmax of one runs beside the products of
 // the other. Both walk the same number of tiles. Barriers 3 and 4 of the block: a warpgroup waits
 // for its own, at which the other one arrives.
@@ -64,15 +75,11 @@ template <int D, Grain kGrain>
 __device__ void produce(const ForwardArguments &a, ForwardShared<D, kGrain> &shared) {
   constexpr Stream kStream = forward_stream(D, kGrain);
   Ring<kStream.stages> k_ring, v_ring;
-  const auto load = [&](const TensorMap &map, uint64_t &full, Bits *tile, int head, int row) {
-    if constexpr (kSharers<D> == 1) load_tile<kStream.rows, D>(map, full, tile, head, row);
-    else load_shared_tile<kStream.rows, D, kSharers<D>>(map, full, tile, head, row);
-  };
   const auto load_k = [&](int head, int row) {
     uint64_t &full = shared.k_full[k_ring.stage];
     wait(shared.k_empty[k_ring.stage], k_ring.parity ^ 1);
     arrive_expecting(full, sizeof(shared.k[0]) + sizeof(shared.ends[0]));
-    load(a.k, full, shared.k[k_ring.stage], head, row);
+    load_streamed<kStream.rows, D>(a.k, full, shared.k[k_ring.stage], head, row);
     load_numbers<kStream.rows>(a.ends + row, full, shared.ends[k_ring.stage]);
     k_ring.advance();
   };
@@ -80,7 +87,7 @@ __device__ void produce(const ForwardArguments &a, ForwardShared<D, kGrain> &sha
     uint64_t &full = shared.v_full[v_ring.stage];
     wait(shared.v_empty[v_ring.stage], v_ring.parity ^ 1);
     arrive_expecting(full, sizeof(shared.v[0]));
-    load(a.v, full, shared.v[v_ring.stage], head, row);
+    load_streamed<kStream.rows, D>(a.v, full, shared.v[v_ring.stage], head, row);
     v_ring.advance();
   };
   for (int round = 0, tile; (tile = forward_tile<D>(round)) < a.tiles; ++round) {
@@ -135,14 +142,10 @@ __device__ void consume(const ForwardArguments &a, ForwardShared<D, kGrain> &sha
       wait(shared.v_full[v_ring.stage], v_ring.parity);
       start(Output{}, p, v(_, _, _, v_ring.stage), out, into);
     };
-    const auto release_tile = [](uint64_t &empty) {
-      if constexpr (kSharers<D> == 1) release(empty);
-      else release_in_cluster<kSharers<D>>(empty);
-    };
     const auto mask = [&](int i) {
       if (i >= t.partial)
         hide(s, row, a.rows.kv_blocks[i] * kStream.rows, shared.ends[k_ring.stage]);
-      release_tile(shared.k_empty[k_ring.stage]);
+      release_streamed<D>(shared.k_empty[k_ring.stage]);
       k_ring.advance();
     };
 
@@ -165,7 +168,7 @@ __device__ void consume(const ForwardArguments &a, ForwardShared<D, kGrain> &sha
       compute_now(s);
       if (i + 1 < t.end) wait_for_k();
       finish<0>(out);
-      release_tile(shared.v_empty[v_ring.stage]);
+      release_streamed<D>(shared.v_empty[v_ring.stage]);
       v_ring.advance();
       scale_rows(out, shrink);
       narrow(s, p);
@@ -173,7 +176,7 @@ __device__ void consume(const ForwardArguments &a, ForwardShared<D, kGrain> &sha
     release(shared.q_empty[warpgroup]);
     start_output(t.end == t.begin + 1 ? Into::zero : Into::sum);
     finish<0>(out);
-    release_tile(shared.v_empty[v_ring.stage]);
+    release_streamed<D>(shared.v_empty[v_ring.stage]);
     v_ring.advance();
 
     const float sums[2] = {softmax.total(0), softmax.total(1)};
