@@ -73,6 +73,12 @@ def ticking_clock(monkeypatch):
     monkeypatch.setattr("threadweaver.progress.monotonic", itertools.count().__next__)
 
 
+@pytest.fixture
+def stopped_clock(monkeypatch):
+    """The clock of threadweaver.progress stands: no work is long, however slow the machine."""
+    monkeypatch.setattr("threadweaver.progress.monotonic", lambda: 0.0)
+
+
 @contextmanager
 def on_a_gpu():
     """How a test marked `gpu` runs: one CPU thread, since its processes are as many as the cores,

@@ -257,6 +257,7 @@ def slowed(call, factor):
     return slow
 
 
+@pytest.mark.slow  # and not in every run: it compares times
 def test_a_slow_down_planted_in_real_attention_is_caught_and_five_repeats_are_not_flagged(tmp_path):
     """All in one measurement, interleaved: so the load of the machine that runs the tests, which
     comes and goes in seconds, is on all of them alike; of calls shorter than a time slice, and with

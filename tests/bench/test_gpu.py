@@ -76,13 +76,14 @@ def test_a_second_call_goes_on_and_overwrites_nothing(tmp_path):
 
 
 def test_a_step_that_takes_too_long_is_ended_with_all_it_started(tmp_path):
-    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {WAIT!r}])"
-    runner = StepRunner(tmp_path, budget=40)
+    wait = f"{WAIT}  # {tmp_path}"
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {wait!r}])"
+    runner = StepRunner(tmp_path, budget=100)
     start = time.monotonic()
-    assert runner.run([Step("slow", python(child), 0.2), Step("next", python("0"), 1)]) is True
-    assert time.monotonic() - start < 30
+    assert runner.run([Step("slow", python(child), 0.08), Step("next", python("0"), 1)]) is True
+    assert time.monotonic() - start < 55  # the child waits for 60 s
     assert [e["status"] for e in summary(tmp_path).values()] == ["timed out", "ok"]
-    assert WAIT not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert wait not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
 
 
 def test_a_step_that_runs_is_named_on_stderr(tmp_path, capsys, monkeypatch, ticking_clock):
@@ -90,8 +91,11 @@ def test_a_step_that_runs_is_named_on_stderr(tmp_path, capsys, monkeypatch, tick
     wait = python("import time; time.sleep(0.5)")
     assert StepRunner(tmp_path, 100).run([Step("one", wait, 1), Step("two", wait, 0.5)]) is True
     out, err = capsys.readouterr()
-    for name, seconds in (("one", 85), ("two", 42)):
-        assert re.search(rf"^{name}: [0-9]+ s, at most {seconds} s$", err, re.M)
+    most = {
+        name: int(seconds)
+        for name, seconds in re.findall(r"^(\w+): \d+ s, at most (\d+) s$", err, re.M)
+    }
+    assert most.keys() == {"one", "two"} and 0 < most["two"] < most["one"] < 100
     assert "at most" not in out and out.count(" ok ") == 2
 
 
@@ -176,7 +180,7 @@ def test_a_signal_loses_nothing_and_exits_130(tmp_path, number):
         assert process.poll() is None
         time.sleep(0.05)
     os.kill(process.pid, number)
-    assert process.wait(60) == 130
+    assert process.wait(300) == 130
     for folder in (out, tmp_path / "unpacked"):
         if folder != out:
             unpack(archive, folder)

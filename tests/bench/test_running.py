@@ -23,7 +23,7 @@ def test_progress_goes_to_stderr_with_suite_case_and_peer(capsys, ticking_clock)
     assert "timing" not in out and "case doubling" in out
 
 
-def test_quick_cases_leave_stderr_empty(capsys):
+def test_quick_cases_leave_stderr_empty(stopped_clock, capsys):
     right, _ = counted(lambda x: 2 * x)
     suite = Suite("t", Options, lambda o: [Doubling()], [Peer("ours", right)])
     assert suite_main(suite, ["--quick"]) == 0

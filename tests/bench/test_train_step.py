@@ -4,8 +4,10 @@ import pytest
 from transformers import Qwen3Config
 
 from bench import shapes, step_setup, train_step
+from bench.meter import CpuMeter
 from bench.running import suite_main
 from tests.bench.schema import ONCE, checked_rows
+from tests.peak_memory import peak_tensor_bytes
 
 
 @pytest.fixture
@@ -18,7 +20,10 @@ def two_layers(monkeypatch):
     monkeypatch.setattr(step_setup, "Qwen3Config", config)
 
 
-def test_bench_train_step_quick_has_equal_gradients_and_less_work(tmp_path, two_layers):
+def test_bench_train_step_quick_has_equal_gradients_and_less_work(
+    tmp_path, two_layers, monkeypatch
+):
+    monkeypatch.setattr(CpuMeter, "peak_bytes", lambda _, call: peak_tensor_bytes(call))
     assert suite_main(train_step.SUITE, [*ONCE, "--json", str(tmp_path / "t.json")]) == 0
     rows = checked_rows(tmp_path / "t.json", train_step.SUITE)
     for update in ("SFT", "P-GRPO"):

@@ -41,7 +41,7 @@ def known(tmp_path) -> list[str]:
 
 
 @pytest.fixture
-def refused(solve, capsys):
+def refused(solve, stopped_clock, capsys):
     """Checks that the command ends with a code and one line on stderr; returns the line."""
 
     def run(*options: str, code: int = 2, **others: str) -> str:
@@ -92,7 +92,7 @@ def test_how_far_it_is_goes_to_stderr_and_stdout_has_the_table_alone(
     assert all(line.startswith("evaluating, ") for line in lines)
 
 
-def test_quick_work_leaves_stderr_empty(solve, known, capsys):
+def test_quick_work_leaves_stderr_empty(solve, known, stopped_clock, capsys):
     assert solve(*known, "--max_tokens", "5") == 0
     assert capsys.readouterr().err == ""
 
@@ -166,7 +166,9 @@ def test_prompts_that_do_not_fit_are_skipped_and_counted(solve, known, capsys, t
 
 
 @pytest.mark.parametrize("option", ["json", "responses"])
-def test_figures_that_cannot_be_written_are_shown_all_the_same(solve, known, capsys, option):
+def test_figures_that_cannot_be_written_are_shown_all_the_same(
+    solve, known, stopped_clock, capsys, option
+):
     assert solve(*known, f"--{option}", "/dev/full") == 1
     shown = capsys.readouterr()
     assert "accuracy" in shown.out
@@ -175,7 +177,7 @@ def test_figures_that_cannot_be_written_are_shown_all_the_same(solve, known, cap
 
 
 def test_files_are_written_though_nobody_reads_what_is_shown(
-    solve, known, monkeypatch, capsys, tmp_path
+    solve, known, stopped_clock, monkeypatch, capsys, tmp_path
 ):
     figures = tmp_path / "e.json"
     reader, writer = os.pipe()

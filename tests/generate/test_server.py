@@ -86,14 +86,14 @@ def test_limits_end_a_response_as_in_the_engine(server, limits):
 
 
 def test_threads_are_asked_for_at_once_and_no_more_than_may_be(server):
-    server.seconds = 0.1
+    server.seconds = 0.3
     engine, _ = engine_at(server, at_once=3)
     there, here = by_both(engine, ENCODED)
     assert there == here and server.most_at_once == 3
     generation = engine.add(ENCODED[0], GenerationSettings(max_tokens=300, sampling=GREEDY))
     [rollout] = engine.run()
     # Three requests one after another, two of them side by side.
-    assert 0.3 < rollout.seconds < 5 and generation.weaver.done and rollout.decode_steps == 0
+    assert rollout.seconds > 0.9 and generation.weaver.done and rollout.decode_steps == 0
 
 
 def test_a_failure_that_passes_is_asked_again(server):
@@ -126,11 +126,11 @@ def test_a_failure_that_passes_is_asked_again(server):
             ),
             "gave the token 9,999, and the tokenizer of --model has 320",
         ),
-        (Fault(seconds=1.5), r"no answer in time \(server_timeout\)"),
+        (Fault(seconds=8.0), r"no answer in time \(server_timeout\)"),
     ],
 )
 def test_a_server_that_fails_while_it_decodes_is_named_in_one_line(server, fault, message):
-    engine, _ = engine_at(server, timeout=0.5 if fault.seconds else 20.0)
+    engine, _ = engine_at(server, timeout=4.0 if fault.seconds else 20.0)
     server.fault, server.after = fault, len(server.asked) + 1
     with pytest.raises(ServerError, match=message) as error:
         by_both(engine)
