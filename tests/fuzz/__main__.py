@@ -18,9 +18,14 @@ from tests.fuzz.place import Place
 from tests.fuzz.verdict import ending, fault, remove, run
 from threadweaver.command import quiet
 
+ROOT_LENGTH = 150  # of the path of all files, if the given one is shorter
+
 
 def fuzz(root: Path, seed: int, numbers: range, only: str = "", verbose: bool = False) -> list[str]:
     """A line or more for each input that ended as it must not."""
+    # Paths stand in files that are damaged at a random place: of one length wherever the root is.
+    root /= "x" * max(1, ROOT_LENGTH - len(f"{root}/"))
+    root.mkdir()
     place, faults = Place(root), []
     counts: Counter[tuple[str, str]] = Counter()
     for index in numbers:
