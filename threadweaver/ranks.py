@@ -91,7 +91,7 @@ def join(seconds: float | None = None) -> Store:
         keys = [f"came/{other}" for other in range(size)]
         # The first whose time is over says so for all: they would end at different times.
         becomes(lambda: store.check(keys) or store.check([MISSING]), last - time.monotonic())
-        if not store.check(keys):
+        if store.check([MISSING]) or not store.check(keys):
             raise NotAllCame(seconds, _is_told(store), store)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
@@ -168,8 +168,8 @@ def _is_told(store: Store) -> bool:
 
 
 def go(store: Store, seconds: float | None = None) -> None:
-    """Tells the others that this rank does not need the store any more, and is about to end. Rank 0,
-    in whose process it may be, waits until all that came have told so.
+    """Tells the others that this rank is about to end, and needs the store no more. Rank 0, in
+    whose process it may be, waits until all that came have told so.
 
     Args:
         seconds: how long at most; default: GONE_SECONDS.

@@ -48,6 +48,7 @@ def interrupted(rank: int) -> None:
         collect(self, elapsed)
         if next(count) < 32:  # a response has 30 tokens
             return
+        assert self._log is not None
         while not {1, 2} <= {key[1] for key in self._log.rows}:
             time.sleep(0.01)
             collect(self, elapsed)
