@@ -19,6 +19,12 @@ hypothesis.settings.register_profile("new-examples", deadline=None)
 hypothesis.settings.register_profile("same-examples", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("same-examples")
 
+# What a person has set for other programs: a proxy would come between the tests and their local
+# servers, and warnings of Python would be on the stderr of commands that say one line.
+for _name in list(os.environ):
+    if _name.upper().endswith("_PROXY") or _name in ("PYTHONDEVMODE", "PYTHONWARNINGS"):
+        del os.environ[_name]
+
 if not torch.cuda.is_available():
     # Triton reads it when it is first imported, which any test file may be the one to do.
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -41,7 +40,8 @@ def joined() -> Iterator[None]:
         store = ranks.join()
     except ranks.NotAllCame as error:
         code = 2 if error.is_told else command.fail(error, 2)
-        time.sleep(SAME_SECONDS)  # for those that still look at what is in this process
+        if error.store is not None:
+            ranks.go(error.store)
         sys.exit(code)
     except ValueError as error:
         sys.exit(command.fail(error, 2))
@@ -59,10 +59,11 @@ def joined() -> Iterator[None]:
             if command.is_out_of_memory(error):
                 raise
             if _is_lost(error):
-                end.all(f"{LOST} ({ranks.in_one_line(error)})", 1)
+                end.all(f"{LOST} ({ranks.in_one_line(error)})", 1, is_lost=True)
         end.all(f"{type(error).__name__}: {error}", 1, traceback.format_exc())
     end.watched.set()
     command.on_failure = None
+    ranks.go(store)  # only now may the store be gone: a watcher would miss it
     ranks.leave()
 
 
@@ -78,59 +79,66 @@ class _End:
     """
 
     def __init__(self, store: Store):
-        self._store = PrefixStore("end", store)
+        self._store = store
         self.watched = threading.Event()
-        client = PrefixStore("end", ranks.another_client())
-        watcher = threading.Thread(target=self._watch, args=(client,), daemon=True)
+        watcher = threading.Thread(target=self._watch, args=(ranks.another_client(),), daemon=True)
         watcher.start()
 
-    def all(self, line: str, code: int, detail: str = "") -> NoReturn:
+    def all(self, line: str, code: int, detail: str = "", is_lost: bool = False) -> NoReturn:
         """Ends this rank, and so all of them.
 
         Args:
             line: what was wrong.
             code: the exit code, if this rank is the first.
             detail: to be shown before it.
+            is_lost: whether it is that another rank has ended.
         """
         self.watched.set()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)  # it is ending
         try:
-            code = self._agree(line, code, detail)
+            code = self._agree(line, code, detail, is_lost)
         except DistError:  # nobody is left to agree with
             _say(f"rank {ranks.rank()}: {line}", detail)
         _exit(code)
 
-    def _agree(self, line: str, code: int, detail: str) -> int:
+    def _agree(self, line: str, code: int, detail: str, is_lost: bool) -> int:
         """Says why if nobody does; returns the exit code of all."""
-        store, rank, size = self._store, ranks.rank(), ranks.size()
+        store, rank, size = PrefixStore("end", self._store), ranks.rank(), ranks.size()
         store.set(f"line/{rank}", line)
         if store.add("failed", 1) == 1:
             ranks.becomes(lambda: store.add("failed", 0) == size, SAME_SECONDS)
             keys = [f"line/{other}" for other in range(size)]
             alike = store.check(keys) and {store.get(key) for key in keys} == {line.encode()}
             _say(line if alike else f"rank {rank}: {line}", detail)
+            if is_lost:
+                store.set("lost", "")
             store.set("code", str(code))
         else:
             code = self._code(store) or code
-        store.add("gone", 1)
-        if rank == 0:  # in whose process the store may be
-            ranks.becomes(lambda: store.add("gone", 0) == size, SAME_SECONDS)
+        self._go(self._store)
         return code
 
     def _code(self, store: Store) -> int | None:
         """That of the first rank that failed, once it has said why; None if it never does."""
-        ranks.becomes(lambda: store.check(["code"]), 5 * SAME_SECONDS)
+        ranks.becomes(lambda: store.check(["code"]), SAME_SECONDS + ranks.GONE_SECONDS)
         return int(store.get("code")) if store.check(["code"]) else None
 
+    def _go(self, store: Store) -> None:
+        """See `ranks.go`; a rank that is lost is not waited for as long."""
+        with suppress(DistError):
+            is_lost = PrefixStore("end", store).check(["lost"])
+            ranks.go(store, SAME_SECONDS if is_lost else None)
+
     def _watch(self, store: Store) -> None:
+        end = PrefixStore("end", store)
         while not self.watched.wait(LOOK_SECONDS):
             try:
-                if not store.check(["failed"]):
+                if not end.check(["failed"]):
                     continue
-                code = self._code(store) or 1
+                code = self._code(end) or 1
                 if not self.watched.is_set():
-                    store.add("gone", 1)
+                    self._go(store)
             except DistError:
                 # The store was in the process of a rank that ended: was it the end of all?
                 if self.watched.wait(SAME_SECONDS):

@@ -25,7 +25,11 @@ T = TypeVar("T")
 # decodes a long tail of rollouts, or loads a large model, keeps the others waiting.
 JOIN_SECONDS = 600.0
 COLLECTIVE_SECONDS = 4 * 3600.0
+# How long rank 0 stays for those that still look at what is in its process, when all are ending:
+# long enough for processes that a busy machine keeps waiting. It goes as soon as they have gone.
+GONE_SECONDS = 10.0
 LOOK_SECONDS = 0.05  # between two looks at whether something has become so
+MISSING = "not all came"  # key that is there when a rank has waited in vain
 NEEDED = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # in the environment, beside WORLD_SIZE
 
 _store: Store | None = None
@@ -37,14 +41,16 @@ class NotAllCame(ValueError):  # noqa: N818 (named for what was found)
 
     Attributes:
         is_told: whether another rank says so.
+        store: what those that came share; None: not even that is there.
     """
 
-    def __init__(self, seconds: float, is_told: bool):
+    def __init__(self, seconds: float, is_told: bool, store: Store | None = None):
         super().__init__(
             f"not all {os.environ['WORLD_SIZE']} ranks came within {seconds:g} seconds: start "
             "torchrun on every node, with the same --nnodes, --nproc_per_node and address"
         )
         self.is_told = is_told
+        self.store = store
 
 
 def join(seconds: float | None = None) -> Store:
@@ -83,8 +89,10 @@ def join(seconds: float | None = None) -> Store:
         store = PrefixStore(_attempt, all_attempts)
         store.set(f"came/{rank}", "")
         keys = [f"came/{other}" for other in range(size)]
-        if not becomes(lambda: store.check(keys), last - time.monotonic()):
-            raise NotAllCame(seconds, _is_told(store))
+        # The first whose time is over says so for all: they would end at different times.
+        becomes(lambda: store.check(keys) or store.check([MISSING]), last - time.monotonic())
+        if store.check([MISSING]) or not store.check(keys):
+            raise NotAllCame(seconds, _is_told(store), store)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
             store=PrefixStore("collectives", store),
@@ -154,9 +162,24 @@ def becomes(is_so: Callable[[], bool], seconds: float) -> bool:
 def _is_told(store: Store) -> bool:
     """Whether another rank has asked this before, or is gone already."""
     try:
-        return store.add("not all came", 1) > 1
+        return store.add(MISSING, 1) > 1
     except dist.DistError:
         return local_rank() > 0
+
+
+def go(store: Store, seconds: float | None = None) -> None:
+    """Tells the others that this rank is about to end, and needs the store no more. Rank 0, in
+    whose process it may be, waits until all that came have told so.
+
+    Args:
+        seconds: how long at most; default: GONE_SECONDS.
+    """
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    with suppress(dist.DistError):  # it is gone already
+        store.set(f"gone/{rank}", "")
+        if rank == 0:
+            came = [f"gone/{other}" for other in range(size) if store.check([f"came/{other}"])]
+            becomes(lambda: store.check(came), GONE_SECONDS if seconds is None else seconds)
 
 
 def leave() -> None:

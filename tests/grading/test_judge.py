@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def assert_ungraded(judge: Judge, answer: str, reason: str, caplog) -> None:
 def test_a_grading_without_end_is_ended(hasty, caplog, answer):
     start = time.monotonic()
     assert_ungraded(hasty, answer, "did not end within 1 s", caplog)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60
 
 
 @pytest.mark.parametrize("answer", ["os._exit(0)", "sys.exit()", "os.abort()"])
@@ -137,14 +138,18 @@ def test_verdicts_depend_neither_on_the_number_of_processes_nor_on_the_order(ord
     assert [i for i, right in enumerate(found[1]) if right] == [0, 3, 10, 11]
 
 
-def test_answers_are_graded_side_by_side_and_verdicts_wait_for_who_asks():
-    judge = Judge(build, seconds=10.0, processes=4)
+def test_answers_are_graded_side_by_side_and_verdicts_wait_for_who_asks(tmp_path):
+    before = children()
+    judge = Judge(build, seconds=30.0, processes=4)
     assert judge("True", source="")  # it has started
-    start = time.monotonic()
-    waiting = [judge.submit(f"time.sleep(2) or {i} == 2", source="") for i in range(4)]
-    assert time.monotonic() - start < 2
+    (server,) = children() - before
+    # None ends before all have begun, and been submitted.
+    go = tmp_path / "go"
+    waits = f"any(time.sleep(0.05) for _ in iter(lambda: os.path.exists({str(go)!r}), True))"
+    waiting = [judge.submit(f"{waits} or {i} == 2", source="") for i in range(4)]
+    wait_until(lambda: len(children_of(server)) == 4)
+    go.touch()
     assert [verdict() for verdict in reversed(waiting)] == [False, True, False, False]
-    assert time.monotonic() - start < 7  # not 8
 
 
 def test_a_grading_that_sleeps_ends_by_the_clock(caplog):
@@ -192,17 +197,24 @@ def test_a_grader_that_cannot_be_built_is_an_error():
 
 def children() -> set[int]:
     """Ids of the processes that this one started and that run."""
-    tasks = Path("/proc/self/task").iterdir()
-    found = {int(pid) for task in tasks for pid in (task / "children").read_text().split()}
-    return {pid for pid in found if runs(pid)}
+    return {pid for pid in children_of(os.getpid()) if runs(pid)}
+
+
+def children_of(pid: int) -> set[int]:
+    found: set[int] = set()
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(OSError):  # the thread has ended in between
+            found.update(map(int, (task / "children").read_text().split()))
+    return found
 
 
 def runs(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/status")
-    return status.exists() and "\nState:\tZ" not in status.read_text()
+    with suppress(OSError):  # it has ended, also in between
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    return False
 
 
-def wait_until(condition, seconds: float = 30.0) -> None:
+def wait_until(condition, seconds: float = 300.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -243,7 +255,7 @@ def test_a_plain_script_grades_and_runs_once(tmp_path, kind):
             env={**os.environ, "PYTHONPATH": search},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
         )
     assert (done.returncode, done.stderr) == (0, "imported\n")
 
@@ -263,9 +275,8 @@ def test_no_grading_outlives_a_run_that_is_stopped(sign):
     assert run.stdout is not None
     server = int(run.stdout.readline())
     assert run.stdout.readline() == "ready\n"
-    children_of_server = Path(f"/proc/{server}/task/{server}/children")
-    wait_until(lambda: children_of_server.read_text())
-    graders = [int(pid) for pid in children_of_server.read_text().split()]
+    wait_until(lambda: children_of(server))
+    graders = children_of(server)
     run.send_signal(sign)
-    run.wait(30)
+    run.wait(300)
     wait_until(lambda: not any(map(runs, (server, *graders))))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from threadweaver.whole_file import write_whole
 from tw_kernels import cuda_build
 
 CACHE = Path(__file__).parents[2] / "build" / "cubins"
@@ -42,7 +43,7 @@ def compiled(name: str) -> tuple[Path, str]:
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in several processes
         if not log.exists():
-            log.write_text(cuda_build.compile_kernels(source, cubin))
+            write_whole(log, cuda_build.compile_kernels(source, cubin))
     return cubin, log.read_text()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import triton
 
 from tests.kernels.cubins import CACHE
+from threadweaver.whole_file import write_whole
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,7 +33,7 @@ def rows_of(script: str, *arguments: str) -> list[dict]:
     with file.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in several processes
         if not file.exists():
-            file.write_text(_printed_by(script, arguments))
+            write_whole(file, _printed_by(script, arguments))
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     print("\n" + "  ".join(f"{name:>16}" for name in rows[0]))
     for row in rows:

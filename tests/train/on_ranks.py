@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from threadweaver import rank_errors
+
 _context: Any = get_context("forkserver")
 _context.set_forkserver_preload(["threadweaver.train.pipeline", "threadweaver.rank_errors"])
 
@@ -115,6 +117,12 @@ class Ranks:
 
     def _text(self, kind: str) -> str:
         return "".join(file.with_suffix(f".{kind}").read_text() for file in self._files)
+
+
+def fails_alike(rank: int) -> None:
+    """To be called before a command that ends all ranks with the same line: the first to fail waits
+    for the others however busy the machine is. They end as soon as all have failed."""
+    rank_errors.SAME_SECONDS = 60.0
 
 
 def _run(

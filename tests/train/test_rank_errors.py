@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from tests.train.on_ranks import on_ranks
-from threadweaver import ranks
+from tests.train.on_ranks import fails_alike, on_ranks
+from threadweaver import rank_errors, ranks
 from threadweaver.train import same_on_ranks
 from threadweaver.train.config import ConfigError
 from threadweaver.train.same_on_ranks import check_data
@@ -37,20 +37,20 @@ def before_step(step: int, action) -> None:
 
 def test_what_all_ranks_refuse_is_said_once_without_a_rank(run, tmp_path):
     run.settings["optimization"]["learning_rate"] = -1
-    line = on_ranks(run.arguments(), tmp_path, 2).one_line(2)
+    line = on_ranks(run.arguments(), tmp_path, 2, before=fails_alike).one_line(2)
     assert line.startswith("error: optimization.learning_rate is -1")
 
 
 def test_an_accumulation_that_the_ranks_do_not_divide_is_refused(run, tmp_path):
     run.settings["optimization"]["accumulation"] = 3
-    line = on_ranks(run.arguments(), tmp_path, 2).one_line(2)
+    line = on_ranks(run.arguments(), tmp_path, 2, before=fails_alike).one_line(2)
     assert line.startswith("error: optimization.accumulation is 3, and there are 2 ranks")
     assert not run.folder.exists()
 
 
 def test_a_setting_that_differs_is_named_with_its_rank(run, tmp_path):
     each = [run.arguments(), run.arguments("--optimization.learning_rate", "1e-4")]
-    line = on_ranks(each, tmp_path, 2).one_line(2)
+    line = on_ranks(each, tmp_path, 2, before=fails_alike).one_line(2)
     assert "optimization.learning_rate is 0.0001 on rank 1 and 0.003 on rank 0" in line
     assert not run.folder.exists()
 
@@ -62,6 +62,7 @@ def test_data_that_differs_is_named_with_its_rank(monkeypatch):
 
 
 def elsewhere(rank: int) -> None:
+    fails_alike(rank)
     same_on_ranks.SEEN_SECONDS = 0.2
     (folder := Path(f"machine-{rank}")).mkdir()
     os.chdir(folder)
@@ -102,6 +103,19 @@ def test_what_one_rank_meets_with_names_it_and_ends_all(run, tmp_path):
     assert ended.err.endswith("error: rank 1: IndexError: list index out of range\n")
 
 
+def seen_late(rank: int) -> None:
+    """The rank in whose process the store is fails, and the other is slow to look."""
+    rank_errors.LOOK_SECONDS = 5.0
+    if rank == 0:
+        before_step(3, lambda: [][0])
+
+
+def test_the_first_rank_stays_until_the_others_have_seen_that_it_failed(run, tmp_path):
+    ended = on_ranks(run.arguments(), tmp_path, 2, before=seen_late)
+    assert ended.codes == [1, 1] and ended.err.count("error: ") == 1, ended.err
+    assert ended.err.endswith("error: rank 0: IndexError: list index out of range\n")
+
+
 def killed(rank: int) -> None:
     if rank == 1:
         before_step(4, lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -130,6 +144,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_saved(run, tmp_path):
 
 
 def not_finite(rank: int) -> None:
+    fails_alike(rank)
     loss_sum = SFTTrainer._loss_sum
 
     def spoilt(self, trie):

@@ -35,12 +35,12 @@ def start(run, *options: str) -> subprocess.Popen:
 
 def wait_for_steps(run, process: subprocess.Popen, steps: int) -> None:
     metrics = run.folder / "metrics.jsonl"
-    for _ in range(6000):
+    for _ in range(30_000):
         if metrics.exists() and metrics.read_text().count("\n") >= steps:
             return
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
-    raise TimeoutError(f"not {steps} steps in a minute")
+    raise TimeoutError(f"not {steps} steps in five minutes")
 
 
 def test_a_run_killed_at_random_times_ends_bit_for_bit_like_one_that_was_not(new_run):
@@ -49,7 +49,7 @@ def test_a_run_killed_at_random_times_ends_bit_for_bit_like_one_that_was_not(new
         run.settings["optimization"]["max_steps"] = 60
         run.settings["report"] = {"validate_every": 7, "checkpoint_every": 9}
     assert whole() == 0
-    rng = random.Random()
+    rng = random.Random(0)
     for resume in ((), ("--resume",)):
         # More than were there: it has taken back what came after the checkpoint, and gone on.
         steps = (len(killed.metrics()) if resume else 0) + rng.randint(1, 20)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.train.conftest import Run
 from tests.train.easy_task import write_task
-from tests.train.on_ranks import on_ranks
+from tests.train.on_ranks import fails_alike, on_ranks
 from threadweaver.train.self_train import SelfTraining
 
 
@@ -88,5 +88,5 @@ def test_chunks_are_those_of_one_process_also_resumed_on_other_ranks(
 def test_ranks_that_keep_nothing_say_so_once(new_run, tmp_path):
     run = new_run("run")
     run.settings["rollouts"]["generation"] = {"max_tokens": 4}
-    line = on_ranks(run.arguments(), tmp_path, 2).one_line(2)
+    line = on_ranks(run.arguments(), tmp_path, 2, before=fails_alike).one_line(2)
     assert line.startswith("error: self-training kept none of 112 rollouts (112 wrong, 0 malformed")

@@ -5,7 +5,7 @@ import pytest
 from tests.view.browser import chromium
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # it leaves an event loop running in this thread
 def browser():
     with chromium() as found:
         yield found

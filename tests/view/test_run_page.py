@@ -150,7 +150,7 @@ def test_watching_ends_with_the_run_and_leaves_a_page_at_rest(run, tmp_path):
         thread.join(0.02)
     reloads = data_of(out.read_text())["about"]["reload"]
     (run / "summary.json").write_text("{}")
-    thread.join(20)
+    thread.join(120)
     assert not thread.is_alive() and reloads == 0.05
     data = data_of(out.read_text())
     assert data["about"]["reload"] is None and data["run"]["finished"]
@@ -158,12 +158,12 @@ def test_watching_ends_with_the_run_and_leaves_a_page_at_rest(run, tmp_path):
 
 def test_a_watched_page_reads_itself_anew_and_keeps_what_was_chosen(run, browser, tmp_path):
     path = tmp_path / "page.html"
-    write_whole(path, run_page(run, 0.6))
+    write_whole(path, run_page(run, 2.0))
     page = Opened(browser, path)
     page.view.click("#tabs button >> nth=0")
     with (run / "rl" / "metrics.jsonl").open("a") as file:
         file.write(record(777, reward=1.0))
-    write_whole(path, run_page(run, 0.6))
+    write_whole(path, run_page(run, 2.0))
     page.view.wait_for_selector("#stages >> text=777")
     page.view.click("#pause")
     assert page.view.get_attribute("#tabs button >> nth=0", "aria-selected") == "true"
