@@ -15,7 +15,7 @@ def write(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "threadweaver.tasks", "write", "--out", str(out), *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 
