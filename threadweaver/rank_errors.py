@@ -58,19 +58,13 @@ def joined() -> Iterator[None]:
         if isinstance(error, RuntimeError):
             if command.is_out_of_memory(error):
                 raise
-            if _is_lost(error):
+            if ranks.is_lost(error):
                 end.all(f"{LOST} ({ranks.in_one_line(error)})", 1, is_lost=True)
         end.all(f"{type(error).__name__}: {error}", 1, traceback.format_exc())
     end.watched.set()
     command.on_failure = None
     ranks.go(store)  # only now may the store be gone: a watcher would miss it
     ranks.leave()
-
-
-def _is_lost(error: RuntimeError) -> bool:
-    """Whether a collective failed, as when a rank is not there any more."""
-    words = ("gloo", "NCCL", "peer")
-    return isinstance(error, DistError) or any(word in str(error) for word in words)
 
 
 class _End:

@@ -146,6 +146,13 @@ def another_client() -> Store:
     return PrefixStore(_attempt, TCPStore(*_address(), is_master=False, wait_for_workers=False))
 
 
+def is_lost(error: BaseException) -> bool:
+    """Whether an error is that of a collective that another rank has left, by its end."""
+    words = ("gloo", "NCCL", "peer")
+    failed = isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+    return size() > 1 and isinstance(error, RuntimeError) and failed
+
+
 def in_one_line(error: RuntimeError) -> str:
     """What PyTorch met with among ranks, without the trace of C++ that may follow."""
     return " ".join(str(error).split())[:300]

@@ -78,6 +78,17 @@ def test_a_write_that_dies_leaves_no_checkpoint_and_its_leftovers_go(
     assert load_state(tmp_path / "step-2")["value"] == 7
 
 
+def test_a_folder_that_cannot_be_made_is_said_with_its_reason(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", full)
+        with pytest.raises(OSError, match=r"new/step-3: cannot be written \(\[Errno 28\] No space"):
+            save_checkpoint(tmp_path / "new", 3, lambda _: None, {}, keep=2)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_deletion_that_dies_leaves_no_half_checkpoint(tmp_path, monkeypatch):
     save(tmp_path, 1)
 

@@ -2,6 +2,8 @@
 
 import os
 import signal
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -119,6 +121,37 @@ def test_the_first_rank_stays_until_the_others_have_seen_that_it_failed(run, tmp
 def killed(rank: int) -> None:
     if rank == 1:
         before_step(4, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def killed_in(module: str, name: str, rank: int) -> None:
+    """Rank 0 is killed when it calls a function of a module."""
+    if rank == 0:
+        killed = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+        setattr(import_module(f"threadweaver.train.{module}"), name, killed)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("trainer", "save_checkpoint"),
+        ("sharded_checkpoint", "save"),
+        ("sharded_checkpoint", "load"),
+    ],
+)
+def test_a_rank_that_ends_in_a_checkpoint_is_no_fault_of_the_checkpoint(
+    run, tmp_path, module, name
+):
+    """The other one says that a rank has ended, not that files are to be deleted or room made."""
+    resumed, before = name == "load", partial(killed_in, module, name)
+    if resumed:
+        assert on_ranks(run.arguments(), tmp_path, 2, before=killed).codes[1] == -signal.SIGKILL
+    arguments = run.arguments(*(["--resume"] if resumed else []))
+    ended = on_ranks(arguments, tmp_path, 2, before=before)
+    assert ended.codes == [-signal.SIGKILL, 1], ended.err
+    assert ended.err.startswith("error: rank 1: another rank has ended"), ended.err
+    assert ended.err.count("\n") == 1, ended.err
+    assert on_ranks(run.arguments("--resume"), tmp_path, 2).codes == [0, 0]
+    assert run.metrics()[-1]["step"] == 6
 
 
 def stopped(rank: int) -> None:

@@ -54,6 +54,7 @@ def save_checkpoint(
 
     Raises:
         OSError: it cannot be written, as on a full disk; nothing is left of it.
+        RuntimeError: another rank has ended (`ranks.is_lost`).
     """
     partial = folder / f".step-{step}.partial"
 
@@ -77,11 +78,14 @@ def save_checkpoint(
         # PyTorch and safetensors have errors of their own for a full disk.
         if ranks.is_first():
             shutil.rmtree(partial, ignore_errors=True)
+        if ranks.is_lost(error):
+            raise
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         done = all_checkpoints(folder)
         before = f"all up to {done[-1].name} is saved" if done else "nothing is saved yet"
         raise OSError(
             f"{folder / f'step-{step}'}: cannot be written ({_first_line(error)}; "
-            f"{shutil.disk_usage(folder).free / 1e9:,.1f} GB are free): {before}; make room and "
+            f"{shutil.disk_usage(there).free / 1e9:,.1f} GB are free): {before}; make room and "
             "continue with --resume"
         ) from error
 

@@ -141,12 +141,15 @@ def _load(checkpoint: Path, state: dict[str, Any]) -> None:
 
 @contextmanager
 def _reading(checkpoint: Path) -> Iterator[ShardReader]:
-    """Inside, whatever is wrong with the files is a ConfigError."""
+    """Inside, whatever is wrong with the files is a ConfigError. Another rank that has ended is not
+    (`ranks.is_lost`)."""
     try:
         yield ShardReader(checkpoint / FOLDER)
     except torch.OutOfMemoryError:
         raise  # of the device: the files may be sound
     except (CheckpointException, Exception) as error:  # whatever damaged bytes make of the reader
+        if ranks.is_lost(error):
+            raise
         raise _unreadable(checkpoint, _cause(error)) from error
 
 
