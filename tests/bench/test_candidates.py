@@ -97,12 +97,15 @@ def test_a_candidate_that_does_not_compile_is_named_and_the_others_are_kept(
     monkeypatch.setattr(cuda_build, "compile_kernels", compile_kernels)
     monkeypatch.setattr(cuda_build, "why_not", lambda: None)
     monkeypatch.setattr(cuda_build, "command", lambda *_: ["nvcc", "-O3"])
-    assert __main__.main() == 1
-    assert "dkv_runs_on: nvcc failed" in capsys.readouterr().out
+    assert __main__.main([]) == 1
+    assert "dkv_runs_on: nvcc failed" in capsys.readouterr().err
     there = {path.name.split("-")[0] for path in (tmp_path / "cubins").iterdir()}
     assert there == BY_NAME.keys() - {"dkv_runs_on"}
     monkeypatch.setattr(cuda_build, "why_not", lambda: "no nvcc")
-    assert __main__.main() == 2 and capsys.readouterr().out == "no nvcc\n"
+    for arguments, line in (([], "no nvcc"), (["--device=cuda"], "unknown setting")):
+        assert __main__.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert line in error and error.count("\n") == 1
 
 
 def test_a_cubin_is_named_by_what_it_is_compiled_from_and_how(monkeypatch):
@@ -128,8 +131,8 @@ def test_candidates_compile_as_cleanly_as_the_kernels_that_run(tmp_path, monkeyp
 
     monkeypatch.setattr(candidate_kernels, "CUBINS", tmp_path / "cubins")
     monkeypatch.setattr(cuda_build, "compile_kernels", compile_and_log)
-    assert __main__.main() == 0 and len(logs) == len(CANDIDATES)
-    assert __main__.main() == 0 and len(logs) == len(CANDIDATES)  # they are there
+    assert __main__.main([]) == 0 and len(logs) == len(CANDIDATES)
+    assert __main__.main([]) == 0 and len(logs) == len(CANDIDATES)  # they are there
     assert not any("C75" in log or "warning" in log.lower() for log in logs)
     for candidate in CANDIDATES:
         usual = figures(compiled(kernel_source(candidate.name)[0].stem)[0])

@@ -125,9 +125,12 @@ def killed(rank: int) -> None:
 
 def killed_in(module: str, name: str, rank: int) -> None:
     """Rank 0 is killed when it calls a function of a module."""
+
+    def die(*_, **__) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
     if rank == 0:
-        killed = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
-        setattr(import_module(f"threadweaver.train.{module}"), name, killed)
+        setattr(import_module(f"threadweaver.train.{module}"), name, die)
 
 
 @pytest.mark.parametrize(
