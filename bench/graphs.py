@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from bench.suite import Peer, S
-
-WARM_UPS = 2  # calls before a capture: they compile, load kernels and allocate
+from tw_kernels.cuda_graphs import without_waits
 
 
 def replayed(peer: Peer[S]) -> Peer[S]:
@@ -25,7 +24,7 @@ def replayed(peer: Peer[S]) -> Peer[S]:
             return call
         try:
             replay = capture(call, setup.input_sets)
-        except RuntimeError:  # a synchronization or an allocation that capturing forbids
+        except RuntimeError:  # it waits for the device, or does what else capturing forbids
             torch.cuda.synchronize()
             replay = None
         setup.measured.setdefault(peer.name, {})["graph"] = replay is not None
@@ -38,14 +37,15 @@ def capture(call: Callable[[int], Any], input_sets: int) -> Callable[[int], Any]
     """`call` as a replay; what it returns is overwritten by the next one on the same inputs.
 
     Raises:
-        RuntimeError: it cannot be captured.
+        RuntimeError: it cannot be captured (WaitsForDevice: nothing was begun).
     """
     graphs, results = [], []
     for i in range(input_sets):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
+            call(i)  # compiles, loads kernels and allocates
+            with without_waits():
                 call(i)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()

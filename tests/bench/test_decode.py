@@ -114,18 +114,27 @@ class Graph:
         self.replays += 1
 
 
-@pytest.mark.parametrize("captures", [True, False])
-def test_a_step_on_cuda_is_replayed_from_a_graph_or_called_if_it_cannot_be(captures, monkeypatch):
-    made, calls = [], []
+@pytest.mark.parametrize("fault", [None, "waits", "other"])
+def test_a_step_on_cuda_is_replayed_from_a_graph_or_called_if_it_cannot_be(fault, monkeypatch):
+    made, calls, modes, captures = [], [], ["default"], fault is None
 
     @contextmanager
     def graph(graph):
+        assert fault != "waits"  # a capture that fails leaves PyTorch unfit for others
         if not captures:
             raise RuntimeError("operation not permitted when stream is capturing")
         made.append(graph)
         yield
 
+    def run(i):
+        if modes[-1] == "error" and fault == "waits":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        calls.append(i)
+        return f"result {i}"
+
     for name, stand_in in {
+        "get_sync_debug_mode": lambda: modes[-1],
+        "set_sync_debug_mode": modes.append,
         "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
         "current_stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
         "stream": lambda stream: nullcontext(),
@@ -135,9 +144,9 @@ def test_a_step_on_cuda_is_replayed_from_a_graph_or_called_if_it_cannot_be(captu
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     setup = SimpleNamespace(device="cuda", input_sets=3, measured={})
-    peer = Peer("one", lambda setup: lambda i: calls.append(i) or f"result {i}", ours=True)
+    peer = Peer("one", lambda setup: run, ours=True)
     call = replayed(peer).prepare(setup)
-    assert setup.measured == {"one": {"graph": captures}}
+    assert setup.measured == {"one": {"graph": captures}} and modes[-1] == "default"
     before = len(calls)
     assert [call(i) for i in (0, 1, 2, 1)] == ["result 0", "result 1", "result 2", "result 1"]
     if captures:

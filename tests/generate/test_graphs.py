@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, call
 
 import numpy as np
 import pytest
@@ -15,12 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rollouts import CODEC, ids
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from tests.model.families import large_weights, small_config
 from threadweaver.generate import Engine, GenerationSettings, Rollout
 from threadweaver.generate.graphs import LEAST_ITEMS, Capture, CudaCapture, StepGraphs, power_of_two
 from threadweaver.generate.runner import Runner
 from threadweaver.generate.sampler import SamplingParams
+from threadweaver.model import ATTENTION
 from tw_kernels import DecodePlan, PlanSizes
+from tw_kernels.cuda_graphs import WaitsForDevice
 
 
 class EagerCapture:
@@ -38,6 +43,35 @@ class EagerCapture:
             output.copy_(call())
 
         return replay, output
+
+
+WAITS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select"}
+
+
+class NoWaits(TorchDispatchMode):
+    """Refuses what would wait for a GPU: numbers and shapes that follow from values. In inference
+    mode it sees calls before they are made of others."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        waits = name in WAITS or (name == "where" and len(args) == 1)
+        if name == "index":
+            waits = any(x is not None and x.dtype == torch.bool for x in args[1])
+        if name == "repeat_interleave":
+            waits = any(isinstance(x, Tensor) for x in args[1:])
+        if waits:
+            raise WaitsForDevice(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class UnwaitingCapture(EagerCapture):
+    """One that refuses what CudaCapture refuses."""
+
+    def __call__(self, call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        call()
+        with NoWaits():
+            call()
+        return super().__call__(call)
 
 
 GREEDY = SamplingParams(temperature=0)
@@ -182,6 +216,75 @@ def test_a_step_takes_one_copy_to_the_device_and_one_back_and_a_batch_one_cast(f
         assert counts.casts == 2
 
 
+def test_a_capture_that_refuses_waits_takes_the_steps_of_an_ordinary_model(fork_join_model):
+    capture = UnwaitingCapture()
+    engine = engine_with(fork_join_model, capture)
+    assert [r.response for r in decode(engine, prompts=["1:"])] == [
+        r.response for r in decode(engine_with(fork_join_model, None), prompts=["1:"])
+    ]
+    assert capture.replayed == engine.counts.steps > 20
+
+
+def test_steps_whose_attention_waits_for_the_device_are_in_no_graph(
+    fork_join_model, monkeypatch, capsys
+):
+    """On a GPU attention of a head dim or a page size that Triton lacks runs on `reference`, which
+    would also keep what it read of the first plan for all later ones."""
+    expected = decode(engine_with(fork_join_model, None), prompts=["1:"])
+    monkeypatch.setenv("TW_DECODE_BACKEND", "reference")
+    capture = UnwaitingCapture()
+    engine = engine_with(fork_join_model, capture)
+    assert not engine._runner.overlaps
+    got = decode(engine, prompts=["1:"])
+    assert [r.response for r in got] == [r.response for r in expected]
+    assert capture.captured == engine.counts.captures == 0
+    assert capsys.readouterr().err == ""
+
+
+def dbrx() -> PreTrainedModel:
+    """Its experts are those that some token of the step chose: a loop on the host."""
+    config = small_config("dbrx", vocab_size=128)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
+    large_weights(model)
+    return model.eval()
+
+
+def test_a_model_that_waits_for_the_device_runs_without_graphs_and_a_line_says_so(capsys):
+    model = dbrx()
+    expected = decode(engine_with(model, None), UNSURE, ["0:", "1:"])
+    capture = UnwaitingCapture()
+    engine = engine_with(model, capture)
+    for _ in range(2):
+        got = decode(engine, UNSURE, ["0:", "1:"])
+        assert [r.response for r in got] == [r.response for r in expected]
+        engine.free()
+    assert capture.captured == engine.counts.captures == 0
+    said = "warning: dbrx: its layers wait for the device: steps run without CUDA graphs\n"
+    assert capsys.readouterr().err == said
+
+
+def test_a_model_that_waits_in_some_steps_alone_goes_on_without_graphs(fork_join_model):
+    """A graph may be running, and its draws be the ids of the step that cannot be captured."""
+    model = copy.deepcopy(fork_join_model)
+    expected = decode(engine_with(model, None))
+
+    def few(module, args, output):
+        if output.shape[1] <= 4:
+            output.sum().item()
+
+    model.model.layers[1].mlp.register_forward_hook(few)
+    capture = UnwaitingCapture()
+    engine = engine_with(model, capture)
+    events = events_of(engine)
+    assert [r.response for r in decode(engine)] == [r.response for r in expected]
+    assert 0 < capture.replayed < engine.counts.steps and not engine._runner.overlaps
+    # The step that no graph holds was launched while the one before it, in a graph, ran.
+    unread = [events[:i].count("launch") - events[:i].count("read") for i in range(len(events))]
+    last_ahead = len(events) - unread[::-1].index(2)
+    assert events[:last_ahead].count("launch") == capture.replayed + 1
+    assert engine.pool.free_pages == 500
+
+
 @given(st.lists(st.tuples(st.integers(1, 256), st.integers(1, 999), st.integers(0, 9999))))
 def test_capacities_hold_their_plans_and_are_few(needs):
     graphs = StepGraphs(lambda inputs: inputs.ids, EagerCapture(), 1000, 64, torch.device("cpu"))
@@ -242,6 +345,33 @@ def test_graphs_share_a_pool_until_all_are_gone_and_streams_for_good(monkeypatch
     assert cuda.graph.call_args.kwargs == {"pool": "b", "stream": streams[1]}
 
 
+def test_what_waits_for_the_device_is_found_before_the_capture(monkeypatch):
+    modes, cuda = ["default"], MagicMock()
+    cuda.get_sync_debug_mode = lambda: modes[-1]
+    cuda.set_sync_debug_mode = modes.append
+    monkeypatch.setattr(torch, "cuda", cuda)
+
+    def waits() -> Tensor:
+        if modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return torch.zeros(1)
+
+    with pytest.raises(WaitsForDevice):
+        CudaCapture()(waits)
+    assert modes == ["default", "error", "default"] and not cuda.graph.called
+    # What ran before is not overtaken by what comes next.
+    assert call(cuda.Stream()) in cuda.current_stream().wait_stream.mock_calls
+
+    def fails() -> Tensor:
+        if modes[-1] == "error":
+            raise RuntimeError("out of memory")
+        return torch.zeros(1)
+
+    with pytest.raises(RuntimeError, match="out of memory") as raised:
+        CudaCapture()(fails)
+    assert not isinstance(raised.value, WaitsForDevice) and modes[-1] == "default"
+
+
 def test_power_of_two():
     assert [power_of_two(n) for n in (0, 1, 2, 3, 4, 5, 1000)] == [1, 1, 2, 4, 4, 8, 1024]
 
@@ -256,3 +386,19 @@ def test_cuda_graphs_decode_what_plain_steps_decode(fork_join_model, dtype):
         got = decode(engine)
         assert [r.response for r in got] == [r.response for r in expected]
         engine.free()  # a trainer does, after each batch
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_size", [4, 8])
+def test_models_and_pages_that_no_graph_can_hold_decode_on_cuda(fork_join_model, page_size, capsys):
+    model = copy.deepcopy(fork_join_model) if page_size == 4 else dbrx()
+    torch.nn.Module.to(model, "cuda")
+    plain, engine = (Engine(model, CODEC, num_pages=500, page_size=page_size) for _ in range(2))
+    plain._runner = Runner(model, 500, page_size, capture=None)
+    expected = decode(plain, prompts=["0:", "1:"])
+    for _ in range(2):
+        got = decode(engine, prompts=["0:", "1:"])
+        assert [r.response for r in got] == [r.response for r in expected]
+        engine.free()
+    assert engine.counts.captures == 0
+    assert capsys.readouterr().err.count("without CUDA graphs") == (page_size == 8)

@@ -1,5 +1,8 @@
 """trie_decode on every backend that runs here, against a float64 oracle on random forests."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +20,7 @@ from tests.kernels.decode_batches import (
 )
 from tests.kernels.tries import random_paths, relative_error, visible
 from tw_kernels import DecodePlan, PagedKV, PlanSizes, Trie, backends, trie_decode
-from tw_kernels.decode.op import TRIE_DECODE
+from tw_kernels.decode.op import TRIE_DECODE, choose_backend
 from tw_kernels.scores import ScoreOptions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -512,3 +515,24 @@ def test_the_environment_names_the_backend(monkeypatch):
     with pytest.raises(ValueError, match="no backend 'nonsense' for trie_decode"):
         trie_decode(**small_call())
     trie_decode(**small_call(), backend="reference")
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "page_size", "dtype", "name"),
+    [
+        (128, 16, torch.bfloat16, "triton"),
+        (96, 16, torch.bfloat16, "reference"),
+        (80, 16, torch.float32, "reference"),
+        (128, 4, torch.bfloat16, "reference"),
+        (128, 16, torch.float64, "reference"),
+    ],
+)
+def test_on_a_gpu_what_triton_does_not_take_runs_where_no_graph_may_hold_it(
+    head_dim, page_size, dtype, name, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("tw_kernels.triton_device._is_installed", lambda: True)
+    q: Any = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, shape=(1, 4, head_dim))
+    kv: Any = SimpleNamespace(page_size=page_size)
+    assert choose_backend(q, kv) == name
+    assert TRIE_DECODE[name].CAN_BE_CAPTURED is (name == "triton")

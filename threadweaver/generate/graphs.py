@@ -21,9 +21,9 @@ from torch import Tensor
 
 from threadweaver.generate.inputs import StepInputs
 from tw_kernels import DecodePlan, PlanSizes
+from tw_kernels.cuda_graphs import without_waits
 
 MAX_GRAPHS = 64
-WARM_UP_CALLS = 2
 # Steps of more new tokens are bound by arithmetic, and what they launch is hidden behind it.
 MOST_TOKENS = 256
 
@@ -35,7 +35,8 @@ LEAST_SLOTS = 16
 
 # The inputs of a step -> packed draws, int32 [S, 3]; launches the same kernels whatever they hold.
 Forward = Callable[[StepInputs], Tensor]
-# Records a call; returns what runs it again, and the tensor that it then fills.
+# Records a call; returns what runs it again, and the tensor that it then fills. Raises
+# WaitsForDevice for a call that cannot be recorded, and leaves the device fit for others.
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 # A plan on the CPU for the given capacity, or for none.
 Build = Callable[[PlanSizes | None], DecodePlan]
@@ -113,12 +114,14 @@ class StepGraphs:
         return PlanSizes(rows, self._num_pages, items, slots)
 
     def stage(self, plan: DecodePlan, truncates: bool) -> StepInputs:
-        """Host memory for the inputs of the next step, its plan already in it."""
+        """Host memory for the inputs of the next step, its plan already in it.
+
+        Raises:
+            WaitsForDevice: the step cannot be captured.
+        """
         key = Key(plan.capacity.rows, plan.capacity.items, truncates)
         graph = self._graphs.get(key)
         if graph is None or graph.inputs.plan.capacity != plan.capacity:
-            # One that is replaced may be running: the name keeps it until the other is captured,
-            # for which the device has been waited for.
             graph = self._new_graph(key, plan)
         self._graphs.move_to_end(key)
         graph.staging.reverse()
@@ -141,9 +144,6 @@ class StepGraphs:
         return graph.packed
 
     def _new_graph(self, key: Key, plan: DecodePlan) -> _Graph:
-        self._graphs.pop(key, None)
-        if len(self._graphs) == MAX_GRAPHS:
-            self._graphs.popitem(last=False)
         tokens = plan.capacity.rows
         samples = min(tokens, self._most_samples)
         shape = tokens, samples, plan, key.truncates
@@ -153,6 +153,10 @@ class StepGraphs:
         staging[0].take_plan(plan)
         inputs.take(staging[0])
         replay, packed = self._capture(lambda: self._forward(inputs))
+        # One that is replaced may have been running until now, when the device has been waited for.
+        self._graphs.pop(key, None)
+        if len(self._graphs) == MAX_GRAPHS:
+            self._graphs.popitem(last=False)
         graph = self._graphs[key] = _Graph(inputs, staging, replay, packed)
         return graph
 
@@ -168,7 +172,7 @@ def power_of_two(n: int) -> int:
 
 class CudaCapture:
     """Captures calls on the current CUDA device; all of them share the memory of what they compute,
-    so that only one may run at a time."""
+    so that only one may run at a time. WaitsForDevice is raised before anything is captured."""
 
     def __init__(self) -> None:
         self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
@@ -185,10 +189,13 @@ class CudaCapture:
             self._streams = torch.cuda.Stream(), torch.cuda.Stream()
         warm_up, stream = self._streams
         warm_up.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(warm_up):
-            for _ in range(WARM_UP_CALLS):
-                call()
-        torch.cuda.current_stream().wait_stream(warm_up)
+        try:
+            with torch.cuda.stream(warm_up):
+                call()  # which may wait, once: it compiles and loads kernels
+                with without_waits():
+                    call()
+        finally:
+            torch.cuda.current_stream().wait_stream(warm_up)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=stream):
             output = call()

@@ -13,6 +13,7 @@ The next step may be launched before that one is read: its ids are then what the
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,7 +33,9 @@ from threadweaver.generate.scheduler import Batch, Sequence
 from threadweaver.generate.weights import EngineWeights
 from threadweaver.model import PagedStep, kv_shape, output_layer, paged_hidden_states
 from tw_kernels import DecodePlan, PagedKV, PlanSizes
+from tw_kernels.cuda_graphs import WaitsForDevice
 from tw_kernels.decode.costs import Heads, of_device
+from tw_kernels.decode.op import TRIE_DECODE, choose_backend
 from tw_kernels.sampling import Draws, SamplingRows, sample_tokens
 
 # A step takes one CPU thread for each THREAD_WORK multiply-adds of its largest product, where
@@ -95,15 +98,18 @@ class Runner:
     Args:
         model: loaded by threadweaver.model. Its weights are read in place, or as copies that `cast`
             brings up to date (EngineWeights).
-        capture: records the graphs in which steps of few new tokens run; None: no graphs. Default:
-            CUDA graphs on CUDA.
+        capture: records the graphs in which steps of few new tokens run, if its attention can be
+            captured; None: no graphs. Default: CUDA graphs on CUDA. If a step of the model turns
+            out to wait for the device, a line on stderr says so, and steps run without graphs from
+            then on.
         autocast: compute, and keep keys and values, in bfloat16 whatever the dtype of the weights,
             as a trainer does under torch.autocast.
         max_sequences: no step draws more tokens.
 
     Attributes:
         num_pages: that the next step which takes their memory takes.
-        overlaps: whether `launch` returns before the step is done.
+        overlaps: whether steps of few new tokens run in graphs, so that `launch` returns before
+            they are done.
         counts: of all steps so far.
         seconds: time spent on "plan", "model" and, within the model, "attention", and "sampling".
             With graphs the last two are 0 and draws are part of the model, which is what the host
@@ -132,7 +138,6 @@ class Runner:
         if capture == "default":
             capture = CudaCapture() if self._device.type == "cuda" else None
         self._capture = capture
-        self.overlaps = capture is not None
         self._autocast = autocast
         self._max_sequences = max_sequences
         layers = model.base_model.parameters()
@@ -142,6 +147,7 @@ class Runner:
         config = self._weights.model.config.get_text_config()
         *_, kv_heads, head_dim = kv_shape(self._weights.model, num_pages, page_size)
         self._heads = Heads(config.num_attention_heads, kv_heads, head_dim)
+        self.overlaps = capture is not None and self._attention_can_be_captured()
 
     @property
     def bytes_to_copy(self) -> int:
@@ -176,12 +182,11 @@ class Runner:
         self._allocate()
         tokens, samples = sum(batch.counts), len(rows.data)
         constraints = constraints if any(c is not None for c in constraints) else []
-        in_graph = self._graphs is not None and tokens <= MOST_TOKENS and not constraints
+        staged = None
         with self._threads(tokens):
-            if self._graphs is not None and in_graph:
-                plan = self._graphs.plan(lambda room: self._decode_plan(batch, room), tokens)
-                inputs = self._graphs.stage(plan, rows.truncates)
-            else:
+            if self.overlaps and tokens <= MOST_TOKENS and not constraints:
+                staged = self._stage(batch, tokens, rows.truncates)
+            if (inputs := staged) is None:
                 plan = self._decode_plan(batch, None)
                 pinned = self._device.type == "cuda"
                 inputs = StepInputs.empty(tokens, samples, plan, rows.truncates, pinned=pinned)
@@ -191,7 +196,7 @@ class Runner:
         inputs.last[:samples] = last
         inputs.rows.data[:samples] = rows.data
         self.seconds["plan"] += time.perf_counter() - start
-        return Step(batch, sequences, inputs, in_graph, constraints)
+        return Step(batch, sequences, inputs, staged is not None, constraints)
 
     @torch.inference_mode()
     def launch(self, step: Step, after: Step | None = None) -> None:
@@ -245,6 +250,19 @@ class Runner:
         self.seconds["model"] += time.perf_counter() - start
         return Draws.unpack(step.packed)
 
+    def _stage(self, batch: Batch, tokens: int, truncates: bool) -> StepInputs | None:
+        """Inputs of a step for its graph, with its plan; None if it cannot be captured."""
+        assert self._graphs is not None
+        plan = self._graphs.plan(lambda room: self._decode_plan(batch, room), tokens)
+        try:
+            return self._graphs.stage(plan, truncates)
+        except WaitsForDevice:
+            self.overlaps = False  # the graphs there are stay until `free`: one may be running
+        family = self._weights.model.config.model_type
+        note = f"{family}: its layers wait for the device: steps run without CUDA graphs"
+        print(f"warning: {note}", file=sys.stderr, flush=True)
+        return None
+
     def _forward(self, inputs: StepInputs) -> Tensor:
         """Packed draws of a step."""
         return sample_tokens(self._logits(inputs), inputs.rows)
@@ -283,7 +301,7 @@ class Runner:
             shape = kv_shape(self._weights.model, self.num_pages, self.page_size)
             self._pages = torch.empty(shape, dtype=self._dtype, device=self._device)
             self._caches = [PagedKV(k, v) for k, v in self._pages]
-            if self._capture is not None:
+            if self.overlaps:
                 self._graphs = StepGraphs(
                     self._forward,
                     self._captured,
@@ -292,10 +310,17 @@ class Runner:
                     self._device,
                 )
 
+    def _attention_can_be_captured(self) -> bool:
+        heads, kv_heads, head_dim = self._heads
+        q = torch.empty(1, heads, head_dim, dtype=self._dtype, device=self._device)
+        pages = q.new_empty(1, self.page_size, kv_heads, head_dim)
+        return TRIE_DECODE[choose_backend(q, PagedKV(pages, pages))].CAN_BE_CAPTURED
+
     def _captured(self, call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         assert self._capture is not None
+        captured = self._capture(call)
         self.counts.captures += 1
-        return self._capture(call)
+        return captured
 
     def _copy(self, copies: list[Copy]) -> None:
         if copies and self._pages is not None:

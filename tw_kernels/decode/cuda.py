@@ -18,6 +18,7 @@ from tw_kernels.native import DTYPES, pages, plan_arrays, strided
 from tw_kernels.scores import NO_OPTIONS, ScoreOptions
 
 CUBIN = cuda_build.CUBINS / "trie_decode.cubin"
+CAN_BE_CAPTURED = True
 
 
 def why_not(q: Tensor, kv: PagedKV, options: ScoreOptions = NO_OPTIONS) -> str | None:

@@ -17,6 +17,8 @@ from tw_kernels.decode.plan import DecodePlan, PagedKV
 from tw_kernels.native import DTYPES, dense_rows, pages, plan_arrays, strided
 from tw_kernels.scores import NO_OPTIONS, ScoreOptions
 
+CAN_BE_CAPTURED = True  # on a CPU nothing is captured: a call that stands in for it runs again
+
 
 def why_not(q: Tensor, kv: PagedKV, options: ScoreOptions = NO_OPTIONS) -> str | None:
     """None if this call can run, else the reason in one line."""

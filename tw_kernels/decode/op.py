@@ -6,12 +6,15 @@ of pages side by side, so that a run is fetched once for all of them and the par
 runs on a path merge by log-sum-exp. One call serves any number of new tokens a sequence: decoding,
 prefill in one piece or in chunks, and all of them in one batch.
 
-A backend is a module of two functions:
+A backend is a module of two functions and a constant:
 
     why_not(q, kv, options)                             None if it can run this call, else the
                                                         reason
     forward(q, kv, plan, scale, new_k, new_v, options)  -> out; new_k and new_v, tensors or None,
                                                         are written to their pages first
+    CAN_BE_CAPTURED                                     whether a CUDA graph may hold a call: it
+                                                        waits for nothing, and keeps nothing of a
+                                                        plan that another may be copied into
 
 Shapes: q, out [Q, Hq, D]; new_k, new_v [Q, Hkv, D]. options: ScoreOptions, whose sinks are float32
 (float64 for a float64 q) and contiguous.
@@ -90,8 +93,7 @@ def trie_decode(
     if sinks is not None:
         wide = torch.promote_types(q.dtype, torch.float32)
         options = options._replace(sinks=sinks.detach().to(wide).contiguous())
-    name = backend or os.environ.get("TW_DECODE_BACKEND")
-    run = TRIE_DECODE[choose_backend(q, kv, name, options)]
+    run = TRIE_DECODE[choose_backend(q, kv, backend, options)]
     return run.forward(q, kv, plan, scale, new_k, new_v, options)
 
 
@@ -132,6 +134,7 @@ def choose_backend(
     q: Tensor, kv: PagedKV, name: str | None = None, options: ScoreOptions = NO_OPTIONS
 ) -> str:
     """The backend that runs this call: `name` if given, else by the module docstring's rule."""
+    name = name or os.environ.get("TW_DECODE_BACKEND")
     if name and name not in TRIE_DECODE:
         raise ValueError(f"no backend {name!r} for trie_decode: {', '.join(TRIE_DECODE)}")
     named = {"cuda"} if q.device.type == "cuda" else {"cuda", "triton"}

@@ -18,6 +18,7 @@ from tw_kernels.decode.plan import DecodePlan, PagedKV
 from tw_kernels.scores import NO_OPTIONS, ScoreOptions
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+CAN_BE_CAPTURED = False  # it reads the plan, and whether values are finite, on the host
 
 
 class Gather(NamedTuple):

@@ -21,6 +21,7 @@ from tw_kernels.native import dense_rows
 from tw_kernels.scores import NO_OPTIONS, ScoreOptions
 
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
+CAN_BE_CAPTURED = True
 
 
 def why_not(q: Tensor, kv: PagedKV, options: ScoreOptions = NO_OPTIONS) -> str | None:
