@@ -14,12 +14,14 @@ from rich.console import Console
 
 from tests.products import ARCH, CODEC, PROMPTS, RESPONSES, product_model, save_product_model
 from tests.trajectory.byte_tokenizer import byte_tokenizer
+from tests.trajectory.word_tokenizer import word_tokenizer
 from threadweaver.generate import GenerationSettings, display
 from threadweaver.generate.__main__ import main
 from threadweaver.generate.display import LiveView, PlainView
 from threadweaver.generate.engine import Engine, Generation, Token
 from threadweaver.generate.sampler import SamplingParams
 from threadweaver.model import new_model, save_model
+from threadweaver.trajectory import Codec
 
 ESCAPED = PROMPTS[0].replace("\n", r"\n")
 
@@ -307,6 +309,30 @@ def test_a_character_of_several_tokens_is_written_whole(monkeypatch):
         engine.run(look)
     assert all(text.startswith(part) for part in parts)
     assert "añ" in parts and file.getvalue() == text + "\n"
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
+def test_a_pipe_gets_every_space_and_character_however_many_tokens_a_frame_has(monkeypatch, steps):
+    every_step(monkeypatch)
+    codec = Codec.without_tags(word_tokenizer())
+    engine = Engine(product_model(), codec, kv_gigabytes=0.01)
+    text = "a big  world. big 😀€ world  .  "
+    ids = codec.encode(text)
+    assert codec.decode(ids) == text
+    settings = GenerationSettings(mode="sequential")
+    generation = engine.add([1], settings, script={(0,): [*ids, codec.eos_id]})
+    file, parts = io.StringIO(), []
+    view = PlainView([generation], codec, file)
+
+    def look(tokens: list[Token]) -> None:
+        if len(parts) % steps == 0:
+            view.update(tokens)
+        parts.append(file.getvalue())
+
+    with redirect_stdout(file), view:
+        engine.run(look)
+    assert all(text.startswith(part) for part in parts)
+    assert len(set(parts)) > 3 and file.getvalue() == text + "\n"
 
 
 # Bad input: exit code 2, one line, what was wrong and what to do.

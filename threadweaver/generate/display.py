@@ -46,6 +46,7 @@ class PlainView:
         self._file = file
         self._unwritten = list(enumerate(generations, 1))
         self._count = 0  # ids of the single response that are written
+        self._known = 0  # of these, those that the next ones are decoded without
         self._limit = generations[0].weaver.requests()[0].max_tokens
         self._due = 0.0
 
@@ -65,15 +66,27 @@ class PlainView:
             return
         if len(self._generations) == 1:
             ids = settled(self._generations[0], self._codec)[: self._limit]
-            self._write_on(_whole_characters(ids, self._count, self._codec))
+            self._write_on(self._whole_characters(ids))
         else:
             self._write_responses([g for g in self._unwritten if g[1].weaver.done])
         self._file.flush()
         self._due = time.monotonic() + FRAME_SECONDS
 
     def _write_on(self, ids: list[int]) -> None:
-        self._file.write(self._codec.decode(ids[self._count :]))
-        self._count = max(self._count, len(ids))
+        """Writes what the ids after those that are written add to the text. They are decoded behind
+        the last of these, since some tokenizers leave out a space at the start of a text."""
+        written = self._codec.decode(ids[self._known : self._count])
+        text = self._codec.decode(ids[self._known :])
+        self._file.write(text[len(written) :])
+        if len(text) > len(written):
+            self._known, self._count = self._count, len(ids)
+
+    def _whole_characters(self, ids: list[int]) -> list[int]:
+        """The ids without the last few, three at most, if these are only a part of a character."""
+        for end in range(len(ids), max(self._count, len(ids) - 4), -1):
+            if not self._codec.decode(ids[self._known : end]).endswith("\ufffd"):
+                return ids[:end]
+        return ids[: self._count] if len(ids) - self._count <= 3 else ids
 
     def _write_responses(self, responses: list[tuple[int, Generation]]) -> None:
         for number, generation in responses:
@@ -82,14 +95,6 @@ class PlainView:
             text = self._codec.decode(transcript(generation, self._codec))
             self._file.write(f"{text}\n")
             self._unwritten.remove((number, generation))
-
-
-def _whole_characters(ids: list[int], start: int, codec: Codec) -> list[int]:
-    """The ids without the last few if these are only a part of a character so far."""
-    for end in range(len(ids), max(start, len(ids) - 3), -1):
-        if not codec.decode(ids[start:end]).endswith("\ufffd"):
-            return ids[:end]
-    return ids[:start] if len(ids) - start <= 3 else ids
 
 
 class CountView:
