@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import re
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -330,6 +331,17 @@ def test_ids_that_the_model_has_no_row_for_are_refused_and_named(fork_join_model
     with pytest.raises(ValueError, match=rf"script, request \(0,\): {named}"):
         engine.add([1], settings, script={(0,): [1, bad]})
     assert not engine.has_work
+
+
+def test_a_response_that_the_pool_cannot_hold_says_what_would_make_room(fork_join_model):
+    engine = Engine(fork_join_model, CODEC, num_pages=1)
+    settings = GenerationSettings(max_tokens=100)
+    with pytest.raises(ValueError, match="lower max_tokens, or give more kv_gigabytes"):
+        engine.check([1], settings)
+    # Of a GPU auto takes all that a step leaves.
+    engine._model = SimpleNamespace(device=torch.device("cuda", 0))  # type: ignore
+    with pytest.raises(ValueError, match="max_tokens, or lower max_sequences and max_batch_tokens"):
+        engine.check([1], settings)
 
 
 def test_a_response_ends_where_the_context_does_and_a_line_says_so(fork_join_model):

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+import torch
 from rollouts import CODEC
 
 from threadweaver import device
@@ -107,6 +112,17 @@ def test_a_device_without_room_for_a_page_is_refused(fork_join_model, monkeypatc
     monkeypatch.setattr("threadweaver.generate.pool_size.memory_of", lambda device: 1000)
     with pytest.raises(ValueError, match=r"kv_gigabytes is auto, and 25% of 1e-06 GB: .* a page"):
         Engine(fork_join_model, CODEC)
+
+
+def test_a_gpu_that_a_step_fills_is_refused_by_what_the_step_follows_from(monkeypatch):
+    needs = replace(NEEDS, set_aside=21 * GB)
+    monkeypatch.setattr(PageNeeds, "of", lambda *a: needs)
+    monkeypatch.setattr("threadweaver.generate.pool_size.memory_of", lambda device: 24 * GB)
+    monkeypatch.setattr("threadweaver.generate.pool_size.unused_memory", lambda device: 22 * GB)
+    model: Any = SimpleNamespace(device=torch.device("cuda", 0))
+    with pytest.raises(ValueError, match="0 GB after 21 GB that a step takes") as error:
+        pool_size(model, EngineSizes(), autocast=True)
+    assert "lower max_sequences or max_batch_tokens" in str(error.value)
 
 
 @pytest.mark.parametrize(

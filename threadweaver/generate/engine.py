@@ -223,10 +223,15 @@ class Engine:
         room = min(settings.max_tokens, self.context_length - len(ids))
         pages = -(-(len(ids) + room) // self.pool.page_size)
         if pages > self.pool.num_pages:
+            # What auto leaves of a GPU is all that there is.
+            is_rest = self._sizes.kv_gigabytes == "auto" and self._model.device.type == "cuda"
+            more = (
+                "lower max_sequences and max_batch_tokens" if is_rest else "give more kv_gigabytes"
+            )
             raise ValueError(
                 f"a prompt of {len(ids)} tokens and a response of up to {room} need "
                 f"{pages} KV pages of {self.pool.page_size} tokens, and the pool has "
-                f"{self.pool.num_pages}: lower max_tokens, or give more kv_gigabytes"
+                f"{self.pool.num_pages}: lower max_tokens, or {more}"
             )
         return weaver, room
 

@@ -122,6 +122,11 @@ def pool_size(
         unused = unused_memory(device) - reserve if device.type == "cuda" else memory
         size = needs.auto(device.type, memory, unused)
         short = f"auto, and {size.reason}: {size.bytes / 1e9:.3g} GB"
+        if device.type == "cuda":
+            short += (
+                f" after {needs.set_aside / 1e9:.3g} GB that a step takes (lower max_sequences or "
+                "max_batch_tokens, or end what else uses the GPU)"
+            )
     else:
         if asked * 1e9 > memory:
             raise ValueError(
@@ -132,7 +137,7 @@ def pool_size(
     if size.pages < 1:
         raise ValueError(
             f"kv_gigabytes is {short}: a page of {sizes.page_size} tokens takes "
-            f"{needs.page_bytes / 1e9:.3g}"
+            f"{needs.page_bytes / 1e9:.3g} GB"
         )
     return size
 
