@@ -1,11 +1,13 @@
 """Without the extra `train`: the library's own parts import, and every command names the extra."""
 
+import re
 import signal
 import subprocess
 import sys
 import time
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
@@ -67,6 +69,23 @@ def test_too_little_memory_ends_a_command_in_one_line(error, asked, capsys):
     line = capsys.readouterr().err
     assert line.startswith("error: out of memory") and asked in line and "kv_gigabytes" in line
     assert line.count("\n") == 1
+
+
+def test_too_little_memory_is_said_by_who_knows_what_to_lower(capsys):
+    ends = command(throw)
+    assert ends(MemoryError("2 KV pages are left: lower max_tokens")) == 1
+    assert capsys.readouterr().err == "error: 2 KV pages are left: lower max_tokens\n"
+    with pytest.raises(MemoryError) as raised:
+        np.empty(10**17)
+    assert ends(raised.value) == 1
+    assert re.match(
+        r"error: out of memory when \S+ \w+ were asked for: lower kv_gigabytes",
+        capsys.readouterr().err,
+    )
+
+
+def throw(error: Exception) -> int:
+    raise error
 
 
 def test_an_interrupt_in_a_callback_is_not_lost(capsys):

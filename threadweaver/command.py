@@ -86,10 +86,7 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            asked = re.search(r"[Tt]ried to allocate (\S+ \w+)", str(error))
-            what = f"out of memory{f' when {asked[1]} were asked for' if asked else ''}"
-            settings = "kv_gigabytes, batch_tokens or pass_tokens"
-            code = fail(f"{what}: lower {settings}, or end what else uses it", 1)
+            code = fail(_out_of_memory(error), 1)
         return _flush() or code
 
     return run
@@ -107,10 +104,21 @@ def refuse_ranks() -> None:
     sys.exit(fail(f"{what} (of several are threadweaver.train and threadweaver.eval)", 2))
 
 
-def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Of the device or the host; PyTorch's errors are told without importing it."""
-    name = type(error).__name__
-    return name in ("MemoryError", "OutOfMemoryError") or "DefaultCPUAllocator" in str(error)
+    is_of_host = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    is_of_device = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, MemoryError) or is_of_host or is_of_device
+
+
+def _out_of_memory(error: MemoryError | RuntimeError) -> str:
+    """What to say of it."""
+    if type(error) is MemoryError and str(error):
+        return str(error)  # our own, which knows what to lower
+    asked = re.search(r"([Tt]ried|Unable) to allocate (\S+ \w+)", str(error))
+    what = f"out of memory{f' when {asked[2]} were asked for' if asked else ''}"
+    settings = "kv_gigabytes, batch_tokens or pass_tokens"
+    return f"{what}: lower {settings}, or end what else uses it"
 
 
 def _flush() -> int:

@@ -258,8 +258,8 @@ class Engine:
         start, before = time.perf_counter(), self._in_runner()
         if not self._is_cast:
             self._runner.cast()
-            self._is_cast = True
             self._fit_pool()
+            self._is_cast = True
         self._is_broken = True
         batch, step = self._scheduler.schedule(), self._ahead
         if step is None:
@@ -335,7 +335,10 @@ class Engine:
             for g in self._live.values()
         )
         if pages * self.pool.page_size < longest:
-            raise MemoryError(f"{pages} KV pages for a response of {longest} tokens")
+            raise MemoryError(
+                f"{pages} KV pages of {self.pool.page_size} tokens are left for a prompt and its "
+                f"response of {longest} tokens: lower max_tokens, or end what else uses the device"
+            )
         self.pool = self._scheduler.pool = PagePool(pages, self.pool.page_size)
         self._runner.num_pages = pages
 
