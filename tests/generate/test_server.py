@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.completions_server import Fault, serve
@@ -135,6 +137,17 @@ def test_a_server_that_fails_while_it_decodes_is_named_in_one_line(server, fault
     with pytest.raises(ServerError, match=message) as error:
         by_both(engine)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dialect", ["token_ids", "text"])
+@pytest.mark.parametrize("finish", ["abort", "content_filter", None])
+def test_a_request_that_the_server_gave_up_is_no_limit(server, dialect, finish):
+    server.dialect = dialect
+    engine, _ = engine_at(server)
+    choice = {"text": "1", "token_ids": CODEC.encode("1"), "finish_reason": finish}
+    server.fault = Fault(body=json.dumps({"choices": [choice]}).encode())
+    with pytest.raises(ServerError, match=f"ended by {finish!r}: it was not completed"):
+        by_both(engine)
 
 
 def test_what_cannot_be_a_server_for_this_model_is_refused_before_it_decodes(server, folder):

@@ -180,7 +180,7 @@ class Completions:
             ended = answer.stopped_at
             tokens = [*tokens, ended if ended in request.stop_ids else self.codec.eos_id]
         elif answer.finish != "length":
-            raise ServerError(f"server: a request ended by {answer.finish!r}: it was not completed")
+            raise _not_completed(answer)
         if len(tokens) > request.max_tokens:
             raise ServerError(
                 f"server: {len(tokens)} tokens came back, and max_tokens was {request.max_tokens}"
@@ -194,6 +194,8 @@ class Completions:
             tokens = tokens[: stops[0]]
         elif answer.finish == "stop":
             tokens.append(self._stop_of(answer, request))
+        elif answer.finish != "length":
+            raise _not_completed(answer)
         tokens = tokens[: request.max_tokens]
         return Reply(tokens, self._reason(tokens, request))
 
@@ -213,6 +215,10 @@ class Completions:
         if tokens and tokens[-1] in request.stop_ids:
             return "eos" if tokens[-1] in self.codec.end_ids else "stop"
         return "length"
+
+
+def _not_completed(answer: _Answer) -> ServerError:
+    return ServerError(f"server: a request ended by {answer.finish!r}: it was not completed")
 
 
 async def find_dialect(
