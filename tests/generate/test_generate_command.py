@@ -351,6 +351,12 @@ def test_a_damaged_model_is_named(refused, folder, tmp_path, file):
     assert f"error: {damaged}: " in line
 
 
+def test_a_table_that_ends_before_the_last_id_of_the_tokenizer_is_refused(refused, tmp_path):
+    save_model(new_model(word_tokenizer(), ARCH), word_tokenizer(gap=100), tmp_path)
+    line = refused("--prompt", "a", "--mode", "sequential", model=str(tmp_path))
+    assert "the tokenizer has ids up to 363, and the embedding 320 rows" in line
+
+
 def test_parallel_mode_without_tags_names_the_command_that_adds_them(refused, tagless):
     line = refused("--prompt", "1", model=tagless)
     assert "python -m threadweaver.add_tags --model MODEL --out FOLDER" in line

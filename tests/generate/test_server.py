@@ -7,12 +7,22 @@ import json
 import pytest
 
 from tests.completions_server import Fault, serve
-from tests.products import CODEC, PROMPTS, RESPONSES, TOKENIZER, product_model, save_product_model
-from threadweaver.generate import Engine, GenerationSettings
+from tests.products import (
+    ARCH,
+    CODEC,
+    PROMPTS,
+    RESPONSES,
+    TOKENIZER,
+    product_model,
+    save_product_model,
+)
+from tests.trajectory.word_tokenizer import word_tokenizer
+from threadweaver.generate import Engine, GenerationSettings, load
+from threadweaver.generate.options import EngineSettings
 from threadweaver.generate.sampler import SamplingParams
 from threadweaver.generate.server.address import ServerError, ServerSettings
 from threadweaver.generate.server.engine import ServerEngine, connect
-from threadweaver.model import add_tags, end_ids, load_model, save_model, trie_loss
+from threadweaver.model import add_tags, end_ids, load_model, new_model, save_model, trie_loss
 from threadweaver.model.loss import supervised_tokens
 from threadweaver.trajectory import Codec, loss_trie
 
@@ -126,7 +136,7 @@ def test_a_failure_that_passes_is_asked_again(server):
             Fault(
                 body=b'{"choices": [{"text": "", "token_ids": [9999], "finish_reason": "stop"}]}'
             ),
-            "gave the token 9,999, and the tokenizer of --model has 320",
+            "gave the token 9,999, and the tokenizer of --model has ids up to 319",
         ),
         (Fault(seconds=8.0), r"no answer in time \(server_timeout\)"),
     ],
@@ -160,7 +170,9 @@ def test_what_cannot_be_a_server_for_this_model_is_refused_before_it_decodes(ser
         engine_at(server)
     engine_at(server, model="b")
     server.names = ("tiny",)
-    with pytest.raises(ServerError, match="the tokenizer of --model has 3: it runs another model"):
+    with pytest.raises(
+        ServerError, match="the tokenizer of --model has ids up to 2: it runs another"
+    ):
         engine_at(server, vocabulary=3)
     server.fault = Fault(body=b"<html>")
     with pytest.raises(ServerError, match="no JSON"):
@@ -190,6 +202,15 @@ def test_a_server_of_text_gets_all_sampling_that_is_asked_for(server):
     *_, truncated, greedy = server.asked
     assert {name: truncated[name] for name in asked} == asked
     assert not {"top_k", "min_p"} & set(greedy)
+
+
+def test_ids_beyond_the_number_of_tokens_are_the_tokenizers_too(tmp_path, monkeypatch):
+    tokenizer = word_tokenizer(gap=100)
+    save_model(new_model(tokenizer, ARCH), tokenizer, tmp_path)
+    monkeypatch.setattr(load, "connect", lambda *given, **named: (given[2], ""))
+    settings = ServerSettings("http://localhost:1")
+    vocabulary, *_ = load.load_server(str(tmp_path), settings, EngineSettings(), parallel=False)
+    assert vocabulary == 364 > len(tokenizer)
 
 
 def test_another_tokenizer_is_found_by_the_text_of_its_tokens(server):

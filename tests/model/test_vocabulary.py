@@ -4,8 +4,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from tests.products import ARCH
 from tests.trajectory.byte_tokenizer import byte_tokenizer
-from threadweaver.model import add_tags
+from tests.trajectory.word_tokenizer import word_tokenizer
+from threadweaver.model import add_tags, ids_end, new_model
 from threadweaver.trajectory import TAGS, Codec
 
 TINY = {
@@ -65,6 +67,15 @@ def test_tags_that_are_there_change_nothing():
     assert add_tags(tokenizer, model) == []
     assert tokenizer.get_vocab() == vocab
     assert all(map(torch.equal, before, tables(model)))
+
+
+def test_a_tokenizer_that_leaves_ids_out_needs_rows_up_to_its_last():
+    tokenizer = word_tokenizer(gap=100)
+    assert len(tokenizer) == 264 < ids_end(tokenizer) == tokenizer.encode("late")[0] + 1 == 364
+    model = new_model(tokenizer, ARCH)
+    assert model.config.vocab_size == 384
+    add_tags(tokenizer, model)
+    assert model.config.vocab_size == 384
 
 
 def test_spare_rows_are_used_and_tables_never_shrink():

@@ -15,6 +15,7 @@ from threadweaver.generate.settings import EngineSizes
 from threadweaver.model import (
     end_ids,
     end_ids_of,
+    ids_end,
     load_configs,
     load_model,
     load_tokenizer,
@@ -51,10 +52,11 @@ def load_engine(
     make = Codec.from_tokenizer if with_tags else Codec.without_tags
     codec = make(tokenizer, end_ids(weights), template)
     rows = weights.config.get_text_config().vocab_size
-    if len(tokenizer) > rows:
+    if ids_end(tokenizer) > rows:
         raise ValueError(
-            f"{model}: the tokenizer has {len(tokenizer)} tokens and the embedding {rows} rows: "
-            "python -m threadweaver.add_tags --model MODEL --out FOLDER makes them agree"
+            f"{model}: the tokenizer has ids up to {ids_end(tokenizer) - 1}, and the embedding "
+            f"{rows} rows: python -m threadweaver.add_tags --model MODEL --out FOLDER makes them "
+            "agree"
         )
     to_device(weights, device)
     sizes = {field.name: getattr(settings, field.name) for field in fields(EngineSizes)}
@@ -86,7 +88,12 @@ def load_server(
     codec = make(tokenizer, end_ids_of(config, generation_config), template)
     length = getattr(config.get_text_config(), "max_position_embeddings", None) or MOST_IDS
     engine, note = connect(
-        server, codec, len(tokenizer), length, parallel=parallel, at_once=settings.max_sequences
+        server,
+        codec,
+        ids_end(tokenizer),
+        length,
+        parallel=parallel,
+        at_once=settings.max_sequences,
     )
     return engine, tokenizer, note
 

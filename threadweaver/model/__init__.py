@@ -26,7 +26,7 @@ from threadweaver.model.probe import probe
 from threadweaver.model.save import save_model, save_without_weights
 from threadweaver.model.supported import check_supported
 from threadweaver.model.tokenizer import build_tokenizer
-from threadweaver.model.vocabulary import add_tags
+from threadweaver.model.vocabulary import add_tags, ids_end
 from threadweaver.model.weight_copies import WeightCopies
 from threadweaver.model.without_weights import model_without_weights, replace_parameters
 
@@ -44,6 +44,7 @@ __all__ = [
     "end_ids",
     "end_ids_of",
     "fuse",
+    "ids_end",
     "kv_shape",
     "load_configs",
     "load_model",

@@ -21,6 +21,7 @@ from threadweaver.model.logits import mask_unknown_ids
 from threadweaver.model.probe import probe
 from threadweaver.model.sizes import check_heads, check_sizes
 from threadweaver.model.supported import check_supported
+from threadweaver.model.vocabulary import table_rows
 
 # Where a config class has one of these, its default is that of a model of billions of parameters.
 _SIZES = (
@@ -92,7 +93,7 @@ def config_of(tokenizer: PreTrainedTokenizerBase, arch: dict[str, Any]) -> Pretr
         hint = f": did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"model_type {kind!r} is unknown to transformers{hint}")
     of_tokenizer = {
-        "vocab_size": -(-len(tokenizer) // 64) * 64,
+        "vocab_size": table_rows(0, tokenizer),
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,

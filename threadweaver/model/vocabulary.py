@@ -38,10 +38,14 @@ def add_tags(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None =
     return missing
 
 
+def ids_end(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than its largest id. It may have fewer tokens: some leave ids out."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def table_rows(old_rows: int, tokenizer: PreTrainedTokenizerBase) -> int:
     """Rows of a model's tables once it has one for every token of the tokenizer."""
-    needed = max(old_rows, max(tokenizer.get_vocab().values()) + 1)
-    return -(-needed // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
+    return -(-max(old_rows, ids_end(tokenizer)) // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
 
 
 def _extend_model(

@@ -54,7 +54,7 @@ class Completions:
     """Requests to one model of a server.
 
     Args:
-        vocabulary: number of the tokenizer's tokens.
+        vocabulary: all ids of the tokenizer are below it.
     """
 
     model: str
@@ -167,7 +167,8 @@ class Completions:
             if not 0 <= id < self.vocabulary:
                 raise ServerError(
                     f"server: its model gave the token {id:,}, and the tokenizer of --model has "
-                    f"{self.vocabulary:,}: it runs another model, or one without the tags"
+                    f"ids up to {self.vocabulary - 1:,}: it runs another model, or one without the "
+                    "tags"
                 )
         return list(found)
 

@@ -176,7 +176,7 @@ def connect(
 
     Args:
         codec: of the tokenizer of the server's model.
-        vocabulary: number of its tokens.
+        vocabulary: all of its ids are below it.
         context_length: of the model; that of the server may be less.
         parallel: whether it is to decode threads.
         at_once: most requests that the server has at a time.
