@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from threadweaver.command import TRAIN_MODULES, command
+from threadweaver.command import TRAIN_MODULES, command, fail
 
 COMMANDS = ["add_tags", "eval", "evaluate", "generate", "tasks", "train"]
 
@@ -82,6 +82,11 @@ def test_too_little_memory_is_said_by_who_knows_what_to_lower(capsys):
         r"error: out of memory when \S+ \w+ were asked for: lower kv_gigabytes",
         capsys.readouterr().err,
     )
+
+
+def test_what_others_wrote_in_an_error_gives_a_terminal_no_command(capsys):
+    assert fail(ValueError("server: answers \x1b]0;title\x07 \x9b2J\nno"), 2) == 2
+    assert capsys.readouterr().err == "error: server: answers ␛]0;title␇ \ufffd2J no\n"
 
 
 def throw(error: Exception) -> int:

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from threadweaver import progress
-from threadweaver.progress import Progress, ResponsesProgress, Status
+from threadweaver.progress import Progress, ResponsesProgress, Status, print_line
 
 ERASED = "\x1b[2K"
 
@@ -213,3 +213,9 @@ def test_what_is_timed_keeps_its_own_stdout(clock):
     with Status(screen.console) as status:
         status.show("timing")
         assert (sys.stdout, sys.stderr) == streams
+
+
+def test_a_line_of_text_that_others_wrote_gives_a_terminal_no_command():
+    file = io.StringIO()
+    print_line(Console(file=file, force_terminal=True), "left out: \x1b[2J\x07\x7f\x9b1mok")
+    assert file.getvalue() == "left out: ␛[2J␇␡\ufffd1mok\n"

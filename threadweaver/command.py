@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, ParamSpec
 
 from threadweaver import unheard_interrupts
-from threadweaver.output import drop
+from threadweaver.output import drop, visible
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -195,7 +195,8 @@ def explain(message: str, known: Namespace) -> str:
 
 def fail(error: Exception | str, code: int) -> int:
     """Says in one line on stderr what was wrong; returns the exit code."""
-    line = " ".join((reason(error) if isinstance(error, OSError) else str(error)).split())
+    line = reason(error) if isinstance(error, OSError) else str(error)
+    line = visible(" ".join(line.split()))
     if len(line) > MOST_CHARACTERS:
         line = f"{line[: MOST_CHARACTERS // 2]} ... {line[-MOST_CHARACTERS // 2 :]}"
     if on_failure is not None:

@@ -1,10 +1,24 @@
-"""Output that nobody takes: the reader of a pipe is gone, a terminal was closed, a disk is full."""
+"""Output: what a terminal may be given, and what nobody takes, since the reader of a pipe is gone,
+a terminal was closed, a disk is full."""
 
 from __future__ import annotations
 
 import os
 from contextlib import suppress
 from typing import IO, Any
+
+# Unicode's pictures of control characters; it has none of those from U+0080 on.
+_PICTURES = {
+    **{i: 0x2400 + i for i in range(0x20) if chr(i) not in "\n\t"},
+    0x7F: 0x2421,
+    **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
+}
+
+
+def visible(text: str) -> str:
+    """Text that others wrote (a model, a server, a file), fit for a terminal: control characters
+    but newlines and tabs are commands to it, and become pictures of them."""
+    return text.translate(_PICTURES)
 
 
 def drop(stream: IO[str]) -> None:

@@ -20,6 +20,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from threadweaver.output import visible
+
 LINE_SECONDS = 5.0
 FRAME_SECONDS = 0.1
 # A bar for a part of other work appears later: those of quick parts would only flicker.
@@ -58,7 +60,7 @@ def has_no_reader(console: Console) -> bool:
 
 def print_line(console: Console, text: str) -> None:
     """Prints a line without wrapping or markup, since paths may be long or hold brackets."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
 
 
 class Bar:

@@ -283,11 +283,12 @@ def test_more_threads_than_fit_are_left_out_and_the_view_keeps_its_height():
 
 def test_control_characters_of_a_model_do_not_reach_the_terminal():
     engine, file = Engine(product_model(), CODEC, kv_gigabytes=0.01), io.StringIO()
-    script = {(0,): CODEC.encode("\x1b[2J\x07ok")}
+    script = {(0,): CODEC.encode("\x1b[2J\x07\x7f\x9b2Jok")}
     generation = engine.add([1], GenerationSettings(mode="sequential"), script=script)
     with LiveView([generation], CODEC, Console(file=file, width=80)):
         engine.run()
-    assert "\x1b" not in file.getvalue() and "␛[2J␇ok" in file.getvalue()
+    assert not {"\x1b", "\x7f", "\x9b"} & set(file.getvalue())
+    assert "␛[2J␇␡\ufffd2Jok" in file.getvalue()
 
 
 def test_a_character_of_several_tokens_is_written_whole(monkeypatch):

@@ -22,6 +22,7 @@ from rich.text import Text
 from threadweaver.generate.engine import Engine, Generation, Token
 from threadweaver.generate.transcript import Piece, pieces, settled, transcript
 from threadweaver.generate.weaver import RequestId
+from threadweaver.output import visible
 from threadweaver.progress import ResponsesProgress
 from threadweaver.trajectory import Codec
 
@@ -29,8 +30,6 @@ FRAME_SECONDS = 0.1
 # Narrower panels are not readable.
 MIN_THREAD_WIDTH = 26
 MIN_THREAD_HEIGHT = 4
-# Control characters of a model's text must not reach the terminal: Unicode's pictures of them do.
-_VISIBLE = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"}
 
 
 class PlainView:
@@ -245,4 +244,4 @@ class LiveView:
         )
 
     def _text(self, ids: list[int]) -> str:
-        return self._codec.decode(ids).translate(_VISIBLE)
+        return visible(self._codec.decode(ids))
