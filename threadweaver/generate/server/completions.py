@@ -228,8 +228,9 @@ async def find_dialect(
     """The first dialect that a server speaks.
 
     Raises:
-        ServerError: it speaks none, its tokenizer is another than the codec's, or, if it is to
-            decode in `parallel`, it does not know the tags.
+        ServerError: it speaks none; or, of a server that gives token ids, its tokenizer is another
+            than the codec's, or it does not know the tags that decoding in `parallel` takes. Of one
+            that gives text neither is known.
     """
     refused: list[str] = []
     for dialect in get_args(Dialect):
