@@ -8,7 +8,7 @@ come after an </Outlines> are those it opens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -41,6 +41,13 @@ class Thread:
     last_tag: int
     blocks: list[Block] = field(default_factory=list)
     forks: list[Fork] = field(default_factory=list)
+
+    def all_blocks(self) -> Iterator[Block]:
+        """The blocks inside it, those in their threads too, in the order in which they begin."""
+        for block in self.blocks:
+            yield block
+            for thread in block.threads:
+                yield from thread.all_blocks()
 
 
 @dataclass

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from threadweaver.trajectory.calls import parse_ids
 from threadweaver.trajectory.codec import Codec
-from threadweaver.trajectory.parser import Block, Thread
+from threadweaver.trajectory.parser import Thread
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def path_lengths(ids: Sequence[int], codec: Codec, *, max_depth: int = 1) -> Pat
         max_depth: how deep blocks nest; a thread's length is its own longest path.
     """
     ids, main = parse_ids(ids, codec, 0, max_depth)
-    threads_per_block = [len(block.threads) for block in _blocks(main)]
+    threads_per_block = [len(block.threads) for block in main.all_blocks()]
     blocks = len(threads_per_block)
     return PathLengths(
         total_tokens=len(ids),
@@ -63,10 +63,3 @@ def _longest_path(thread: Thread) -> int:
         length -= sum(t.body_end - t.body_start for t in block.threads)
         length += max(map(_longest_path, block.threads), default=0)
     return length
-
-
-def _blocks(thread: Thread) -> Iterator[Block]:
-    for block in thread.blocks:
-        yield block
-        for child in block.threads:
-            yield from _blocks(child)

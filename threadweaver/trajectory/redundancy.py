@@ -48,7 +48,7 @@ def redundancy(text: str, *, max_depth: int = 1) -> Redundancy:
             around it too.
     """
     main = parse(find_tags(text), 0, len(text), max_depth)
-    found = [one for threads in _blocks(main) for one in block_redundancy(text, threads)]
+    found = [o for block in main.all_blocks() for o in block_redundancy(text, block.threads)]
     return Redundancy(sum(one.repeated for one in found), sum(one.grams for one in found))
 
 
@@ -76,10 +76,3 @@ def _grams(text: str) -> Iterator[Gram]:
     for piece in _BREAK.split(text):
         words = _WORD.findall(piece)
         yield from zip(*(words[i:] for i in range(N)), strict=False)
-
-
-def _blocks(thread: Thread) -> Iterator[Sequence[Thread]]:
-    for block in thread.blocks:
-        yield block.threads
-        for child in block.threads:
-            yield from _blocks(child)
