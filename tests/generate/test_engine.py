@@ -349,9 +349,9 @@ def test_a_response_ends_where_the_context_does_and_a_line_says_so(fork_join_mod
     settings = GenerationSettings(max_tokens=2000)
     room = engine.check([1] * 1000, settings)
     assert room == 24
-    note = engine.context_note(settings, room)
+    note = settings.context_note(room, engine.context_length)
     assert note is not None and "24 and not 2,000" in note and "ends at 1,024" in note
-    assert engine.context_note(settings, 2000) is None
+    assert settings.context_note(2000, engine.context_length) is None
     generation = engine.add([1] * 1000, settings)
     assert len(generation.weaver.requests()[0].context) == 1000
     assert generation.weaver.requests()[0].max_tokens == 24

@@ -14,9 +14,10 @@ from threadweaver.data.overlap import Text, text_of
 from threadweaver.evaluate.dealing import Dealing
 from threadweaver.evaluate.grade import Graded, Submitted, grade, submit
 from threadweaver.generate.decoder import Decoder, Decoding
+from threadweaver.generate.fitting import fitting_prompts
 from threadweaver.generate.rollout import Rollout
 from threadweaver.generate.sampler import stream_key
-from threadweaver.generate.settings import GenerationSettings, PromptTooLong
+from threadweaver.generate.settings import GenerationSettings
 from threadweaver.shared import wait_for_all
 from threadweaver.tasks import Problem, Task
 from threadweaver.trajectory import Codec
@@ -48,34 +49,9 @@ def fitting(
         PromptTooLong: all are.
         ValueError: as `queue`, for any other reason.
     """
-    fit: list[Problem] = []
-    first: str | None = None
-    least = settings.max_tokens
-    for problem in problems:
-        prompt = engine.codec.encode_prompt(problem.prompt)
-        try:
-            room = engine.check(prompt, settings)
-            if most_tokens is not None and len(prompt) >= most_tokens:
-                raise PromptTooLong(
-                    f"the prompt has {len(prompt)} tokens, and a path at most {most_tokens} "
-                    "(optimization.batch_tokens)"
-                )
-        except PromptTooLong as error:
-            first = first or f"{problem.source}: {error}"
-            continue
-        except ValueError as error:
-            raise ValueError(f"{problem.source}: {error}") from error
-        least = min(least, room)
-        fit.append(problem)
-    skipped = len(problems) - len(fit)
-    if not fit:
-        raise PromptTooLong(
-            f"none of {len(problems):,} prompts leaves room for a response: {first}"
-        )
-    notes = [f"{skipped:,} of {len(problems):,} prompts are skipped: {first}"] if skipped else []
-    if note := engine.context_note(settings, least):
-        notes.append(note)
-    return Fitting(fit, skipped, notes)
+    prompts = [(problem.source, problem.prompt) for problem in problems]
+    ids, skipped, notes = fitting_prompts(engine, prompts, settings, most_tokens)
+    return Fitting([problems[number] for number in ids], skipped, notes)
 
 
 def queue(

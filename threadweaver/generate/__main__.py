@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
             prompt = Rendered(prompt)
         ids = engine.codec.encode_prompt(prompt)
         prompt = engine.codec.prompts.text(prompt)
-        context_note = engine.context_note(settings, engine.check(ids, settings))
+        context_note = settings.context_note(engine.check(ids, settings), engine.context_length)
         generations = [
             engine.add(ids, settings, stream_key((options.seed, i))) for i in range(options.n)
         ]

@@ -11,10 +11,11 @@ from rich.console import Console
 
 from threadweaver.data import Example, trajectory_row
 from threadweaver.generate.engine import Engine, Generation
+from threadweaver.generate.fitting import fitting_prompts
 from threadweaver.generate.response_log import Key, ResponseLog
 from threadweaver.generate.rollout import Rollout
 from threadweaver.generate.sampler import stream_key
-from threadweaver.generate.settings import MOST_RESPONSES, GenerationSettings, PromptTooLong
+from threadweaver.generate.settings import MOST_RESPONSES, GenerationSettings
 from threadweaver.progress import ResponsesProgress, print_line
 
 
@@ -48,28 +49,10 @@ class AnswerFile:
                 f"n: {len(examples) * samples:,} responses at once; at most {MOST_RESPONSES:,} can "
                 "be decoded together"
             )
-        self._prompts: dict[int, tuple[Example, list[int]]] = {}
-        first, least = "", settings.max_tokens
-        for number, example in enumerate(examples):
-            try:
-                ids = engine.codec.encode_prompt(example.prompt)
-                least = min(least, engine.check(ids, settings))
-            except PromptTooLong as error:
-                first = first or f"{example.source}: {error}"
-                continue
-            except ValueError as error:
-                raise ValueError(f"{example.source}: {error}") from error
-            self._prompts[number] = example, ids
-        self.skipped = len(examples) - len(self._prompts)
-        if not self._prompts:
-            raise ValueError(
-                f"none of {self.skipped:,} prompts leaves room for a response: {first}"
-            )
-        if self.skipped:
-            print_line(
-                console, f"{self.skipped:,} of {len(examples):,} prompts are skipped: {first}"
-            )
-        if note := engine.context_note(settings, least):
+        prompts = [(example.source, example.prompt) for example in examples]
+        fit, self.skipped, notes = fitting_prompts(engine, prompts, settings)
+        self._prompts = {number: (examples[number], ids) for number, ids in fit.items()}
+        for note in notes:
             print_line(console, note)
 
     @property

@@ -235,10 +235,6 @@ class Engine:
             )
         return weaver, room
 
-    def context_note(self, settings: GenerationSettings, room: int) -> str | None:
-        """A line to show if the least room of some prompts, by `check`, is not max_tokens."""
-        return settings.context_note(room, self.context_length)
-
     def step(self) -> list[Token]:
         """One forward pass: prefills and decodes what fits. Returns the tokens it decoded.
 

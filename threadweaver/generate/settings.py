@@ -101,7 +101,7 @@ class GenerationSettings:
         )
 
     def context_note(self, room: int, context_length: int) -> str | None:
-        """A line to show if the least room of some prompts is not max_tokens."""
+        """A line to show if the least room of some prompts (`Engine.check`) is not max_tokens."""
         if room == self.max_tokens:
             return None
         return (

@@ -94,10 +94,6 @@ class ServerEngine:
         settings.weaver(ids, self.codec, self.context_length)
         return min(settings.max_tokens, self.context_length - len(ids))
 
-    def context_note(self, settings: GenerationSettings, room: int) -> str | None:
-        """See `Engine.context_note`."""
-        return settings.context_note(room, self.context_length)
-
     def run(self, on_step: Callable[[list[Any]], None] | None = None) -> list[Rollout]:
         """Decodes all generations that were added to their ends; see `Engine.run`.
 
