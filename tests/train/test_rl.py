@@ -11,7 +11,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from threadweaver.evaluate.grade import METRICS
 from threadweaver.generate.runner import Runner
-from threadweaver.model import trie_logprobs
+from threadweaver.model import WeightCopies, trie_logprobs
 from threadweaver.tasks import Problem
 from threadweaver.train.rl import RLTrainer
 
@@ -97,6 +97,17 @@ def test_groups_without_signal_are_skipped_and_counted(new_run):
     for record in run.metrics():
         assert (record["no_signal_groups"], record["updates"], record["loss"]) == (3, 0, 0)
     assert run.summary()["no_signal_groups"] == 24
+
+
+def test_a_batch_without_signal_makes_no_copies_of_weights(new_run, monkeypatch):
+    """They are dropped by the updates alone: they would lie there while the next batch decodes."""
+    casts = []
+    monkeypatch.setattr(WeightCopies, "cast", casts.append)
+    run = new_run(lambda response: True)
+    run.settings["reward"] = {"accel": "none"}
+    run.settings["optimization"] |= {"updates": 2, "steps": 2}
+    assert run() == 0
+    assert not casts
 
 
 @pytest.mark.parametrize("updates", [1, 2])

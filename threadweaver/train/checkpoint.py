@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from threadweaver import ranks
-from threadweaver.train.config import ConfigError
+from threadweaver.train.config import ConfigError, OptimizerName
+from threadweaver.train.memory.optimizer import state_bytes
 from threadweaver.whole_file import sync
 
 STATE_FILE = "trainer_state.pt"
@@ -131,10 +132,25 @@ def damaged_state(checkpoint: Path, error: Exception) -> ConfigError:
     )
 
 
-def check_room(folder: Path, model: nn.Module, count: int, models: int = 0) -> None:
+def check_room(
+    folder: Path,
+    model: nn.Module,
+    optimizer: OptimizerName,
+    count: int,
+    models: int = 0,
+    sharing: int = 1,
+) -> None:
     """Raises ConfigError unless a folder has room for so many checkpoints more, what is trained and
-    two moments in float32, and so many plain models."""
-    size = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    its moments, and so many plain models.
+
+    Args:
+        sharing: ranks that the moments are divided among.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # Those that lie on the host are in the dtype of the parameters too.
+    kind = "adamw" if optimizer == "adamw-offload" else optimizer
+    moments, _ = state_bytes(kind, [tuple(p.shape) for p in trained], trained[0].dtype, sharing)
+    size = sum(p.numel() * p.itemsize for p in trained) + sharing * moments
     whole = sum(p.numel() * p.itemsize for p in model.parameters())
     free = shutil.disk_usage(folder).free
     if count * size + models * whole > free:

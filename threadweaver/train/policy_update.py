@@ -98,9 +98,9 @@ class PolicyTrainer(Trainer[RLConfig]):
         self, parts: Sequence[Part], progress: Progress
     ) -> Sequence[Sequence[Tensor | None]]:
         """Of each micro-batch of each part, by the weights before the first of several updates."""
-        self.copies.cast()
         old = []
         for micros, fillers in parts:
+            self.copies.cast()
             old.append([self._logprobs(self.passes, micro) for micro in progress.track(micros)])
             for _ in progress.track(range(fillers)):
                 self._logprobs(self.passes, self.filler)

@@ -52,7 +52,7 @@ def save_shards(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> Non
     Raises:
         OSError: on all ranks, if it cannot be written.
     """
-    ours: Any = get_optimizer_state_dict(model, optimizer)
+    ours = _state_of(model, optimizer)
     moments = {
         name: {key: parts(value) if has_codes(value) else value for key, value in of.items()}
         for name, of in ours["state"].items()
@@ -75,7 +75,7 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
 
 def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """As `load_weights`, the state of an optimizer that has taken no step."""
-    ours: Any = get_optimizer_state_dict(model, optimizer)
+    ours = _state_of(model, optimizer)
     with _reading(checkpoint) as reader:
         sizes: Any = reader.read_metadata().state_dict_metadata
         room = {
@@ -98,7 +98,7 @@ def take_whole_optimizer(
     """Divides the optimizer state of one process, as rank 0 read it from trainer_state.pt, among
     the ranks, which all call it with an optimizer that has taken no step."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    ours: Any = get_optimizer_state_dict(model, optimizer)
+    ours = _state_of(model, optimizer)
     # Numbers in a state dict count the parameters, group by group.
     ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
     theirs = {} if state is None else {ordered[i]: s for i, s in state["state"].items()}
@@ -123,6 +123,20 @@ def _take_from_first(ours: Tensor, theirs: Any) -> None:
         assert isinstance(room, Tensor)
         scatter(room, theirs)
         take(ours, room)
+
+
+def _state_of(model: nn.Module, optimizer: Optimizer) -> Any:
+    """An optimizer's state by the names of parameters. One that has taken no step gets the state of
+    before its first: torch has it take one at a rate of 0, without gradients. That moves no
+    parameter, but it is counted, and draws where parameters are rounded at random."""
+    is_new = not optimizer.state
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        state: Any = get_optimizer_state_dict(model, optimizer)
+    if is_new:
+        for of in state["state"].values():
+            of["step"].zero_()
+    return state
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

@@ -415,4 +415,6 @@ class Trainer(Run[T]):
             models = count if report.export == "every" else 1
         if self.lora is not None:
             models += self.lora.lacks_base
-        check_room(self.run_dir, self.model, count, models)
+        sharing = ranks.size() if self.is_sharded else 1
+        optimizer = self.config.optimization.optimizer
+        check_room(self.run_dir, self.model, optimizer, count, models, sharing)
