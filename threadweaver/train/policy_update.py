@@ -18,6 +18,7 @@ from threadweaver.train.config import ConfigError
 from threadweaver.train.policy_batch import PolicyTrie
 from threadweaver.train.policy_loss import PolicyLoss, policy_loss
 from threadweaver.train.policy_parts import Part
+from threadweaver.train.schedule import constant_rate
 from threadweaver.train.setup import build_passes
 from threadweaver.train.sharding import Passes
 from threadweaver.train.stages import RLConfig
@@ -60,8 +61,9 @@ class PolicyTrainer(Trainer[RLConfig]):
             sources: of its problems.
         """
         settings = self.config.optimization
-        warmup = math.ceil(settings.warmup * self.num_steps)
-        rate = settings.learning_rate * min(1.0, (self.steps_done + 1) / max(warmup, 1))
+        rate = constant_rate(
+            self.steps_done, self.num_steps, settings.learning_rate, settings.warmup
+        )
         losses: list[PolicyLoss] = []
         norms = []
         several = settings.updates > 1

@@ -43,7 +43,7 @@ from threadweaver.train.passes import split
 from threadweaver.train.report import print_sft_table
 from threadweaver.train.rollout_model import RolloutModel
 from threadweaver.train.run_dir import write_json
-from threadweaver.train.schedule import learning_rate
+from threadweaver.train.schedule import cosine_rate
 from threadweaver.train.stages import SFTConfig
 from threadweaver.train.trainer import Record, Trainer
 from tw_kernels import Trie
@@ -154,9 +154,7 @@ class SFTTrainer(Trainer[SFTConfig]):
             for trie in progress.track(dealt.fillers):
                 (0 * self._loss_sum(trie)).backward()
         settings = self.config.optimization
-        rate = learning_rate(
-            self.steps_done, self.num_steps, settings.learning_rate, settings.warmup
-        )
+        rate = cosine_rate(self.steps_done, self.num_steps, settings.learning_rate, settings.warmup)
         norm = self.update(rate, losses, mine, sources)
         loss_value = float(torch.stack(losses).sum()) if losses else 0.0
         (loss_value,) = ranks.sums([loss_value])
