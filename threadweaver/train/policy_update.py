@@ -53,12 +53,11 @@ class PolicyTrainer(Trainer[RLConfig]):
         reference, _ = build_passes(self.config, None, self.device)
         self.reference = reference.eval()
 
-    def learn(self, parts: Sequence[Part], num_tokens: int, sources: list[str]) -> Record:
+    def learn(self, parts: Sequence[Part], num_tokens: int) -> Record:
         """The optimizer steps of a batch.
 
         Args:
             num_tokens: of all completions of the batch, those of groups without signal included.
-            sources: of its problems.
         """
         settings = self.config.optimization
         rate = constant_rate(
@@ -83,8 +82,8 @@ class PolicyTrainer(Trainer[RLConfig]):
                 for _ in progress.track(range(fillers)):
                     self._run_filler()
                 tries = [micro.trie for micro in micros]
-                all_sources = [sources] * len(micros)
-                norms.append(self.update(rate, [loss.loss for loss in step], tries, all_sources))
+                sources = [micro.sources for micro in micros]
+                norms.append(self.update(rate, [loss.loss for loss in step], tries, sources))
                 losses += step
         # Those of groups with a signal, which alone are looked at.
         tokens = sum(micro.num_completion_tokens for micros, _ in parts for micro in micros)
