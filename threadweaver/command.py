@@ -107,10 +107,11 @@ def refuse_ranks() -> None:
     sys.exit(fail(f"{what} (of several are threadweaver.train and threadweaver.eval)", 2))
 
 
-def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Of the device or the host; PyTorch's errors are told without importing it."""
-    name = type(error).__name__
-    return name in ("MemoryError", "OutOfMemoryError") or "DefaultCPUAllocator" in str(error)
+    is_of_host = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    is_of_device = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, MemoryError) or is_of_host or is_of_device
 
 
 def _flush() -> int:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from threadweaver import ranks
+from threadweaver.command import is_out_of_memory
 from threadweaver.train.config import ConfigError, OptimizerName
 from threadweaver.train.memory.optimizer import state_bytes
 from threadweaver.whole_file import sync
@@ -56,6 +57,7 @@ def save_checkpoint(
     Raises:
         OSError: it cannot be written, as on a full disk; nothing is left of it.
         RuntimeError: another rank has ended (`ranks.is_lost`).
+        MemoryError, RuntimeError: there is too little memory (`is_out_of_memory`).
     """
     partial = folder / f".step-{step}.partial"
 
@@ -79,7 +81,7 @@ def save_checkpoint(
         # PyTorch and safetensors have errors of their own for a full disk.
         if ranks.is_first():
             shutil.rmtree(partial, ignore_errors=True)
-        if ranks.is_lost(error):
+        if ranks.is_lost(error) or is_out_of_memory(error):
             raise
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         done = all_checkpoints(folder)

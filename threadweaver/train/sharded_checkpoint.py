@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from threadweaver import ranks
+from threadweaver.command import is_out_of_memory
 from threadweaver.train.config import ConfigError
 from threadweaver.train.moments import has_codes, parts, room_for, take, without_codes
 from threadweaver.train.shard_reader import SafeLoadPlanner, ShardReader
@@ -50,7 +51,7 @@ def save_shards(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> Non
     """Writes checkpoint/state, forced to disk; all ranks call it.
 
     Raises:
-        OSError: on all ranks, if it cannot be written.
+        OSError: on all ranks, if it cannot be written; but not for want of memory.
     """
     ours = _state_of(model, optimizer)
     moments = {
@@ -61,7 +62,8 @@ def save_shards(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> Non
     try:
         save(state, storage_writer=FileSystemWriter(checkpoint / FOLDER))
     except CheckpointException as error:
-        raise OSError(str(_cause(error))) from error
+        met = _met(error)
+        raise met if is_out_of_memory(met) else OSError(_first_line(met)) from error
 
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
@@ -156,29 +158,34 @@ def _load(checkpoint: Path, state: dict[str, Any]) -> None:
 @contextmanager
 def _reading(checkpoint: Path) -> Iterator[ShardReader]:
     """Inside, whatever is wrong with the files is a ConfigError. Another rank that has ended is not
-    (`ranks.is_lost`)."""
+    (`ranks.is_lost`), nor too little memory of the device."""
     try:
         yield ShardReader(checkpoint / FOLDER)
-    except torch.OutOfMemoryError:
-        raise  # of the device: the files may be sound
     except (CheckpointException, Exception) as error:  # whatever damaged bytes make of the reader
+        met = _met(error)
+        if isinstance(met, torch.OutOfMemoryError):
+            raise met from None  # of the device: the files may be sound
         if ranks.is_lost(error):
             raise
-        raise _unreadable(checkpoint, _cause(error)) from error
+        raise _unreadable(checkpoint, _first_line(met)) from error
 
 
-def _unreadable(checkpoint: Path, why: BaseException | str) -> ConfigError:
+def _unreadable(checkpoint: Path, why: str) -> ConfigError:
     return ConfigError(
         f"{checkpoint / FOLDER}: cannot be read ({why}); delete the folder {checkpoint.name} to "
         "resume from the checkpoint before it"
     )
 
 
-def _cause(error: BaseException) -> BaseException | str:
+def _met(error: BaseException) -> BaseException:
     """What a rank met with, of what the ranks tell each other."""
-    if isinstance(error, CheckpointException):
-        wrapped = next(iter(error.failures.values()))
-        error = wrapped[0] if isinstance(wrapped, tuple) else wrapped
+    if not isinstance(error, CheckpointException):
+        return error
+    wrapped = next(iter(error.failures.values()))
+    return wrapped[0] if isinstance(wrapped, tuple) else wrapped
+
+
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from threadweaver import ranks
+from threadweaver.command import is_out_of_memory
 from threadweaver.model import (
     WeightCopies,
     end_ids,
@@ -399,6 +400,8 @@ class Trainer(Run[T]):
         except ConfigError:
             raise
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
             raise damaged_state(checkpoint, error) from error
         self.steps_done = state["step"]
         self.totals = state["totals"]
