@@ -56,6 +56,7 @@ def test_a_command_without_the_extra_names_it_in_one_line(command, missing, argu
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0"), "2.50 G"),
         (None, "400000000000000 bytes"),  # by PyTorch on the CPU
         (MemoryError(), ""),
+        (type("ArrayMemoryError", (MemoryError,), {})(), ""),  # as NumPy's
     ],
 )
 def test_too_little_memory_ends_a_command_in_one_line(error, asked, capsys):

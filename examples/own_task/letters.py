@@ -2,7 +2,7 @@
 
     pip install ./examples/own_task
     threadweaver tasks write --task letters --options.length 8 --out data/letters
-    threadweaver train pipeline --config configs/demo.yaml \\
+    threadweaver train pipeline --config configs/demo.yaml --run_dir runs/letters \\
         --task.name letters --task.options '{length: 12}'
 
 pyproject.toml beside this file registers it: an entry point of the group `threadweaver.tasks` names
@@ -32,9 +32,11 @@ class Letters:
         """`n` different problems; those whose text is held out make up the validation split."""
         words = 3**self.length
         share = HELD_OUT if split == "validation" else 1 - HELD_OUT
-        if n is None or n > words * share / 2:
+        if n is None:
+            raise ValueError("letters makes problems on demand: say how many (--n, task.problems)")
+        if n > words * share / 2:
             raise ValueError(
-                f"letters: length {self.length} has {words} words, too few for n: {n} of "
+                f"letters: length {self.length} has {words} words, too few for {n} of "
                 f"{split}; give a greater length or ask for fewer"
             )
         draw = random.Random(seed)

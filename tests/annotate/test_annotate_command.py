@@ -216,6 +216,47 @@ def test_what_got_no_reply_is_asked_again_by_the_next_run(annotate, tmp_path):
     assert len(read(tmp_path / "out" / "kept.jsonl")) == 2
 
 
+TOO_LONG = Fault(400, b'{"error": {"message": "the prompt is too long"}}')
+
+
+def test_a_teacher_that_takes_no_request_is_an_error_in_its_own_words(annotate, tmp_path, capsys):
+    """Its settings may then change: no result depends on them."""
+    fault = Fault(400, b'{"error": {"message": "use max_completion_tokens instead"}}')
+    script = lambda messages: fault if "max_tokens" in server.requests[-1] else right(messages)  # noqa: E731
+    with StubServer(script) as server:
+        assert annotate(server, "--limit", "3", "--teacher.max_tokens", "900") == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: teacher: takes no request: ")
+        assert "use max_completion_tokens instead" in error and "teacher.extra" in error
+        extra = ("--teacher.extra", "{max_completion_tokens: 900}")
+        assert annotate(server, "--limit", "3", *extra) == 0
+        assert len(read(tmp_path / "out" / "kept.jsonl")) == 3
+        assert annotate(server, "--limit", "3") == 2
+        assert "teacher.extra is {}" in capsys.readouterr().err
+
+
+def test_requests_that_a_teacher_does_not_take_are_told_in_its_words_and_made_again(
+    annotate, tmp_path, capsys
+):
+    asked: list[Messages] = []
+
+    def script(messages: Messages) -> str | Fault:
+        asked.append(messages)
+        is_first = asked[0][0]["content"] == messages[0]["content"]
+        return TOO_LONG if is_first else right(messages)
+
+    with StubServer(script) as server:
+        options = ("--limit", "2", "--teacher.at_once", "1")
+        assert annotate(server, *options) == 0
+        before = len(asked)
+        shown = capsys.readouterr().out
+        assert "left out: 1, the teacher does not take the request, the first: Error" in shown
+        assert "the prompt is too long" in shown and "makes it again" in shown
+        # That it took others stands in the folder, so that this is no error.
+        assert annotate(server, *options) == 0
+        assert len(asked) == before + 1 and len(read(tmp_path / "out" / "kept.jsonl")) == 1
+
+
 def test_a_server_that_never_replies_ends_even_a_short_run_and_says_why(annotate, capsys):
     options = ("--limit", "2", "--teacher.retries", "0", "--teacher.url", "http://127.0.0.1:9/v1")
     assert annotate(None, *options) == 1
@@ -284,7 +325,54 @@ def test_problems_without_a_response_are_answered_by_the_student_once(annotate, 
         assert len(times) == 3 and server.received == []
         assert annotate(server, "--generation.max_tokens", "5", given=given) == 0
     assert times == {path: path.stat().st_mtime_ns for path in (out / "0-answer").iterdir()}
-    assert all(row["reason"] == "the answer is not right" for row in read(out / "rejected.jsonl"))
+
+
+def test_wrong_answers_that_were_cut_off_are_told_and_made_again_with_a_larger_limit(
+    annotate, tmp_path, rows, capsys
+):
+    given = [{k: v for k, v in row.items() if k != "response"} for row in rows[:3]]
+    out = tmp_path / "out"
+    reason = "the answer was cut off (generation.max_tokens)"
+
+    def answers() -> list[dict[str, Any]]:
+        return [json.loads((out / "0-answer" / f"00000{n}.json").read_text()) for n in (1, 2, 3)]
+
+    with StubServer() as server:
+        assert annotate(server, "--generation.max_tokens", "5", given=given) == 0
+        shown = capsys.readouterr().out
+        assert f"left out: 3, {reason}" in shown and "3 answers were cut off: " in shown
+        assert {row["reason"] for row in read(out / "rejected.jsonl")} == {reason}
+        first = answers()
+        # One that is right as it stands stays, however it ended.
+        right = {**first[1], "response": rows[1]["response"]}
+        (out / "0-answer" / "000002.json").write_text(json.dumps(right))
+        assert annotate(server, "--generation.max_tokens", "9", given=given) == 0
+        second = answers()
+        assert second[1] == right and len(read(out / "kept.jsonl")) == 1
+        for before, after in ((first[0], second[0]), (first[2], second[2])):
+            assert (before["max_tokens"], after["max_tokens"]) == (5, 9)
+            assert after["response"].startswith(before["response"].rstrip("\ufffd"))
+            assert len(after["response"]) > len(before["response"])
+        assert annotate(server, "--generation.max_tokens", "5", given=given) == 0
+        assert answers() == second
+        # A folder of a version that fixed the limit goes on.
+        manifest = json.loads((out / "manifest.json").read_text())
+        manifest["settings"]["generation"]["max_tokens"] = 5
+        (out / "manifest.json").write_text(json.dumps(manifest))
+        assert annotate(server, "--generation.max_tokens", "9", given=given) == 0
+
+
+def test_answers_that_the_context_ends_are_told(annotate, tmp_path, capsys):
+    given = [{"question": "x" * n, "answer": "4"} for n in (8190, 9000)]
+    with StubServer() as server:
+        assert annotate(server, given=given) == 0
+    assert [row["reason"] for row in read(tmp_path / "out" / "rejected.jsonl")] == [
+        "the answer was cut off (the model's context)",
+        "the prompt leaves no room for an answer",
+    ]
+    shown = capsys.readouterr()
+    assert "max_tokens: 2 and not 4,096 after the longest prompt" in shown.err
+    assert "for an answer, the first: the prompt has 9000 tokens" in shown.out
 
 
 def test_a_server_that_is_gone_ends_the_run_and_nothing_is_lost(annotate, tmp_path, capsys):

@@ -28,10 +28,12 @@ QUICK = {
 MAINS = {"annotate": annotate, "train": train, "eval": evaluate}
 
 
+PAGE = (ROOT / "docs" / "from-a-model.md").read_text()
+
+
 def commands() -> list[str]:
     """Those that run anywhere: the ones that name files of the repository, or the stub's."""
-    page = (ROOT / "docs" / "from-a-model.md").read_text()
-    lines = re.findall(r"^(?:python|threadweaver) .*$", page, re.M)
+    lines = re.findall(r"^(?:python|threadweaver) .*$", PAGE, re.M)
     return [line for line in lines if "MODEL" not in line]
 
 
@@ -50,6 +52,9 @@ def test_the_commands_of_the_page_go_from_problems_to_evaluation(tmp_path, monke
         assert server.stdout
         url = server.stdout.readline().strip()
         for line in others:
+            if line.startswith("python"):
+                subprocess.run(script(line), check=True)
+                continue
             line = line.replace("http://127.0.0.1:8123/v1", url).replace("smollm2", student)
             line = re.sub(r"\$\((.*?)\)", lambda m: subprocess.getoutput(m[1]).strip(), line)
             command, *arguments = shlex.split(line)[1:]
@@ -61,3 +66,20 @@ def test_the_commands_of_the_page_go_from_problems_to_evaluation(tmp_path, monke
     rows = [json.loads(row) for row in kept]
     assert len(rows) == 2 and all(row["acceleration"] > 0.2 for row in rows)
     assert "2 problems" in capsys.readouterr().out
+    trained, held_out = (
+        {
+            json.loads(row)["question"]
+            for row in Path(f"runs/annotate/{name}.jsonl").read_text().splitlines()
+        }
+        for name in ("problems", "held-out")
+    )
+    assert len(trained) == len(held_out) == 20 and not trained & held_out
+
+
+def test_the_page_evaluates_the_newest_checkpoint(tmp_path):
+    folder = tmp_path / "runs" / "annotate" / "sft" / "checkpoints"
+    for step in (50, 900, 1000):
+        (folder / f"step-{step}").mkdir(parents=True)
+    (newest,) = re.findall(r"\$\((ls .*?)\)", PAGE)
+    found = subprocess.run(newest, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert found.stdout.strip() == "runs/annotate/sft/checkpoints/step-1000"

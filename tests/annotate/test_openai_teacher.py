@@ -113,7 +113,9 @@ def test_a_request_that_is_too_long_is_refused_and_not_repeated():
         ask(Fault(400, b'{"error": {"message": "too long"}}'))
 
 
-@pytest.mark.parametrize(("status", "says"), [(401, "OPENAI_API_KEY"), (404, "teacher.model")])
+@pytest.mark.parametrize(
+    ("status", "says"), [(401, "OPENAI_API_KEY"), (402, "to be paid"), (404, "teacher.model")]
+)
 def test_a_server_that_cannot_be_used_at_all(status, says):
     with pytest.raises(ValueError, match=says):
         ask(Fault(status, b'{"error": {"message": "no"}}'))

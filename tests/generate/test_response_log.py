@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.products import CODEC, PROMPTS, RESPONSES, product_model, save_product_model
+from threadweaver.data import DataError, load_examples, save_rows
 from threadweaver.generate import Engine, GenerationSettings
 from threadweaver.generate.__main__ import main
 from threadweaver.generate.response_log import Key, LogError, ResponseLog, difference
@@ -190,6 +191,32 @@ def test_what_cannot_be_answered_is_refused_in_one_line(answer, capsys, options,
     assert answer(*options) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_rows_with_one_right_answer_and_with_several_are_answered_as_parquet(answer, tmp_path):
+    rows = [{"question": PROMPTS[0], "answer": a} for a in (["602"], ["602", "603"])]
+    save_rows(rows, tmp_path / "lists.jsonl")
+    data = ("--data", str(tmp_path / "lists.jsonl"), "--max_tokens", "3")
+    assert answer(*data, out="out.parquet") == 0
+    found = load_examples(tmp_path / "out.parquet")
+    assert [e.ground_truth for e in found] == ["602", ("602", "603")]
+
+
+def test_responses_that_cannot_be_written_are_kept_for_another_file(
+    answer, tmp_path, monkeypatch, capsys
+):
+    def refuse(rows, path):
+        raise DataError(f"{path}: parquet cannot hold these rows (a reason); write .jsonl")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("threadweaver.data.save_rows", refuse)
+        assert answer("--max_tokens", "3", out="a.parquet") == 2
+    kept = tmp_path / "a.parquet.partial"
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"rename {kept} to NAME.jsonl.partial" in error and "--out NAME.jsonl" in error
+    kept.rename(tmp_path / "b.jsonl.partial")
+    assert answer("--max_tokens", "3", out="b.jsonl") == 0
+    assert "3 responses are there already" in capsys.readouterr().err
 
 
 def test_a_file_that_is_there_is_not_overwritten_unasked(answer, tmp_path, capsys):

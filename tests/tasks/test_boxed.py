@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from threadweaver.tasks.boxed import boxed_answer, boxes_number
+from threadweaver.tasks.boxed import boxed_answer, boxes_number, stated_answer
 
 balanced = st.recursive(
     st.text("ab\\{} \n").map(lambda s: s.replace("\\", "").replace("{", "").replace("}", "")),
@@ -93,3 +93,22 @@ def test_a_whole_number_is_compared_by_its_digits(response, right):
 
 def test_zero_is_an_answer_like_any_other():
     assert boxes_number("</think>\\boxed{00}", "0") and not boxes_number("</think>\\boxed{}", "0")
+
+
+@pytest.mark.parametrize(
+    ("truth", "stated"),
+    [
+        ("72", "72"),
+        ("She sold 24.\n#### 72", "72"),
+        ("She sold 24.\n#### 1,072\n", "1,072"),
+        ("####72", "72"),
+        ("#### a heading\nof several lines", "#### a heading\nof several lines"),
+        ("#### 5\n#### 7", "7"),
+        ("so \\boxed{7}.\n#### 8", "7"),
+        ("\\boxed{}\n#### 8", "8"),
+        ("no ####", "no ####"),
+        ("####", "####"),
+    ],
+)
+def test_a_ground_truth_states_its_answer_in_a_box_or_after_four_signs(truth, stated):
+    assert stated_answer(truth) == stated

@@ -16,6 +16,7 @@ from threadweaver.data import (
     load_examples,
     read_rows,
     save_rows,
+    trajectory_row,
 )
 from threadweaver.model import build_tokenizer
 from threadweaver.tasks import load_task
@@ -165,6 +166,46 @@ def test_known_layouts_are_read(tmp_path, extension, row, prompt, response, trut
         write(path, row)
     (example,) = load_examples(path)
     assert (example.prompt, example.response, example.ground_truth) == (prompt, response, truth)
+
+
+@pytest.mark.parametrize("extension", ["jsonl", "parquet"])
+def test_one_right_answer_and_several_come_back_from_one_file(tmp_path, extension):
+    answers = ["1", ["1", "2"], 3, ["4"]]
+    rows = [trajectory_row("Q", "R", answer) for answer in answers]
+    save_rows([*rows, {"question": "Q", "response": "R"}], tmp_path / f"rows.{extension}")
+    examples = load_examples(tmp_path / f"rows.{extension}")
+    assert [e.ground_truth for e in examples] == ["1", ("1", "2"), "3", "4", None]
+
+
+def test_rows_that_parquet_cannot_hold_are_refused_in_a_line(tmp_path):
+    path = tmp_path / "rows.parquet"
+    save_rows([GOOD], path)
+    for bad in ([{"a": "x"}, {"a": ["x"]}], [{"a": {}}], [{"a": 2**70}], [{"a": "\ud800"}]):
+        with pytest.raises(DataError, match=r"rows\.parquet: parquet cannot hold .*write \.jsonl"):
+            save_rows(bad, path)
+    assert len(load_examples(path)) == 1
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "Q?", "qwen_text": f"{CHAT}{HEADER}We add.<|im_end|>"},
+        {"question": "Q?", "qwen_text": "Q? They ask: Q? So"},
+        {"question": "Q?", "qwen_text": "What is it? So"},
+        {"prompt": [{"role": "user", "content": "Q?"}], "qwen_text": f"{CHAT}{HEADER}We add."},
+    ],
+)
+def test_a_task_takes_the_question_of_a_text_that_cannot_be_split(tmp_path, row):
+    path = write(tmp_path / "rows.jsonl", {**row, "answer": "7"})
+    with pytest.raises(DataError, match="field 'qwen_text'"):
+        load_examples(path)
+    (example,) = load_examples(path, responses=False)
+    assert (example.response, example.ground_truth) == ("", "7")
+    assert example.prompt == row.get("question", row.get("prompt"))
+    task = load_task(str(path), held_out=0.0, whole_numbers=True)
+    (problem,) = task.problems("train", None)
+    assert task.demonstration(problem, parallel=False) is None
 
 
 @pytest.mark.parametrize("extension", ["jsonl", "parquet"])

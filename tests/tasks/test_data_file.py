@@ -179,6 +179,45 @@ def test_whole_numbers_are_graded_as_in_multiplication_without_math_verify(
     assert task.is_correct(response, problem) == (box.strip().lstrip("0") == "42")
 
 
+GSM8K = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n48 + 24 = <<48+24=72>>72.\n#### 72"
+
+
+@pytest.mark.parametrize("whole_numbers", [True, False])
+def test_a_solution_with_its_answer_after_four_signs_is_a_ground_truth(tmp_path, whole_numbers):
+    rows = [{"question": f"{i}?", "answer": truth} for i, truth in enumerate((GSM8K, "#### 1,234"))]
+    path, options = tmp_path / "rows.jsonl", {"whole_numbers": whole_numbers}
+    task = task_of(path, *rows, held_out=0.0, seconds=20, **options)
+    problems = task.problems("train", None)
+    for number, right in (("72", (True, False)), ("1234", (False, True))):
+        response = f"</think>\\boxed{{{number}}}"
+        assert tuple(task.is_correct(response, problem) for problem in problems) == right
+    assert len(task.notes) == 1
+
+
+def test_ground_truths_that_no_answer_can_equal_are_counted(tmp_path):
+    solution = "She sold 24.\nSo it is 72."
+    truths = ["72", solution, "word " * 50, ["72", solution], GSM8K]
+    rows = [{"question": f"{i}?", "answer": truth} for i, truth in enumerate(truths)]
+    *_, note = task_of(tmp_path / "rows.jsonl", *rows, held_out=0.0).notes
+    assert "3 of 5 right answers are several lines or over 200 characters" in note
+
+
+@pytest.mark.parametrize(
+    ("truth", "number"), [(72.0, "72"), ("1,234", "1234"), (["7", "7.00", 8], ("7", "8"))]
+)
+def test_whole_numbers_are_digits_however_a_file_writes_them(tmp_path, truth, number):
+    row = {"question": "?", "answer": truth}
+    task = task_of(tmp_path / "rows.jsonl", row, held_out=0.0, whole_numbers=True)
+    assert task.problems("train", 1)[0].answer == number
+
+
+@pytest.mark.parametrize("truth", [-5, 7.5, "seven", "1,23", "\\frac{4}{2}"])
+def test_what_is_no_whole_number_is_refused_where_whole_numbers_are_graded(tmp_path, truth):
+    rows = [{"question": "?", "answer": 4}, {"question": "?!", "answer": truth}]
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: .*no whole number from 0 on"):
+        task_of(tmp_path / "rows.jsonl", *rows, held_out=0.0, whole_numbers=True)
+
+
 def test_any_answer_of_a_list_is_right(tmp_path):
     rows = [{"question": f"{i}?", "answer": ["4", 6, "4"]} for i in range(2)]
     path = tmp_path / "rows.jsonl"

@@ -42,6 +42,20 @@ def test_every_problem_that_has_the_words_is_counted():
     assert (found.problems_shared, found.rows_shared) == (4, 2)
 
 
+def test_all_of_a_text_that_cannot_be_split_is_compared(tmp_path):
+    """That is, of a file that SFT reads by the tokenizer's chat template."""
+    path = tmp_path / "train.jsonl"
+    words = " ".join(WORDS[:14])
+    text = f"<|im_start|>user\nQ?<|im_end|>\n<|im_start|>assistant\nWe {words}<|im_end|>"
+    rows = [{"question": "Q?", "qwen_text": text}, {"qwen_text": text}, {"question": "Q?"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    problems = [Text("b:1", words), Text("b:2", "Q?")]
+    found = find_overlap(problems[:1], texts_of_files([str(path)]))
+    assert (found.problems_shared, found.rows_shared) == (1, 2)
+    found = find_overlap(problems[1:], texts_of_files([str(path)]))
+    assert (found.problems_shared, found.rows_shared) == (1, 2)
+
+
 def test_files_are_compared_and_the_report_names_line_and_count(tmp_path):
     path = tmp_path / "train.jsonl"
     asked = [{"role": "user", "content": " ".join(WORDS[i : i + 14])} for i in range(6)]

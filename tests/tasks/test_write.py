@@ -87,6 +87,16 @@ def test_a_bad_row_of_a_data_file_is_named(tmp_path):
     assert done.stderr.startswith(f"error: {tmp_path / 'rows.jsonl'}:2: no field ")
 
 
+def test_rows_with_one_right_answer_and_with_several_are_written_as_parquet(tmp_path):
+    rows = [{"question": f"{n}?", "answer": ["1", "2"][: 1 + n % 2]} for n in range(40)]
+    save_rows(rows, tmp_path / "rows.jsonl")
+    sizes = ["--train", "20", "--validation", "2", "--options.held_out", "0.3"]
+    given = ["write", "--task", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path), *sizes]
+    assert tasks.main([*given, "--format", "parquet"]) == 0
+    found = load_examples(tmp_path / "train.parquet", responses=False)
+    assert {e.ground_truth for e in found} == {"1", ("1", "2")}
+
+
 def test_files_that_are_there_are_not_overwritten_unasked(tmp_path, monkeypatch, capsys):
     arguments = ["multiplication", "--out", str(tmp_path), "--train", "2", "--validation", "1"]
     assert tasks.main(arguments) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import namedtuple
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import yaml
@@ -183,3 +184,48 @@ def test_data_that_is_not_there_is_refused_before_the_model_is_loaded(
     gone = str(tmp_path / "gone.jsonl")
     for option in ("--data.train", "--data.validation", "--evaluate.data"):
         assert f"{gone}: no such file" in fails(new_run("sft")(option, gone), 2)
+
+
+def test_settings_beside_a_run_are_none_of_a_whole_run(tmp_path, monkeypatch):
+    """Another model is refused, also where somebody's config.yaml lies beside the run."""
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text("")
+    write_config(config_in(Path("run")), None)
+    with pytest.raises(ConfigError, match=r"model\.path is other, but run/config\.yaml was made"):
+        check_same_config(config_in(Path("run"), **{"model.path": "other"}))
+
+
+def test_a_resumed_pipeline_checks_prompts_under_its_template(start, monkeypatch):
+    seen = []
+
+    def look(self, model, codec):
+        seen.append(codec.encode_prompt("<Thread>"))
+        raise AssertionError("it looked")
+
+    monkeypatch.setattr(pipeline.Pipeline, "_check_stages_of", look)
+    for is_resumed in (False, True):
+        if is_resumed:  # SFT is finished
+            monkeypatch.setattr(pipeline.Pipeline, "_prepare", lambda *_: None)
+            monkeypatch.setattr(pipeline.Pipeline, "_checkpoint", lambda *_: None)
+        with pytest.raises(AssertionError, match="it looked"):
+            start("--template.use", "none")
+    fresh, resumed = seen
+    assert resumed == fresh and len(fresh) == 1  # taken as it stands: the tag
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("data.train: x: no such file", "sft.data: x: no such file"),
+        ("loss is 3, but x was made with 2", "sft.loss is 3, but x was made with 2"),
+        ("optimization.epochs is 0", "sft.optimization.epochs is 0"),
+        ("data/run/sft/state: cannot be read", "data/run/sft/state: cannot be read"),
+        ("data.run/sft/state: cannot be read", "data.run/sft/state: cannot be read"),
+        ("data.train/sft/state: cannot be read", "data.train/sft/state: cannot be read"),
+    ],
+)
+def test_a_setting_of_a_stage_gets_its_name_in_the_pipeline_and_a_path_stays(
+    start, fails, monkeypatch, error, said
+):
+    monkeypatch.setattr(SFTTrainer, "load", MagicMock(side_effect=ConfigError(error)))
+    assert fails(start(), 2) == f"error: {said}\n"

@@ -1,5 +1,6 @@
 import os
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -86,6 +87,21 @@ def test_a_folder_that_cannot_be_made_is_said_with_its_reason(tmp_path, monkeypa
         patch.setattr(Path, "mkdir", full)
         with pytest.raises(OSError, match=r"new/step-3: cannot be written \(\[Errno 28\] No space"):
             save_checkpoint(tmp_path / "new", 3, lambda _: None, {}, keep=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_too_little_memory_is_not_taken_for_a_full_disk(tmp_path, error):
+    with pytest.raises(type(error)) as raised:
+        save(tmp_path, 1, write=MagicMock(side_effect=error))
+    assert raised.value is error
     assert list(tmp_path.iterdir()) == []
 
 

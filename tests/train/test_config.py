@@ -156,6 +156,11 @@ def test_an_option_whose_name_is_no_text_is_refused(new_run, fails):
     assert "evaluate.options: an option is called 1" in fails(run(), 2)
 
 
+def test_an_option_for_a_config_file_without_one_is_an_error_in_one_line(fails):
+    for arguments in (["sft", "--config"], ["sft", "--config", "--resume"]):
+        assert "--config" in fails(main(arguments), 2)
+
+
 def test_a_missing_config_file_is_named(fails, tmp_path):
     from threadweaver.train.__main__ import main
 

@@ -11,6 +11,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from threadweaver.train import sharded_checkpoint
@@ -227,10 +228,34 @@ def test_too_little_memory_is_not_taken_for_a_damaged_checkpoint(tmp_path, monke
     model = torch.nn.Linear(4, 4)
     optimizer = torch.optim.AdamW(model.parameters())
     save_shards(tmp_path, model, optimizer)
-    error = torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(sharded_checkpoint, "room_for", MagicMock(side_effect=error))
+    fails = MagicMock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
+    # The second within what PyTorch tells all ranks.
+    for owner, name in ((sharded_checkpoint, "room_for"), (FileSystemReader, "read_data")):
+        with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+            patch.setattr(owner, name, fails)
+            load_optimizer(tmp_path, model, optimizer)
+
+
+def test_too_little_memory_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    fails = MagicMock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
+    monkeypatch.setattr(FileSystemWriter, "write_data", fails)
     with pytest.raises(torch.OutOfMemoryError):
-        load_optimizer(tmp_path, model, optimizer)
+        save_shards(tmp_path, model, optimizer)
+
+
+def test_too_little_memory_for_the_moments_is_not_taken_for_a_damaged_state(
+    stopped,  # noqa: F811
+    monkeypatch,
+    fails,
+):
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "load_state_dict", MagicMock(side_effect=error))
+        line = fails(stopped("--resume"), 1)
+    assert "out of memory when 2.00 GiB were asked for" in line and "delete" not in line
+    assert stopped("--resume") == 0
 
 
 def test_a_record_that_cannot_be_written_names_the_file(tmp_path):

@@ -19,6 +19,7 @@ from threadweaver.train import setup
 from threadweaver.train.__main__ import main
 from threadweaver.train.config import ConfigError, config_of, parser_of
 from threadweaver.train.run_dir import check_same_config, check_same_settings, settings_of
+from threadweaver.train.same_on_ranks import generator_states, restore_generators
 from threadweaver.train.sft import SFTTrainer
 from threadweaver.train.stages import PipelineConfig, RLConfig, SelfTrainConfig, SFTConfig
 
@@ -318,3 +319,18 @@ def flat(settings: dict, section: str = ""):
             yield from flat(value, f"{section}{name}.")
         elif f"{section}{name}" not in FREE and section not in ("report.", "evaluate."):
             yield f"{section}{name}", value
+
+
+def test_a_run_goes_on_where_fewer_gpus_are_seen(monkeypatch):
+    """On a stand-in for a GPU."""
+    cuda, state, restored = torch.cuda, torch.get_rng_state(), []
+    monkeypatch.setattr(cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(cuda, "get_rng_state", lambda: state)
+    monkeypatch.setattr(cuda, "get_rng_state_all", lambda: 8 * [state])
+    monkeypatch.setattr(cuda, "set_rng_state", restored.append)
+    saved = generator_states()
+    assert len(saved["cuda_rng"]) == 1
+    older = {**saved, "cuda_rng": [state, *7 * [torch.zeros(0)]]}  # of all GPUs
+    for of_checkpoint in (saved, older):
+        restore_generators(of_checkpoint, seed=0)
+    assert len(restored) == 2 and all(got is state for got in restored)

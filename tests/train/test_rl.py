@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 
@@ -11,9 +12,11 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from threadweaver.evaluate.grade import METRICS
 from threadweaver.generate.runner import Runner
-from threadweaver.model import trie_logprobs
+from threadweaver.model import WeightCopies, build_tokenizer, trie_logprobs
 from threadweaver.tasks import Problem
+from threadweaver.train.policy_loss import policy_loss
 from threadweaver.train.rl import RLTrainer
+from tw_kernels import Trie
 
 from .conftest import Run
 
@@ -97,6 +100,17 @@ def test_groups_without_signal_are_skipped_and_counted(new_run):
     for record in run.metrics():
         assert (record["no_signal_groups"], record["updates"], record["loss"]) == (3, 0, 0)
     assert run.summary()["no_signal_groups"] == 24
+
+
+def test_a_batch_without_signal_makes_no_copies_of_weights(new_run, monkeypatch):
+    """They are dropped by the updates alone: they would lie there while the next batch decodes."""
+    casts = []
+    monkeypatch.setattr(WeightCopies, "cast", casts.append)
+    run = new_run(lambda response: True)
+    run.settings["reward"] = {"accel": "none"}
+    run.settings["optimization"] |= {"updates": 2, "steps": 2}
+    assert run() == 0
+    assert not casts
 
 
 @pytest.mark.parametrize("updates", [1, 2])
@@ -202,6 +216,31 @@ def test_gradient_checkpointing_changes_memory_and_not_the_run(new_run, monkeypa
     assert sum(calls) == 2 * once > 0
     for a, b in zip(plain.metrics(), recomputed.metrics(), strict=True):
         assert a == pytest.approx(b, rel=1e-5)
+
+
+@pytest.mark.parametrize("pass_tokens", [None, 12])
+def test_a_batch_that_is_not_finite_says_which_problems_each_micro_batch_is_of(
+    new_run, monkeypatch, capsys, pass_tokens
+):
+    def spoilt(*arguments):
+        found = policy_loss(*arguments)
+        return found._replace(loss=found.loss * math.nan)
+
+    monkeypatch.setattr("threadweaver.train.policy_update.policy_loss", spoilt)
+    run = new_run()
+    run.settings["optimization"]["batch_tokens"] = 20
+    run.settings["compute"]["pass_tokens"] = pass_tokens
+    assert run() == 1
+    assert "step-1: loss nan" in capsys.readouterr().err
+    folder = run.folder / "nan-step-1"
+    micro_batches = json.loads((folder / "batch.json").read_text())["micro_batches"]
+    tries = [Trie(**fields) for fields in torch.load(folder / "tries.pt")]
+    assert len(micro_batches) == len(tries) > 1
+    tokenizer = build_tokenizer()
+    for micro, trie in zip(micro_batches, tries, strict=True):
+        # The first token of a prompt is its number.
+        numbers = map(tokenizer.decode, trie.tokens[trie.parents < 0].tolist())
+        assert sorted(micro["examples"]) == sorted({f"prompt {number}" for number in numbers})
 
 
 def test_logits_that_are_not_finite_end_the_run_with_the_request_named(

@@ -9,10 +9,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from threadweaver.train.__main__ import main
+from threadweaver.train.run_dir import relocated, run_root
 from threadweaver.train.sft import SFTTrainer
 
 from .test_resume import stop_before
@@ -122,3 +124,42 @@ def test_a_copied_run_goes_on_in_its_own_folder(new_run, monkeypatch, tmp_path):
         copy / "checkpoints/step-6"
     )
     assert main(["sft", "--config", str(copy / "config.yaml"), "--resume"]) == 0
+
+
+def test_a_run_goes_on_from_within_its_folder(new_run, monkeypatch):
+    run = new_run()
+    run.settings["run_dir"] = run.folder.name
+    monkeypatch.chdir(run.folder.parent)
+    stop_before(run, monkeypatch, "finish")
+    monkeypatch.chdir(run.folder)
+    assert main(["sft", "--config", "config.yaml", "--resume"]) == 0
+    assert run.summary()["checkpoint"] == str(run.folder / "checkpoints/step-6")
+
+
+def test_the_whole_run_of_a_stage_is_made_of_folders_of_runs(tmp_path, monkeypatch):
+    for folder in ("run", "run/self_train", "run/self_train/sft"):
+        (tmp_path / folder).mkdir()
+        for name in ("config.yaml", ".lock"):
+            (tmp_path / folder / name).write_text("")
+    (tmp_path / "config.yaml").write_text("")  # of somebody's settings
+    for inside in ("", "run", "run/self_train", "run/self_train/sft"):
+        monkeypatch.chdir(tmp_path / inside)
+        for folder in ("run", "run/self_train", "run/self_train/sft"):
+            path = Path(os.path.relpath(folder, inside))
+            assert run_root(path) == run_root(tmp_path / folder) == tmp_path / "run"
+    monkeypatch.chdir(tmp_path)
+    assert run_root(Path()) == tmp_path
+    assert run_root(Path("/")) == Path("/")
+
+
+def test_paths_outside_a_run_stay_where_they_are(tmp_path, monkeypatch):
+    copy = tmp_path / "copies" / "run"
+    copy.mkdir(parents=True)
+    (copy.parent / "config.yaml").write_text("")  # of somebody's settings
+    monkeypatch.chdir(tmp_path)
+    for old in (tmp_path / "old", Path("old")):
+        assert relocated(str(old / "data.jsonl"), str(old), copy) == str(copy / "data.jsonl")
+        outside = str(old.with_name("data.jsonl"))
+        assert relocated(outside, str(old), copy) == outside
+    # Of a run that was started in its own folder.
+    assert relocated(str(tmp_path / "data.jsonl"), ".", copy) == str(tmp_path / "data.jsonl")

@@ -6,16 +6,20 @@ import json
 import os
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
 from threadweaver.data import load_examples, save_rows
+from threadweaver.train import self_train
 from threadweaver.train.self_train import SelfTraining, select
+from threadweaver.train.sft import SFTTrainer
 from threadweaver.trajectory import Rendered
 
 from .conftest import ARCH, Run
-from .easy_task import write_task
+from .easy_task import PARALLEL, write_task
 
 
 def row(question: str, response: str, correct: bool = True, *violations: str) -> dict:
@@ -40,7 +44,7 @@ def test_only_right_and_well_formed_rollouts_are_kept_once_and_up_to_the_cap():
         row("b?", "x"),
         {**row("b?", "y"), "fits": False},
     ]
-    kept, report = select(rows, keep_per_problem=2)
+    kept, report = select(rows, 2, "response", 512)
     assert [(k["question"], k["response"]) for k in kept] == [("a?", "x"), ("a?", "v"), ("b?", "x")]
     assert kept[0]["qwen_text"] == "a?x" and kept[0]["reward_model"]["ground_truth"] == "7"
     assert report["rejected"] == {
@@ -54,6 +58,18 @@ def test_only_right_and_well_formed_rollouts_are_kept_once_and_up_to_the_cap():
     assert (report["right"], report["well_formed"]) == (7 / 9, 7 / 9)
     assert report["acceptance"] == 3 / 9
     assert report["violations"] == {"<think> is never closed": 2}
+
+
+@pytest.mark.parametrize(
+    ("loss", "budget", "kept"),
+    [("response", 49, 0), ("response", 50, 1), ("sequential", 99, 0), ("sequential", 100, 1)],
+)
+def test_too_long_is_what_sft_could_not_train_on(loss, budget, kept):
+    counted = {"fits": True, "first_call_tokens": 50, "all_tokens": 100}
+    of_an_older_version = row("b?", "x")
+    rows = [{**row("a?", "x"), **counted}, of_an_older_version]
+    _, report = select(rows, 1, loss, budget)
+    assert (report["kept"], report["rejected"]["too long"]) == (kept + 1, 1 - kept)
 
 
 @pytest.fixture
@@ -96,10 +112,10 @@ def test_a_signal_among_rollouts_keeps_the_chunks_done_and_sets_the_exit_code(
 ):
     roll_out = SelfTraining._roll_out
 
-    def send_in_second(self, engine, chunk, title):
+    def send_in_second(self, engine, chunk, *rest):
         if chunk == 1:
             os.kill(os.getpid(), number)
-        return roll_out(self, engine, chunk, title)
+        return roll_out(self, engine, chunk, *rest)
 
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
@@ -110,6 +126,41 @@ def test_a_signal_among_rollouts_keeps_the_chunks_done_and_sets_the_exit_code(
     saved = chunk.stat().st_mtime_ns
     assert "kept none of 12 rollouts" in fails(run("--resume"), 2)
     assert chunk.stat().st_mtime_ns == saved
+
+
+@pytest.fixture
+def problems_of_calls(monkeypatch) -> list[int]:
+    """Makes every response a right one of two threads; counts the problems of each call."""
+    roll_out = self_train.roll_out
+    counts = []
+
+    def rolled_out(engine, task, problems, *arguments, **options):
+        counts.append(len(problems))
+        graded = roll_out(engine, task, problems, *arguments, **options)
+        return [replace(g, response=PARALLEL, correct=True, violations=[]) for g in graded]
+
+    monkeypatch.setattr(self_train, "roll_out", rolled_out)
+    return counts
+
+
+def test_what_is_too_long_follows_the_settings_until_sft_begins(
+    run, problems_of_calls, monkeypatch, fails
+):
+    def settings(loss: str, budget: int) -> list[str]:
+        return ["--resume", "--loss", loss, "--optimization.batch_tokens", str(budget)]
+
+    none_is_kept = "kept none of 12 rollouts (0 wrong, 0 malformed, 12 too long, "
+    line = fails(run(*settings("response", 20)[1:]), 2)
+    assert none_is_kept in line and "raise optimization.batch_tokens and resume" in line
+    # 24 tokens up to the threads, 52 in all.
+    assert none_is_kept in fails(run(*settings("sequential", 40)), 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(SFTTrainer, "train_step", MagicMock(side_effect=KeyboardInterrupt))
+        assert "interrupted" in fails(run(*settings("response", 40)), 130)
+    assert none_is_kept in fails(run(*settings("sequential", 40)), 2)
+    assert run(*settings("response", 40)) == 0
+    assert run.summary()["kept"] == 6
+    assert problems_of_calls == [4, 2, 4]
 
 
 def test_rollouts_of_other_problems_are_not_taken_over(run, capsys):
@@ -142,7 +193,7 @@ def test_prompts_keep_what_they_are_through_rollouts_and_sft(tmp_path):
     rows = [row("Q", "x"), row("P", "y"), row("M", "z")]
     rows[1]["rendered"] = True
     rows[2] |= {"question": messages, "ground_truth": ["7", "8"]}
-    kept, _ = select(rows, keep_per_problem=1)
+    kept, _ = select(rows, 1, "response", 512)
     save_rows(kept, tmp_path / "kept.jsonl")
     examples = load_examples(tmp_path / "kept.jsonl")
     assert [example.prompt for example in examples] == ["Q", "P", messages]
@@ -180,6 +231,27 @@ def test_prompts_that_do_not_fit_are_skipped_and_counted(run, capsys):
     assert [len(chunk["rollouts"]) for chunk in chunks] == [0, 2]
     assert run("--resume") == 2
     assert "kept none of 2 rollouts" in capsys.readouterr().err
+
+
+def test_prompts_that_leave_no_room_in_a_trie_are_skipped(run, problems_of_calls, capsys):
+    """Before SFT and after it alike, whatever the budget is by then."""
+    path = Path(run.settings["task"]["name"])
+    questions = ["x" * 60, "a?", "b?", "x" * 59]
+    rows = [{"question": q, "ground_truth": "7", "response": "a"} for q in questions]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run.settings["task"] |= {"problems": None, "options": {"held_out": 0}}
+    run.settings["rollouts"] |= {"chunk": 4}
+    run.settings["optimization"]["batch_tokens"] = 60
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SelfTraining, "_select", MagicMock(side_effect=KeyboardInterrupt))
+        assert run() == 130
+    shown = capsys.readouterr().out
+    assert "training problems: 1 of 4 prompts are skipped: " in shown
+    assert f"{path}:1: the prompt has 60 tokens, and a path at most 60 (optimization.b" in shown
+    run.settings["optimization"]["batch_tokens"] = 512
+    assert run("--resume") == 0
+    assert problems_of_calls == [3, 3]
+    assert run.summary()["skipped_prompts"] == 1
 
 
 def test_a_run_without_a_prompt_that_fits_is_refused(run, capsys):

@@ -46,10 +46,10 @@ def all_are_right(patch: pytest.MonkeyPatch, dies_at: int | None = None) -> None
         patch.setattr(f"threadweaver.{module}.violations", lambda *_: [])
     roll_out = SelfTraining._roll_out
 
-    def dying(self, engine, number, title):
+    def dying(self, engine, number, *rest):
         if number == dies_at:
             raise KeyboardInterrupt
-        return roll_out(self, engine, number, title)
+        return roll_out(self, engine, number, *rest)
 
     patch.setattr(SelfTraining, "_roll_out", dying)
 

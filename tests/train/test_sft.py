@@ -264,18 +264,19 @@ def rewritten(source, target, change) -> str:
     return str(target)
 
 
+def broken(row: dict) -> dict:
+    texts = {name: row[name] for name in ("qwen_text", "response")}
+    return row | {
+        name: text.replace("</think>", "<Parallel></think>") for name, text in texts.items()
+    }
+
+
 def test_a_trajectory_that_breaks_the_format_is_named_with_the_rule(
     new_run, fails, tmp_path, data_files
 ):
-    def break_third(i, row):
-        if i != 2:
-            return row
-        texts = {name: row[name] for name in ("qwen_text", "response")}
-        return row | {
-            name: text.replace("</think>", "<Parallel></think>") for name, text in texts.items()
-        }
-
-    bad = rewritten(data_files[0], tmp_path / "bad.jsonl", break_third)
+    bad = rewritten(
+        data_files[0], tmp_path / "bad.jsonl", lambda i, row: broken(row) if i == 2 else row
+    )
     run = new_run()
     line = fails(run("--data.train", bad), 2)
     assert (
@@ -284,6 +285,17 @@ def test_a_trajectory_that_breaks_the_format_is_named_with_the_rule(
     assert not run.folder.exists()
     assert run("--data.train", bad, "--data.malformed", "drop") == 0
     assert run.summary()["dropped_trajectories"] == 1
+
+
+@pytest.mark.parametrize("field", ["train", "validation"])
+def test_a_file_without_a_well_formed_trajectory_is_refused(
+    new_run, fails, tmp_path, data_files, field
+):
+    bad = rewritten(data_files[1], tmp_path / "bad.jsonl", lambda i, row: broken(row))
+    run = new_run()
+    line = fails(run(f"--data.{field}", bad, "--data.malformed", "drop"), 2)
+    assert f"data.{field}: {bad} holds no well-formed trajectory" in line
+    assert not run.folder.exists()
 
 
 def test_a_trie_over_the_budget_is_named(new_run, fails, data_files):

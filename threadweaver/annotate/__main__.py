@@ -6,7 +6,8 @@ Makes parallel trajectories out of a model's own sequential responses
 without a response are answered by the student first; only right answers go on.
 
 The same command goes on where it was stopped or killed, and asks the teacher nothing twice. Where
-the teacher gave no reply it is asked again. --limit N takes the first N problems; --dry_run prints
+the teacher gave no reply it is asked again. Wrong answers that generation.max_tokens cut off are
+made again if it is larger than it was. --limit N takes the first N problems; --dry_run prints
 what the teacher would be asked.
 
 Exit codes: 0; 2 for arguments, data, models or a server that cannot be used, with one line on

@@ -17,10 +17,18 @@ from threadweaver.annotate.lines import split
 from threadweaver.annotate.openai_teacher import OpenAITeacher
 from threadweaver.annotate.prompts import PLACES, Prompts
 from threadweaver.annotate.report import plot_summary
-from threadweaver.annotate.run import NO_REPLY, Given, Run, problem_text
+from threadweaver.annotate.run import NO_REPLY, REFUSED, Given, Run, problem_text
 from threadweaver.annotate.settings import AnnotateSettings
 from threadweaver.annotate.store import Store, write_json
-from threadweaver.annotate.student import answer, answered, unanswered
+from threadweaver.annotate.student import (
+    MAX_TOKENS,
+    STEP,
+    Answer,
+    answer,
+    answered,
+    cut_off,
+    unanswered,
+)
 from threadweaver.annotate.summary import summarize
 from threadweaver.annotate.teacher import Teacher
 from threadweaver.annotate.trajectory import map_prompt
@@ -101,11 +109,17 @@ class Annotation:
         self._store.close()
 
     def answer(self) -> None:
-        """Step 0, by the student: problems that have no response yet."""
-        numbers = unanswered(self._store, self._problems)
+        """Step 0, by the student: problems that have no response yet, or a wrong one that a
+        smaller generation.max_tokens cut off."""
+        options = self._options
+        cut = cut_off(self._store, self._problems, options.generation.max_tokens)
+        verdicts = {
+            n: grading(self._task, a.response, self._problems[n - 1]) for n, a in cut.items()
+        }
+        wrong = [number for number, is_right in verdicts.items() if not is_right()]
+        numbers = sorted([*unanswered(self._store, self._problems), *wrong])
         if not numbers:
             return
-        options = self._options
         settings, note = settle_precision(options.engine)
         engine, _ = load_engine(
             str(options.student), settings, parallel=False, template=options.template
@@ -183,22 +197,34 @@ class Annotation:
                 f"{silent:,} trajectories got no reply from the teacher: the same command asks "
                 "for them again",
             )
+        if refused := sum(reason.reason == REFUSED for reason in rejected.values()):
+            print_line(
+                self._console,
+                f"{refused:,} trajectories have a request that the teacher does not take: the same "
+                "command makes it again",
+            )
+        if cut := sum(reason.reason == MAX_TOKENS for reason in rejected.values()):
+            print_line(
+                self._console,
+                f"{cut:,} answers were cut off: the same command with a larger "
+                "--generation.max_tokens makes them again",
+            )
         return summary
 
     def _right(self) -> dict[int, Given]:
         """Responses that are right and have lines to work on; the others are left out."""
-        responses = {n: answered(self._store, n, p) for n, p in enumerate(self._problems, 1)}
-        pending = {n: grading(self._task, r, self._problems[n - 1]) for n, r in responses.items()}
+        answers = {n: answered(self._store, n, p) for n, p in enumerate(self._problems, 1)}
+        pending = {
+            n: grading(self._task, a.response, self._problems[n - 1]) for n, a in answers.items()
+        }
         given: dict[int, Given] = {}
-        with Progress(self._progress, "grading", len(responses), "responses") as progress:
-            for number in progress.track(responses):
-                problem, response = self._problems[number - 1], responses[number]
+        with Progress(self._progress, "grading", len(answers), "responses") as progress:
+            for number in progress.track(answers):
+                problem, answer = self._problems[number - 1], answers[number]
                 try:
-                    if not response:
-                        raise LeftOut("0-answer", "the prompt leaves no room for an answer")
                     if not pending[number]():
-                        raise LeftOut("0-answer", "the answer is not right")
-                    body, _ = self._codec.prompts.split_end(response)
+                        raise _why_wrong(answer)
+                    body, _ = self._codec.prompts.split_end(answer.response)
                     given[number] = Given(problem, split(body))
                 except LeftOut as reason:
                     self._results[number] = reason
@@ -213,6 +239,14 @@ class Annotation:
         if note:
             print_line(self._console, note)
         return teacher
+
+
+def _why_wrong(answer: Answer) -> LeftOut:
+    if answer.max_tokens is not None:
+        return LeftOut(STEP, answer.note)
+    if answer.note:
+        return LeftOut(STEP, "the prompt leaves no room for an answer", answer.note)
+    return LeftOut(STEP, "the answer is not right")
 
 
 def print_prompts(console: Console, problems: Sequence[Problem], prompts: Prompts) -> None:
@@ -244,11 +278,12 @@ def _made_with(
     digest = hashlib.sha256()
     for problem in problems:
         digest.update(json.dumps([problem.prompt, problem.answer, problem.data]).encode())
-    teacher = options.teacher
+    teacher, generation = options.teacher, asdict(options.generation)
+    del generation["max_tokens"]  # if it grows, what it cut off is made again
     return {
         "data": digest.hexdigest(),
         "student": options.student,
-        "generation": asdict(options.generation),
+        "generation": generation,
         "template": asdict(options.template),
         "teacher.model": teacher.model,
         "teacher.temperature": teacher.temperature,

@@ -73,6 +73,11 @@ class OpenAITeacher:
         said = " ".join(f"{error} {cause or ''}".split())[:300]
         if status in (401, 403):
             return ValueError(f"teacher.url: {said}: set OPENAI_API_KEY to a key of this server")
+        if status == 402:
+            return ValueError(
+                f"teacher.url: {said}: the server wants to be paid; then run the same command "
+                "again: every reply is saved"
+            )
         if status == 404:
             return ValueError(f"teacher.url, teacher.model: {said}")
         if status is not None and 400 <= status < 500 and status not in (408, 409, 429):

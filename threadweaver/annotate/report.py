@@ -19,6 +19,7 @@ from threadweaver.annotate.summary import ASKING
 from threadweaver.progress import print_line
 
 MOST_REASONS = 6
+MOST_CHARACTERS = 300  # of what is said of the first for a reason
 
 
 def print_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> None:
@@ -38,7 +39,9 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: Path) ->
         table.add_row(step, f"{figures['passed']:,}", f"{share:.1%}", *asked)
     console.print(table)
     for reason, count in list(summary["rejected"].items())[:MOST_REASONS]:
-        print_line(console, f"left out: {count:,}, {reason}")
+        detail = " ".join(summary["details"].get(reason, "").split())[:MOST_CHARACTERS]
+        more = f", the first: {detail}" if detail else ""
+        print_line(console, f"left out: {count:,}, {reason}{more}")
     if summary["kept"]:
         print_line(
             console,

@@ -75,6 +75,7 @@ class Run:
         self._silent = 0  # requests without a reply since the last with one
         self._why_silent = ""
         self._replied = False  # to any request
+        self._why_refused = ""  # the first that was not taken
         self._step: dict[int, Step] = {}  # that the last request was of, by number
         self.results: dict[int, str | LeftOut] = {}
 
@@ -84,11 +85,16 @@ class Run:
         Raises:
             Stopped: by a signal. The first lets open requests end, the second does not.
             TeacherIsGone: the last so many requests got no reply, or none did.
-            ValueError: the teacher cannot be used.
+            ValueError: the teacher cannot be used, or has never taken a request.
         """
         asyncio.run(self._run())
         if self._silent and not self._replied:
             self._end = self._end or TeacherIsGone(self._why_silent)
+        if self._why_refused and not self._store.has_reply:
+            self._end = self._end or ValueError(
+                f"teacher: takes no request: {self._why_refused}: mend what is sent with each "
+                "(teacher.model, teacher.temperature, teacher.max_tokens, teacher.extra)"
+            )
         if self._end is not None:
             raise self._end
         return self.results
@@ -124,6 +130,7 @@ class Run:
             except Refused as error:
                 self.results[number] = LeftOut(self._step[number], REFUSED, str(error))
                 self._replied = True
+                self._why_refused = self._why_refused or str(error)
             except NoReply as error:
                 self.results[number] = LeftOut(self._step[number], NO_REPLY, str(error))
                 self._silent += 1

@@ -28,7 +28,8 @@ class TeacherSettings:
             nonsense, or not at all; longer and longer apart.
         temperature: null: the server's own; 0.6 in our engine.
         max_tokens: of a reply; null: the server's own; 4096 in our engine.
-        extra: further fields of each request to a server: '{reasoning_effort: low}'.
+        extra: further fields of each request to a server: '{reasoning_effort: low}', or, of a model
+            that refuses max_tokens, '{max_completion_tokens: 8000}'.
         constrain: let replies of a model in our engine go on only as their form allows (needs the
             package xgrammar).
         input_price, output_price: for a million tokens, in any currency; for the summary.

@@ -13,7 +13,7 @@ killed goes on by running again, and asks nothing twice but what was on its way 
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Container
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +30,10 @@ from threadweaver.whole_file import write_whole
 
 STEPS: tuple[Step, ...] = ("0-answer", "1-map", "2-cut", "3-independent", "4-outline")
 MANIFEST = "manifest.json"
+OF_TEACHER = (
+    *("teacher.model", "teacher.temperature", "teacher.max_tokens", "teacher.extra"),
+    *("teacher.constrain", "prompts"),
+)
 
 # Asks the teacher: messages, form of the reply, number of the request in its file.
 Ask = Callable[[list[Message], Form, int], Awaitable[Reply]]
@@ -39,7 +43,8 @@ class Store:
     """A folder that belongs to this process until `close`.
 
     Args:
-        settings: what reaches the results, by name; those of a folder are fixed at its start.
+        settings: what reaches the results, by name; those of a folder are fixed at its start, and
+            those of OF_TEACHER by the first reply in it.
 
     Raises:
         ValueError: the folder cannot be written, holds something else, was made with other
@@ -53,7 +58,8 @@ class Store:
             path = folder / MANIFEST
             settings = json.loads(json.dumps(settings))
             if path.exists():
-                _check_same(path, read_json(path, "settings")["settings"], settings)
+                made = read_json(path, "settings")["settings"]
+                _check_same(path, made, settings, () if self.has_reply else OF_TEACHER)
             elif any(p.name != LOCK_FILE and p.suffix != ".partial" for p in folder.iterdir()):
                 raise ValueError(f"out: {folder} is not empty; name a new folder")
             self._settings = settings
@@ -63,13 +69,16 @@ class Store:
 
     def begin(self) -> None:
         """Makes it the folder of these settings."""
-        path = self.folder / MANIFEST
-        if not path.exists():
-            write_json(path, {"settings": self._settings})
+        write_json(self.folder / MANIFEST, {"settings": self._settings})
 
     def close(self) -> None:
         """Lets others in; nothing is left of a folder that was not begun."""
         self._lock.release(undo=not (self.folder / MANIFEST).exists())
+
+    @property
+    def has_reply(self) -> bool:
+        """Whether it holds a reply of the teacher."""
+        return any((self.folder / STEPS[1]).glob("*.json"))
 
     def log(self, step: str, number: int, given: dict[str, Any], ask: Ask) -> Log:
         """The file of a step of a trajectory, with what it holds already."""
@@ -158,11 +167,13 @@ def damaged(path: Path, reason: str) -> ValueError:
     return ValueError(f"{path} is not what annotate wrote ({reason}): delete it and run again")
 
 
-def _check_same(path: Path, made: Any, settings: dict[str, Any]) -> None:
+def _check_same(path: Path, made: Any, settings: dict[str, Any], free: Container[str]) -> None:
     if not isinstance(made, dict):
         raise damaged(path, "its settings are no object")
+    if isinstance(made.get("generation"), dict):
+        made["generation"].pop("max_tokens", None)  # earlier versions fixed it too
     for name, value in settings.items():
-        if made.get(name) != value:
+        if name not in free and made.get(name) != value:
             raise ValueError(
                 f"{name} is {str(value)[:80]}, and {path.parent} was made with "
                 f"{str(made.get(name))[:80]}: give the same, or another --out"

@@ -48,6 +48,8 @@ def summarize(
         "kept": len(rows),
         "steps": steps,
         "rejected": dict(Counter(reason.reason for reason in rejected).most_common()),
+        # What is known of the first of each.
+        "details": {r.reason: r.detail for r in reversed(rejected) if r.detail},
         "threads_unchanged": threads["unchanged"],
         "blocks_dissolved": threads["dissolved"],
         "acceleration": fmean(accelerations) if rows else None,

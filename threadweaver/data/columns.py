@@ -33,13 +33,18 @@ _ANY_END = re.compile(r"(?:<[^<>\s]+>\s*)+\Z")
 _CONTROL_END = re.compile(rf"(?:{CONTROL.pattern}\s*)+\Z")
 
 
+class Unsplit(DataError):  # noqa: N818 (named for what was found)
+    """A `qwen_text` of which nothing says where the response starts."""
+
+
 @dataclass(frozen=True)
 class Example:
     """One row of training data.
 
     Attributes:
         prompt: what comes before the response, without loss.
-        response: empty only if the row has none and none was asked for.
+        response: empty only if the row has none, or none that can be told from its prompt, and
+            none was asked for.
         ground_truth: the right answer, or several of which any is right; None if the row names
             none.
         source: "file:line", or "file, row n" for parquet; both count from 1.
@@ -100,9 +105,9 @@ def read_examples(
     taken as its text, or a list of these, of which any is right.
 
     Args:
-        responses: whether every row must hold one; if not, the response of a row with neither
-            `qwen_text` nor `response` is empty, and a question is the prompt even where a
-            `qwen_text` has it rendered.
+        responses: whether every row must hold one; if not, a question is the prompt even where a
+            `qwen_text` has it rendered, and the response of a row is empty if it has neither
+            `qwen_text` nor `response`, or a `qwen_text` that nothing splits.
         codec: of the model that is to read the prompts.
 
     Raises:
@@ -134,7 +139,12 @@ def example_of(
     question = _prompt(row, asked, source) if asked else None
     answered, truth = _ground_truth(row, source)
     if "qwen_text" in row:
-        prompt, response = _split(row, question, source, codec)
+        try:
+            prompt, response = _split(row, question, source, codec)
+        except Unsplit:
+            if responses or question is None:
+                raise
+            return Example(question, "", truth, source, (asked, None, answered))
         prompt_column = response_column = "qwen_text"
         if question is not None and (prompt == question or not responses):
             prompt, prompt_column = question, asked
@@ -155,10 +165,7 @@ def example_of(
             "the row"
         )
     if control := CONTROL.search(body):
-        raise DataError(
-            f"{source}: field '{response_column}': the response holds {control[0]}, a control "
-            "token: give the last turn alone in a field 'response'"
-        )
+        raise DataError(_holds_control(response_column, control[0], source))
     return Example(prompt, response, truth, source, (prompt_column, response_column, answered))
 
 
@@ -173,6 +180,9 @@ def _split(
     text = _text(row, "qwen_text", source)
     start = _start_of_response(text, row, question, source, codec)
     before, response = text[:start], _CONTROL_END.sub("", text[start:])
+    if "response" not in row and (control := CONTROL.search(response)):
+        # Of several turns, or of the prompt's end.
+        raise Unsplit(_holds_control("qwen_text", control[0], source))
     if not before.strip():
         raise DataError(
             f"{source}: field 'qwen_text' holds no prompt before the response; put it in front"
@@ -206,24 +216,31 @@ def _start_of_response(
             return text.rindex(header) + len(header)
         if text.count("<think>") == 1:
             return text.index("<think>")
-        raise _missing("question", row, source)
+        raise Unsplit(str(_missing("question", row, source)))
     asked = question if isinstance(question, str) else question[-1]["content"]
     found = text.count(asked)
     if found != 1:
         held = "does not hold" if not found else f"holds {found} times"
-        raise DataError(
+        raise Unsplit(
             f"{source}: field 'qwen_text' {held} the text of '{_asked_by(row)}', so where the "
             "response starts is unknown; give the response in a field 'response' too"
         )
     end = text.index(asked) + len(asked)
     if header and (headers := text.count(header, end)):
         if headers > 1:
-            raise DataError(
+            raise Unsplit(
                 f"{source}: field 'qwen_text' holds {headers} turns of the assistant after the "
                 "question; give the last in a field 'response' too"
             )
         return text.index(header, end) + len(header)
     return max(end, text.find("<think>", end))
+
+
+def _holds_control(column: str, control: str, source: str) -> str:
+    return (
+        f"{source}: field '{column}': the response holds {control}, a control token: give the "
+        "last turn alone in a field 'response'"
+    )
 
 
 def _rendered(codec: Codec, prompt: Prompt, source: str) -> str:

@@ -27,9 +27,12 @@ def save_rows(rows: Sequence[dict], path: str | Path) -> None:
     """Writes rows to `path`, as JSON lines (`.jsonl`) or parquet (`.parquet`, by `datasets`).
 
     The folder is made if need be. Both kinds are read by `read_rows` and `datasets.load_dataset`.
+    A column of parquet has one type: there the right answers of all rows are lists if any row has
+    several.
 
     Raises:
-        DataError: the extension is another one, or `datasets` is not installed.
+        DataError: the extension is another one, `datasets` is not installed, or parquet cannot
+            hold the rows, as when a column has values of several types.
     """
     path = Path(path)
     if path.suffix not in (".jsonl", ".parquet"):
@@ -38,6 +41,7 @@ def save_rows(rows: Sequence[dict], path: str | Path) -> None:
         write_whole(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         return
     try:
+        import pyarrow
         from datasets import Dataset
     except ImportError as error:
         raise DataError(
@@ -46,8 +50,30 @@ def save_rows(rows: Sequence[dict], path: str | Path) -> None:
     # Of all rows: by itself it takes the columns of the first.
     columns = dict.fromkeys(name for row in rows for name in row)
     table = {name: [row.get(name) for row in rows] for name in columns}
+    if "reward_model" in table:
+        table["reward_model"] = _alike(table["reward_model"])
     with whole_file(path) as partial:
-        Dataset.from_dict(table).to_parquet(partial)
+        try:
+            Dataset.from_dict(table).to_parquet(partial)
+        except (pyarrow.ArrowException, ValueError, TypeError, OverflowError) as error:
+            reason = " ".join(str(error).split())
+            raise DataError(
+                f"{path}: parquet cannot hold these rows ({reason}); write .jsonl"
+            ) from error
+
+
+def _alike(column: list[Any]) -> list[Any]:
+    """Values of `reward_model` whose right answers are all lists, if any is one."""
+
+    def truth(value: Any) -> Any:
+        return value.get("ground_truth") if isinstance(value, dict) else None
+
+    if not any(isinstance(truth(value), list | tuple) for value in column):
+        return column
+    return [
+        {**value, "ground_truth": [truth(value)]} if isinstance(truth(value), str) else value
+        for value in column
+    ]
 
 
 # A row is a line: one of more bytes is no row.

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from threadweaver.data.columns import read_examples
+from threadweaver.data.columns import Unsplit, example_of
+from threadweaver.data.files import read_rows
 from threadweaver.trajectory import Prompt
 
 WORDS = 13
@@ -71,10 +72,16 @@ class Overlap:
 
 
 def texts_of_files(paths: Iterable[str]) -> Iterator[Text]:
-    """The rows of data files. Raises DataError as `read_examples`."""
+    """The rows of data files: all that a `qwen_text` holds, where nothing says what of it is the
+    response. Raises DataError as `read_examples`."""
     for path in paths:
-        for example in read_examples(path, responses=False):
-            yield Text(example.source, text_of(example.prompt), example.response)
+        for source, row in read_rows(path):
+            try:
+                example = example_of(row, source, responses=False)
+                prompt, response = text_of(example.prompt), example.response
+            except Unsplit:
+                prompt = response = ""
+            yield Text(source, prompt, response or row.get("qwen_text") or "")
 
 
 def text_of(prompt: Prompt) -> str:

@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _answer(options: Namespace, settings: GenerationSettings) -> int:
     """Answers a data file; the exit code. Raises ValueError for what cannot be used."""
-    from threadweaver.data import columns_note, load_examples, save_rows
+    from threadweaver.data import DataError, columns_note, load_examples, save_rows
     from threadweaver.generate.answer_file import AnswerFile
     from threadweaver.generate.engine import NonFiniteLogits
     from threadweaver.generate.load import check_chat, load_engine, settle_precision
@@ -186,7 +186,13 @@ def _answer(options: Namespace, settings: GenerationSettings) -> int:
         if log.rows:
             print_line(console, f"{log.path}: {len(log.rows):,} responses are there already")
         rows = answers.decode(log)
-        save_rows(rows, options.out)
+        try:
+            save_rows(rows, options.out)
+        except DataError as error:
+            raise DataError(
+                f"{error}. All responses are kept: rename {log.path} to NAME.jsonl.partial, and "
+                "the same command with --out NAME.jsonl decodes none again"
+            ) from error
         log.path.unlink()
     except KeyboardInterrupt:
         if log is None:

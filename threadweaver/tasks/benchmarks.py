@@ -18,7 +18,7 @@ from typing import Any
 from threadweaver.data import DataError, Example, columns_note, example_of, is_data_path, read_rows
 from threadweaver.grading.judge import Judge
 from threadweaver.grading.tolerance import build_tolerant_grader
-from threadweaver.tasks.boxed import boxed_answer
+from threadweaver.tasks.boxed import stated_answer
 from threadweaver.tasks.data_file import (
     answers_of,
     check_math_verify,
@@ -221,7 +221,7 @@ def _tolerances(error: Any, source: str) -> list[float]:
 def _check_whole(name: str, problem: Problem, largest: int) -> None:
     """Raises DataError for an answer that cannot be one of this benchmark's."""
     for answer in answers_of(problem):
-        number = re.fullmatch(r"\s*0*([0-9]{1,9})(?:\.0*)?\s*", boxed_answer(answer) or answer)
+        number = re.fullmatch(r"\s*0*([0-9]{1,9})(?:\.0*)?\s*", stated_answer(answer))
         if not number or int(number[1]) > largest:
             raise DataError(
                 f"{problem.source}: the answer is {answer[:40]!r}, and those of {name} are whole "

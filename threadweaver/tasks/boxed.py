@@ -1,10 +1,11 @@
-"""The answer of a response: what its last box after the thinking holds."""
+"""The answer of a response, in its last box after the thinking, and that of a ground truth."""
 
 from __future__ import annotations
 
 import re
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
+_LAST_LINE = re.compile(r"^####[^\S\n]*(\S.*)\s*\Z", re.MULTILINE)
 _BARE = re.compile(r"\\[a-zA-Z]+|[^\s{}$]")  # what a command takes that no brace follows
 
 
@@ -39,6 +40,15 @@ def boxed_answer(response: str) -> str | None:
             if depth == 0:
                 return answer[start + 1 : i].strip()
     return None
+
+
+def stated_answer(truth: str) -> str:
+    """What a ground truth says is the answer: its last box, else what follows `####` on its last
+    line, as in GSM8K, else all of it."""
+    if box := boxed_answer(truth):
+        return box
+    last = _LAST_LINE.search(truth)
+    return last[1].strip() if last else truth
 
 
 def boxes_number(response: str, number: str) -> bool:

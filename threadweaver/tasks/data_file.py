@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable
+from dataclasses import replace
 
 from threadweaver.data import DataError, Example, columns_note, load_examples
 from threadweaver.grading.judge import Judge
 from threadweaver.grading.mathematics import build_math_grader
-from threadweaver.tasks.boxed import boxed_answer, boxes_number
+from threadweaver.tasks.boxed import boxed_answer, boxes_number, stated_answer
 from threadweaver.tasks.task import Problem, Split, check_settings, drawn, is_held_out
 from threadweaver.trajectory import Prompt
+
+# A ground truth that is a solution, of which the grader is not told where the answer stands.
+LONGEST_ANSWER = 200  # characters
+_WHOLE_NUMBER = re.compile(r"([0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.0*)?")
 
 
 class DataFile:
@@ -19,7 +25,8 @@ class DataFile:
 
     A response, where a row has one, is the demonstration. An answer is right if its box holds the
     same text as the row's ground truth or means the same (threadweaver.grading.mathematics):
-    `\\frac{1}{2}`, 0.5.
+    `\\frac{1}{2}`, 0.5. Of a ground truth that is a solution the last box counts, or what follows
+    `####` on its last line.
 
     Args:
         path: of the file or folder, or the pattern.
@@ -52,8 +59,21 @@ class DataFile:
         examples = load_examples(path, responses=False)
         for example in examples:
             held = is_held_out(_asked(example.prompt), held_out)
-            self._splits["validation" if held else "train"].append(problem_of(example))
+            problem = problem_of(example)
+            if whole_numbers:
+                problem = replace(problem, answer=_whole_numbers(problem))
+            self._splits["validation" if held else "train"].append(problem)
         self.notes = [columns_note(path, examples)]
+        if prose := sum(
+            any(map(_is_prose, answers_of(problem)))
+            for problems in self._splits.values()
+            for problem in problems
+        ):
+            self.notes.append(
+                f"{path}: {prose:,} of {len(examples):,} right answers are several lines or over "
+                f"{LONGEST_ANSWER} characters, without \\boxed{{…}} or '#### …' at the end: hardly "
+                "any response can equal them"
+            )
         if 0 < held_out < 1:
             held = len(self._splits["validation"])
             self.notes.append(
@@ -122,14 +142,35 @@ def submit_mathematics(
     if not answer or answer in truths:
         right = bool(answer)
         return lambda: right
-    # A ground truth may be a sentence or a whole solution with the answer in its box.
-    truths = (boxed_answer(truth) or truth for truth in truths)
+    truths = tuple(stated_answer(truth) for truth in truths)
+    if answer in truths:
+        return lambda: True
     return judge.submit(answer, *extra, *truths, source=problem.source)
 
 
 def answers_of(problem: Problem) -> tuple[str, ...]:
     """The right answers of a problem, any of which is right."""
     return (problem.answer,) if isinstance(problem.answer, str) else problem.answer
+
+
+def _is_prose(truth: str) -> bool:
+    """Whether a ground truth is longer than an answer, and does not say where the answer stands."""
+    stated = stated_answer(truth)
+    return "\n" in stated or len(stated) > LONGEST_ANSWER
+
+
+def _whole_numbers(problem: Problem) -> str | tuple[str, ...]:
+    """The right answers in decimal digits alone. Raises DataError for one that is no whole number
+    from 0 on."""
+    found = [_WHOLE_NUMBER.fullmatch(stated_answer(truth)) for truth in answers_of(problem)]
+    for truth, number in zip(answers_of(problem), found, strict=True):
+        if not number:
+            raise DataError(
+                f"{problem.source}: the right answer {truth[-40:]!r} is no whole number from 0 on, "
+                "and whole_numbers compares nothing else; correct it, or leave whole_numbers out"
+            )
+    first, *others = dict.fromkeys(number[1].replace(",", "") for number in found if number)
+    return (first, *others) if others else first
 
 
 def _asked(prompt: Prompt) -> str:

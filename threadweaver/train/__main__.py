@@ -133,7 +133,7 @@ def _plan(config: RunConfig, console: Console) -> int:
 def _config_file(arguments: list[str]) -> str:
     """The last file that --config names, as errors name it."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", default="config")
+    parser.add_argument("--config", nargs="?", default="config", const="config")
     return parser.parse_known_args(arguments)[0].config
 
 

@@ -19,7 +19,9 @@ import torch
 from torch import nn
 
 from threadweaver import ranks
-from threadweaver.train.config import ConfigError
+from threadweaver.command import is_out_of_memory
+from threadweaver.train.config import ConfigError, OptimizerName
+from threadweaver.train.memory.optimizer import state_bytes
 from threadweaver.whole_file import sync
 
 STATE_FILE = "trainer_state.pt"
@@ -55,6 +57,7 @@ def save_checkpoint(
     Raises:
         OSError: it cannot be written, as on a full disk; nothing is left of it.
         RuntimeError: another rank has ended (`ranks.is_lost`).
+        MemoryError, RuntimeError: there is too little memory (`is_out_of_memory`).
     """
     partial = folder / f".step-{step}.partial"
 
@@ -78,7 +81,7 @@ def save_checkpoint(
         # PyTorch and safetensors have errors of their own for a full disk.
         if ranks.is_first():
             shutil.rmtree(partial, ignore_errors=True)
-        if ranks.is_lost(error):
+        if ranks.is_lost(error) or is_out_of_memory(error):
             raise
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         done = all_checkpoints(folder)
@@ -131,10 +134,25 @@ def damaged_state(checkpoint: Path, error: Exception) -> ConfigError:
     )
 
 
-def check_room(folder: Path, model: nn.Module, count: int, models: int = 0) -> None:
+def check_room(
+    folder: Path,
+    model: nn.Module,
+    optimizer: OptimizerName,
+    count: int,
+    models: int = 0,
+    sharing: int = 1,
+) -> None:
     """Raises ConfigError unless a folder has room for so many checkpoints more, what is trained and
-    two moments in float32, and so many plain models."""
-    size = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    its moments, and so many plain models.
+
+    Args:
+        sharing: ranks that the moments are divided among.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # Those that lie on the host are in the dtype of the parameters too.
+    kind = "adamw" if optimizer == "adamw-offload" else optimizer
+    moments, _ = state_bytes(kind, [tuple(p.shape) for p in trained], trained[0].dtype, sharing)
+    size = sum(p.numel() * p.itemsize for p in trained) + sharing * moments
     whole = sum(p.numel() * p.itemsize for p in model.parameters())
     free = shutil.disk_usage(folder).free
     if count * size + models * whole > free:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from threadweaver.train.groups import Group
 from threadweaver.train.policy_batch import PolicyTrie, policy_group
@@ -34,7 +34,7 @@ def merge(groups: Sequence[Group], max_tokens: int) -> Merged:
         if group.has_signal and group.is_here:
             rollouts = [g.rollout for g in group.graded if g.rollout is not None]
             made = policy_group(rollouts, group.advantages, max_tokens)
-            tries += made.tries
+            tries += [replace(trie, sources=(group.source,)) for trie in made.tries]
             merged.dropped_calls += made.dropped_calls
             merged.skipped_rollouts += made.skipped_rollouts
     return merged

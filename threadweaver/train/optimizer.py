@@ -94,13 +94,14 @@ def clip_gradient(
     model: PreTrainedModel, optimizer: torch.optim.Optimizer, largest: float
 ) -> Tensor:
     """Scales the gradient to at most this norm; returns the norm that it had."""
+    on_host = getattr(optimizer, "param_d2h_map", None)
+    if on_host is not None:
+        # An offloaded step takes copies, made beside the backward pass: of the gradient as it is.
+        torch.cuda.synchronize()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
-    on_host = getattr(optimizer, "param_d2h_map", None)
     if on_host is not None:
-        # An offloaded step takes the copies that were made while the backward pass ran.
-        torch.cuda.synchronize()
         factor = (largest / (norm + 1e-6)).clamp(max=1).item()
         for parameter in on_host.values():
             parameter.grad.mul_(factor)

@@ -73,8 +73,11 @@ def _of_stage(stage: Stage) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        line = re.sub(r"^data\.train\b", "data", str(error)) if stage == "sft" else str(error)
-        own = re.match(r"(data|loss|optimization|policy|reward|rollouts)\b", line)
+        line = str(error)
+        if stage == "sft":
+            line = re.sub(r"^data\.train(?=[: ])", "data", line)
+        # Not a path, such as data/run or data.run/sft.
+        own = re.match(r"(data|loss|optimization|policy|reward|rollouts)(\.\w+)*[: ]", line)
         raise ConfigError(f"{stage}.{line}" if own else line) from error
 
 
@@ -106,7 +109,8 @@ class Pipeline(Run[PipelineConfig]):
         if self.part is None and not all(self._is_done(stage) for stage in self.stages):
             model, tokenizer = build_model(config, self._checkpoint("sft"))
             torch.nn.Module.to(model, self.device)  # of whose memory the pools are a part
-            self._check_stages_of(model, Codec.from_tokenizer(tokenizer, end_ids(model)))
+            codec = Codec.from_tokenizer(tokenizer, end_ids(model), config.template)
+            self._check_stages_of(model, codec)
 
     def work(self) -> int:
         """See `Run`; also the exit code of the stage that was stopped."""

@@ -37,6 +37,7 @@ class PolicyTrie:
             negative advantage.
         generator_logprobs: float32 [n], what the generator gave each, untempered: the mean over its
             samplers, who had the same context and so differ by no more than rounding.
+        sources: of the problems that the rollouts answer, each once (`Problem.source`).
     """
 
     trie: Trie
@@ -45,6 +46,7 @@ class PolicyTrie:
     positive_counts: Tensor
     negative_counts: Tensor
     generator_logprobs: Tensor
+    sources: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.trie)
@@ -73,6 +75,7 @@ class PolicyTrie:
             positive_counts=torch.cat([part.positive_counts for part in parts]),
             negative_counts=torch.cat([part.negative_counts for part in parts]),
             generator_logprobs=torch.cat([part.generator_logprobs for part in parts]),
+            sources=tuple(dict.fromkeys(source for part in parts for source in part.sources)),
         )
 
     def split(self, most_tokens: int) -> list[PolicyTrie]:
@@ -91,6 +94,7 @@ class PolicyTrie:
                     positive_counts=self.positive_counts[of],
                     negative_counts=self.negative_counts[of],
                     generator_logprobs=self.generator_logprobs[of],
+                    sources=self.sources,
                 )
             )
         return parts

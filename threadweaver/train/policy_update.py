@@ -18,6 +18,7 @@ from threadweaver.train.config import ConfigError
 from threadweaver.train.policy_batch import PolicyTrie
 from threadweaver.train.policy_loss import PolicyLoss, policy_loss
 from threadweaver.train.policy_parts import Part
+from threadweaver.train.schedule import constant_rate
 from threadweaver.train.setup import build_passes
 from threadweaver.train.sharding import Passes
 from threadweaver.train.stages import RLConfig
@@ -52,16 +53,16 @@ class PolicyTrainer(Trainer[RLConfig]):
         reference, _ = build_passes(self.config, None, self.device)
         self.reference = reference.eval()
 
-    def learn(self, parts: Sequence[Part], num_tokens: int, sources: list[str]) -> Record:
+    def learn(self, parts: Sequence[Part], num_tokens: int) -> Record:
         """The optimizer steps of a batch.
 
         Args:
             num_tokens: of all completions of the batch, those of groups without signal included.
-            sources: of its problems.
         """
         settings = self.config.optimization
-        warmup = math.ceil(settings.warmup * self.num_steps)
-        rate = settings.learning_rate * min(1.0, (self.steps_done + 1) / max(warmup, 1))
+        rate = constant_rate(
+            self.steps_done, self.num_steps, settings.learning_rate, settings.warmup
+        )
         losses: list[PolicyLoss] = []
         norms = []
         several = settings.updates > 1
@@ -81,8 +82,8 @@ class PolicyTrainer(Trainer[RLConfig]):
                 for _ in progress.track(range(fillers)):
                     self._run_filler()
                 tries = [micro.trie for micro in micros]
-                all_sources = [sources] * len(micros)
-                norms.append(self.update(rate, [loss.loss for loss in step], tries, all_sources))
+                sources = [micro.sources for micro in micros]
+                norms.append(self.update(rate, [loss.loss for loss in step], tries, sources))
                 losses += step
         # Those of groups with a signal, which alone are looked at.
         tokens = sum(micro.num_completion_tokens for micros, _ in parts for micro in micros)
@@ -98,9 +99,9 @@ class PolicyTrainer(Trainer[RLConfig]):
         self, parts: Sequence[Part], progress: Progress
     ) -> Sequence[Sequence[Tensor | None]]:
         """Of each micro-batch of each part, by the weights before the first of several updates."""
-        self.copies.cast()
         old = []
         for micros, fillers in parts:
+            self.copies.cast()
             old.append([self._logprobs(self.passes, micro) for micro in progress.track(micros)])
             for _ in progress.track(range(fillers)):
                 self._logprobs(self.passes, self.filler)

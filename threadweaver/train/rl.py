@@ -140,7 +140,7 @@ class RLTrainer(PolicyTrainer):
             merged.tries, optimization.updates, optimization.batch_tokens, self.pass_tokens
         )
         num_tokens = sum(group.num_sampled_tokens for group in batch)
-        learnt = self.learn(parts, num_tokens, [group.source for group in batch])
+        learnt = self.learn(parts, num_tokens)
         end = time.perf_counter()
         graded = [g for group in groups for g in group.graded]
         rewards = [r for group in groups for r in group.rewards]

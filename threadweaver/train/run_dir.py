@@ -104,12 +104,9 @@ def checkpoint_of(run_dir: Path) -> Path:
 def in_own_folder(settings: Namespace, config_file: Path) -> Namespace:
     """Settings of a config.yaml that a run wrote, for the run in the folder where it is now: that
     may be a copy, or have been moved."""
-    folder = config_file.parent
-    is_of_run = config_file.name == "config.yaml" and (
-        (folder / LOCK_FILE).exists() or has_begun(folder)
-    )
+    folder = _absolute(config_file.parent)
     old = settings.run_dir
-    if not is_of_run or Path(old).absolute() == folder.absolute():
+    if config_file.name != "config.yaml" or not _is_of_run(folder) or _absolute(old) == folder:
         return settings
     settings = settings.clone()
     settings.run_dir = str(folder)
@@ -119,11 +116,23 @@ def in_own_folder(settings: Namespace, config_file: Path) -> Namespace:
     return settings
 
 
+def _absolute(path: str | Path) -> Path:
+    """Without `..`, and with links as they are, as `path_in` has it."""
+    return Path(os.path.abspath(path))  # noqa: PTH100 (Path.absolute keeps `..`)
+
+
+def _is_of_run(folder: Path) -> bool:
+    """Whether the config.yaml in a folder is one that a run wrote there."""
+    is_there = (folder / "config.yaml").exists()
+    return is_there and ((folder / LOCK_FILE).exists() or has_begun(folder))
+
+
 def run_root(run_dir: Path) -> Path:
-    """The folder of the whole run of which this may be a stage."""
-    while (run_dir.parent / "config.yaml").exists():
-        run_dir = run_dir.parent
-    return run_dir
+    """The folder, absolute, of the whole run of which this may be a stage."""
+    root = _absolute(run_dir)
+    while root.parent != root and _is_of_run(root.parent):
+        root = root.parent
+    return root
 
 
 def path_in(path: str, root: Path) -> str | None:
@@ -135,8 +144,10 @@ def path_in(path: str, root: Path) -> str | None:
 def relocated(path: str, old_run_dir: str, run_dir: Path) -> str:
     """A path in a run's folder, or in that of the whole run, as it is now that both were copied or
     moved; others as they are."""
+    if Path(path).is_absolute() != Path(old_run_dir).is_absolute():
+        return path  # a run makes its paths of run_dir
     root = run_root(run_dir)
-    depth = len(run_dir.parts) - len(root.parts)
+    depth = len(_absolute(run_dir).parts) - len(root.parts)
     old_root = [Path(old_run_dir), *Path(old_run_dir).absolute().parents][depth]
     relative = path_in(path, old_root)
     return path if relative is None else str(root / relative)

@@ -95,13 +95,9 @@ def generator_states() -> dict[str, Any]:
     """Of PyTorch's generators, from which dropout and stochastic rounding draw; each rank has its
     own. All call it."""
     states: dict[str, Any] = {"rng": torch.get_rng_state(), "cuda_rng": []}
-    if ranks.size() == 1:
-        if torch.cuda.is_initialized():
-            states["cuda_rng"] = torch.cuda.get_rng_state_all()
-        return states
     if torch.cuda.is_initialized():
         states["cuda_rng"] = [torch.cuda.get_rng_state()]
-    return {**states, "rank_rng": ranks.gather(states)}
+    return states if ranks.size() == 1 else {**states, "rank_rng": ranks.gather(states)}
 
 
 def restore_generators(state: dict[str, Any], seed: int) -> None:
@@ -116,7 +112,5 @@ def restore_generators(state: dict[str, Any], seed: int) -> None:
         return
     torch.set_rng_state(state["rng"])
     if torch.cuda.is_initialized() and state["cuda_rng"]:
-        if size == 1:
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
-        else:
-            torch.cuda.set_rng_state(state["cuda_rng"][0])
+        # Older versions saved those of all GPUs; a rank draws on one, then the first.
+        torch.cuda.set_rng_state(state["cuda_rng"][0])

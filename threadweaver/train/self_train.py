@@ -47,6 +47,7 @@ from threadweaver.train.setup import build_model
 from threadweaver.train.sft import SFTTrainer
 from threadweaver.train.stages import SelfTrainConfig, SFTConfig
 from threadweaver.trajectory import Codec, Rendered, extract_calls
+from threadweaver.trajectory.loss import Loss
 
 MOST_REASONS = 10
 Row = dict[str, Any]
@@ -80,13 +81,16 @@ class SelfTraining(Run[SelfTrainConfig]):
             self.engine = self._engine(None)
             if note := self.engine.pool_note:
                 print_line(self.console, f"rollouts: {note}")
-            for note in fitting(self.engine, problems, config.rollouts.generation).notes:
+            budget = config.optimization.batch_tokens
+            for note in fitting(self.engine, problems, config.rollouts.generation, budget).notes:
                 print_line(self.console, f"training problems: {note}")
 
     def _what_is_there(self) -> tuple[bool, list[int]]:
-        """Whether all is rolled out and selected, and the chunks that are not rolled out."""
+        """Whether what SFT trains on is selected, which its settings may change until it begins;
+        and the chunks that are not rolled out."""
         made = [self.run_dir / name for name in ("selection.json", "kept.jsonl")]
         is_selected = all(path.exists() for path in (*made, self._chunk_file(0)))
+        is_selected = is_selected and has_begun(self.run_dir / "sft")
         numbers = range(len(self.chunks))
         return is_selected, [n for n in numbers if not self._chunk_file(n).exists()]
 
@@ -125,10 +129,12 @@ class SelfTraining(Run[SelfTrainConfig]):
                 return code
         del trainer  # the evaluation needs the memory
         checkpoint = ranks.on_first(lambda: checkpoint_of(folder))
-        after = self._roll_out(self._engine(checkpoint), 0, "rolling out after SFT")
+        means, budget = ranks.on_first(self._before)
+        engine = self._engine(checkpoint)
+        after = self._roll_out(engine, 0, "rolling out after SFT", budget)
         result = {
             **selection,
-            "before": ranks.on_first(lambda: self._chunk(0)["means"]),
+            "before": means,
             "after": summary(after),
             "checkpoint": str(checkpoint),
         }
@@ -136,11 +142,17 @@ class SelfTraining(Run[SelfTrainConfig]):
         ranks.on_first(lambda: write_json(self.run_dir / "summary.json", result | self.overlap))
         return 0
 
+    def _before(self) -> tuple[dict[str, float], int | None]:
+        """Means of the first chunk, and the budget that its prompts were held to."""
+        chunk = self._chunk(0)
+        return chunk["means"], chunk.get("batch_tokens")  # older chunks: to none
+
     def _roll_out_missing(self) -> None:
         engine, count = self.engine, len(self.chunks)
+        budget = self.config.optimization.batch_tokens
         for n in self.missing:
             assert engine is not None
-            graded = self._roll_out(engine, n, f"rolling out {n + 1}/{count}")
+            graded = self._roll_out(engine, n, f"rolling out {n + 1}/{count}", budget)
             ranks.on_first(partial(self._write_chunk, engine, n, graded))
 
     def _write_chunk(self, engine: Engine, number: int, graded: Sequence[Graded]) -> None:
@@ -148,8 +160,9 @@ class SelfTraining(Run[SelfTrainConfig]):
         record = {
             "problems": fingerprint(problems),
             "means": summary(graded),
+            "batch_tokens": self.config.optimization.batch_tokens,
             "skipped_prompts": len(problems) - len(graded) // self.config.rollouts.samples,
-            "rollouts": [{**graded_row(g), "fits": self._fits(g, engine)} for g in graded],
+            "rollouts": [{**graded_row(g), **self._lengths(g, engine)} for g in graded],
         }
         write_json(self._chunk_file(number), record, indent=None)
 
@@ -157,7 +170,13 @@ class SelfTraining(Run[SelfTrainConfig]):
         """Writes what is kept."""
         chunks = [self._chunk(n) for n in range(len(self.chunks))]
         rows = [row for chunk in chunks for row in chunk["rollouts"]]
-        kept, selection = select(rows, self.config.rollouts.keep_per_problem)
+        config = self.config
+        kept, selection = select(
+            rows,
+            config.rollouts.keep_per_problem,
+            config.loss,
+            config.optimization.batch_tokens,
+        )
         # Older chunks have none: there such a prompt was an error.
         selection["skipped_prompts"] = sum(chunk.get("skipped_prompts", 0) for chunk in chunks)
         if not kept:
@@ -165,10 +184,12 @@ class SelfTraining(Run[SelfTrainConfig]):
                 f"{count} {reason}" for reason, count in selection["rejected"].items()
             )
             seen = "; ".join(list(selection["violations"])[:3])
+            longer = selection["rejected"]["too long"]
+            advice = "raise optimization.batch_tokens and resume, or " if longer else ""
             raise ConfigError(
                 f"self-training kept none of {len(rows)} rollouts ({reasons}"
                 f"{'; ' + seen if seen else ''}): they are all in {self.run_dir / 'rollouts'}; "
-                "in a new run_dir start from a model that is right more often, or raise "
+                f"{advice}in a new run_dir start from a model that is right more often, or raise "
                 "rollouts.samples"
             )
         save_rows(kept, self.run_dir / "kept.jsonl")
@@ -199,11 +220,15 @@ class SelfTraining(Run[SelfTrainConfig]):
             autocast=config.compute.precision == "bf16",
         )
 
-    def _roll_out(self, engine: Engine, number: int, title: str) -> list[Graded]:
-        """Of the problems of a chunk whose prompts fit."""
+    def _roll_out(
+        self, engine: Engine, number: int, title: str, budget: int | None
+    ) -> list[Graded]:
+        """Of the problems of a chunk whose prompts fit the context and, if there is one, the budget
+        of a trie."""
         rollouts = self.config.rollouts
         try:
-            problems = fitting(engine, self.chunks[number], rollouts.generation).problems
+            fit = fitting(engine, self.chunks[number], rollouts.generation, budget)
+            problems = fit.problems
         except PromptTooLong:  # all of them
             problems = []
         total = len(problems) * rollouts.samples
@@ -219,26 +244,31 @@ class SelfTraining(Run[SelfTrainConfig]):
                 on_graded=progress.graded,
             )
 
-    def _fits(self, graded: Graded, engine: Engine) -> bool:
-        """Whether SFT, which writes an end token after the response, can train on it: all of it in
-        the context, its first call in the budget."""
-        prompt = engine.codec.encode_prompt(graded.problem.prompt)
-        response = engine.codec.encode(graded.response)
-        if len(prompt) + len(response) >= engine.context_length:
-            return False
-        ids = [*prompt, *response, engine.codec.eos_id]
-        max_depth = self.config.rollouts.generation.max_depth
-        first = extract_calls(ids, engine.codec, len(prompt), max_depth=max_depth)[0]
-        return len(first.path) <= self.config.optimization.batch_tokens
+    def _lengths(self, graded: Graded, engine: Engine) -> Row:
+        """What SFT, which writes an end token after the response, would have of it: whether all of
+        it is in the context, and the tokens of its first call and of all, the prompt's included."""
+        codec, max_depth = engine.codec, self.config.rollouts.generation.max_depth
+        prompt = codec.encode_prompt(graded.problem.prompt)
+        ids = [*prompt, *codec.encode(graded.response), codec.eos_id]
+        first = extract_calls(ids, codec, len(prompt), max_depth=max_depth)[0]
+        return {
+            "fits": len(ids) <= engine.context_length,
+            "first_call_tokens": len(first.path),
+            "all_tokens": len(ids),
+        }
 
 
-def select(rows: Iterable[Row], keep_per_problem: int) -> tuple[list[Row], Row]:
+def select(
+    rows: Iterable[Row], keep_per_problem: int, loss: Loss, batch_tokens: int
+) -> tuple[list[Row], Row]:
     """What is kept of graded rollouts, in the columns of threadweaver.data, and a report.
 
     A rollout is rejected for the first of these that holds: wrong, malformed, too long (the model's
-    context ended it, and leaves no room for an end token), duplicate (the same response to the same
-    problem), over the cap (of its problem).
+    context ended it, and leaves no room for an end token; or SFT, with this loss and budget, could
+    not train on its first call), duplicate (the same response to the same problem), over the cap
+    (of its problem).
     """
+    first_call = "all_tokens" if loss == "sequential" else "first_call_tokens"
     kept: list[Row] = []
     rejected = dict.fromkeys(("wrong", "malformed", "too long", "duplicate", "over the cap"), 0)
     breaches: Counter[str] = Counter()
@@ -255,7 +285,8 @@ def select(rows: Iterable[Row], keep_per_problem: int) -> tuple[list[Row], Row]:
             rejected["wrong"] += 1
         elif row["violations"]:
             rejected["malformed"] += 1
-        elif not row.get("fits", True):  # older chunks do not say
+        elif not row.get("fits", True) or row.get(first_call, 0) > batch_tokens:
+            # Older chunks have no counts, and "fits", if any, is also of the budget of then.
             rejected["too long"] += 1
         elif response in seen:
             rejected["duplicate"] += 1

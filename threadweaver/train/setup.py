@@ -1,4 +1,4 @@
-"""What a run computes with: PyTorch's own settings, the model, the optimizer."""
+"""What a run computes with: PyTorch's own settings, the model, and how its layers run."""
 
 from __future__ import annotations
 

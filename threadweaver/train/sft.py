@@ -43,7 +43,7 @@ from threadweaver.train.passes import split
 from threadweaver.train.report import print_sft_table
 from threadweaver.train.rollout_model import RolloutModel
 from threadweaver.train.run_dir import write_json
-from threadweaver.train.schedule import learning_rate
+from threadweaver.train.schedule import cosine_rate
 from threadweaver.train.stages import SFTConfig
 from threadweaver.train.trainer import Record, Trainer
 from tw_kernels import Trie
@@ -87,11 +87,9 @@ class SFTTrainer(Trainer[SFTConfig]):
 
     def load_data(self) -> None:
         config = self.config
-        self.data = self._load_tries(config.data.train)
-        if not self.data.tries:
-            raise ConfigError(f"data.train: {config.data.train} holds no well-formed trajectory")
+        self.data = self._load_tries("train", config.data.train)
         path = config.data.validation
-        self.validation = self._load_tries(path) if path else None
+        self.validation = self._load_tries("validation", path) if path else None
         self.report_overlap(texts_of_files([config.data.train]))
         self.trains_on = f"data.train: {config.data.train}"
         self.fingerprint = self.data.fingerprint
@@ -154,9 +152,7 @@ class SFTTrainer(Trainer[SFTConfig]):
             for trie in progress.track(dealt.fillers):
                 (0 * self._loss_sum(trie)).backward()
         settings = self.config.optimization
-        rate = learning_rate(
-            self.steps_done, self.num_steps, settings.learning_rate, settings.warmup
-        )
+        rate = cosine_rate(self.steps_done, self.num_steps, settings.learning_rate, settings.warmup)
         norm = self.update(rate, losses, mine, sources)
         loss_value = float(torch.stack(losses).sum()) if losses else 0.0
         (loss_value,) = ranks.sums([loss_value])
@@ -227,7 +223,7 @@ class SFTTrainer(Trainer[SFTConfig]):
         total, supervised = ranks.sums([total, supervised])
         return total / supervised
 
-    def _load_tries(self, path: str) -> TrieSet:
+    def _load_tries(self, field: str, path: str) -> TrieSet:
         with Progress(self.console, f"reading {path}", None, "rows") as progress:
             examples = list(progress.track(read_examples(path, codec=self.codec)))
         print_line(self.console, columns_note(path, examples))
@@ -247,6 +243,8 @@ class SFTTrainer(Trainer[SFTConfig]):
             f"unrolled), {data.dropped_calls:,} calls cut to fit optimization.batch_tokens, "
             f"{data.dropped_trajectories:,} malformed trajectories dropped",
         )
+        if not data.tries:
+            raise ConfigError(f"data.{field}: {path} holds no well-formed trajectory")
         most = self.pass_tokens
         paths = [int(trie.positions.max()) + 1 for trie in data.tries]
         if most is not None and (longer := [n for n in paths if n > most]):

@@ -75,6 +75,8 @@ class ShardReader(FileSystemReader):
         for name, items in of_files.items():
             try:
                 super().read_data(replace(plan, items=items), planner)
+            except torch.OutOfMemoryError:
+                raise  # of the device: the file may be sound
             except Exception as error:  # whatever damaged bytes make of the reader
                 raise _of_file(name, error) from error
         done: Future[None] = Future()

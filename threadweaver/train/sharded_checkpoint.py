@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from threadweaver import ranks
+from threadweaver.command import is_out_of_memory
 from threadweaver.train.config import ConfigError
 from threadweaver.train.moments import has_codes, parts, room_for, take, without_codes
 from threadweaver.train.shard_reader import SafeLoadPlanner, ShardReader
@@ -50,9 +51,9 @@ def save_shards(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> Non
     """Writes checkpoint/state, forced to disk; all ranks call it.
 
     Raises:
-        OSError: on all ranks, if it cannot be written.
+        OSError: on all ranks, if it cannot be written; but not for want of memory.
     """
-    ours: Any = get_optimizer_state_dict(model, optimizer)
+    ours = _state_of(model, optimizer)
     moments = {
         name: {key: parts(value) if has_codes(value) else value for key, value in of.items()}
         for name, of in ours["state"].items()
@@ -61,7 +62,8 @@ def save_shards(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> Non
     try:
         save(state, storage_writer=FileSystemWriter(checkpoint / FOLDER))
     except CheckpointException as error:
-        raise OSError(str(_cause(error))) from error
+        met = _met(error)
+        raise met if is_out_of_memory(met) else OSError(_first_line(met)) from error
 
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
@@ -75,7 +77,7 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
 
 def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """As `load_weights`, the state of an optimizer that has taken no step."""
-    ours: Any = get_optimizer_state_dict(model, optimizer)
+    ours = _state_of(model, optimizer)
     with _reading(checkpoint) as reader:
         sizes: Any = reader.read_metadata().state_dict_metadata
         room = {
@@ -98,7 +100,7 @@ def take_whole_optimizer(
     """Divides the optimizer state of one process, as rank 0 read it from trainer_state.pt, among
     the ranks, which all call it with an optimizer that has taken no step."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    ours: Any = get_optimizer_state_dict(model, optimizer)
+    ours = _state_of(model, optimizer)
     # Numbers in a state dict count the parameters, group by group.
     ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
     theirs = {} if state is None else {ordered[i]: s for i, s in state["state"].items()}
@@ -125,6 +127,20 @@ def _take_from_first(ours: Tensor, theirs: Any) -> None:
         take(ours, room)
 
 
+def _state_of(model: nn.Module, optimizer: Optimizer) -> Any:
+    """An optimizer's state by the names of parameters. One that has taken no step gets the state of
+    before its first: torch has it take one at a rate of 0, without gradients. That moves no
+    parameter, but it is counted, and draws where parameters are rounded at random."""
+    is_new = not optimizer.state
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        state: Any = get_optimizer_state_dict(model, optimizer)
+    if is_new:
+        for of in state["state"].values():
+            of["step"].zero_()
+    return state
+
+
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     """What a checkpoint holds of a model: its parameters, tied ones once, and stored buffers."""
     stored = model.state_dict().keys()
@@ -142,29 +158,34 @@ def _load(checkpoint: Path, state: dict[str, Any]) -> None:
 @contextmanager
 def _reading(checkpoint: Path) -> Iterator[ShardReader]:
     """Inside, whatever is wrong with the files is a ConfigError. Another rank that has ended is not
-    (`ranks.is_lost`)."""
+    (`ranks.is_lost`), nor too little memory of the device."""
     try:
         yield ShardReader(checkpoint / FOLDER)
-    except torch.OutOfMemoryError:
-        raise  # of the device: the files may be sound
     except (CheckpointException, Exception) as error:  # whatever damaged bytes make of the reader
+        met = _met(error)
+        if isinstance(met, torch.OutOfMemoryError):
+            raise met from None  # of the device: the files may be sound
         if ranks.is_lost(error):
             raise
-        raise _unreadable(checkpoint, _cause(error)) from error
+        raise _unreadable(checkpoint, _first_line(met)) from error
 
 
-def _unreadable(checkpoint: Path, why: BaseException | str) -> ConfigError:
+def _unreadable(checkpoint: Path, why: str) -> ConfigError:
     return ConfigError(
         f"{checkpoint / FOLDER}: cannot be read ({why}); delete the folder {checkpoint.name} to "
         "resume from the checkpoint before it"
     )
 
 
-def _cause(error: BaseException) -> BaseException | str:
+def _met(error: BaseException) -> BaseException:
     """What a rank met with, of what the ranks tell each other."""
-    if isinstance(error, CheckpointException):
-        wrapped = next(iter(error.failures.values()))
-        error = wrapped[0] if isinstance(wrapped, tuple) else wrapped
+    if not isinstance(error, CheckpointException):
+        return error
+    wrapped = next(iter(error.failures.values()))
+    return wrapped[0] if isinstance(wrapped, tuple) else wrapped
+
+
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from threadweaver import ranks
+from threadweaver.command import is_out_of_memory
 from threadweaver.model import (
     WeightCopies,
     end_ids,
@@ -399,6 +400,8 @@ class Trainer(Run[T]):
         except ConfigError:
             raise
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
             raise damaged_state(checkpoint, error) from error
         self.steps_done = state["step"]
         self.totals = state["totals"]
@@ -415,4 +418,6 @@ class Trainer(Run[T]):
             models = count if report.export == "every" else 1
         if self.lora is not None:
             models += self.lora.lacks_base
-        check_room(self.run_dir, self.model, count, models)
+        sharing = ranks.size() if self.is_sharded else 1
+        optimizer = self.config.optimization.optimizer
+        check_room(self.run_dir, self.model, optimizer, count, models, sharing)

@@ -15,6 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from threadweaver.train.layers import layers_of
+
 # A dataclass of numbers, each of which grows by the same amount from layer to layer.
 N = TypeVar("N", bound=Any)
 _FEWEST = 2
@@ -51,7 +53,7 @@ def _first(layers: nn.ModuleList, count: int) -> Iterator[None]:
 
 def _equal_layers(model: PreTrainedModel) -> nn.ModuleList | None:
     """All decoder layers, if they are in one list and equal in class and shapes."""
-    kinds = {_kind(m) for m in model.modules() if isinstance(m, GradientCheckpointingLayer)}
+    kinds = {_kind(layer) for layer in layers_of(model)}
     lists = [
         m
         for m in model.modules()

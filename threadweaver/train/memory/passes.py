@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from threadweaver.model import (
     cross_entropy_sum,
@@ -17,6 +16,7 @@ from threadweaver.model import (
     token_logprobs,
     trie_hidden_states,
 )
+from threadweaver.train.layers import layers_of
 from threadweaver.train.memory.blueprint import Blueprint
 from threadweaver.train.offload import ActivationOffload
 from tw_kernels import Trie, TrieLayout
@@ -131,8 +131,7 @@ def run_passes(
         if out.requires_grad:
             out.register_hook(next_segment)
 
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    marked = [model.get_input_embeddings(), *layers]
+    marked = [model.get_input_embeddings(), *layers_of(model)]
     hooks = [module.register_forward_hook(mark) for module in marked]
     if offload:
         offload.host_bytes = 0

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from threadweaver.model import (
     WeightCopies,
     output_layer,
     trie_hidden_states,
 )
+from threadweaver.train.layers import layers_of
 from threadweaver.train.memory.blueprint import Architecture, counting
 from threadweaver.train.memory.first_layers import of_all_layers
 from threadweaver.train.memory.passes import CountedOffload, Passes, run_passes
@@ -153,7 +153,7 @@ def _line(tokens: int) -> tuple[Trie, TrieLayout]:
 
 def _units(model: PreTrainedModel) -> tuple[Unit, Unit]:
     """The largest decoder layer, and all that is in none."""
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers = layers_of(model)
     found = [_unit(list(layer.parameters())) for layer in layers]
     inside = {id(p) for layer in layers for p in layer.parameters()}
     rest = _unit([p for p in model.parameters() if id(p) not in inside])
