@@ -96,15 +96,15 @@ def test_prompts_longer_than_the_context_are_skipped_and_counted(evaluated_run, 
     assert evaluated_run.summary()["skipped_prompts"] == 1
 
 
-def test_evaluation_grades_as_its_task_does(evaluated_run, tmp_path):
+def test_evaluation_grades_as_its_task_does(evaluated_run, tmp_path, fails):
     """Not as products, nor as mathematics: by the options of the file, or by a task of any kind."""
     path = tmp_path / "halves.jsonl"
-    path.write_text(json.dumps({"question": PROMPTS[0], "ground_truth": "602.0"}) + "\n")
+    path.write_text(json.dumps({"question": PROMPTS[0], "ground_truth": "1204/2"}) + "\n")
     evaluated_run.settings["evaluate"]["data"] = str(path)
     assert evaluated_run() == 0 and evaluated_run.summary()["accuracy"] == 1
     shutil.rmtree(evaluated_run.folder)
     evaluated_run.settings["evaluate"]["options"] = {"whole_numbers": True}
-    assert evaluated_run() == 0 and evaluated_run.summary()["accuracy"] == 0
+    assert "'1204/2' is no whole number" in fails(evaluated_run(), 2)
 
 
 def test_evaluation_takes_the_held_out_problems_of_a_task(evaluated_run, fails):
