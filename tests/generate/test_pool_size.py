@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
+import torch
 from rollouts import CODEC
 
 from threadweaver import device
@@ -107,6 +110,28 @@ def test_a_device_without_room_for_a_page_is_refused(fork_join_model, monkeypatc
     monkeypatch.setattr("threadweaver.generate.pool_size.memory_of", lambda device: 1000)
     with pytest.raises(ValueError, match=r"kv_gigabytes is auto, and 25% of 1e-06 GB: .* a page"):
         Engine(fork_join_model, CODEC)
+
+
+def test_memory_in_pieces_is_no_room_for_pages(monkeypatch):
+    """Nor is what PyTorch keeps and could give back: it gives it back before anything is sized."""
+    free = [20 * GB]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 80 * GB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50 * GB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10 * GB)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.append(free.pop() + 5 * GB))
+    assert device.unused_memory(torch.device("cuda")) == 25 * GB
+
+
+def test_pages_go_back_to_the_device_before_anyone_else_can_lie_in_them(
+    fork_join_model, monkeypatch
+):
+    engine = Engine(fork_join_model, CODEC, kv_gigabytes=0.01)
+    engine.add([1, 2, 3], GenerationSettings(max_tokens=8))
+    engine.run()
+    pages, there = weakref.ref(engine._runner._pages), []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: there.append(pages() is not None))
+    engine.free()
+    assert there == [False]
 
 
 @pytest.mark.parametrize(
