@@ -24,7 +24,8 @@ test-all: lint
 # Most of their time is compilation, so a process a core; each takes one thread by itself, and up to
 # 5 GB of the GPU (tests/conftest.py).
 test-gpu: .venv/tools
-	$(BIN)/python -m pytest -m gpu --numprocesses $(or $(PROCESSES),14) --dist worksteal
+	$(BIN)/python -m pytest -m gpu --numprocesses $(or $(PROCESSES),14) --dist worksteal \
+		$(shell grep --recursive --files-with-matches --include "test_*.py" pytest.mark.gpu tests)
 
 setup: .venv/tools
 

@@ -36,6 +36,7 @@ from bench.suite import (
 )
 from bench.table import console, setup_table
 from threadweaver.command import explain, fail
+from threadweaver.device import give_back_memory
 from threadweaver.progress import Status
 
 DEFAULT = "bench/results/<device>/<date>-<commit>"
@@ -60,6 +61,7 @@ def run(suite: Suite[O, S], options: O, selection: Selection[S]) -> list[Row]:
     rows: list[Row] = []
     while setups:
         with closing(setups.pop(0)) as setup, status:
+            give_back_memory()  # of the one before it
             show = show_on(status, suite, setup)
             new = measure(setup, selection.peers, meter, budget, roofline, show)
         suite.relate({row["peer"]: row for row in new if row["status"] == "ok"})

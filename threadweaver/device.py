@@ -7,6 +7,7 @@ auto    bf16 where the device multiplies bfloat16 itself, else fp32
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -55,10 +56,24 @@ def memory_of(device: torch.device) -> int:
 
 
 def unused_memory(device: torch.device) -> int:
-    """Bytes of a CUDA device that nobody uses, what PyTorch keeps for later among them."""
+    """Bytes of a CUDA device that nobody holds, once PyTorch gave back what it keeps for later.
+
+    What it then still keeps lies in pieces around tensors: no room for one large one.
+    """
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free + kept
+    return free
+
+
+def give_back_memory() -> None:
+    """To be called before a model is loaded, so that what nobody uses any more, of the one before
+    it say, is no part of its device's memory.
+
+    Layers that are recomputed or compiled and captured steps refer to themselves in a circle: only
+    the garbage collector finds them, and it seldom runs.
+    """
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _group_limits(root: Path) -> list[int]:

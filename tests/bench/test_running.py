@@ -1,8 +1,10 @@
 """Running suites: options, exit codes, progress, and the table."""
 
+import gc
 import json
 import re
 import time
+import weakref
 
 import pytest
 
@@ -38,6 +40,32 @@ def test_a_setup_is_closed_even_when_a_peer_stops_the_run():
     with pytest.raises(KeyboardInterrupt):
         suite_main(Suite("t", Options, lambda o: [setup], [Peer("stop", stop)]), ["--quick"])
     assert setup.closed
+
+
+def test_a_setup_is_gone_before_the_next_one_makes_its_tensors(monkeypatch):
+    """Models with recomputed layers refer to themselves."""
+    there, found = weakref.WeakSet(), []
+
+    def setups(_options):
+        for _ in range(3):
+            setup = Doubling()
+            setup.itself = setup  # pyright: ignore[reportAttributeAccessIssue]
+            yield setup
+
+    def prepare(setup):
+        found.append(len(there))
+        there.add(setup)
+        return counted(lambda x: 2 * x)[0](setup)
+
+    gc.disable()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(gc, "enable", lambda: None)
+            suite = Suite("t", Options, setups, [Peer("ours", prepare)])
+            assert suite_main(suite, ["--quick"]) == 0
+    finally:
+        gc.enable()
+    assert found == [0, 0, 0]
 
 
 def test_an_absent_peer_has_no_rows_and_the_environment_says_why(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -127,6 +128,28 @@ def test_a_gpu_that_a_step_fills_is_refused_by_what_the_step_follows_from(monkey
     with pytest.raises(ValueError, match="0 GB after 21 GB that a step takes") as error:
         pool_size(model, EngineSizes(), autocast=True)
     assert "lower max_sequences or max_batch_tokens" in str(error.value)
+
+
+def test_memory_in_pieces_is_no_room_for_pages(monkeypatch):
+    """Nor is what PyTorch keeps and could give back: it gives it back before anything is sized."""
+    free = [20 * GB]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 80 * GB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50 * GB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10 * GB)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.append(free.pop() + 5 * GB))
+    assert device.unused_memory(torch.device("cuda")) == 25 * GB
+
+
+def test_pages_go_back_to_the_device_before_anyone_else_can_lie_in_them(
+    fork_join_model, monkeypatch
+):
+    engine = Engine(fork_join_model, CODEC, kv_gigabytes=0.01)
+    engine.add([1, 2, 3], GenerationSettings(max_tokens=8))
+    engine.run()
+    pages, there = weakref.ref(engine._runner._pages), []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: there.append(pages() is not None))
+    engine.free()
+    assert there == [False]
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,11 @@ def pipeline_settings(run_dir: Path, task_file: Path) -> dict:
             "optimization": {**optimization, "learning_rate": 1e-3, "steps": 5},
         },
         "evaluate": {"problems": 4, "generation": generation, "engine": engine},
-        "compute": {"device": "cpu", "precision": "fp32", "threads": 1},
+        "compute": {
+            "device": "cpu",
+            "precision": "fp32",
+            "threads": 1,
+            "gradient_checkpointing": True,
+        },
         "report": {"checkpoint_every": 2},
     }

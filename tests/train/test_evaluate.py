@@ -3,11 +3,15 @@
 import json
 import re
 import shutil
+import weakref
 
 import pytest
+import torch
 
 from tests.products import FACTORS, PROMPTS, RESPONSES, save_product_model
 from tests.train.on_ranks import on_ranks
+from threadweaver.model import load_model
+from threadweaver.train.optimizer import build_optimizer
 
 
 @pytest.fixture
@@ -38,6 +42,30 @@ def test_both_modes_are_evaluated_and_compared(evaluated_run, capsys):
     shown = capsys.readouterr().out
     for part in ("accuracy in threads", "speed-up by threads"):
         assert part in shown
+
+
+def test_the_evaluation_decodes_in_the_precision_of_the_run_when_moments_are_gone(
+    evaluated_run, monkeypatch
+):
+    """As a pipeline evaluates its stages."""
+    optimizers, dtypes = weakref.WeakSet(), []
+
+    def build(*arguments):
+        optimizers.add(optimizer := build_optimizer(*arguments))
+        return optimizer
+
+    def load(path, dtype):
+        assert not optimizers
+        dtypes.append(dtype)
+        return load_model(path, dtype)
+
+    monkeypatch.setattr("threadweaver.train.trainer.build_optimizer", build)
+    monkeypatch.setattr("threadweaver.generate.load.load_model", load)
+    evaluated_run.settings["evaluate"]["max_new_tokens"] = 8
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        run_dir = str(evaluated_run.folder / precision)
+        assert evaluated_run("--compute.precision", precision, "--run_dir", run_dir) == 0
+        assert dtypes.pop() == dtype and not dtypes
 
 
 def test_how_far_each_mode_is(evaluated_run, capsys, ticking_clock):

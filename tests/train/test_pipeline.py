@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import random
@@ -11,14 +12,18 @@ import subprocess
 import sys
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from threadweaver.train import pipeline
+from threadweaver.generate import Engine
+from threadweaver.generate import load as load_module
+from threadweaver.train import self_train, setup
 from threadweaver.train.__main__ import main
-from threadweaver.train.self_train import SelfTraining
 from threadweaver.train.trainer import Trainer
 
 from .easy_task import pipeline_settings, write_task
@@ -34,27 +39,51 @@ def whole(tmp_path_factory, task_file) -> tuple[Path, float]:
     """The folder of a pipeline that nobody disturbed, and the seconds it took."""
     folder = tmp_path_factory.mktemp("pipeline") / "whole"
     start = time.perf_counter()
-    with pytest.MonkeyPatch.context() as patch:
-        watch_memory(patch)
+    with nothing_held():
         assert main(arguments(folder, task_file)) == 0
     return folder, time.perf_counter() - start
 
 
-def watch_memory(patch: pytest.MonkeyPatch) -> None:
-    """Fails if a trainer of a finished stage is still held when the next model is loaded."""
-    trainers: weakref.WeakSet[Trainer] = weakref.WeakSet()
+@contextmanager
+def nothing_held() -> Iterator[None]:
+    """Fails if anything of what a model was loaded for is still there when the next one is loaded:
+    the model, an engine or a trainer. The garbage collector does not run by itself."""
+    there: weakref.WeakSet[Any] = weakref.WeakSet()
+    make_engine, load_trainer = Engine.__init__, Trainer.load
 
-    def alone(load):
+    def make(engine, *arguments, **options):
+        make_engine(engine, *arguments, **options)
+        engine.itself = engine  # as its runner has itself with CUDA graphs
+        there.add(engine)
+
+    def load(trainer):
+        load_trainer(trainer)
+        there.add(trainer)
+
+    def alone(load_model):
         def watched(*arguments, **options):
-            assert not trainers
-            if isinstance(arguments[0], Trainer):
-                trainers.add(arguments[0])
-            return load(*arguments, **options)
+            assert [type(held).__name__ for held in there] == []
+            found = load_model(*arguments, **options)
+            there.add(found[0])
+            return found
 
         return watched
 
-    for owner, name in ((Trainer, "load"), (SelfTraining, "_engine"), (pipeline, "load_engine")):
-        patch.setattr(owner, name, alone(getattr(owner, name)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "__init__", make)
+        patch.setattr(Trainer, "load", load)
+        for owner, name in (
+            (setup, "build_model"),
+            (self_train, "build_model"),
+            (load_module, "load_model"),
+        ):
+            patch.setattr(owner, name, alone(getattr(owner, name)))
+        gc.collect()
+        gc.disable()
+        try:
+            yield
+        finally:
+            gc.enable()
 
 
 def arguments(folder: Path, task_file: Path, *options: str) -> list[str]:

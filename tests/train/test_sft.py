@@ -21,6 +21,7 @@ from threadweaver.model import (
     supervised_tokens,
     trie_loss,
 )
+from threadweaver.train import trainer
 from threadweaver.train.__main__ import main
 from threadweaver.train.batches import Step, unrolled_tokens
 from threadweaver.train.config import config_of, parser_of
@@ -96,6 +97,41 @@ def test_a_run_learns_and_leaves_everything_behind(new_run, data_files, capsys):
     ):
         assert part in shown
     assert "20/20" in shown and "step-20" in shown
+
+
+def test_no_pass_has_arguments_that_fsdp_would_move_to_a_gpu(new_run, gpus_of_fsdp):
+    assert new_run()() == 0
+
+
+def test_moments_are_made_where_nothing_else_was(new_run, monkeypatch):
+    """On a GPU in memory of their own, so that rollouts can have what activations took. Later steps
+    go on in the memory that PyTorch keeps."""
+    calls = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("give back"))
+
+    def watched(optimizer, *arguments):
+        calls.append("step")
+        return step(optimizer, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    assert new_run()() == 0
+    assert calls == ["give back", "give back", *["step"] * 6]
+
+
+def test_matrices_of_compiled_layers_have_no_copies(new_run, monkeypatch):
+    """Which would lie there unread: torch.compile casts the weights of its layers itself."""
+    layers = []
+
+    def watched(model, dtype, compiled):
+        layers.extend(compiled)
+        return WeightCopies(model, dtype, compiled)
+
+    monkeypatch.setattr(trainer, "WeightCopies", watched)
+    monkeypatch.setattr(trainer, "compile_layers", lambda model: None)
+    assert new_run()() == 0 and not layers
+    assert new_run("compiled")("--compute.compile", "true") == 0
+    assert len(layers) == ARCH["num_hidden_layers"]
 
 
 def test_the_same_settings_give_the_same_run_bit_for_bit(new_run):
@@ -189,9 +225,9 @@ def test_weights_copied_once_a_step_train_as_autocast_does(new_run, monkeypatch)
     casts = []
 
     class Copies(WeightCopies):
-        def __init__(self, model, dtype):
+        def __init__(self, model, dtype, compiled):
             assert dtype is None  # on a CPU
-            super().__init__(model, torch.bfloat16)
+            super().__init__(model, torch.bfloat16, compiled)
 
         def cast(self):
             casts.append(self._layers[0].cast_weight is None)

@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from threadweaver.device import DTYPES, choose, find_device, resolve
+from threadweaver.device import DTYPES, choose, find_device, give_back_memory, resolve
 from threadweaver.generate.engine import Engine
 from threadweaver.generate.options import EngineSettings
 from threadweaver.generate.server.address import ServerSettings
@@ -47,6 +47,7 @@ def load_engine(
     if parallel:
         # Before the weights, which take long to load.
         Codec.from_tokenizer(load_tokenizer(model), template=template)
+    give_back_memory()
     weights, tokenizer = load_model(model, dtype)
     with_tags = parallel or not missing_tags(tokenizer)
     make = Codec.from_tokenizer if with_tags else Codec.without_tags

@@ -295,6 +295,9 @@ class Runner:
         """Gives the memory of the pages and of copied weights back; what they held is lost."""
         self._pages, self._caches, self._graphs = None, [], None
         self._weights.free()
+        # PyTorch would make others' tensors of the pages' memory, and while one of them stays
+        # there, moments say, the pages do not fit in it again.
+        torch.cuda.empty_cache()
 
     def _allocate(self) -> None:
         if self._pages is None:

@@ -55,6 +55,7 @@ class RolloutModel:
             for parameter in self.model.parameters():
                 parameter.data = _no_weights(parameter.shape, parameter.dtype, parameter.device)
             self._is_whole = False
+            torch.cuda.empty_cache()  # see Runner.free
 
 
 def _no_weights(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

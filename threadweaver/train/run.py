@@ -23,6 +23,7 @@ from rich.console import Console
 from threadweaver import ranks
 from threadweaver.data.files import data_files
 from threadweaver.data.overlap import Text, find_overlap, texts_of_files
+from threadweaver.device import give_back_memory
 from threadweaver.lock import FolderLock, InUse, check_free
 from threadweaver.progress import print_line
 from threadweaver.train.config import ConfigError, RunConfig
@@ -128,6 +129,7 @@ class Run(ABC, Generic[C]):
             )
             run.find_state()
             run.device = prepare_torch(config, run.state)
+            give_back_memory()
             run.load()
             check(run)
             ranks.on_first(lambda: write_config(config, precision_note))

@@ -25,6 +25,7 @@ from typing import Any
 
 from threadweaver import ranks
 from threadweaver.data import save_rows, trajectory_row
+from threadweaver.device import give_back_memory
 from threadweaver.evaluate.grade import Graded, graded_row, summary
 from threadweaver.evaluate.progress import SharedProgress
 from threadweaver.evaluate.rollouts import fingerprint, fitting, roll_out, texts_of_problems
@@ -211,6 +212,7 @@ class SelfTraining(Run[SelfTrainConfig]):
     def _engine(self, checkpoint: Path | None) -> Engine:
         """Of a checkpoint, or of the model that the run starts from."""
         config = self.config
+        give_back_memory()
         model, tokenizer = build_model(config, checkpoint)
         to_device(model, self.device)
         return Engine(

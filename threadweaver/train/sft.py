@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from threadweaver import ranks
 from threadweaver.data import columns_note, is_data_path, read_examples
@@ -20,11 +19,11 @@ from threadweaver.evaluate.metrics import compare
 from threadweaver.evaluate.modes import evaluate_modes
 from threadweaver.evaluate.rollouts import fitting
 from threadweaver.generate.engine import Engine
+from threadweaver.generate.load import load_engine
+from threadweaver.generate.options import EngineSettings
 from threadweaver.model import (
     context_length,
-    load_model,
     supervised_tokens,
-    to_device,
     trie_loss,
 )
 from threadweaver.progress import Progress, print_line
@@ -284,8 +283,11 @@ class SFTTrainer(Trainer[SFTConfig]):
         training is done."""
         try:
             model = RolloutModel(self.model, self.tokenizer, self.config.compute).model
-            engine, generation = self._engine(model), self.config.evaluate.generation
-            self.problems, self.skipped_prompts, notes = fitting(engine, self.problems, generation)
+            evaluate, half = self.config.evaluate, self.config.compute.precision == "bf16"
+            engine = Engine(model, self.codec, **asdict(evaluate.engine), autocast=half)
+            self.problems, self.skipped_prompts, notes = fitting(
+                engine, self.problems, evaluate.generation
+            )
         except ValueError as error:
             raise ConfigError(f"evaluate: {error}") from error
         for note in notes:
@@ -293,15 +295,21 @@ class SFTTrainer(Trainer[SFTConfig]):
 
     def _evaluate(self, checkpoint: Path) -> dict[str, float]:
         """Solves the problems with the checkpoint as it can be loaded, in both modes."""
+        config = self.config
         self.copies.free()
+        self.optimizer.zero_grad()
+        del self.optimizer  # its state is saved
         if ranks.size() == 1:  # else it is a small part
             torch.nn.Module.to(self.model, "cpu")
-        self.optimizer.zero_grad()
-        model, _ = load_model(checkpoint)
-        to_device(model, self.device)
+        settings = EngineSettings(
+            **asdict(config.evaluate.engine),
+            device=config.compute.device,
+            precision=config.compute.precision,
+        )
+        engine, _ = load_engine(str(checkpoint), settings, parallel=True, template=config.template)
         evaluations = evaluate_modes(
             ("sequential", "parallel"),
-            self._engine(model),
+            engine,
             self.task,
             self.problems,
             self.config.evaluate.generation,
@@ -320,6 +328,3 @@ class SFTTrainer(Trainer[SFTConfig]):
             "speedup": gain.speedup.value,
             "wall_clock_speedup": gain.wall_clock_speedup,
         }
-
-    def _engine(self, model: PreTrainedModel) -> Engine:
-        return Engine(model, self.codec, **asdict(self.config.evaluate.engine))

@@ -37,6 +37,7 @@ from threadweaver.train.checkpoint import (
 )
 from threadweaver.train.config import ConfigError
 from threadweaver.train.interrupt import Interrupts
+from threadweaver.train.layers import layers_of
 from threadweaver.train.log import LastRecord, MetricsLog, ProgressLog
 from threadweaver.train.lora import RunAdapters
 from threadweaver.train.memory.choice import choose_pass_tokens
@@ -156,7 +157,8 @@ class Trainer(Run[T]):
         # On a CPU autocast casts as it always did: results stay the same, bit for bit. Sharded
         # parameters are gathered in the dtype of their products.
         by_copies = self.device.type == "cuda" and compute.precision == "bf16" and ranks.size() == 1
-        self.copies = WeightCopies(self.model, torch.bfloat16 if by_copies else None)
+        compiled = layers_of(self.model) if compute.compile else []
+        self.copies = WeightCopies(self.model, torch.bfloat16 if by_copies else None, compiled)
         self.optimizer = build_optimizer(self.model, self.config.optimization)
         if self.state:
             self._restore(self.last_checkpoint, self.state)
@@ -294,6 +296,10 @@ class Trainer(Run[T]):
             raise ranks.on_first(lambda: save_batch(folder, packs, sources, values, float(norm)))
         set_learning_rate(self.optimizer, learning_rate)
         self.copies.free()
+        if not getattr(self.optimizer, "state", True):  # an offloaded one has it on the host
+            # The first step makes the moments: not in the midst of what activations took, which
+            # then could not be given back to rollouts.
+            torch.cuda.empty_cache()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return float(norm)

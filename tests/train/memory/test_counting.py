@@ -247,6 +247,38 @@ def test_a_run_chooses_for_where_it_is_and_not_for_what_plan_is_asked_about(monk
     assert asked == [(None, None)]
 
 
+def test_compiled_layers_have_no_copies_of_their_weights():
+    """Each casts them when it runs, and keeps them for its backward pass unless recomputed."""
+    fields = arch(256, 8)
+    plain, compiled, recomputed = (
+        update_of(on_gpu(fields, 80, tokens=64, compile=compiled, gradient_checkpointing=again))
+        for compiled, again in ((False, True), (True, False), (True, True))
+    )
+    embedding = recomputed.part("copies in bfloat16")  # the output layer's, as large
+    matrices = plain.part("copies in bfloat16") - embedding
+    in_float32 = plain.part("parameters") - 2 * (2 * embedding)
+    assert embedding > 0 and 2 * matrices == pytest.approx(in_float32, rel=0.01)
+    kept = compiled.part("activations") - recomputed.part("activations")
+    assert matrices < kept < 2 * matrices
+    assert recomputed.part("activations") == plain.part("activations")
+    assert recomputed.total < plain.total
+
+
+def test_sft_evaluates_in_the_dtype_of_products_without_moments():
+    """As a pipeline does. What was trained stays on the host, or divided among ranks."""
+    for config, dtype, kept in (
+        (sft(WIDE, tokens=64), 1, 1),
+        (on_gpu(WIDE, 80, tokens=64), 0.5, 0),
+        (on_gpu(WIDE, 80, tokens=64, ranks=2), 0.5, 0.5),
+    ):
+        config.evaluate.data = "unused"
+        evaluation = Planner(config).plan(config).phases[-1]
+        whole = count_update(architecture_of(ModelConfig(arch=WIDE)), ONE_TOKEN).parameters
+        assert evaluation.title == "evaluation" and evaluation.part("optimizer") == 0
+        assert evaluation.part("parameters") == pytest.approx(dtype * whole, rel=0.01)
+        assert evaluation.part("trained parameters") == pytest.approx(kept * whole, rel=0.01)
+
+
 def test_offloaded_activations_are_on_the_host():
     fields = WIDE
     here = update_of(on_gpu(fields, 80, gradient_checkpointing=True))

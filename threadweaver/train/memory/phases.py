@@ -41,8 +41,10 @@ class RollingOut:
 
     Attributes:
         section: of the settings, by dotted name, and what it says.
-        weights: trained: those that are trained, as they are; loaded: others in float32; cast:
-            others in the dtype of products.
+        weights: trained: those that are trained, as they are; loaded: others, in the dtype of
+            products.
+        keeps_trained: whether those that were trained are still there: one process on a GPU moves
+            them to the host.
         beside: what is trained meanwhile, whose optimizer has its state.
         policy: of P-GRPO.
     """
@@ -50,7 +52,8 @@ class RollingOut:
     title: str
     section: str
     settings: EvaluationConfig | SelfTrainRollouts | RLRollouts
-    weights: Literal["trained", "loaded", "cast"] = "trained"
+    weights: Literal["trained", "loaded"] = "trained"
+    keeps_trained: bool = False
     beside: AdamWConfig | None = None
     policy: PolicyConfig | None = None
 
@@ -60,8 +63,7 @@ def phases_of(config: RunConfig) -> Iterator[Updating | RollingOut]:
     if isinstance(config, SFTConfig):
         yield _supervised("SFT", config.optimization)
         if config.evaluate.data is not None:
-            evaluate, beside = config.evaluate, config.optimization
-            yield RollingOut("evaluation", "evaluate", evaluate, "loaded", beside)
+            yield RollingOut("evaluation", "evaluate", config.evaluate, "loaded", True)
     elif isinstance(config, SelfTrainConfig):
         yield RollingOut("rollouts", "rollouts", config.rollouts)
         yield _supervised("SFT", config.optimization)
@@ -74,7 +76,7 @@ def phases_of(config: RunConfig) -> Iterator[Updating | RollingOut]:
             yield RollingOut("self-training: rollouts", "self_train.rollouts", own.rollouts)
             yield _supervised("self-training: SFT", own.optimization)
         yield from _policy("rl.", config.rl, config)
-        yield RollingOut("evaluation", "evaluate", config.evaluate, "cast")
+        yield RollingOut("evaluation", "evaluate", config.evaluate, "loaded")
 
 
 def _supervised(title: str, optimization: OptimizationConfig) -> Updating:

@@ -116,6 +116,7 @@ class Planner:
             several or tokens < optimization.batch_tokens,
             target.ranks > 1,
             compute.activation_offload,
+            compute.compile,
         )
         found = self._counted(passes)
         kept = ""
@@ -159,19 +160,17 @@ class Planner:
     def _rolling_out(self, phase: RollingOut, target: Target) -> Phase:
         sizes, trained = phase.settings.engine, phase.weights == "trained"
         # Of several ranks each gathers the weights in the dtype of products.
-        dtype = target.parameters if target.ranks == 1 else target.products
-        if not trained:
-            dtype = target.products if phase.weights == "cast" else torch.float32
-        copied = trained and target.ranks == 1 and target.autocast
+        own = trained and target.ranks == 1
+        dtype = target.parameters if own else target.products
+        copied = own and target.autocast
         # The size of the pool decides nothing of what else there is.
-        adapters = trained and target.ranks == 1
-        use = EngineUse(replace(sizes, kv_gigabytes="auto"), dtype, copied, target.on_gpu, adapters)
+        use = EngineUse(replace(sizes, kv_gigabytes="auto"), dtype, copied, target.on_gpu, own)
         found = self._engine(use)
         held = [*self._state(phase.beside, target), *self._reference(phase, target)]
         if trained and target.ranks > 1:
             share = self._parameters(target)
             held.append(Part("trained parameters", share, f"a share of {target.ranks}"))
-        elif phase.weights == "loaded" and not target.on_gpu:
+        elif phase.keeps_trained and not (target.on_gpu and target.ranks == 1):
             held.append(Part("trained parameters", self._parameters(target), "until the end"))
         parts = [
             Part("parameters", found.parameters, _name(dtype)),
