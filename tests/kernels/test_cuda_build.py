@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
@@ -51,8 +52,53 @@ def test_nothing_is_built_where_it_is_turned_off(one_kernel, tmp_path, monkeypat
 def test_every_source_becomes_a_cubin_of_sm_90a(one_kernel, tmp_path, monkeypatch):
     monkeypatch.setenv("TW_CUDA", "1")
     cuda_build.build(tmp_path / "cubins")
-    (cubin,) = (tmp_path / "cubins").iterdir()
+    (cubin,) = (tmp_path / "cubins").glob("*.cubin")
     assert cubin.name == "one.cubin" and "twice" in figures(cubin)
+
+
+@pytest.fixture
+def compilations(monkeypatch) -> list[str]:
+    """The sources that a compiler, which takes any text, is given; two at a time."""
+    compiled, both = [], Barrier(2)
+
+    def compile_kernels(source: Path, cubin: Path) -> None:
+        both.wait(10)
+        if "error" in source.read_text():
+            raise RuntimeError("nvcc failed")
+        cubin.write_text(source.read_text())
+        compiled.append(source.stem)
+
+    monkeypatch.setenv("TW_CUDA", "1")
+    monkeypatch.setattr(cuda_build, "why_not", lambda: None)
+    monkeypatch.setattr(cuda_build, "compile_kernels", compile_kernels)
+    return compiled
+
+
+def test_sources_are_compiled_side_by_side_and_only_when_they_changed(
+    one_kernel, tmp_path, compilations, monkeypatch
+):
+    cubins, two = tmp_path / "cubins", one_kernel.with_name("two.cu")
+    header = tmp_path / "csrc" / "common.h"
+    header.write_text("#pragma once\n")
+    for source in (one_kernel, two):
+        source.write_text('#include "common.h"\n' + KERNEL)
+    cuda_build.build(cubins)
+    assert sorted(compilations) == ["one", "two"]
+    # They are taken where there is no compiler, too, as on the machine that they were carried to.
+    monkeypatch.setattr(cuda_build, "why_not", lambda: "no nvcc")
+    cuda_build.build(cubins)
+    monkeypatch.setattr(cuda_build, "why_not", lambda: None)
+    header.write_text("#pragma once\n\n")
+    assert cuda_build.missing(cubins) == [one_kernel, two]
+    cuda_build.build(cubins)
+    assert sorted(compilations) == ["one", "one", "two", "two"]
+    # A cubin of unknown sources, and one that did not compile.
+    (cubins / "two.digest").unlink()
+    assert cuda_build.missing(cubins) == [two]
+    one_kernel.write_text("error")
+    with pytest.raises(RuntimeError, match="nvcc failed"):
+        cuda_build.build(cubins)
+    assert cuda_build.missing(cubins) == [one_kernel]
 
 
 @needs_nvcc
