@@ -1,7 +1,10 @@
 """The build of the CUDA kernels: what decides on it, and what it says when it cannot."""
 
+import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from threading import Barrier
 
@@ -146,3 +149,45 @@ def test_setup_can_load_the_build_before_anything_is_installed():
     # -I -S: the standard library alone, no installed packages.
     code = f"import runpy; runpy.run_path({cuda_build.__file__!r})['build']"
     subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True)
+
+
+def program(path: Path, code: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!{sys.executable}\nimport pathlib, sys\n{code}")
+    path.chmod(0o755)
+
+
+def test_kernels_built_in_place_lie_where_they_are_launched_from(tmp_path):
+    """setup.py with stand-ins for CMake and nvcc."""
+    tree, root = tmp_path / "tree", Path(cuda_build.__file__).parents[1]
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "tw_kernels/cuda_build.py"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / name, tree / name)
+    for name in ("tw_kernels/__init__.py", "csrc/cuda/op/one.cu"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).touch()
+    (tmp_path / "site" / "cutlass_library" / "source" / "include").mkdir(parents=True)
+    (tmp_path / "site" / "cutlass_library" / "__init__.py").touch()
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    option = "-DCMAKE_LIBRARY_OUTPUT_DIRECTORY="
+    program(
+        tmp_path / "bin" / "cmake",
+        f"for word in sys.argv:\n if word.startswith({option!r}):\n"
+        f"  folder = pathlib.Path(word[{len(option)}:]); folder.mkdir(parents=True, exist_ok=True)\n"
+        f"  (folder / '_C{suffix}').touch()\n",
+    )
+    program(
+        tmp_path / "bin" / "nvcc",
+        "pathlib.Path(next(w for w in sys.argv if w[:3] == '-o=')[3:]).touch()\n",
+    )
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "CUDA_HOME": str(tmp_path), "TW_CUDA": "1"}
+    env["PYTHONPATH"] = str(tmp_path / "site")
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tree / "tw_kernels" / f"_C{suffix}").exists()
+    cubins = {file.name for file in (tree / "tw_kernels" / "cubins").iterdir()}
+    assert cubins == {"one.cubin", "one.digest"} and "Compiling one.cu" in done.stdout
+    done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "Compiling" not in done.stdout  # they are there
