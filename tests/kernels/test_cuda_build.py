@@ -173,7 +173,8 @@ def test_kernels_built_in_place_lie_where_they_are_launched_from(tmp_path):
     program(
         tmp_path / "bin" / "cmake",
         f"for word in sys.argv:\n if word.startswith({option!r}):\n"
-        f"  folder = pathlib.Path(word[{len(option)}:]); folder.mkdir(parents=True, exist_ok=True)\n"
+        f"  folder = pathlib.Path(word[{len(option)}:])\n"
+        "  folder.mkdir(parents=True, exist_ok=True)\n"
         f"  (folder / '_C{suffix}').touch()\n",
     )
     program(
