@@ -271,16 +271,26 @@ def _built() -> str | None:
 
 
 def _tests(*paths: str) -> list[str]:
-    """The command of the GPU tests, in several processes. Their kernels are not kept: they are many
-    times those of the benchmarks."""
+    """The command of the GPU tests, of these files or folders or, without any, of all files that
+    hold some, in several processes. A file that needs what the machine lacks takes no other with
+    it. Their kernels are not kept: they are many times those of the benchmarks."""
     processes = min(TEST_PROCESSES, (os.cpu_count() or 2) - 2)
     if torch.cuda.is_available():
         processes = min(processes, _memory() // TEST_BYTES)
     several = importlib.util.find_spec("xdist") and processes > 1
     parallel = ["-n", str(processes), "--dist", "worksteal"] if several else []
     bounded = ["--timeout", str(TEST_SECONDS), "--timeout-method", "thread"]
-    options = [*parallel, *(bounded if importlib.util.find_spec("pytest_timeout") else [])]
-    return ["env", "-u", "TRITON_CACHE_DIR", *PYTHON, "pytest", "-m", "gpu", *options, *paths]
+    bounded = bounded if importlib.util.find_spec("pytest_timeout") else []
+    options = ["-m", "gpu", "--continue-on-collection-errors", *parallel, *bounded]
+    chosen = paths or _files_with_gpu_tests()
+    return ["env", "-u", "TRITON_CACHE_DIR", *PYTHON, "pytest", *options, *chosen]
+
+
+def _files_with_gpu_tests() -> list[str]:
+    """To import all the others takes long, and they import what a machine with a GPU may lack."""
+    files = sorted((REPOSITORY / "tests").rglob("test_*.py"))
+    marked = (file for file in files if "pytest.mark.gpu" in file.read_text())
+    return [str(file.relative_to(REPOSITORY)) for file in marked]
 
 
 def _report(out: Path) -> Step:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -386,6 +387,44 @@ def test_every_case_that_a_step_on_a_gpu_names_is_there():
                 assert all(fnmatch.filter(cases, glob) for glob in globs), command
                 found += len(globs)
     assert found >= 12
+
+
+# As on a machine that has what a GPU runs and not what training needs besides.
+LACKING = (
+    "import sys, pytest\n"
+    "class Lacking:\n"
+    "    def find_spec(self, name, path=None, target=None):\n"
+    "        if name.partition('.')[0] in ('datasets', 'jsonargparse'):\n"
+    "            raise ModuleNotFoundError(name)\n"
+    "sys.meta_path.insert(0, Lacking())\n"
+    "sys.exit(pytest.main(['-o', 'addopts=', '-q', '--collect-only', *sys.argv[1:]]))"
+)
+
+
+def gpu_tests(monkeypatch, code: str) -> tuple[dict[str, int], list[str]]:
+    """Tests that the step of the GPU tests finds in each file, and its files."""
+    monkeypatch.setattr(gpu_steps.os, "cpu_count", lambda: 1)
+    command = gpu_steps._tests()
+    options = command[command.index("pytest") + 1 :]
+    done = subprocess.run([*python(code), *options], cwd=REPOSITORY, capture_output=True, text=True)
+    found = re.findall(r"^(tests/[^:\s]+\.py)::", done.stdout, re.M)
+    return dict(Counter(found)), [o for o in options if o.startswith("tests/")]
+
+
+def test_a_package_that_is_not_there_takes_only_the_gpu_tests_that_need_it(monkeypatch):
+    found, files = gpu_tests(monkeypatch, LACKING)
+    lost = {file for file in files if file not in found}
+    assert lost == {"tests/train/test_offload.py", "tests/train/test_optimizer.py"}
+    assert sum(found.values()) > 900 and len(files) < 20
+
+
+@pytest.mark.slow
+def test_no_gpu_test_is_in_another_file(monkeypatch):
+    everything = LACKING.replace("('datasets', 'jsonargparse')", "()")
+    found, files = gpu_tests(monkeypatch, everything)
+    assert sorted(found) == files
+    monkeypatch.setattr(gpu_steps, "_files_with_gpu_tests", lambda: ["tests/"])
+    assert gpu_tests(monkeypatch, everything)[0] == found
 
 
 def run_here(command: list[str]) -> int:

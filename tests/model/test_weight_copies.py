@@ -7,7 +7,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from threadweaver.model import WeightCopies, build_tokenizer, new_model, trie_loss
-from threadweaver.train.setup import recompute_activations
+from threadweaver.train.layers import layers_of
+from threadweaver.train.setup import compile_layers, recompute_activations
 from tw_kernels import Trie
 
 ARCH = {
@@ -79,6 +80,21 @@ def test_the_gradients_are_those_of_autocast_in_float32():
     assert got.keys() == want.keys()
     for name, gradient in got.items():
         assert gradient.dtype == torch.float32
+        assert (gradient - want[name]).norm() <= 1e-2 * want[name].norm(), name
+
+
+def test_compiled_layers_cast_their_weights_themselves():
+    model, copies = model_and_copies(None, recomputed=False)
+    want = step(model, copies)
+    model = new_model(build_tokenizer(), ARCH, seed=1).train()
+    nn.Module.to(model, DEVICE)
+    copies = WeightCopies(model, torch.bfloat16, layers_of(model))
+    compile_layers(model, "aot_eager")
+    recompute_activations(model)
+    got = step(model, copies)
+    copied = [m for m in model.modules() if getattr(m, "cast_weight", None) is not None]
+    assert copied == [model.get_output_embeddings()]
+    for name, gradient in got.items():
         assert (gradient - want[name]).norm() <= 1e-2 * want[name].norm(), name
 
 

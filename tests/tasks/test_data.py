@@ -4,7 +4,6 @@ import random
 from pathlib import Path
 
 import pytest
-from datasets import load_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -54,8 +53,9 @@ def test_rows_come_back_as_saved(tmp_path, name):
 
 @pytest.mark.parametrize(("name", "kind"), [("train.jsonl", "json"), ("train.parquet", "parquet")])
 def test_saved_files_are_read_by_datasets(tmp_path, name, kind):
+    datasets = pytest.importorskip("datasets")
     save_rows(TASK_ROWS, tmp_path / name)
-    dataset = load_dataset(
+    dataset = datasets.load_dataset(
         kind, data_files=str(tmp_path / name), split="train", cache_dir=str(tmp_path / "cache")
     )
     assert list(dataset) == TASK_ROWS

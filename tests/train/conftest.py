@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 import yaml
+from torch.distributed.utils import _to_kwargs
 
 from tests.architecture import SMALL
 from threadweaver.data import save_rows
 from threadweaver.tasks.multiplication import make_rows, split_problems
-from threadweaver.train.__main__ import main
-from threadweaver.train.trainer import Trainer
+
+if TYPE_CHECKING:
+    from threadweaver.train.trainer import Trainer
 
 ARCH = {**SMALL, "tie_word_embeddings": True}
 
@@ -80,6 +83,9 @@ class Run:
 
     def __call__(self, *extra: str) -> int:
         """Runs in this process; returns the exit code."""
+        # Not at the top: it exits where a package is missing, and GPU tests need it not.
+        from threadweaver.train.__main__ import main
+
         return main(self.arguments(*extra))
 
     def dies_in_step(self, number: int, kind: type[Trainer], monkeypatch) -> None:
@@ -128,6 +134,22 @@ def new_run(tmp_path, data_files):
         )
 
     return make
+
+
+@pytest.fixture
+def gpus_of_fsdp(monkeypatch):
+    """Fails if a pass has arguments that FSDP would move to a GPU; on a CPU it moves none."""
+    from threadweaver.train.sharding import Passes
+
+    forward = Passes.forward
+
+    def checked(self, function, *args, **kwargs):
+        (moved,), (named,) = _to_kwargs(args, kwargs, torch.device("meta"), False)
+        assert all(a is b for a, b in zip(args, moved, strict=True)), "a tensor among them"
+        assert all(named[name] is value for name, value in kwargs.items()), "a tensor among them"
+        return forward(self, function, *args, **kwargs)
+
+    monkeypatch.setattr(Passes, "forward", checked)
 
 
 @pytest.fixture

@@ -185,6 +185,14 @@ def test_kl_to_the_model_it_started_from(new_run):
     assert records[0]["kl"] == pytest.approx(0, abs=1e-7) and records[-1]["kl"] > 0
 
 
+def test_no_pass_has_arguments_that_fsdp_would_move_to_a_gpu(new_run, gpus_of_fsdp):
+    first, second = new_run(name="first"), new_run(name="second")
+    assert first("--optimization.steps", "1") == 0
+    second.settings["model"] = {"path": first.summary()["checkpoint"]}
+    second.settings["policy"] = {"kl": 0.1, "entropy": 0.1}
+    assert second("--optimization.steps", "1", "--optimization.updates", "2") == 0
+
+
 def test_no_module_is_in_training_mode_while_log_probabilities_are_computed(new_run, monkeypatch):
     """Dropout, layer drop and router noise all ask for it."""
     run, seen = new_run(), []

@@ -8,6 +8,7 @@ summed in.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,13 +25,18 @@ class WeightCopies:
     Args:
         model: its linear layers use the copies under autocast while there are any.
         dtype: of the copies; None: there are none, and the model stays as it is.
+        compiled: its modules that run through torch.compile, which casts what is in them: as
+            autocast does, but in one kernel with what else it does. They have no copies.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None):
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype | None, compiled: Iterable[nn.Module] = ()
+    ):
         self._dtype = dtype
         self._layers: list[_CastLinear] = []
+        left_alone = {module for layer in compiled for module in layer.modules()}
         for module in model.modules():
-            if dtype is None or type(module) is not nn.Linear:
+            if dtype is None or type(module) is not nn.Linear or module in left_alone:
                 continue
             if module.weight.dtype == torch.float32:
                 module.__class__ = _CastLinear
@@ -58,8 +64,7 @@ class _CastLinear(nn.Linear):
     cast_weight: Tensor | None
 
     def forward(self, input: Tensor) -> Any:
-        unused = self.cast_weight is None or not torch.is_autocast_enabled(input.device.type)
-        if unused or torch.compiler.is_compiling():
+        if self.cast_weight is None or not torch.is_autocast_enabled(input.device.type):
             return F.linear(input, self.weight, self.bias)
         return _Product.apply(input, self.weight, self.bias, self.cast_weight)
 

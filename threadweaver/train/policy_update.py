@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from threadweaver.train.setup import build_passes
 from threadweaver.train.sharding import Passes
 from threadweaver.train.stages import RLConfig
 from threadweaver.train.trainer import Record, Trainer
+from tw_kernels import TrieLayout
 
 
 class PolicyTrainer(Trainer[RLConfig]):
@@ -127,13 +127,13 @@ class PolicyTrainer(Trainer[RLConfig]):
                 reference = self._reference_logprobs(micro)
         with self.forward_pass():
             layout, needs_entropy = micro.trie.layout(self.device), self.config.policy.entropy > 0
-            current = self.passes(_logprobs, micro.trie, layout, micro.sampled, needs_entropy)
+            current = self.passes(_logprobs, micro, layout, needs_entropy)
         return current, reference
 
     def _logprobs(self, passes: Passes, micro: PolicyTrie) -> Tensor:
         with self.autocast():
             layout = micro.trie.layout(self.device)
-            return passes(_logprobs, micro.trie, layout, micro.sampled).logprobs
+            return passes(_logprobs, micro, layout, False).logprobs
 
     def _reference_logprobs(self, micro: PolicyTrie) -> Tensor:
         """Of the model that the run started from: without its adapters it is still that."""
@@ -165,6 +165,9 @@ def _figures(losses: Sequence[PolicyLoss], tokens: int, updates: int) -> Record:
     }
 
 
-def _logprobs(model: PreTrainedModel, *args: Any) -> TokenLogprobs:
-    """`trie_logprobs` as tensors of their own: FSDP warns of views."""
-    return TokenLogprobs(*(values.clone() for values in trie_logprobs(model, *args)))
+def _logprobs(
+    model: PreTrainedModel, micro: PolicyTrie, layout: TrieLayout, entropy_gradient: bool
+) -> TokenLogprobs:
+    """`trie_logprobs` of what was sampled, as tensors of their own: FSDP warns of views."""
+    found = trie_logprobs(model, micro.trie, layout, micro.sampled, entropy_gradient)
+    return TokenLogprobs(*(values.clone() for values in found))

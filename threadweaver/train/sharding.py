@@ -51,7 +51,12 @@ class Passes(nn.Module):
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> T:
-        """function(model, ...); all ranks run as many, with and without gradients alike."""
+        """function(model, ...); all ranks run as many, with and without gradients alike.
+
+        Args:
+            args, kwargs: no tensors, nor tuples, lists or dicts of them: on GPUs FSDP moves such to
+                the rank's GPU and casts those of floating point. What an object holds it leaves.
+        """
         return function(self.model, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

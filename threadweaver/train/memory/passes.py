@@ -38,6 +38,7 @@ class Passes:
             summed.
         sharded: whether a gradient leaves as soon as it is there, for the ranks that sum it.
         offloaded: whether activations are moved to the host.
+        compiled: whether layers run through torch.compile.
     """
 
     tokens: int
@@ -50,6 +51,12 @@ class Passes:
     sums_gradients: bool = False
     sharded: bool = False
     offloaded: bool = False
+    compiled: bool = False
+
+    def autocast_context(self) -> torch.autocast:
+        """As that of a pass. Compiled layers cast for themselves: nothing is kept for the next."""
+        keeps = not self.compiled
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.autocast, cache_enabled=keeps)
 
 
 class CountedOffload(ActivationOffload):
@@ -140,7 +147,7 @@ def run_passes(
     live.reset_peak()
     before = live.now
     moved = offload.forward_pass() if offload else nullcontext()
-    with torch.autocast("cpu", torch.bfloat16, enabled=passes.autocast), moved:
+    with passes.autocast_context(), moved:
         hidden = trie_hidden_states(model, trie, layout)
         activations = live.now - before
         # The output layer apart, as if the rest of the model came after its backward pass.

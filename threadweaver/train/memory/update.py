@@ -87,8 +87,7 @@ def count_update(architecture: Architecture, passes: Passes) -> UpdateBytes:
         offload = CountedOffload(model) if passes.offloaded else None
         if passes.recomputed:
             recompute_activations(model, passes.recomputed, offload)
-        copies = WeightCopies(model, torch.bfloat16 if passes.on_gpu and passes.autocast else None)
-        copies.cast()
+        _copies(model, passes).cast()
         held = live.now
         trained = [p for p in model.parameters() if p.requires_grad]
         if passes.sharded:
@@ -132,10 +131,10 @@ def count_activations(architecture: Architecture, passes: Passes) -> int:
         live, model = blueprint.live, blueprint.model
         if passes.recomputed:
             recompute_activations(model, passes.recomputed)
-        WeightCopies(model, torch.bfloat16 if passes.on_gpu and passes.autocast else None).cast()
+        _copies(model, passes).cast()
 
         def run() -> _Forward:
-            with torch.autocast("cpu", torch.bfloat16, enabled=passes.autocast):
+            with passes.autocast_context():
                 before = live.now
                 hidden = trie_hidden_states(model, trie, layout)
                 found = _Forward(live.now - before)
@@ -143,6 +142,11 @@ def count_activations(architecture: Architecture, passes: Passes) -> int:
             return found
 
         return of_all_layers(model, True, run).activations
+
+
+def _copies(model: PreTrainedModel, passes: Passes) -> WeightCopies:
+    dtype = torch.bfloat16 if passes.on_gpu and passes.autocast else None
+    return WeightCopies(model, dtype, layers_of(model) if passes.compiled else [])
 
 
 def _line(tokens: int) -> tuple[Trie, TrieLayout]:
