@@ -22,9 +22,10 @@ test-all: lint
 	$(PYTEST) -m "slow or not slow" --hypothesis-profile new-examples
 
 # Most of their time is compilation, so a process a core; each takes one thread by itself, and up to
-# 5 GB of the GPU (tests/conftest.py).
-test-gpu: .venv/tools
-	$(BIN)/python -m pytest -m gpu --numprocesses $(or $(PROCESSES),14) --dist worksteal \
+# 5 GB of the GPU (tests/conftest.py). Without .venv, what is installed for $(PYTHON) runs them.
+test-gpu: $(if $(wildcard .venv),.venv/tools)
+	$(if $(wildcard .venv),$(BIN)/python,$(PYTHON)) -m pytest -m gpu \
+		--numprocesses $(or $(PROCESSES),14) --dist worksteal \
 		$(shell grep --recursive --files-with-matches --include "test_*.py" pytest.mark.gpu tests)
 
 setup: .venv/tools

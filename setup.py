@@ -17,6 +17,13 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
+    def run(self) -> None:
+        super().run()
+        # In place setuptools itself copies the extension, and nothing beside it.
+        package = (ROOT if self.inplace else Path(self.build_lib)) / "tw_kernels"
+        cuda_build = runpy.run_path(str(ROOT / "tw_kernels" / "cuda_build.py"))
+        cuda_build["build"](package / "cubins")
+
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
@@ -37,8 +44,6 @@ class CMakeBuild(build_ext):
         subprocess.run(configure, check=True)
         jobs = str(os.cpu_count() or 1)
         subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
-        cuda_build = runpy.run_path(str(ROOT / "tw_kernels" / "cuda_build.py"))
-        cuda_build["build"](target / "cubins")
 
 
 setup(ext_modules=[Extension("tw_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

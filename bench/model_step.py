@@ -156,14 +156,15 @@ def setups(options: ModelStepOptions) -> Iterator[ModelStep]:
 
 
 def _that_fit(device: torch.device) -> list[str]:
-    """The large shapes whose weights and gradients leave half of the memory to activations."""
+    """The large shapes that fit."""
+    return [name for name in ("1.7B", "8B") if memory_needed(name) <= memory_of(device)]
 
-    def parameters(name: str) -> int:
-        with torch.device("meta"):
-            model = random_model(name, build_tokenizer(), "meta", torch.float32)
-        return sum(p.numel() for p in model.parameters())
 
-    return [n for n in ("1.7B", "8B") if 2 * STATE_BYTES * parameters(n) <= memory_of(device)]
+def memory_needed(name: str) -> int:
+    """Bytes of a GPU that a shape needs: as many for activations as for weights and gradients."""
+    with torch.device("meta"):
+        model = random_model(name, build_tokenizer(), "meta", torch.float32)
+    return 2 * STATE_BYTES * sum(p.numel() for p in model.parameters())
 
 
 SUITE: Suite[Any, Any] = replace(

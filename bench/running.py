@@ -44,6 +44,8 @@ DEFAULT = "bench/results/<device>/<date>-<commit>"
 
 def run(suite: Suite[O, S], options: O, selection: Selection[S]) -> list[Row]:
     """Runs what was selected of a suite, prints it, and writes the result file if one is named."""
+    if not selection.setups:
+        return []
     budget = options.budget or (0.1 if options.quick else 2.0)
     meter = meter_for(options.device)
     roofline = measure_roofline(meter, options.quick)

@@ -10,6 +10,7 @@ from typing import Generic
 
 import torch
 
+from bench.record import RecordError, read_record
 from bench.suite import O, Peer, Row, S, Suite, UsageError
 
 
@@ -38,7 +39,8 @@ class Selection(Generic[S]):
     """The part of a suite to run.
 
     Attributes:
-        setups: a run removes each as it comes to it, so that its inputs are freed after it.
+        setups: a run removes each as it comes to it, so that its inputs are freed after it. None
+            where --without has all of them.
         absent: peer -> why it cannot run here.
     """
 
@@ -78,6 +80,11 @@ def select(suite: Suite[O, S], options: O) -> Selection[S]:
     peers = [peer for peer in suite.peers if only.admits({"peer": peer.name})]
     if not setups or not peers:
         raise UsageError(f"--only {' '.join(options.only)}: nothing in {suite.name} matches")
+    try:
+        done = [row for path in options.without for row in read_record(path).rows]
+    except RecordError as error:
+        raise UsageError(f"--without: {error}") from error
+    setups = [s for s in setups if not any(s.key.items() <= row.items() for row in done)]
     absent = {p.name: why for p in peers if (why := p.why_absent(options.device))}
     peers = [peer for peer in peers if peer.name not in absent]
     if not peers:

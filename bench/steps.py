@@ -3,16 +3,20 @@
 Steps run one after another, each a process with a share of the time that is left. A step writes
 OUT/NAME.log and, if it takes --json, its results to OUT/NAME.json. OUT/summary.json is rewritten
 after every step: status (ok, failed, timed out, interrupted, left out), reason, seconds, exit code,
-command. A later run with the same folder skips the steps that are ok and repeats the others, with
-files of another number.
+command. A later run with the same folder repeats, with files of another number, those that had no
+time to end; what is ok or failed stays, unless it is named.
+
+A step ends with its runner, even a killed one.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +32,8 @@ RESERVED_SECONDS = 15  # kept back for steps with `always`
 LEAST_SECONDS = 3  # a step with less time is left out
 GRACE_SECONDS = 5  # between SIGTERM and SIGKILL
 LOOK_SECONDS = 1  # between two updates of the status of a running step
+ENDED = ("ok", "failed")  # what would end in the same way again
+PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
 
 
 class Step(NamedTuple):
@@ -36,6 +42,8 @@ class Step(NamedTuple):
     Attributes:
         share: the largest part of the remaining time that it may take.
         writes: whether it takes --json FILE for its results.
+        by_case: whether it is a suite, which writes after each case: one that was cut goes on after
+            the cases that it has written.
         absent: why it cannot run here; it is then left out.
         always: runs again in each run that continues a folder, even without time left.
         is_blocking: whether, if the step is not ok, no later step can run; called after it.
@@ -45,6 +53,7 @@ class Step(NamedTuple):
     command: list[str]
     share: float
     writes: bool = False
+    by_case: bool = False
     absent: str | None = None
     always: bool = False
     is_blocking: Callable[[], bool] = lambda: False
@@ -92,7 +101,7 @@ class StepRunner:
                 ) from error
 
     def run(self, steps: Sequence[Step], again: Sequence[str] = ()) -> bool:
-        """Runs the steps that are not ok yet, and those named in `again`; returns whether none
+        """Runs the steps that have not ended yet, and those named in `again`; returns whether none
         failed.
 
         Raises:
@@ -101,7 +110,7 @@ class StepRunner:
         for step in steps:
             earlier = self.entries.get(step.name, {})
             needed = step.name in again or (step.always and not step.absent)
-            if earlier.get("status") == "ok" and not needed:
+            if earlier.get("status") in (("ok",) if step.always else ENDED) and not needed:
                 continue
             if step.absent and step.name not in again:
                 self._enter(step.name, {"status": "left out", "reason": step.absent})
@@ -111,16 +120,22 @@ class StepRunner:
                 if not earlier:
                     self._enter(step.name, {"status": "left out", "reason": "no time was left"})
                 continue
-            entry = self._run(step, max(left * step.share, LEAST_SECONDS), earlier.get("tries", 0))
+            entry = self._run(step, max(left * step.share, LEAST_SECONDS), earlier)
             if entry["status"] != "ok" and step.is_blocking():
                 break
         return all(
             self.entries[s.name]["status"] != "failed" for s in steps if s.name in self.entries
         )
 
-    def _run(self, step: Step, seconds: float, tries: int) -> dict[str, Any]:
-        name = step.name if tries == 0 else f"{step.name}-{tries + 1}"
-        results = ["--json", str(self.out / f"{name}.json")] if step.writes else []
+    def _run(self, step: Step, seconds: float, earlier: dict[str, Any]) -> dict[str, Any]:
+        tries = earlier.get("tries", 0)
+        names = [step.name, *(f"{step.name}-{number}" for number in range(2, tries + 2))]
+        *files, file = (self.out / f"{name}.json" for name in names)
+        results = ["--json", str(file)] if step.writes else []
+        done = [str(path) for path in files if path.exists()]
+        if step.by_case and done and earlier["status"] not in ENDED:
+            results += ["--without", json.dumps(done)]
+        name = names[-1]
         entry: dict[str, Any] = {
             "status": "interrupted",
             "reason": None,
@@ -139,7 +154,8 @@ class StepRunner:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
+                process_group=0,
+                preexec_fn=_end_with_parent,
             )
             try:
                 code = entry["exit_code"] = self._wait(process, step.name, seconds)
@@ -174,6 +190,16 @@ class StepRunner:
         seconds = f"{entry['seconds']:.0f} s" if "seconds" in entry else ""
         print(f"{name:<18} {entry['status']:<12} {seconds:>6}  {entry['reason'] or ''}", flush=True)
         self._entered(self)
+
+
+# Loaded here: between fork and exec nothing is imported.
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _end_with_parent() -> None:
+    """Called in the process of a step: the kernel kills it once its parent has ended."""
+    if _libc:
+        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _end(process: subprocess.Popen) -> None:

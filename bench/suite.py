@@ -102,12 +102,14 @@ class Options:
         device: where to run.
         quick, only: see QUICK_HELP and ONLY_HELP.
         json: write {"env": ..., "rows": [...]} to this file; rewritten after every case.
+        without: leave out the cases of these result files, of a run that was cut.
         budget: seconds of timing per row. Default: 2, or 0.1 with --quick.
     """
 
     device: Literal["cpu", "cuda"] = "cpu"
     quick: bool = False
     json: Path | None = None
+    without: list[Path] = field(default_factory=list)
     only: list[str] = field(default_factory=list)
     budget: float | None = None
 

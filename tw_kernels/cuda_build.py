@@ -1,14 +1,20 @@
 """Compiles the CUDA kernels (csrc/cuda/*/*.cu) for Hopper, one cubin a source file. Needs no GPU.
 
+Beside NAME.cubin stands NAME.digest, of what it was compiled from: a cubin that another machine
+made of the same sources is taken as it is.
+
 setup.py and the tests compile with the same command. Only the standard library is used: setup.py
 loads this file before anything else is installed.
 """
 
 import ctypes
+import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc"
@@ -74,6 +80,37 @@ def command(source: Path, cubin: Path) -> list[str]:
     ]
 
 
+def digest(source: Path, *others: str) -> str:
+    """Of a source, the headers of ours that it includes, and what else the result depends on."""
+    files, seen = [source], {source}
+    for file in files:
+        for name in re.findall(r'#include "(.+)"', file.read_text()):
+            found = next(f for f in (file.parent / name, SOURCES / name) if f.exists())
+            if found not in seen:
+                seen.add(found)
+                files.append(found)
+    content = b"".join(file.read_bytes() for file in files) + repr(others).encode()
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def cubin_digest(source: Path) -> str:
+    """Of what a cubin is compiled from: sources and options, not which compiler it is nor where
+    they are, so that another machine has the same."""
+    words = command(source, Path("to"))
+    return digest(source, *(w for w in words if w[:1] == "-" and w[:2] not in ("-I", "-o")))
+
+
+def missing(folder: Path) -> list[Path]:
+    """The sources whose cubin in `folder` is not there, or of other sources than these."""
+
+    def is_there(source: Path) -> bool:
+        mark = folder / f"{source.stem}.digest"
+        is_current = mark.exists() and mark.read_text() == cubin_digest(source)
+        return is_current and (folder / f"{source.stem}.cubin").exists()
+
+    return [source for source in sources() if not is_there(source)]
+
+
 def compile_kernels(source: Path, cubin: Path) -> str:
     """Compiles one file of kernels.
 
@@ -111,8 +148,8 @@ def _gpu_is_visible() -> bool:
 
 
 def build(folder: Path) -> None:
-    """Compiles every file into `folder`, if that is wanted here."""
-    if not is_wanted():
+    """Compiles into `folder` what is missing there, side by side, if that is wanted here."""
+    if not is_wanted() or not (needed := missing(folder)):
         return
     if reason := why_not():
         if os.environ.get("TW_CUDA") == "1":
@@ -120,6 +157,13 @@ def build(folder: Path) -> None:
         print(f"The CUDA kernels are left out: {reason}")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    for source in sources():
+
+    def make(source: Path) -> None:
         print(f"Compiling {source.name}", flush=True)
+        mark = folder / f"{source.stem}.digest"
+        mark.unlink(missing_ok=True)  # while the cubin is written it is of no sources
         compile_kernels(source, folder / f"{source.stem}.cubin")
+        mark.write_text(cubin_digest(source))
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(make, needed))

@@ -7,14 +7,14 @@ macros either way. `python -m bench.candidate_kernels` compiles all of them; no 
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from bench.attention_setup import Pass
 from bench.environment import REPOSITORY
-from tw_kernels import cuda_build
+
+if TYPE_CHECKING:
+    from bench.attention_setup import Pass
 
 SOURCES = Path(__file__).parent
 CUBINS = REPOSITORY / "build" / "compiled" / "candidates"
@@ -43,15 +43,10 @@ class Candidate(NamedTuple):
 
     @property
     def cubin(self) -> Path:
-        """Where it is once it is compiled: named by its sources and the compiler's options, not by
-        where they are, so that another machine takes it."""
-        words = cuda_build.command(self.source, Path("to"))
-        options = [word for word in words if word[:1] == "-" and word[:2] not in ("-I", "-o")]
-        state = hashlib.sha256(repr(options).encode() + self.source.read_bytes())
-        for path in sorted((cuda_build.SOURCES / "cuda").rglob("*")):
-            if path.suffix in (".cu", ".h"):
-                state.update(path.read_bytes())
-        return CUBINS / f"{self.name}-{state.hexdigest()[:16]}.cubin"
+        """Where it is once it is compiled: named by what it is compiled from."""
+        from tw_kernels import cuda_build  # `bench gpu` names candidates before it can be imported
+
+        return CUBINS / f"{self.name}-{cuda_build.cubin_digest(self.source)}.cubin"
 
 
 CANDIDATES = [
@@ -71,6 +66,8 @@ def compiled(candidate: Candidate) -> Path:
     Raises:
         RuntimeError: the compiler failed.
     """
+    from tw_kernels import cuda_build
+
     cubin = candidate.cubin
     if not cubin.exists():
         CUBINS.mkdir(parents=True, exist_ok=True)

@@ -34,6 +34,15 @@ def test_results_without_a_folder_go_by_device_date_and_commit(tmp_path, monkeyp
     assert environment.results_folder({**fixed, "dirty": True}).name == "2026-11-25-012345678-dirty"
 
 
+def test_the_commit_of_a_tree_without_its_history_is_named(tmp_path, monkeypatch):
+    known = environment.environment("cpu")["commit"]
+    monkeypatch.setenv("TW_COMMIT", "0123456789abcdef")
+    assert environment.environment("cpu")["commit"] == (known or "0123456789abcdef")
+    monkeypatch.setattr(environment, "REPOSITORY", tmp_path)
+    env = environment.environment("cpu")
+    assert env["commit"] == "0123456789abcdef" and not env["dirty"]
+
+
 @pytest.mark.parametrize(
     ("device", "type_", "slug"),
     [

@@ -1,6 +1,7 @@
 """bench gpu: an interruption loses no results, and its commands are valid without a GPU."""
 
 import fnmatch
+import importlib.util
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import attention, decode, gpu, gpu_steps, running, steps
+from bench import attention, decode, gpu, gpu_steps, model_step, running, steps
 from bench.__main__ import main
 from bench.archive import unpack
 from bench.candidate_kernels import CANDIDATES
@@ -24,8 +25,8 @@ from bench.environment import REPOSITORY
 from bench.step_profile import step_parser
 from bench.steps import Step, StepRunner
 from bench.suite import Options, load_suite
-from tw_kernels import cuda_build
 
+cuda_build = gpu_steps.cuda_build
 WAIT = "import time; print('waiting', flush=True); time.sleep(60)"
 
 
@@ -61,19 +62,83 @@ def test_each_step_is_entered_with_its_log_results_status_and_command(tmp_path):
     assert all(e["seconds"] >= 0 for e in entries.values() if e["status"] != "left out")
 
 
-def test_a_second_call_goes_on_and_overwrites_nothing(tmp_path):
-    good, bad = Step("good", writes("1"), 1, writes=True), Step("bad", python("raise OSError"), 1)
-    StepRunner(tmp_path, 100).run([good, bad])
-    # What was ok is not run again; what failed is, into files of its own.
-    changed = [good._replace(command=writes("2")), bad._replace(command=python("print('now')"))]
-    assert StepRunner(tmp_path, 100).run(changed) is True
-    assert (tmp_path / "good.json").read_text() == "1"
+def test_a_second_call_repeats_what_had_no_time_to_end_and_overwrites_nothing(tmp_path):
+    first = [
+        Step("good", writes("1"), 1, writes=True),
+        Step("bad", python("raise OSError"), 1),
+        Step("slow", python(WAIT), 0.08),
+    ]
+    assert StepRunner(tmp_path, 100).run(first) is False
+    # What failed would fail again, and is not worth the time.
+    good, bad, slow = first
+    now = python("print('now')")
+    changed = [
+        good._replace(command=writes("2")),
+        bad._replace(command=now),
+        slow._replace(command=now, share=1),
+    ]
+    assert StepRunner(tmp_path, 100).run(changed) is False
     assert "OSError" in (tmp_path / "bad.log").read_text()
-    assert (tmp_path / "bad-2.log").read_text() == "now\n"
-    assert [e["tries"] for e in summary(tmp_path).values()] == [1, 2]
-    StepRunner(tmp_path, 100).run(changed, again=["good"])
+    assert (tmp_path / "slow-2.log").read_text() == "now\n"
+    assert [e["tries"] for e in summary(tmp_path).values()] == [1, 1, 2]
+    assert StepRunner(tmp_path, 100).run(changed, again=["good", "bad"]) is True
     assert (tmp_path / "good.json").read_text() == "1"
     assert (tmp_path / "good-2.json").read_text() == "2"
+    assert (tmp_path / "bad-2.log").read_text() == "now\n"
+
+
+def test_a_build_that_failed_is_tried_again(tmp_path):
+    build = Step("build", python("raise OSError"), 1, always=True)
+    assert StepRunner(tmp_path, 100).run([build]) is False
+    assert StepRunner(tmp_path, 100).run([build._replace(command=python("0"))]) is True
+
+
+def test_a_suite_that_was_cut_goes_on_after_its_cases(tmp_path):
+    show = "import sys; open(sys.argv[2], 'w'); print(sys.argv[3:])"
+    cut = Step("suite", python(f"{show}; {WAIT}"), 0.08, writes=True, by_case=True)
+    whole = cut._replace(command=python(show), share=1)
+    for step in (cut, cut, whole):
+        StepRunner(tmp_path, 100).run([step])
+    StepRunner(tmp_path, 100).run([whole], again=["suite"])
+    logs = [(tmp_path / f"suite{n}.log").read_text() for n in ("", "-2", "-3", "-4")]
+    one, two = (str(tmp_path / name) for name in ("suite.json", "suite-2.json"))
+    assert "--without" not in logs[0] + logs[3]
+    assert logs[1].startswith(str(["--without", json.dumps([one])]))
+    assert logs[2].startswith(str(["--without", json.dumps([one, two])]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems let it run on")
+def test_a_step_ends_with_a_runner_that_is_killed(tmp_path):
+    code = (
+        "import pathlib, sys; from bench.steps import Step, StepRunner; out = sys.argv[1];"
+        f" StepRunner(pathlib.Path(out), 200).run([Step('slow', {python(WAIT)!r} + [out], 1)])"
+    )
+    process = subprocess.Popen(
+        [*python(code), str(tmp_path)], cwd=REPOSITORY, stdout=subprocess.DEVNULL
+    )
+    log = tmp_path / "slow.log"
+    while not (log.exists() and "waiting" in log.read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    for _ in range(100):
+        running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+        if str(tmp_path) not in running:
+            return
+        time.sleep(0.1)
+    pytest.fail("the step runs on")
+
+
+def test_steps_are_named_where_the_extension_is_not_built(tmp_path):
+    """Nor is the package imported, which needs it: `bench gpu` is what builds it."""
+    code = (
+        "import sys; sys.modules['tw_kernels._C'] = None; import pathlib; from bench import gpu\n"
+        "from bench.gpu_steps import dry_steps, gpu_steps; out = pathlib.Path('out')\n"
+        "print(len(gpu_steps(out)) > len(dry_steps(out)) > 9, 'tw_kernels' in sys.modules)"
+    )
+    done = subprocess.run(python(code), cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stdout == "True False\n", done.stderr
 
 
 def test_a_step_that_takes_too_long_is_ended_with_all_it_started(tmp_path):
@@ -159,7 +224,17 @@ def test_cuda_kernels_are_built_where_they_can_be(tmp_path, monkeypatch):
     assert build().absent is None
     for source in cuda_build.sources():
         (tmp_path / f"{source.stem}.cubin").touch()
+    assert build().absent is None  # of which sources is not known
+    for source in cuda_build.sources():
+        (tmp_path / f"{source.stem}.digest").write_text(cuda_build.cubin_digest(source))
     assert build().absent == "all is built"
+
+
+def test_a_machine_without_the_extension_builds_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_steps, "REPOSITORY", tmp_path)
+    assert not gpu_steps._extension_is_there()
+    write(tmp_path / "tw_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", "")
+    assert gpu_steps._extension_is_there()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -215,9 +290,85 @@ def test_the_steps_of_a_dry_run_are_those_on_a_gpu():
     # Every one has what it needs to end before the time does.
     assert all(0 < step.share <= 1 for step in gpu_steps.gpu_steps(Path("out")))
     # What is told first, and the report last.
-    telling = ["attention", "decode", "engine", "model_step", "tests"]
-    assert [name for name in real if name in telling] == telling == real[3:8]
+    telling = [
+        *("tests", "attention-pack", "attention", "decode", "decode-cuda"),
+        *("engine", "model_step"),
+    ]
+    assert [name for name in real if name in telling] == telling == real[3:10]
     assert real[-1] == "report"
+
+
+def gpu_step(name: str) -> Step:
+    return next(step for step in gpu_steps.gpu_steps(Path("out")) if step.name == name)
+
+
+def test_a_kernel_that_has_never_run_shares_no_step_with_the_others():
+    """If it never ends, the rows of the others are written all the same."""
+    for name in ("decode", "decode-peers", "decode-window", "sweep-fork", "sweep-tree"):
+        globs = [a.partition("=")[2] for a in gpu_step(name).command if a.startswith("peer=")]
+        peers = [peer.name for peer in decode.SUITE.peers]
+        taken = {peer for glob in globs for peer in fnmatch.filter(peers, glob)}
+        assert "ours" in taken and "ours: cuda" not in taken, name
+    for name in ("decode-cuda", "profile-decode-cuda", "ncu-decode-cuda"):
+        assert "peer=ours: cuda" in gpu_step(name).command
+    assert gpu_steps.PACK in gpu_step("attention-pack").command
+    assert gpu_steps.PACK not in gpu_step("attention").command
+
+
+def test_a_candidate_is_timed_on_a_long_path_and_a_pack_in_one_head_dim():
+    for candidate in CANDIDATES:
+        only = " ".join(gpu_step(f"candidate-{candidate.name}").command)
+        assert "case=chain-8192 case=pack-64x512 head_dim=" in only
+        assert only.count("case=") == 2 and only.count("head_dim=") == 1
+        assert f"head_dim={max(candidate.head_dims)}" in only
+
+
+def test_all_peers_but_ours_are_those_that_one_glob_names():
+    for suite in (attention.SUITE, decode.SUITE):
+        others = {peer.name for peer in suite.peers if not peer.ours}
+        glob = gpu_steps.OTHERS.partition("=")[2]
+        assert others == set(fnmatch.filter([peer.name for peer in suite.peers], glob))
+
+
+def test_our_backends_for_other_devices_have_no_row_on_a_gpu():
+    """Dense attention would hold 151 GB of scores of a trajectory of 34,408 tokens."""
+    names = [peer.name for peer in attention.SUITE.peers]
+    for step in gpu_steps.gpu_steps(Path("out")):
+        if "bench.attention" in step.command:
+            globs = [a.partition("=")[2] for a in step.command if a.startswith("peer=")]
+            taken = {peer for glob in globs for peer in fnmatch.filter(names, glob)}
+            assert not taken & {"ours: dense", "ours: segments", "ours: native"}, step.name
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_one_test_that_never_ends_takes_no_other_with_it(monkeypatch, there):
+    known = {"pytest_timeout": there}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: known.get(name))
+    bound = ["--timeout", "60", "--timeout-method", "thread"]
+    assert (bound[0] in gpu_steps._tests()) == there
+    assert not there or bound == [a for a in gpu_steps._tests() if a in bound]
+
+
+def test_a_step_of_the_large_model_needs_its_memory(monkeypatch):
+    assert model_step.memory_needed("8B") == gpu_steps.STEP_8B_BYTES
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    for gigabytes, absent in ((80, True), (141, False)):
+        monkeypatch.setattr(gpu_steps, "_memory", lambda size=gigabytes: size * 10**9)
+        assert bool(gpu_step("model_step-8B").absent) == absent
+        assert not gpu_step("engine-8B").absent
+
+
+def test_cuda_kernels_that_cannot_run_have_no_step(monkeypatch, tmp_path):
+    monkeypatch.setattr(cuda_build, "CUBINS", tmp_path)
+    monkeypatch.setattr(cuda_build, "why_not", lambda: "no nvcc")
+    assert gpu_step("decode-cuda").absent == "no nvcc"
+    monkeypatch.setattr(cuda_build, "why_not", lambda: None)
+    assert gpu_step("decode-cuda").absent is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_steps, "_memory", lambda: 80 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert gpu_step("decode-cuda").absent == "the CUDA kernels are for compute capability 9.0"
 
 
 def test_every_case_that_a_step_on_a_gpu_names_is_there():
@@ -294,7 +445,7 @@ def test_every_suite_has_what_a_step_of_a_dry_run_asks_of_it(tmp_path, monkeypat
             assert step.writes
             assert run_here([*step.command, "--json", str(tmp_path / "new.json")]) == 0
     assert asked == [
-        *("attention", "decode", "engine", "model_step"),
+        *("attention", "attention", "decode", "engine", "model_step"),
         *["candidates"] * len(CANDIDATES),
         *("decode", "attention", "attention", "decode", "engine", "model_step"),
         *("train_step", "rollout", "attention", "decode"),
@@ -370,6 +521,7 @@ def test_what_one_run_compiled_is_there_in_the_next(tmp_path):
     write(Path(one.env["TORCHINDUCTOR_CACHE_DIR"]) / "fxgraph" / "g", "graph")
     write(before / "tw_kernels" / f"_C{suffix}", "extension")
     write(before / "tw_kernels" / "cubins" / "trie_decode.cubin", "cubin")
+    write(before / "tw_kernels" / "cubins" / "trie_decode.digest", "digest")
     one.save(built=True)
     two = Compiled(file, after)
     two.restore()
@@ -380,6 +532,7 @@ def test_what_one_run_compiled_is_there_in_the_next(tmp_path):
     assert (Path(two.env["TORCHINDUCTOR_CACHE_DIR"]) / "fxgraph" / "g").read_text() == "graph"
     assert (after / "tw_kernels" / f"_C{suffix}").read_text() == "extension"
     assert (after / "tw_kernels" / "cubins" / "trie_decode.cubin").read_text() == "cubin"
+    assert (after / "tw_kernels" / "cubins" / "trie_decode.digest").read_text() == "digest"
 
 
 @pytest.mark.parametrize("why", ["other sources", "not built by the run"])
@@ -444,7 +597,8 @@ def test_a_dry_run_goes_through_every_step(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     for name, entry in summary(tmp_path).items():
         assert entry["status"] in ("ok", "left out"), (name, entry)
-    written = [step.name for step in gpu_steps.dry_steps(tmp_path) if step.writes]
+    steps = gpu_steps.dry_steps(tmp_path)
+    written = [step.name for step in steps if step.writes and not step.absent]
     assert_complete(tmp_path, *(name for name in written if not name.startswith("profile-")))
     assert "skipped" in (tmp_path / "tests.log").read_text()
 

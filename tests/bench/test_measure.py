@@ -6,9 +6,11 @@ import time
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench import meter
 from bench.measure import measure
-from bench.meter import CpuMeter
+from bench.meter import CpuMeter, CudaMeter
 from bench.roofline import Work, measure_roofline, rates
 from bench.suite import Peer, Skip
 from tests.bench.conftest import ROOFLINE
@@ -185,3 +187,38 @@ def test_peak_memory_is_what_a_call_holds_at_once():
     if peak is None:
         pytest.skip("no /proc/self/clear_refs here")
     assert 24e6 < peak < 64e6  # 32 MB, and what else the process does
+
+
+def test_a_cache_is_flushed_by_reading(monkeypatch):
+    """The timed call would pay for the writing back of what was written."""
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            order.append("event")
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 3.0
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            written = [result] if isinstance(result, torch.Tensor) else []
+            order.append(max(x.nbytes for x in written))
+            read.append(max(x.nbytes for x in args if isinstance(x, torch.Tensor)))
+            return result
+
+    order, read = [], []
+    monkeypatch.setattr(CudaMeter, "device", "cpu")
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(meter, "FLUSH_BYTES", 2**20)
+    cuda = CudaMeter()
+    with Calls():
+        assert cuda.seconds(lambda: order.append("call"), 2) == 3e-3
+    assert read == [2**20] * 2  # more than the cache holds, and next to nothing written
+    assert order == [4, "event", "call", "event"] * 2

@@ -111,3 +111,28 @@ def test_a_table_shows_only_columns_that_a_row_has():
     row = {"peer": "fast", "ours": True, "status": "ok", "peak_bytes": None, "ms": 1.0}
     table = setup_table(suite, {"case": "a"}, [{**row, "iqr_ms": 0.0, "ratios": {"slow": 2.0}}])
     assert [column.header for column in table.columns] == ["peer", "ms", "± IQR", "x slow", "note"]
+
+
+def test_the_cases_of_earlier_results_are_left_out(tmp_path, capsys):
+    class Numbered(Doubling):
+        def __init__(self, number):
+            self.number = number
+
+        @property
+        def key(self):
+            return {"case": "doubling", "number": self.number, "density": self.number / 3}
+
+    right, _ = counted(lambda x: 2 * x)
+    suite = Suite("t", Options, lambda o: [Numbered(n) for n in range(3)], [Peer("ours", right)])
+    first, second, third = (tmp_path / f"{n}.json" for n in range(3))
+    assert suite_main(suite, ["--quick", "--only", "number=1", "--json", str(first)]) == 0
+    without = ["--without", json.dumps([str(first)])]
+    assert suite_main(suite, ["--quick", *without, "--json", str(second)]) == 0
+    assert [row["number"] for row in json.loads(second.read_text())["rows"]] == [0, 2]
+    # Nothing is left to do, which is no error: it was cut after its last case.
+    without = ["--without", json.dumps([str(first), str(second)])]
+    assert suite_main(suite, ["--quick", *without, "--json", str(third)]) == 0
+    assert not third.exists()
+    capsys.readouterr()
+    assert suite_main(suite, ["--quick", "--without", json.dumps([str(third)])]) == 2
+    assert capsys.readouterr().err.startswith(f"bench.t: --without: {third}: No such file")

@@ -1,7 +1,6 @@
 """The CUDA kernels compiled for sm_90a, with no GPU, and what the compiler made of them."""
 
 import fcntl
-import hashlib
 import re
 import subprocess
 from collections import Counter
@@ -16,19 +15,6 @@ CACHE = Path(__file__).parents[2] / "build" / "cubins"
 SHARED_LIMIT = 227 * 1024  # bytes that a block on sm_90 can have
 
 
-def digest(source: Path, *others: str) -> str:
-    """Of a source, the headers of ours that it includes, and what else the result depends on."""
-    files, seen = [source], {source}
-    for file in files:
-        for name in re.findall(r'#include "(.+)"', file.read_text()):
-            found = next(f for f in (file.parent / name, cuda_build.SOURCES / name) if f.exists())
-            if found not in seen:
-                seen.add(found)
-                files.append(found)
-    content = b"".join(file.read_bytes() for file in files) + repr(others).encode()
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
 def compiled(name: str) -> tuple[Path, str]:
     """The cubin of NAME.cu and what the compiler said; compiled anew if sources changed.
 
@@ -37,7 +23,7 @@ def compiled(name: str) -> tuple[Path, str]:
     if reason := cuda_build.why_not():
         pytest.skip(reason)
     (source,) = (source for source in cuda_build.sources() if source.stem == name)
-    folder = CACHE / f"{name}-{digest(source, *cuda_build.command(source, Path('to')))}"
+    folder = CACHE / f"{name}-{cuda_build.digest(source, *cuda_build.command(source, Path('to')))}"
     cubin, log = folder / f"{name}.cubin", folder / "log"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:

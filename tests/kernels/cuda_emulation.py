@@ -20,10 +20,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.cubins import CACHE, digest
+from tests.kernels.cubins import CACHE
 from tests.kernels.decode_batches import Inputs
 from tw_kernels import DecodePlan, TrieLayout, cuda_build, cuda_device
 from tw_kernels.attention import cuda as cuda_attention
+from tw_kernels.cuda_build import digest
 from tw_kernels.decode import cuda as cuda_decode
 from tw_kernels.scores import NO_OPTIONS
 

@@ -1,8 +1,12 @@
 """The build of the CUDA kernels: what decides on it, and what it says when it cannot."""
 
+import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
@@ -51,8 +55,53 @@ def test_nothing_is_built_where_it_is_turned_off(one_kernel, tmp_path, monkeypat
 def test_every_source_becomes_a_cubin_of_sm_90a(one_kernel, tmp_path, monkeypatch):
     monkeypatch.setenv("TW_CUDA", "1")
     cuda_build.build(tmp_path / "cubins")
-    (cubin,) = (tmp_path / "cubins").iterdir()
+    (cubin,) = (tmp_path / "cubins").glob("*.cubin")
     assert cubin.name == "one.cubin" and "twice" in figures(cubin)
+
+
+@pytest.fixture
+def compilations(monkeypatch) -> list[str]:
+    """The sources that a compiler, which takes any text, is given; two at a time."""
+    compiled, both = [], Barrier(2)
+
+    def compile_kernels(source: Path, cubin: Path) -> None:
+        both.wait(10)
+        if "error" in source.read_text():
+            raise RuntimeError("nvcc failed")
+        cubin.write_text(source.read_text())
+        compiled.append(source.stem)
+
+    monkeypatch.setenv("TW_CUDA", "1")
+    monkeypatch.setattr(cuda_build, "why_not", lambda: None)
+    monkeypatch.setattr(cuda_build, "compile_kernels", compile_kernels)
+    return compiled
+
+
+def test_sources_are_compiled_side_by_side_and_only_when_they_changed(
+    one_kernel, tmp_path, compilations, monkeypatch
+):
+    cubins, two = tmp_path / "cubins", one_kernel.with_name("two.cu")
+    header = tmp_path / "csrc" / "common.h"
+    header.write_text("#pragma once\n")
+    for source in (one_kernel, two):
+        source.write_text('#include "common.h"\n' + KERNEL)
+    cuda_build.build(cubins)
+    assert sorted(compilations) == ["one", "two"]
+    # They are taken where there is no compiler, too, as on the machine that they were carried to.
+    monkeypatch.setattr(cuda_build, "why_not", lambda: "no nvcc")
+    cuda_build.build(cubins)
+    monkeypatch.setattr(cuda_build, "why_not", lambda: None)
+    header.write_text("#pragma once\n\n")
+    assert cuda_build.missing(cubins) == [one_kernel, two]
+    cuda_build.build(cubins)
+    assert sorted(compilations) == ["one", "one", "two", "two"]
+    # A cubin of unknown sources, and one that did not compile.
+    (cubins / "two.digest").unlink()
+    assert cuda_build.missing(cubins) == [two]
+    one_kernel.write_text("error")
+    with pytest.raises(RuntimeError, match="nvcc failed"):
+        cuda_build.build(cubins)
+    assert cuda_build.missing(cubins) == [one_kernel]
 
 
 @needs_nvcc
@@ -100,3 +149,46 @@ def test_setup_can_load_the_build_before_anything_is_installed():
     # -I -S: the standard library alone, no installed packages.
     code = f"import runpy; runpy.run_path({cuda_build.__file__!r})['build']"
     subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True)
+
+
+def program(path: Path, code: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!{sys.executable}\nimport pathlib, sys\n{code}")
+    path.chmod(0o755)
+
+
+def test_kernels_built_in_place_lie_where_they_are_launched_from(tmp_path):
+    """setup.py with stand-ins for CMake and nvcc."""
+    tree, root = tmp_path / "tree", Path(cuda_build.__file__).parents[1]
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "tw_kernels/cuda_build.py"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / name, tree / name)
+    for name in ("tw_kernels/__init__.py", "csrc/cuda/op/one.cu"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).touch()
+    (tmp_path / "site" / "cutlass_library" / "source" / "include").mkdir(parents=True)
+    (tmp_path / "site" / "cutlass_library" / "__init__.py").touch()
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    option = "-DCMAKE_LIBRARY_OUTPUT_DIRECTORY="
+    program(
+        tmp_path / "bin" / "cmake",
+        f"for word in sys.argv:\n if word.startswith({option!r}):\n"
+        f"  folder = pathlib.Path(word[{len(option)}:])\n"
+        "  folder.mkdir(parents=True, exist_ok=True)\n"
+        f"  (folder / '_C{suffix}').touch()\n",
+    )
+    program(
+        tmp_path / "bin" / "nvcc",
+        "pathlib.Path(next(w for w in sys.argv if w[:3] == '-o=')[3:]).touch()\n",
+    )
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "CUDA_HOME": str(tmp_path), "TW_CUDA": "1"}
+    env["PYTHONPATH"] = str(tmp_path / "site")
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tree / "tw_kernels" / f"_C{suffix}").exists()
+    cubins = {file.name for file in (tree / "tw_kernels" / "cubins").iterdir()}
+    assert cubins == {"one.cubin", "one.digest"} and "Compiling one.cu" in done.stdout
+    done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "Compiling" not in done.stdout  # they are there
