@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from threadweaver.data import DataError
-from threadweaver.trajectory import Codec, Prompt, find_violations
-from threadweaver.trajectory.format import opened_thinking
+from threadweaver.trajectory import Codec, Prompt, find_violations, opened_thinking
 from threadweaver.view.lanes import Lanes, count_words, lanes, tokens_of
 from threadweaver.view.page import as_json, build_page
 from threadweaver.view.rows import Row
