@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,24 @@ def test_a_file_that_its_holder_removed_in_between_is_made_again(tmp_path, monke
     with open_locked(path) as file:
         file.write(b"mine\n")
     assert path.read_bytes() == b"mine\n"
+
+
+def test_who_looks_whether_a_folder_is_held_does_not_keep_others_out(tmp_path, monkeypatch):
+    FolderLock(tmp_path).release()
+    sleep = time.sleep
+    with (tmp_path / ".lock").open("rb") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        assert not lock.is_held(tmp_path)  # by another who looks
+
+        def while_waiting(seconds: float) -> None:
+            looking.close()
+            sleep(seconds)
+
+        monkeypatch.setattr(time, "sleep", while_waiting)
+        held = FolderLock(tmp_path)
+    assert lock.is_held(tmp_path)
+    held.release()
+    assert not lock.is_held(tmp_path) and not lock.is_held(tmp_path / "none")
 
 
 def test_a_file_system_without_locks_has_none_and_other_errors_are_told(tmp_path, monkeypatch):

@@ -9,11 +9,13 @@ import errno
 import fcntl
 import os
 import socket
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 LOCK_FILE = ".lock"  # of a folder; says who holds it
+LOOK_SECONDS = 0.05  # longer than a look by `is_held`, which has the lock for a moment
 
 
 class InUse(Exception):  # noqa: N818 (named for what was found)
@@ -36,7 +38,9 @@ def open_locked(path: Path) -> IO[bytes]:
         file = path.open("a+b")
         try:
             if not _lock(file):
-                raise InUse(path)
+                time.sleep(LOOK_SECONDS)
+                if not _lock(file):
+                    raise InUse(path)
             # Who held the lock before may have removed the file.
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):
@@ -86,18 +90,24 @@ class FolderLock:
             self._file.close()
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process works in a folder; False where that cannot be known."""
+    with suppress(OSError), (folder / LOCK_FILE).open("rb") as file:
+        # Shared, so that who looks does not take another who looks for the holder.
+        return not _lock(file, fcntl.LOCK_SH)
+    return False
+
+
 def check_free(folder: Path) -> None:
     """Raises InUse if another process works in a folder."""
-    path = folder / LOCK_FILE
-    with suppress(OSError), path.open("rb") as file:
-        if not _lock(file):
-            raise InUse(folder, _owner(path))
+    if is_held(folder):
+        raise InUse(folder, _owner(folder / LOCK_FILE))
 
 
-def _lock(file: IO[bytes]) -> bool:
+def _lock(file: IO[bytes], how: int = fcntl.LOCK_EX) -> bool:
     """Whether this process has it now."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, how | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -314,6 +315,48 @@ def test_answers_that_are_wrong_never_reach_the_teacher(annotate, tmp_path, rows
         ("0-answer", "the answer is not right"),
         ("0-answer", "has no reasoning before its answer"),
     ]
+
+
+def opening(student: str, folder: Path) -> str:
+    """A copy of a student whose chat template opens the thinking."""
+    shutil.copytree(student, folder)
+    template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    opens = "{% if add_generation_prompt %}<think>\n{% endif %}"
+    (folder / "chat_template.jinja").write_text(template + opens)
+    return str(folder)
+
+
+def test_a_thought_that_the_prompt_opened_and_nothing_closes_is_not_paid_for(
+    annotate, tmp_path, rows, student
+):
+    """Whether the student did not end it, or the data file holds no thinking."""
+    thinks = ["--student", opening(student, tmp_path / "thinks")]
+    body, answer = rows[0]["response"].removeprefix("<think>\n").split("</think>")
+    cut = f"{body}\n\n\\boxed{{{rows[0]['answer']}}}, but wait"
+    unanswered = {k: v for k, v in rows[0].items() if k != "response"}
+    bare = {**rows[1], "response": f"One.\n\nTwo.\n\n\\boxed{{{rows[1]['answer']}}}"}
+    given = [unanswered, bare, rows[2]]
+    out = tmp_path / "out"
+    with StubServer() as server:
+        assert annotate(server, *thinks, "--generation.max_tokens", "5", given=given) == 0
+        assert len(server.received) == 3  # about the third
+        path = out / "0-answer" / "000001.json"
+        record = {**json.loads(path.read_text()), "response": cut}
+        path.write_text(json.dumps(record))
+        assert annotate(server, *thinks, "--generation.max_tokens", "5", given=given) == 0
+        assert len(server.received) == 3
+        rejected = [(r["number"], r["step"], r["reason"]) for r in read(out / "rejected.jsonl")]
+        assert rejected == [
+            (1, "0-answer", "the answer was cut off (generation.max_tokens)"),
+            (2, "0-answer", "breaks the format"),
+        ]
+        assert [row["question"] for row in read(out / "kept.jsonl")] == [rows[2]["question"]]
+        # It is made again with a larger limit, and one that ends is right.
+        assert annotate(server, *thinks, "--generation.max_tokens", "6", given=given) == 0
+        assert json.loads(path.read_text())["response"] != cut
+        path.write_text(json.dumps({**record, "response": f"{body}</think>{answer}"}))
+        assert annotate(server, *thinks, "--generation.max_tokens", "6", given=given) == 0
+        assert len(read(out / "kept.jsonl")) == 2
 
 
 def test_problems_without_a_response_are_answered_by_the_student_once(annotate, tmp_path, rows):

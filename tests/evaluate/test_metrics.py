@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
 
 from tests.products import CODEC, FACTORS, PROMPTS, RESPONSES, product_model
+from tests.trajectory.test_prompt import tokenizer_of
 from threadweaver.evaluate.grade import grade, graded_row, submit
 from threadweaver.evaluate.metrics import Evaluation, compare, evaluate
 from threadweaver.generate import Engine, GenerationSettings, LimitCounts, Rollout
 from threadweaver.generate.sampler import SamplingParams
 from threadweaver.generate.weaver import Mode
-from threadweaver.tasks import Problem
+from threadweaver.tasks import Problem, Task
+from threadweaver.tasks.data_file import DataFile
 from threadweaver.tasks.multiplication import Multiplication
+from threadweaver.trajectory import Codec, TemplateConfig
 
 TASK = Multiplication()
 PROBLEMS = [
@@ -52,6 +56,31 @@ def test_a_wrong_response_without_a_box_has_no_answer():
     evaluation = recorded(texts)
     assert [g.no_answer for g in evaluation.graded] == [True, False, True, True, True]
     assert evaluation.as_dict()["no_answer"] == 4
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_thought_that_the_prompt_opened_and_nothing_closes_has_no_answer(in_background, tmp_path):
+    """DeepSeek-R1, QwQ: the generation prompt ends with <think>, and the response never says so."""
+    tokenizer = tokenizer_of("thinking")
+    thinks, does_not = (
+        Codec.from_tokenizer(tokenizer, template=TemplateConfig(kwargs={"thinking": thinking}))
+        for thinking in (True, False)
+    )
+    (tmp_path / "p.jsonl").write_text(json.dumps({"question": "6·7?", "answer": "42"}) + "\n")
+    in_file = DataFile(str(tmp_path / "p.jsonl"), held_out=1, whole_numbers=True)
+    task: Task = in_file if in_background else TASK
+    problem, settings = Problem("6·7?", "42", "f:1"), GenerationSettings("sequential")
+    for codec, text, is_right in (
+        (thinks, "First guess \\boxed{42}. But wait", False),
+        (thinks, "So it is.</think>\\boxed{42}", True),
+        (does_not, "First guess \\boxed{42}. But wait", True),
+    ):
+        ids = codec.encode(text)
+        submitted = submit(problem, ids, task, codec)
+        rollout = Rollout(codec.encode_prompt(problem.prompt), ids, [], LimitCounts(response=1), 1)
+        graded = grade(problem, rollout, submitted, codec, settings)
+        assert (graded.correct, graded.no_answer) == (is_right, not is_right)
+        assert graded.response == text and bool(graded.violations) == (not is_right)
 
 
 class InTheBackground:

@@ -79,6 +79,26 @@ def test_an_evaluation_that_was_stopped_twice_comes_out_as_one_that_was_not(
     assert not (tmp_path / "r.jsonl.partial").exists()
 
 
+def test_a_resumed_evaluation_overwrites_no_other_file_unasked(
+    solve, tmp_path, monkeypatch, capsys
+):
+    other, short = tmp_path / "other.json", ["--max_sequences", "1", "--max_tokens", "30"]
+    other.write_text("mine\n")
+    with monkeypatch.context() as patch:
+        interrupt_after(60, patch)
+        assert solve(*short) == 130
+    partial = tmp_path / "r.jsonl.partial"
+    kept = partial.read_bytes()
+    capsys.readouterr()
+    assert solve(*short, "--json", str(other)) == 2
+    assert f"error: {other}: there already; name another place" in capsys.readouterr().err
+    assert other.read_text() == "mine\n" and partial.read_bytes() == kept
+    # That --overwrite allows it does not begin anew.
+    assert solve(*short, "--json", str(other), "--overwrite") == 0
+    assert "responses are there already" in capsys.readouterr().out
+    assert json.loads(other.read_text())["parallel"]["resumed"] > 0
+
+
 def test_files_that_are_there_are_not_overwritten_unasked(solve, tmp_path, capsys):
     (tmp_path / "r.jsonl").write_text("mine\n")
     assert solve() == 2

@@ -17,12 +17,13 @@ from threadweaver.data import (
     save_rows,
     trajectory_row,
 )
+from threadweaver.data.overlap import texts_of_files
 from threadweaver.model import build_tokenizer
 from threadweaver.tasks import load_task
 from threadweaver.tasks.multiplication import make_rows, split_problems
 from threadweaver.train.batches import build_tries
 from threadweaver.train.config import DataConfig
-from threadweaver.trajectory import Codec
+from threadweaver.trajectory import Codec, Rendered
 
 CODEC = Codec.from_tokenizer(build_tokenizer())
 
@@ -220,6 +221,29 @@ def test_rows_without_a_response_are_read_where_none_is_needed(tmp_path, extensi
     ]
     with pytest.raises(DataError, match="no field 'qwen_text' or 'response'"):
         load_examples(path)
+
+
+WRITTEN = ["", " \n", "<|im_end|>", f"R<|im_end|>\n{HEADER}R"]
+
+
+@pytest.mark.parametrize("extension", ["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    "prompt", ["Q?", Rendered("a <think>\n"), [{"role": "user", "content": "Q"}]]
+)
+def test_a_file_of_responses_of_any_content_is_a_task(tmp_path, prompt, extension):
+    """As `generate --data` writes it of a model that ends at once, or opens a turn of its own."""
+    path = tmp_path / f"rows.{extension}"
+    save_rows([trajectory_row(prompt, text, "7") for text in (*WRITTEN, "R")], path)
+    task = load_task(str(path), held_out=0.0, whole_numbers=True)
+    problems = task.problems("train", None)
+    assert [problem.data for problem in problems] == [""] * len(WRITTEN) + ["R"]
+    for problem in problems:
+        assert problem.prompt == prompt
+        assert isinstance(problem.prompt, Rendered) == isinstance(prompt, Rendered)
+    with pytest.raises(DataError, match=r"field '(response|qwen_text)'"):
+        load_examples(path)
+    # What cannot be trained on counts for overlap.
+    assert HEADER in [text.rest for text in texts_of_files([str(path)])][3]
 
 
 GOOD = {"question": "Q", "response": "R"}

@@ -50,10 +50,10 @@ def test_a_prompt_that_is_rendered_stays_so(tmp_path):
 def test_answers_of_generate_may_be_empty_or_hold_anything(tmp_path):
     path = tmp_path / "answers.jsonl"
     prompts = ["q", Rendered("<|a|>q")]
-    responses = ["", "<|im_start|> <think>"]
-    save_rows([trajectory_row(p, r, 2) for p in prompts for r in responses][:3], path)
+    responses = ["", " \n", "<|im_start|> <think>"]
+    save_rows([trajectory_row(p, r, 2) for p in prompts for r in responses], path)
     found = [(row.prompt, row.response) for row in read_trajectories(str(path))]
-    assert found == [("q", ""), ("q", "<|im_start|> <think>"), ("<|a|>q", "")]
+    assert found == [(p, r) for p in ("q", "<|a|>q") for r in responses]
 
 
 def test_rows_of_an_evaluation(tmp_path):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from pathlib import Path
 
 import pytest
 
 from tests.view.browser import Opened, data_of
+from threadweaver.lock import FolderLock
 from threadweaver.view.run import MAX_POINTS, check_run, run_page, watch
 from threadweaver.whole_file import write_whole
 
@@ -154,6 +156,57 @@ def test_watching_ends_with_the_run_and_leaves_a_page_at_rest(run, tmp_path):
     assert not thread.is_alive() and reloads == 0.05
     data = data_of(out.read_text())
     assert data["about"]["reload"] is None and data["run"]["finished"]
+
+
+def test_watching_ends_with_a_run_that_failed(run, tmp_path):
+    """It writes no summary.json; its lock goes however it ends."""
+    out = tmp_path / "page.html"
+    lock = FolderLock(run)
+    thread = threading.Thread(target=watch, args=(run, out, 0.05))
+    thread.start()
+    while not out.exists():
+        thread.join(0.02)
+    assert data_of(out.read_text())["run"]["running"]
+    lock.release()
+    thread.join(10)
+    ended = not thread.is_alive()
+    (run / "summary.json").write_text("{}")
+    thread.join(10)
+    assert ended
+    data = data_of(out.read_text())
+    assert data["about"]["reload"] is None
+    assert not data["run"]["running"] and not data["run"]["finished"]
+
+
+def test_watching_waits_for_a_run_that_is_not_resumed_yet(run, tmp_path):
+    out = tmp_path / "page.html"
+    thread = threading.Thread(target=watch, args=(run, out, 0.02))
+    thread.start()
+    thread.join(0.2)
+    assert thread.is_alive() and not data_of(out.read_text())["run"]["running"]
+    (run / "summary.json").write_text("{}")
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_a_chunk_is_counted_once_until_it_changes(run, monkeypatch):
+    rollouts = run / "self_train" / "rollouts"
+    chunk = rollouts / "chunk-0.json"
+    for number in (1, 2):
+        (rollouts / f"chunk-{number}.json").write_text(chunk.read_text())
+    read, taken = Path.read_bytes, []
+    monkeypatch.setattr(Path, "read_bytes", lambda path: taken.append(path.name) or read(path))
+    assert seen(run)["rejects"]["rollouts"] == 9 and "chunk-0.json" in taken
+    for path in rollouts.iterdir():
+        os.utime(path, ns=(1, {"chunk-2.json": 3}.get(path.name, 2)))  # whose samples are shown
+    seen(run)
+    taken.clear()
+    found = seen(run)["rejects"]
+    assert [name for name in taken if "chunk" in name] == ["chunk-2.json"]
+    assert (found["rollouts"], found["kept"]) == (9, 3)
+    assert found["violations"] == {"odd": 3}
+    chunk.write_text("[{}]")
+    assert seen(run)["rejects"]["rollouts"] == 7
 
 
 def test_a_watched_page_reads_itself_anew_and_keeps_what_was_chosen(run, browser, tmp_path):

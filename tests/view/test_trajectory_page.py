@@ -44,6 +44,21 @@ def test_a_breach_of_a_prompt_that_opens_the_thinking_is_marked_in_the_response(
     assert text_and_marks(detail["line"])[1] == [(0, response.index("</Thread>"))]
 
 
+def test_a_row_that_begins_inside_its_thinking_is_well_formed():
+    """As annotate and `generate --data` write it for a chat template that opens the thinking."""
+    rows = [
+        row(f"Hm.\n{threads('x', 'y')}</think>\\boxed{{2}}"),
+        row("Hm.</think>\\boxed{2}</think>"),
+        row("<think>Hm.</think></think>"),
+        row("Hm.</think>2", violations=["line 1: </think> closes no <think>"]),
+    ]
+    data = data_of(trajectory_page(rows, "f"))
+    assert data["index"]["breaches"] == [0, 1, 1, 1]
+    marks = [text_and_marks(detail["line"])[1] for detail in data["chunk-0"]]
+    at = [[], [(0, len("Hm.</think>\\boxed{2}"))], [(0, len("<think>Hm.</think>"))]]
+    assert marks == [*at, [(0, len("Hm."))]]
+
+
 def test_breaches_that_the_file_lists_stand_and_are_found_again():
     listed = [*check_format(BROKEN), "line 2: the response holds the control token <|x|>", "odd"]
     [detail] = data_of(trajectory_page([row(BROKEN, violations=listed)], "f"))["chunk-0"]

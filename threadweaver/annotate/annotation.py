@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, Self
 
@@ -12,7 +12,7 @@ from rich.console import Console
 
 from threadweaver.annotate.engine_teacher import EngineTeacher
 from threadweaver.annotate.failures import LeftOut
-from threadweaver.annotate.keep import grading, kept_row
+from threadweaver.annotate.keep import grading, kept_row, trained_response
 from threadweaver.annotate.lines import split
 from threadweaver.annotate.openai_teacher import OpenAITeacher
 from threadweaver.annotate.prompts import PLACES, Prompts
@@ -37,7 +37,7 @@ from threadweaver.generate.load import load_engine, settle_precision
 from threadweaver.model import add_tags, load_tokenizer
 from threadweaver.progress import Progress, print_line
 from threadweaver.tasks import Problem, Task
-from threadweaver.trajectory import Codec
+from threadweaver.trajectory import Codec, opened_thinking
 from threadweaver.whole_file import write_whole
 
 
@@ -113,9 +113,7 @@ class Annotation:
         smaller generation.max_tokens cut off."""
         options = self._options
         cut = cut_off(self._store, self._problems, options.generation.max_tokens)
-        verdicts = {
-            n: grading(self._task, a.response, self._problems[n - 1]) for n, a in cut.items()
-        }
+        verdicts = {number: self._grading(number, answer) for number, answer in cut.items()}
         wrong = [number for number, is_right in verdicts.items() if not is_right()]
         numbers = sorted([*unanswered(self._store, self._problems), *wrong])
         if not numbers:
@@ -214,9 +212,7 @@ class Annotation:
     def _right(self) -> dict[int, Given]:
         """Responses that are right and have lines to work on; the others are left out."""
         answers = {n: answered(self._store, n, p) for n, p in enumerate(self._problems, 1)}
-        pending = {
-            n: grading(self._task, a.response, self._problems[n - 1]) for n, a in answers.items()
-        }
+        pending = {number: self._grading(number, answer) for number, answer in answers.items()}
         given: dict[int, Given] = {}
         with Progress(self._progress, "grading", len(answers), "responses") as progress:
             for number in progress.track(answers):
@@ -225,10 +221,20 @@ class Annotation:
                     if not pending[number]():
                         raise _why_wrong(answer)
                     body, _ = self._codec.prompts.split_end(answer.response)
-                    given[number] = Given(problem, split(body))
+                    response = split(body)
+                    # What step 5 would not keep is not paid for.
+                    trained_response(problem, body, self._codec, STEP)
+                    given[number] = Given(problem, response)
                 except LeftOut as reason:
                     self._results[number] = reason
         return given
+
+    def _grading(self, number: int, answer: Answer) -> Callable[[], bool]:
+        """Starts to grade an answer. The student wrote its own after the text of the prompt, which
+        may have opened the thinking; one of the data file is whole."""
+        problem = self._problems[number - 1]
+        opened = "" if problem.data else opened_thinking(self._codec.prompts.text(problem.prompt))
+        return grading(self._task, opened + answer.response, problem)
 
     def _teacher(self) -> Teacher:
         if self._server is not None:

@@ -43,8 +43,8 @@ class Example:
 
     Attributes:
         prompt: what comes before the response, without loss.
-        response: empty only if the row has none, or none that can be told from its prompt, and
-            none was asked for.
+        response: empty only if the row has none, none that can be told from its prompt or none
+            that can be trained on, and none was asked for.
         ground_truth: the right answer, or several of which any is right; None if the row names
             none.
         source: "file:line", or "file, row n" for parquet; both count from 1.
@@ -107,7 +107,8 @@ def read_examples(
     Args:
         responses: whether every row must hold one; if not, a question is the prompt even where a
             `qwen_text` has it rendered, and the response of a row is empty if it has neither
-            `qwen_text` nor `response`, or a `qwen_text` that nothing splits.
+            `qwen_text` nor `response`, a `qwen_text` that nothing splits, or a response that is
+            empty or holds a control token before its end.
         codec: of the model that is to read the prompts.
 
     Raises:
@@ -138,6 +139,14 @@ def example_of(
     asked = _asked_by(row)
     question = _prompt(row, asked, source) if asked else None
     answered, truth = _ground_truth(row, source)
+    empty = row.get("response")
+    if not responses and isinstance(empty, str) and not empty.strip():
+        # Of a model that ended at once.
+        if question is not None:
+            return Example(question, "", truth, source, (asked, None, answered))
+        if "qwen_text" in row:
+            prompt = Rendered(_text(row, "qwen_text", source).removesuffix(empty))
+            return Example(prompt, "", truth, source, ("qwen_text", None, answered))
     if "qwen_text" in row:
         try:
             prompt, response = _split(row, question, source, codec)
@@ -159,6 +168,8 @@ def example_of(
             return Example(prompt, "", truth, source, (prompt_column, None, answered))
         response, response_column = _text(row, "response", source), "response"
     body = _CONTROL_END.sub("", response)
+    if not responses and (not body.strip() or CONTROL.search(body)):
+        return Example(prompt, "", truth, source, (prompt_column, None, answered))
     if not body.strip():
         raise DataError(
             f"{source}: field '{response_column}': the response is empty; fill it in or remove "

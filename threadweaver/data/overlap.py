@@ -81,7 +81,9 @@ def texts_of_files(paths: Iterable[str]) -> Iterator[Text]:
                 prompt, response = text_of(example.prompt), example.response
             except Unsplit:
                 prompt = response = ""
-            yield Text(source, prompt, response or row.get("qwen_text") or "")
+            # A response that cannot be trained on counts too.
+            text = response or row.get("qwen_text") or row.get("response") or ""
+            yield Text(source, prompt, text)
 
 
 def text_of(prompt: Prompt) -> str:

@@ -85,9 +85,10 @@ def _main(arguments: list[str] | None) -> int:
         check(options)
         server = server_settings(options)
         kept = _kept_in(options)
-        if kept is None or not partial_of(kept).exists():
-            files = [options[name] for name in FILES if options[name]]
-            check_overwrite(filter(Path.is_file, files), options.overwrite)
+        files = [options[name] for name in FILES if options[name]]
+        if kept is not None and partial_of(kept).exists():
+            files.remove(kept)  # it was asked about when the responses were begun
+        check_overwrite(filter(Path.is_file, files), options.overwrite)
     except ArgumentError as error:
         return fail(explain(str(error), parser.get_defaults()), 2)
     except ValueError as error:
@@ -190,15 +191,17 @@ def _main(arguments: list[str] | None) -> int:
         **{mode: evaluation.as_dict() for mode, evaluation in evaluations.items()},
         "comparison": asdict(gain) if gain else None,
     }
+    # The file of few lines comes last: if this process is killed between them, it is not there yet,
+    # and the same command goes on without a question.
     written: dict[Path, Iterable[str]] = {}
-    if options.json:
-        written[options.json] = [json.dumps(record, indent=2) + "\n"]
     if options.responses:
         written[options.responses] = (
             json.dumps(row, ensure_ascii=False) + "\n"
             for mode, evaluation in evaluations.items()
             for row in _rows(mode, evaluation)
         )
+    if options.json:
+        written[options.json] = [json.dumps(record, indent=2) + "\n"]
     code = 0
     for path, lines in written.items():
         try:

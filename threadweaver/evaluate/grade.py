@@ -17,6 +17,7 @@ from threadweaver.trajectory import (
     PathLengths,
     Redundancy,
     Rendered,
+    opened_thinking,
     redundancy,
     violations,
 )
@@ -31,7 +32,7 @@ class Graded:
         counts: of it.
         response: its text, without the end token.
         correct: whether its answer is right, by the task.
-        no_answer: whether it is wrong because it boxes nothing.
+        no_answer: whether it is wrong because it boxes nothing after its thinking.
         violations: of the format, a <think> that the prompt ends with included.
         lengths: of its paths, the end token counted; in sequential mode all of it is one path.
         redundancy: of its threads.
@@ -62,11 +63,13 @@ class Submitted(NamedTuple):
 
 def submit(problem: Problem, response: Sequence[int], task: Task, codec: Codec) -> Submitted:
     """Starts to grade the ids of a response if the task can do so in the background; else it is
-    graded in the caller's thread, when the verdict is asked for."""
+    graded in the caller's thread, when the verdict is asked for. The task gets a <think> that the
+    prompt ends with too, so that a thought without an end has no answer."""
     text = codec.decode([id for id in response if id not in codec.end_ids])
+    whole = opened_thinking(codec.prompts.text(problem.prompt)) + text
     if isinstance(task, GradesInBackground):
-        return Submitted(text, task.submit(text, problem))
-    return Submitted(text, partial(task.is_correct, text, problem))
+        return Submitted(text, task.submit(whole, problem))
+    return Submitted(text, partial(task.is_correct, whole, problem))
 
 
 def grade(
@@ -77,8 +80,8 @@ def grade(
     settings: GenerationSettings,
 ) -> Graded:
     """The grade of a rollout that was decoded with these settings, and submitted."""
-    response = submitted.text
-    breaches = violations(codec.prompts.text(problem.prompt), response, settings.max_depth)
+    response, prompt = submitted.text, codec.prompts.text(problem.prompt)
+    breaches = violations(prompt, response, settings.max_depth)
     if control := codec.prompts.control_in(response):
         breaches.append(f"line 1: the response holds the control token {control}")
     correct = submitted.is_correct()
@@ -88,7 +91,7 @@ def grade(
         rollout.counts,
         response,
         correct,
-        not correct and not boxed_answer(response),
+        not correct and not boxed_answer(opened_thinking(prompt) + response),
         breaches,
         settings.path_lengths(rollout.response, codec),
         redundancy(response, max_depth=settings.max_depth),

@@ -59,7 +59,7 @@ class Task(Protocol):
 
     def is_correct(self, response: str, problem: Problem) -> bool:
         """Whether the last box after the thinking holds a right answer. Never raises for a response
-        of any content."""
+        of any content. A response whose prompt ends with <think> begins with it."""
         ...
 
     def demonstration(self, problem: Problem, parallel: bool) -> str | None:

@@ -5,7 +5,13 @@ Knows nothing of models or generation, and needs no `transformers`.
 
 from threadweaver.trajectory.calls import Call, extract_calls
 from threadweaver.trajectory.codec import Codec
-from threadweaver.trajectory.format import Violation, check_format, find_violations, violations
+from threadweaver.trajectory.format import (
+    Violation,
+    check_format,
+    find_violations,
+    opened_thinking,
+    violations,
+)
 from threadweaver.trajectory.loss import LossTrie, loss_trie
 from threadweaver.trajectory.paths import PathLengths, path_lengths
 from threadweaver.trajectory.prompt import Message, Prompt, Rendered, TemplateConfig
@@ -28,6 +34,7 @@ __all__ = [
     "extract_calls",
     "find_violations",
     "loss_trie",
+    "opened_thinking",
     "path_lengths",
     "redundancy",
     "violations",

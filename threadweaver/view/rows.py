@@ -83,8 +83,10 @@ def _row(row: dict[str, Any], source: str) -> Row:
     row = {name: value for name, value in row.items() if value is not None}
     prompt = next((row[name] for name in PROMPTS if name in row), None)
     response, text = row.get("response"), row.get("qwen_text")
-    if prompt is None and isinstance(text, str) and isinstance(response, str) and not response:
-        prompt = Rendered(text)
+    if prompt is None and isinstance(text, str) and isinstance(response, str):
+        before = text.removesuffix(response)
+        if before.strip() and before + response == text:
+            prompt = Rendered(before)
     # Where any other `qwen_text` parts into prompt and response is said in one place.
     if (
         isinstance(response, str)

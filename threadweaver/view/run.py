@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from threadweaver.lock import is_held
 from threadweaver.view.page import as_json, build_page
 from threadweaver.view.run_files import is_run, read_run
 from threadweaver.whole_file import write_whole
@@ -44,10 +45,16 @@ def run_page(folder: Path, reload_seconds: float | None = None) -> str:
 
 
 def watch(folder: Path, out: Path, seconds: float) -> None:
-    """Writes the page every so many seconds until the run is finished, and at the end, or when it
-    is interrupted, once more, as a page that does not reload itself."""
+    """Writes the page every so many seconds until the run is finished, or was stopped or failed,
+    so that no process works in its folder any more; and at the end, or when it is interrupted, once
+    more, as a page that does not reload itself."""
+    was_held = False
     try:
         while not (folder / "summary.json").exists():
+            held = is_held(folder)
+            if was_held and not held:
+                break
+            was_held = held
             write_whole(out, run_page(folder, seconds))
             time.sleep(seconds)
     finally:

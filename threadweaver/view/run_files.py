@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from threadweaver.lock import is_held
 
 # What a run's folder holds, in the order in which it is made; each may be a run of its own.
 STAGES = ("", "sft", "self_train", "self_train/sft", "rl")
@@ -21,16 +25,29 @@ MOST_CHARACTERS = 6000  # of a sample
 Json = dict[str, Any]
 
 
+class Tally(NamedTuple):
+    """Counts of the rollouts in a chunk; `first`: by the first breach of each, right or not."""
+
+    rollouts: int
+    wrong: int
+    malformed: int
+    first: Counter[str]
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_bytes())
+
+
 @dataclass
 class Damage:
     """Files and lines that could not be read, as lines to show."""
 
     lines: list[str] = field(default_factory=list)
 
-    def read(self, path: Path, root: Path) -> Any:
-        """The JSON in a file; None if it is not there or damaged."""
+    def read(self, path: Path, root: Path, read: Callable[[Path], Any] = _json) -> Any:
+        """What is read from a JSON file, by default all; None if it is not there or damaged."""
         try:
-            return json.loads(path.read_bytes())
+            return read(path)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, RecursionError) as error:
@@ -58,6 +75,7 @@ def read_run(root: Path) -> Json:
         "samples": _samples(root, damage),
         "config": (root / "config.yaml").read_text(encoding="utf-8", errors="replace"),
         "finished": (root / "summary.json").exists(),
+        "running": is_held(root),
         "damaged": damage.lines,
     }
 
@@ -134,19 +152,35 @@ def _rejects(root: Path, damage: Damage) -> Json | None:
             counts = {name: _counts(selection[name]) for name in names[2:]}
             return {name: selection[name] for name in names} | counts | {"so_far": False}
         damage.add(folder / "selection.json", root, "is not what a run wrote")
-    rows = [row for path in _chunks(folder) for row in _rollouts(damage.read(path, root))]
-    if not rows:
+    read = (damage.read(path, root, _tally) for path in _chunks(folder))
+    tallies: list[Tally] = [tally for tally in read if tally is not None]
+    rollouts = sum(tally.rollouts for tally in tallies)
+    if not rollouts:
         return None
-    wrong = sum(not row.get("correct") for row in rows)
-    malformed = sum(bool(row.get("correct") and _breaches(row)) for row in rows)
-    first = Counter(lines[0].partition(": ")[2] for lines in map(_breaches, rows) if lines)
+    wrong = sum(tally.wrong for tally in tallies)
+    malformed = sum(tally.malformed for tally in tallies)
+    first = sum((tally.first for tally in tallies), Counter[str]())
     return {
-        "rollouts": len(rows),
-        "kept": len(rows) - wrong - malformed,
+        "rollouts": rollouts,
+        "kept": rollouts - wrong - malformed,
         "rejected": {"wrong": wrong, "malformed": malformed},
         "violations": dict(first.most_common(10)),
         "so_far": True,
     }
+
+
+def _tally(path: Path) -> Tally:
+    """Of a chunk. All chunks together may not fit in memory, and a watched run is read often."""
+    return _tally_once(path, path.stat().st_mtime_ns)
+
+
+@cache
+def _tally_once(path: Path, written: int) -> Tally:
+    rows = _rollouts(_json(path))
+    wrong = sum(not row.get("correct") for row in rows)
+    malformed = sum(bool(row.get("correct") and _breaches(row)) for row in rows)
+    first = Counter(lines[0].partition(": ")[2] for lines in map(_breaches, rows) if lines)
+    return Tally(len(rows), wrong, malformed, first)
 
 
 def _samples(root: Path, damage: Damage) -> list[Json]:

@@ -4,19 +4,21 @@ one of them is looked at.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from threadweaver.data import DataError
-from threadweaver.trajectory import Codec, Prompt, find_violations
-from threadweaver.trajectory.format import opened_thinking
+from threadweaver.trajectory import Codec, Prompt, find_violations, opened_thinking
 from threadweaver.view.lanes import Lanes, count_words, lanes, tokens_of
 from threadweaver.view.page import as_json, build_page
 from threadweaver.view.rows import Row
 
 CHUNK = 64
 MOST_CHARACTERS = 160  # of a prompt, in the list
+
+_THINK = re.compile("</?think>")
 
 Json = dict[str, Any]
 
@@ -110,6 +112,9 @@ def _breaches(row: Row, max_depth: int) -> list[tuple[str, int]]:
     """Violations and the characters of the response that they are at. Those that the file lists
     stand; where they are is found again, at worst by their line."""
     opened = opened_thinking(prompt_text(row.prompt))
+    first = _THINK.search(row.response)
+    if row.violations is None and first and first[0] == "</think>":
+        opened = "<think>"  # by a chat template, of which the file does not tell
     text = opened + row.response
     if row.violations is None:
         found = find_violations(text, max_depth=max_depth)

@@ -219,7 +219,7 @@ remembers($("config"), "config");
 
 $("file").textContent = about.name;
 $("file").title = about.path;
-$("state").textContent = run.finished ? "finished" : about.reload ? "running" : "not finished";
+$("state").textContent = run.finished ? "finished" : run.running ? "running" : "not finished";
 $("state").className = run.finished ? "good" : "critical";
 $("written").textContent = `written ${about.written}`;
 if (about.reload) {
