@@ -38,6 +38,7 @@ from typing import get_args
 from threadweaver.command import (
     check_overwrite,
     command,
+    expand_home,
     explain,
     fail,
     is_writable,
@@ -70,6 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     try:
         options = parser.parse_args(arguments)
+        expand_home(options, ("model", "prompt_file", "data", "out"))
         settings = generation_settings(options, options.mode)
         if options.data is None and options.out is None:
             prompt = _prompt(options)
