@@ -8,9 +8,10 @@ many of several responses are done, or of those for JSON, goes to stderr while t
 
 The prompt is the user's turn of the tokenizer's chat template; control tokens and tags in it are
 text. Where the tokenizer has no template, or with --template.use none, the model gets it as it
-stands: nothing is added, nothing stripped, control tokens and tags are those tokens. --escapes
-reads \n, \t and \\ in it, so that --escapes --prompt '47*86=?\n' ends in a newline. An instruction
-is added to it only with --template.instruction.
+stands, control tokens and tags included: nothing is stripped, and nothing added but, where there is
+no template, what the tokenizer puts before any text (BOS), unless it is there. --escapes reads \n,
+\t and \\ in it, so that --escapes --prompt '47*86=?\n' ends in a newline. An instruction is added
+only with --template.instruction.
 
 --data answers every row of a data file, in the columns that training reads. Its prompts are those
 of training and evaluation, their instruction included. Responses are kept as they come, in
@@ -106,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         check_chat(options.chat, tokenizer)
         if not tokenizer.chat_template:
-            # Nothing but what is given: what was begun can be continued, tags and all.
+            # As it stands: what was begun can be continued, tags and all.
             prompt = Rendered(prompt)
         ids = engine.codec.encode_prompt(prompt)
         prompt = engine.codec.prompts.text(prompt)
