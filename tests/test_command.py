@@ -1,17 +1,20 @@
 """Without the extra `train`: the library's own parts import, and every command names the extra."""
 
+import json
 import re
 import signal
 import subprocess
 import sys
 import time
 import weakref
+from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from threadweaver.command import TRAIN_MODULES, command, fail
+from threadweaver.command import TRAIN_MODULES, command, expand_home, fail
 
 COMMANDS = ["add_tags", "eval", "evaluate", "generate", "tasks", "train"]
 
@@ -137,3 +140,76 @@ def test_a_long_value_is_looked_through_once(capsys):
     line = capsys.readouterr().err
     assert line.startswith("error: seed: Expected a <class 'int'>") and line.count("\n") == 1
     assert time.process_time() - start < 10  # letter by letter it would be minutes
+
+
+def test_only_a_path_s_own_tilde_is_the_user_s_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    options = {
+        "out": Path("~/runs/x"),
+        "model": {"path": "~"},
+        "overlap": ["~/a.jsonl", "b~/c.jsonl", "~nobody-has-this-name/d"],
+        "prompt": "~/no path",
+        "data": None,
+        "task": "multiplication",
+    }
+    expand_home(options, ("out", "model.path", "overlap", "data", "data.train", "task.name", "x.y"))
+    assert options == {
+        "out": Path("/home/me/runs/x"),
+        "model": {"path": "/home/me"},
+        "overlap": ["/home/me/a.jsonl", "b~/c.jsonl", "~nobody-has-this-name/d"],
+        "prompt": "~/no path",
+        "data": None,
+        "task": "multiplication",
+    }
+
+
+SFT = ["sft", "--run_dir=~/run", "--model.path=~/absent"]
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "said"),
+    [
+        ("train", [*SFT, "--data.train=~/t.jsonl"], "data.train: HOME/t.jsonl: no such file"),
+        ("train", [*SFT, "--data.train=~/rows.jsonl"], "HOME/absent: no model here"),
+        ("train", ["rl", *SFT[1:], "--task.name=~/t.jsonl"], "HOME/t.jsonl: no such file"),
+        (
+            "train",
+            [*SFT, "--data.train=~/rows.jsonl", "--report.overlap=[~/t.jsonl]"],
+            "report.overlap: HOME/t.jsonl: no such file",
+        ),
+        (
+            "train",
+            ["rl", *SFT[1:], "--task.name=aime24", "--task.options={path: ~/t.jsonl}"],
+            "HOME/t.jsonl: no such file",
+        ),
+        ("generate", ["--prompt=1+1", "--model=~/absent"], "HOME/absent: no model here"),
+        ("generate", ["--data=~/rows.jsonl", "--model=m", "--out=~/rows.jsonl"], "out: HOME/rows"),
+        ("evaluate", ["--model=m", "--n=1", "--task=~/t.jsonl"], "HOME/t.jsonl: no such file"),
+        ("evaluate", ["--model=m", "--task=x", "--json=~/rows.jsonl"], "HOME/rows.jsonl: there"),
+        (
+            "evaluate",
+            ["--model=m", "--task=aime24", "--task_options={path: ~/t.jsonl}"],
+            "HOME/t.jsonl: no such file",
+        ),
+        ("annotate", ["--data=~/t.jsonl", "--dry_run"], "HOME/t.jsonl: no such file"),
+        ("add_tags", ["--model=m", "--out=~/"], "out: HOME/ is not empty"),
+        ("tasks", ["multiplication", "--out=~/rows.jsonl"], "out: HOME/rows.jsonl is a file"),
+        ("tasks", ["write", "--task=~/t.jsonl", "--out=~/d"], "HOME/t.jsonl: no such file"),
+        ("view", ["run", "~/absent", "--out=~/p.html"], "HOME/absent"),
+        ("view", ["trajectory", "~/t.jsonl", "--out=~/p.html"], "HOME/t.jsonl: no such file"),
+    ],
+)
+def test_a_tilde_is_the_user_s_folder_to_every_command(
+    command, arguments, said, tmp_path, monkeypatch, capsys
+):
+    home = tmp_path / "home"
+    home.mkdir()
+    row = {"question": "1+1=", "response": "2", "answer": "2"}
+    (home / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    package = "add_tags" if command == "add_tags" else f"{command}.__main__"
+    assert import_module(f"threadweaver.{package}").main(arguments) == 2
+    said = said.replace("HOME/ ", f"{home} ").replace("HOME", str(home))
+    assert said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from threadweaver.command import (
     command,
+    expand_home,
     explain,
     fail,
     is_writable,
@@ -46,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="New folder to save to.")
     try:
         options = parser.parse_args(arguments)
+        expand_home(options, ("model", "out"))
         check_new(options.out)
     except ArgumentError as error:
         return fail(explain(str(error), parser.get_defaults()), 2)

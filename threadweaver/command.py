@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from logging import ERROR, getLogger
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 
 from threadweaver import unheard_interrupts
 from threadweaver.output import drop, visible
@@ -130,6 +130,31 @@ def _flush() -> int:
         is_unread = isinstance(error, BrokenPipeError)
         return 128 + signal.SIGPIPE if is_unread else fail(f"stdout: {reason(error)}", 1)
     return 0
+
+
+def expand_home(options: Any, names: Iterable[str]) -> None:
+    """Reads `~` at the start of paths as shells do: of `--out=~/x`, and of YAML, none has done so.
+
+    Args:
+        options: what a parser read; changed in place.
+        names: of the options that are paths, or lists of them, those of a section or of a
+            dictionary by dotted name; what is not there, or is no path, stays as it is.
+    """
+    for name in names:
+        part, _, rest = name.partition(".")
+        if not hasattr(options, "get") or part not in options:
+            continue
+        value = options[part]
+        if rest:
+            expand_home(value, [rest])
+        else:
+            options[part] = [*map(_at_home, value)] if isinstance(value, list) else _at_home(value)
+
+
+def _at_home(path: Any) -> Any:
+    if not isinstance(path, str | Path):
+        return path
+    return type(path)(os.path.expanduser(path))  # noqa: PTH111 (Path's raises for unknown users)
 
 
 def is_writable(path: Path) -> bool:

@@ -3,6 +3,7 @@ one end token carries loss, the last of the text, and no other control token com
 
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 from threadweaver.data import load_examples, save_rows
@@ -14,6 +15,7 @@ from threadweaver.trajectory import Codec
 
 R = "<think>\na\n</think>\n\\boxed{7}"
 CHAT = "<|im_start|>user\n1?<|im_end|>\n<|im_start|>assistant\n"
+CONTROLS = ["<|im_start|>", "<|im_end|>"]
 USER = [{"role": "user", "content": "1?"}]
 ROWS = {
     "response": {"question": "1?\n", "response": R},
@@ -35,11 +37,14 @@ TEMPLATE = (
 
 def fault() -> str | None:
     path = Path(tempfile.mkdtemp()) / "rows.jsonl"
-    for template in (None, TEMPLATE):
+    for template, controls in product((None, TEMPLATE), ([], CONTROLS)):
         tokenizer = build_tokenizer()
+        tokenizer.add_tokens(controls, special_tokens=True)
         tokenizer.chat_template = template
         codec = Codec.from_tokenizer(tokenizer)
         for name, row in ROWS.items():
+            if row.get("qwen_text", "").startswith(CHAT) and not controls:
+                continue  # of another model, and refused
             save_rows([row], path)
             examples = load_examples(path, codec=codec)
             (trie,) = build_tries(examples, codec, DataConfig(train=str(path)), 4096).tries

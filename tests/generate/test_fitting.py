@@ -9,11 +9,16 @@ import pytest
 from threadweaver.generate import GenerationSettings
 from threadweaver.generate.fitting import fitting_prompts
 from threadweaver.generate.settings import PromptTooLong
+from threadweaver.model import build_tokenizer
+from threadweaver.trajectory import Codec as ByteCodec
+from threadweaver.trajectory import Rendered
 
 CONTEXT = 10
 
 
 class Codec:
+    check_markup = staticmethod(ByteCodec.from_tokenizer(build_tokenizer()).check_markup)
+
     def encode_prompt(self, prompt: str) -> list[int]:
         if not prompt.isascii():
             raise ValueError("no text")
@@ -56,3 +61,8 @@ def test_a_prompt_that_cannot_be_decoded_is_named_and_so_is_the_first_if_none_fi
     assert not isinstance(error.value, PromptTooLong)
     with pytest.raises(PromptTooLong, match=r"none of 2 prompts leaves room .*, row 1: the"):
         fit("x" * 10, "x" * 11)
+
+
+def test_a_prompt_in_the_markup_of_another_model_is_an_error_and_not_text():
+    with pytest.raises(ValueError, match=r"f\.jsonl, row 2: .*<\|x_y\|>, a control token of an"):
+        fit("<|x_y|>", Rendered("<|x_y|>"))

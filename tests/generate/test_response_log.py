@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,28 @@ def test_every_row_of_a_file_is_answered_in_the_columns_of_training(answer, tmp_
     assert "1 of 4 prompts are skipped: " in error and "data.jsonl:3: the prompt has" in error
     assert f"{tmp_path / 'out.jsonl'}: 6 responses" in error
     assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+def test_a_file_is_asked_as_in_training_and_a_prompt_as_it_is_given(
+    answer, folder, tmp_path, capsys
+):
+    asked = [json.dumps(prompt) for prompt in PROMPTS]
+    template = f"{{{{ {asked[0]} if 'step by step' in messages[-1].content else {asked[1]} }}}}"
+    chat = shutil.copytree(folder, tmp_path / "chat")
+    (chat / "chat_template.jinja").write_text(template)
+
+    def responses(*options: str) -> set[str]:
+        assert answer("--model", str(chat), "--overwrite", *options) == 0
+        rows = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+        return {row["response"] for row in rows}
+
+    assert responses() == {RESPONSES[0]}
+    assert responses("--template.instruction", "") == {RESPONSES[1]}
+    fixed = f"--model {chat} --temperature 0 --kv_gigabytes 0.01 --max_tokens 300 --device cpu"
+    for options, response in (((), 1), (("--template.instruction", "Go step by step."), 0)):
+        capsys.readouterr()
+        assert main([*fixed.split(), "--precision", "fp32", "--prompt", "1", *options]) == 0
+        assert capsys.readouterr().out == RESPONSES[response] + "\n"
 
 
 def test_a_file_that_was_begun_is_finished_and_comes_out_the_same(

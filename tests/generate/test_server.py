@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from tests.completions_server import Fault, serve
 from tests.products import (
@@ -22,7 +23,15 @@ from threadweaver.generate.options import EngineSettings
 from threadweaver.generate.sampler import SamplingParams
 from threadweaver.generate.server.address import ServerError, ServerSettings
 from threadweaver.generate.server.engine import ServerEngine, connect
-from threadweaver.model import add_tags, end_ids, load_model, new_model, save_model, trie_loss
+from threadweaver.model import (
+    add_tags,
+    build_tokenizer,
+    end_ids,
+    load_model,
+    new_model,
+    save_model,
+    trie_loss,
+)
 from threadweaver.model.loss import supervised_tokens
 from threadweaver.trajectory import Codec, loss_trie
 
@@ -202,6 +211,21 @@ def test_a_server_of_text_gets_all_sampling_that_is_asked_for(server):
     *_, truncated, greedy = server.asked
     assert {name: truncated[name] for name in asked} == asked
     assert not {"top_k", "min_p"} & set(greedy)
+
+
+def test_a_server_of_text_adds_what_begins_a_text_and_one_of_ids_gets_it(server):
+    tokenizer, start = build_tokenizer(), "<|reserved-0|>"
+    made = TemplateProcessing(f"{start} $A", special_tokens=[(start, tokenizer.get_vocab()[start])])
+    tokenizer.backend_tokenizer.post_processor = made
+    codec = Codec.from_tokenizer(tokenizer)
+    prompt = codec.encode_prompt(PROMPTS[0])
+    for dialect, sent in (("token_ids", prompt), ("text", PROMPTS[0])):
+        server.dialect = dialect
+        settings = ServerSettings(server.url, timeout=20.0, retries=0)
+        engine, _ = connect(settings, codec, len(tokenizer), 1024, parallel=True, at_once=1)
+        engine.add(prompt, GenerationSettings(max_tokens=1, sampling=GREEDY))
+        engine.run()
+        assert server.asked[-1]["prompt"] == sent
 
 
 def test_ids_beyond_the_number_of_tokens_are_the_tokenizers_too(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from threadweaver.data import (
     DataError,
@@ -167,6 +168,24 @@ def test_known_layouts_are_read(tmp_path, extension, row, prompt, response, trut
         write(path, row)
     (example,) = load_examples(path)
     assert (example.prompt, example.response, example.ground_truth) == (prompt, response, truth)
+
+
+@pytest.mark.parametrize("turns", [False, True])
+@pytest.mark.parametrize("begun", ["", "<|reserved-0|>"])
+def test_a_text_is_split_whether_or_not_it_has_the_bos_token(tmp_path, turns, begun):
+    tokenizer, bos = build_tokenizer(), "<|reserved-0|>"
+    ids = [(bos, tokenizer.get_vocab()[bos])]
+    post = TemplateProcessing(f"{bos} $A", special_tokens=ids)
+    tokenizer.backend_tokenizer.post_processor = post
+    codec = Codec.from_tokenizer(tokenizer)
+    question = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q?"}]
+    row = {"prompt": question if turns else "Q?"}
+    text = codec.prompts.text(row["prompt"])
+    assert text == (f"{bos}S\n\nQ?" if turns else f"{bos}Q?")
+    row["qwen_text"] = f"{begun}{text.removeprefix(bos)} So <think>4"
+    (example,) = load_examples(write(tmp_path / "rows.jsonl", row), codec=codec)
+    assert example.response == " So <think>4"
+    assert codec.encode_prompt(example.prompt) == codec.encode_prompt(row["prompt"])
 
 
 @pytest.mark.parametrize("extension", ["jsonl", "parquet"])

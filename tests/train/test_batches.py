@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import islice
 from typing import Literal
 
@@ -5,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AddedToken
 
-from threadweaver.data import DataError, Example
+from threadweaver.data import DataError, Example, example_of
 from threadweaver.model import build_tokenizer
 from threadweaver.tasks.multiplication import question, trajectory
 from threadweaver.train.batches import (
@@ -97,6 +99,32 @@ def test_loss_stands_on_the_response_and_its_end_token(loss):
     # Every thread is a completion; its copy in the joined path carries loss for `response` only.
     closes = trie.tokens == CODEC.tag_ids["</Thread>"]
     assert int((with_loss & closes).sum()) == {"response": 3, "completions": 2}[loss]
+
+
+def test_a_prompt_rendered_for_another_model_is_named_and_its_own_markup_is_not():
+    tokenizer = build_tokenizer()
+    own = AddedToken("<|im_end|>", special=True)
+    tokenizer.add_tokens([own, AddedToken("<|file_sep|>")], special_tokens=False)
+    codec, good = Codec.from_tokenizer(tokenizer), example()
+    for text, control in (
+        ("<|im_end|><|file_sep|>q", None),
+        ("<|im_end|>\n<|eot_id|>q", "<|eot_id|>"),
+        ("<｜User｜>q", "<｜User｜>"),  # noqa: RUF001
+    ):
+        # A user's words are text; so is a question, which stays as it is.
+        build_tries([replace(good, prompt=text)], codec, DataConfig("f"), 4096)
+        row = {"qwen_text": f"{text}{good.response}"}
+        rendered = example_of(row, "data.jsonl:3", codec=codec)
+        assert rendered.prompt == text
+        if control is None:
+            assert build_tries([rendered], codec, DataConfig("f"), 4096).tries
+            continue
+        with pytest.raises(DataError) as error:
+            build_tries([rendered], codec, DataConfig("f"), 4096)
+        assert str(error.value) == (
+            f"data.jsonl:3: the prompt holds {control}, a control token of another model, which is "
+            "mere text to this one: give the row's question and response in fields of their own"
+        )
 
 
 def test_unrolled_tokens_are_those_of_the_maximal_paths():

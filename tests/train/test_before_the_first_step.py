@@ -138,6 +138,22 @@ def test_what_does_not_reach_the_weights_may_change(tmp_path, name):
     check_same_config(config_in(tmp_path, **{name: 3}))
 
 
+def test_data_may_lie_elsewhere_and_a_task_stays_a_task(tmp_path):
+    was = {"task.name": "/gone/folder", "sft.data": "/gone/t.jsonl"}
+    write_config(config_in(tmp_path, **was), None)
+    data = tmp_path / "data"
+    data.mkdir()
+    for moved in (str(data), "p.parquet", f"{data}/*.json"):
+        check_same_config(config_in(tmp_path, **{"task.name": moved, "sft.data": "t"}))
+    with pytest.raises(ConfigError, match=r"task\.name is multiplication, but"):
+        check_same_config(config_in(tmp_path, **{**was, "task.name": "multiplication"}))
+    with pytest.raises(ConfigError, match=r"sft\.data is None, but .* with /gone/t\.jsonl"):
+        check_same_config(config_in(tmp_path, **{"task.name": "/gone/folder"}))
+    write_config(config_in(tmp_path), None)
+    with pytest.raises(ConfigError, match=r"task\.name is p\.jsonl, but .* with multiplication"):
+        check_same_config(config_in(tmp_path, **{"task.name": "p.jsonl"}))
+
+
 def test_settings_of_a_stage_that_has_not_begun_may_change(tmp_path):
     write_config(config_in(tmp_path), None)
     (tmp_path / "sft/checkpoints/step-1").mkdir(parents=True)

@@ -207,6 +207,23 @@ def test_a_copied_pipeline_goes_on_with_its_own_files(whole, tmp_path, capsys):
     )
 
 
+def test_a_pipeline_goes_on_with_its_data_in_another_place_and_with_no_other(
+    whole, task_file, tmp_path, capsys
+):
+    folder, moved = tmp_path / "run", tmp_path / "moved" / "seven.jsonl"
+    shutil.copytree(whole[0], folder)
+    shutil.rmtree(folder / "rl")
+    for path in (folder / "evaluation").glob("rl*"):
+        path.unlink()
+    moved.parent.mkdir()
+    write_task(moved, count=42)
+    assert main(arguments(folder, moved, "--resume")) == 2
+    assert f"task: {moved} is not what {folder} was begun with" in capsys.readouterr().err
+    moved.write_bytes(task_file.read_bytes())
+    assert main(arguments(folder, moved, "--resume")) == 0
+    assert final_weights(folder) == final_weights(whole[0])
+
+
 def test_other_settings_are_refused_on_resume(whole, task_file, capsys):
     code = main(arguments(whole[0], task_file, "--resume", "--rl.optimization.steps", "9"))
     assert code == 2

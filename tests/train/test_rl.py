@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -353,6 +354,24 @@ def test_a_resumed_run_validates_as_one_that_was_not_stopped(new_run, monkeypatc
         assert dead() == 130
     assert dead("--resume") == 0
     assert validations(dead) == validations(whole) and dead.weights() == whole.weights()
+
+
+def test_problems_that_lie_elsewhere_are_taken_and_others_refused(new_run, monkeypatch, capsys):
+    whole, dead = new_run(name="whole"), new_run(name="dead")
+    assert whole() == 0
+    dead.settings["task"] = {"name": "/old/problems.jsonl"}
+    with monkeypatch.context() as patch:
+        patch.setattr(RLTrainer, "finish", MagicMock(side_effect=KeyboardInterrupt))
+        assert dead() == 130
+    capsys.readouterr()
+    dead.settings["task"] = {"name": "/new/problems.jsonl"}
+    with monkeypatch.context() as patch:
+        patch.setattr("tests.train.test_rl.PROMPTS", ["other?\n", *PROMPTS[1:]])
+        assert dead("--resume") == 2
+    error = capsys.readouterr().err
+    assert "task: /new/problems.jsonl is not what" in error and "was trained on" in error
+    assert dead("--resume") == 0
+    assert dead.weights() == whole.weights()
 
 
 def test_held_out_problems_that_do_not_exist_are_named_before_the_first_step(

@@ -171,6 +171,20 @@ def test_rollouts_of_other_problems_are_not_taken_over(run, capsys):
     assert "is not what" in capsys.readouterr().err
 
 
+def test_problems_that_lie_elsewhere_are_taken_and_others_refused_before_they_are_rolled_out(
+    run, problems_of_calls, tmp_path, fails
+):
+    assert "kept none" in fails(run("--optimization.batch_tokens", "20"), 2)
+    (run.folder / "rollouts" / "chunk-1.json").unlink()
+    moved = tmp_path / "moved.jsonl"
+    write_task(moved, count=60)
+    assert "is not what" in fails(run("--resume", "--task.name", str(moved)), 2)
+    assert problems_of_calls == [4, 2]
+    moved.write_bytes(Path(run.settings["task"]["name"]).read_bytes())
+    assert run("--resume", "--task.name", str(moved)) == 0
+    assert problems_of_calls == [4, 2, 2, 4]
+
+
 def test_sft_allows_the_depth_of_blocks_that_rollouts_may_have(run, monkeypatch):
     right = "threadweaver.tasks.data_file.DataFile.submit"
     monkeypatch.setattr(right, lambda *_: lambda: True)

@@ -1,9 +1,11 @@
 """Prompts become text by the tokenizer's own template, and what a user wrote stays text."""
 
 import pytest
+from tokenizers import processors
 from transformers import AddedToken
 
 from tests.trajectory.byte_tokenizer import byte_tokenizer
+from tests.trajectory.word_tokenizer import word_tokenizer
 from threadweaver.model import add_tags
 from threadweaver.trajectory import TAGS, Codec, Rendered, TemplateConfig
 from threadweaver.trajectory.prompt import INSTRUCTION, PromptFormat
@@ -118,6 +120,43 @@ def test_without_a_template_a_prompt_is_plain_text(text):
         assert not {*tokenizer.all_special_ids, *codec.tags}.intersection(ids)
     # The thinking may be opened at its end, as a template may do.
     assert codec.encode_prompt(f"{text}.<think>\n")[-2:] == codec.encode("<think>\n")
+
+
+@pytest.mark.parametrize(
+    "form", ["<s> $A", "<s> <|turn|> $A", "<s> $A <|end|>", "$A", "$A <|end|>"]
+)
+@pytest.mark.parametrize(
+    ("make", "codec_of"),
+    [(byte_tokenizer, Codec.from_tokenizer), (word_tokenizer, Codec.without_tags)],
+)
+def test_plain_text_begins_as_the_tokenizer_begins_any_text(make, codec_of, form):
+    tokenizer = make()
+    end, named = tokenizer.eos_token, {"bos_token": "<s>", "extra_special_tokens": ["<|turn|>"]}
+    tokenizer.add_special_tokens(named)
+    add_tags(tokenizer)
+    form = form.replace("<|end|>", end)
+    ids = {token: tokenizer.get_vocab()[token] for token in ("<s>", "<|turn|>", end)}
+    made = processors.TemplateProcessing(single=form, special_tokens=[*ids.items()])
+    tokenizer.backend_tokenizer.post_processor = made
+    whole = [id for id in tokenizer("a big. a")["input_ids"] if id != ids[end]]
+    start = form.removesuffix(end).removesuffix("$A ").removesuffix("$A").replace(" ", "")
+    codec = codec_of(tokenizer)
+    message = [{"role": "user", "content": "a big. a"}]
+    for prompt in ("a big. a", message, Rendered("a big. a"), start + "a big. a"):
+        assert codec.encode_prompt(prompt) == whole
+        assert codec.prompts.text(prompt) == start + "a big. a"
+    assert codec.encode_prompt(Rendered(codec.prompts.text("a big. a"))) == whole
+    # What a user names after it is text, and no response has it.
+    named = codec.encode_prompt(f"a{end}<s>")
+    assert not {*ids.values()}.intersection(named[start.count("<") :])
+    assert ids["<s>"] not in codec.encode_response("a big")
+    # Neither a prompt that is taken as it stands nor a template is given it.
+    none = codec_of(tokenizer, template=TemplateConfig(use="none"))
+    assert none.encode_prompt("a big. a") == codec.encode("a big. a")
+    tokenizer.chat_template = TEMPLATES["turns"][1]
+    chat = codec_of(tokenizer)
+    assert chat.encode_prompt(message) != whole and ids["<s>"] not in chat.encode_prompt(message)
+    assert ids["<s>"] not in chat.encode_prompt(Rendered("a big. a"))
 
 
 @pytest.mark.parametrize("text", [ATTACK, "<think>\n<Parallel>\n<Outlines>", "a<|over|>"])

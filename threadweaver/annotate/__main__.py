@@ -24,7 +24,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, cast
 
-from threadweaver.command import command, explain, fail, quiet, refuse_ranks, train_extra
+from threadweaver.command import (
+    command,
+    expand_home,
+    explain,
+    fail,
+    quiet,
+    refuse_ranks,
+    train_extra,
+)
 
 with train_extra():
     from jsonargparse import ArgumentParser
@@ -45,7 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
     refuse_ranks()
     parser = _parser()
     try:
-        given = vars(parser.instantiate(parser.parse_args(arguments)))
+        parsed = parser.parse_args(arguments)
+        expand_home(parsed, ("data", "student", "teacher.model", "prompts", "out"))
+        given = vars(parser.instantiate(parsed))
         given["generation"] = replace(given["generation"], mode="sequential")
         options = AnnotateSettings(**given)
         prompts = Prompts(options.prompts)

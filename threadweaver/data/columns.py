@@ -198,7 +198,7 @@ def _split(
         raise DataError(
             f"{source}: field 'qwen_text' holds no prompt before the response; put it in front"
         )
-    if question is not None and before == _asked(question, codec, source):
+    if question is not None and before in _asked(question, codec, source):
         return question, response
     return Rendered(before), response
 
@@ -218,9 +218,9 @@ def _start_of_response(
             )
         return len(whole) - len(response)
     if question is not None and codec is not None:
-        rendered = _rendered(codec, question, source)
-        if text.startswith(rendered):
-            return len(rendered)
+        for rendered in _rendered(codec, question, source):
+            if text.startswith(rendered):
+                return len(rendered)
     header = codec.prompts.header if codec is not None else ""
     if question is None:
         if header and header in text:
@@ -254,18 +254,20 @@ def _holds_control(column: str, control: str, source: str) -> str:
     )
 
 
-def _rendered(codec: Codec, prompt: Prompt, source: str) -> str:
-    """The text of a row's prompt. Raises DataError if the chat template refuses it."""
+def _rendered(codec: Codec, prompt: Prompt, source: str) -> tuple[str, str]:
+    """The text of a row's prompt, and without what the tokenizer begins every text with. Raises
+    DataError if the chat template refuses it."""
     try:
-        return codec.prompts.text(prompt)
+        text = codec.prompts.text(prompt)
     except ValueError as error:
         raise DataError(f"{source}: {error}") from error
+    return text, text.removeprefix(codec.prompts.start)
 
 
-def _asked(question: Prompt, codec: Codec | None, source: str) -> str:
+def _asked(question: Prompt, codec: Codec | None, source: str) -> tuple[str, ...]:
     if codec is not None and not isinstance(question, str):
         return _rendered(codec, question, source)
-    return question if isinstance(question, str) else ""
+    return (question,) if isinstance(question, str) else ()
 
 
 def _prompt(row: dict[str, Any], column: str, source: str) -> Prompt:

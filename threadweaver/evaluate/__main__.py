@@ -36,14 +36,29 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from threadweaver.command import check_overwrite, command, explain, fail, quiet, train_extra
+from threadweaver.command import (
+    check_overwrite,
+    command,
+    expand_home,
+    explain,
+    fail,
+    quiet,
+    train_extra,
+)
 
 with train_extra():
     from jsonargparse import Namespace
     from rich.console import Console
 
     from threadweaver.evaluate.grade import graded_row
-    from threadweaver.evaluate.options import FILES, MODES, build_parser, check, server_settings
+    from threadweaver.evaluate.options import (
+        FILES,
+        MODES,
+        PATHS,
+        build_parser,
+        check,
+        server_settings,
+    )
     from threadweaver.generate.options import (
         engine_settings,
         generation_settings,
@@ -77,6 +92,7 @@ def _main(arguments: list[str] | None) -> int:
     parser = build_parser()
     try:
         options = parser.parse_args(arguments)
+        expand_home(options, PATHS)
         if int(os.environ.get("RANK", "0")) > 0:
             for name in FILES:
                 options[name] = None

@@ -20,6 +20,7 @@ MODES: dict[str, list[Mode]] = {
     "both": ["sequential", "parallel"],
 }
 FILES = ("json", "responses")
+PATHS = ("model", "task", "task_options.path", "overlap", *FILES)
 
 
 def build_parser() -> ArgumentParser:

@@ -8,12 +8,15 @@ many of several responses are done, or of those for JSON, goes to stderr while t
 
 The prompt is the user's turn of the tokenizer's chat template; control tokens and tags in it are
 text. Where the tokenizer has no template, or with --template.use none, the model gets it as it
-stands: nothing is added, nothing stripped, control tokens and tags are those tokens. --escapes
-reads \n, \t and \\ in it, so that --escapes --prompt '47*86=?\n' ends in a newline.
+stands, control tokens and tags included: nothing is stripped, and nothing added but, where there is
+no template, what the tokenizer puts before any text (BOS), unless it is there. --escapes reads \n,
+\t and \\ in it, so that --escapes --prompt '47*86=?\n' ends in a newline. An instruction is added
+only with --template.instruction.
 
---data answers every row of a data file, in the columns that training reads. Responses are kept as
-they come, in OUT.partial: a command that was stopped or killed goes on from there when it is given
-again, with the same settings. Prompts that leave no room for a response are skipped and counted.
+--data answers every row of a data file, in the columns that training reads. Its prompts are those
+of training and evaluation, their instruction included. Responses are kept as they come, in
+OUT.partial: a command that was stopped or killed goes on from there when it is given again, with
+the same settings. Prompts that leave no room for a response are skipped and counted.
 
 Exit codes: 0; 2 for arguments or a model that cannot be used, with one line on stderr; 1 for
 anything unexpected, logits that are not finite among it; 130 when stopped by Ctrl-C, after what was
@@ -31,13 +34,14 @@ import sys
 import time
 from argparse import ArgumentError
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import get_args
 
 from threadweaver.command import (
     check_overwrite,
     command,
+    expand_home,
     explain,
     fail,
     is_writable,
@@ -70,9 +74,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     try:
         options = parser.parse_args(arguments)
+        expand_home(options, ("model", "prompt_file", "data", "out"))
         settings = generation_settings(options, options.mode)
         if options.data is None and options.out is None:
-            prompt = _prompt(options)
+            prompt, template = _prompt(options), template_config(options)
+            if template.instruction is None:
+                # Who asks here says all that is asked.
+                template = replace(template, instruction="")
         else:
             _check_files(options)
             return _answer(options, settings)
@@ -95,11 +103,11 @@ def main(arguments: list[str] | None = None) -> int:
             options.model,
             engine_options,
             parallel=settings.mode == "parallel",
-            template=template_config(options),
+            template=template,
         )
         check_chat(options.chat, tokenizer)
         if not tokenizer.chat_template:
-            # Nothing but what is given: what was begun can be continued, tags and all.
+            # As it stands: what was begun can be continued, tags and all.
             prompt = Rendered(prompt)
         ids = engine.codec.encode_prompt(prompt)
         prompt = engine.codec.prompts.text(prompt)
@@ -269,8 +277,6 @@ def _parser() -> ArgumentParser:
         "--json", action="store_true", help="Print one JSON object, when all is done."
     )
     add_options(parser, get_args(Mode))
-    # Who asks here says all that is asked.
-    parser.set_defaults({"template.instruction": ""})
     return parser
 
 

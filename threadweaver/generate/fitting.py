@@ -44,6 +44,7 @@ def fitting_prompts(
     first, least = "", settings.max_tokens
     for number, (source, prompt) in enumerate(prompts):
         try:
+            engine.codec.check_markup(prompt)
             ids = engine.codec.encode_prompt(prompt)
             room = engine.check(ids, settings)
             if most_tokens is not None and len(ids) >= most_tokens:

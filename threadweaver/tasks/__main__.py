@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn
 from threadweaver.command import (
     check_overwrite,
     command,
+    expand_home,
     fail,
     is_writable,
     refuse_ranks,
@@ -142,6 +143,12 @@ class _DashParser(ArgumentParser):
 
     def __init__(self, *arguments, **settings):
         super().__init__(*arguments, **settings, allow_abbrev=False)
+
+    def parse_args(self, *arguments, **settings):
+        options = super().parse_args(*arguments, **settings)
+        names = ("multiplication.out", "write.out", "write.task", "write.options.path")
+        expand_home(options, names)
+        return options
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         sys.exit(fail(message, 2))

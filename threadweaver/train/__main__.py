@@ -32,14 +32,14 @@ if int(os.environ.get("WORLD_SIZE", "1")) > 1:
     # Before torch is loaded: when a rank ends, each of the others would print what its sockets met.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from threadweaver.command import command, explain, fail, quiet, train_extra
+from threadweaver.command import command, expand_home, explain, fail, quiet, train_extra
 
 with train_extra():
     from jsonargparse import ArgumentParser
     from rich.console import Console
 
     from threadweaver.output import Output
-    from threadweaver.train.config import ConfigError, RunConfig, config_of, parser_of
+    from threadweaver.train.config import PATHS, ConfigError, RunConfig, config_of, parser_of
     from threadweaver.train.stages import PipelineConfig, RLConfig, SelfTrainConfig, SFTConfig
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def _main(arguments: list[str]) -> int:
         settings = parser.parse_args(arguments)
         kind = settings.kind
         settings = settings[kind]
+        expand_home(settings, PATHS)
         has_folder = any(re.match(r"--run_dir(=|$)", argument) for argument in arguments)
         if settings.resume and settings.config and not has_folder:
             from threadweaver.train.run_dir import in_own_folder

@@ -66,15 +66,16 @@ def build_tries(
     """Examples as tries, each response with one end token (`Codec.encode_response`).
 
     Raises:
-        DataError: naming file and line: a prompt that the chat template refuses; a response that
-            holds a control token, breaks the format (unless they are to be dropped), has a first
-            call that alone is over the budget of `batch_tokens`, or is longer than the model's
-            context.
+        DataError: naming file and line: a prompt that the chat template refuses, or that another
+            model's has written; a response that holds a control token, breaks the format (unless
+            they are to be dropped), has a first call that alone is over the budget of
+            `batch_tokens`, or is longer than the model's context.
     """
     tries, sources = [], []
     dropped_calls = dropped_trajectories = 0
     for example in examples:
         try:
+            codec.check_markup(example.prompt)
             prompt = codec.encode_prompt(example.prompt)
             response = codec.prompts.after(example.prompt, example.response)
             ids = [*prompt, *codec.encode_response(response)]

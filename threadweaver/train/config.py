@@ -24,6 +24,21 @@ OptimizerName = Literal["adamw", "adamw-8bit", "adamw-offload"]
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
 
+# Settings, of any kind of run, that name files or folders.
+PATHS = (
+    "run_dir",
+    "model.path",
+    "data.train",
+    "data.validation",
+    "task.name",
+    "task.options.path",
+    "sft.data",
+    "evaluate.data",
+    "evaluate.options.path",
+    "report.overlap",
+)
+
+
 class ConfigError(ValueError):
     """A setting that cannot be used; the message names the field and says what to do."""
 

@@ -1,6 +1,7 @@
 """SFT, self-training and P-GRPO, one after another, evaluated after each.
 
     run_dir/data.jsonl          demonstrations, if SFT is on those
+    run_dir/task.json           a fingerprint of the problems, if the task is a data file
     run_dir/sft, self_train, rl runs of their own
     run_dir/evaluation/         STAGE.json: held-out problems in both modes; STAGE-MODE.json: each
                                 response
@@ -23,12 +24,12 @@ import torch
 from transformers import PreTrainedModel
 
 from threadweaver import ranks
-from threadweaver.data import save_rows, trajectory_row
+from threadweaver.data import is_data_path, save_rows, trajectory_row
 from threadweaver.device import resolve
 from threadweaver.evaluate.grade import graded_row, summary
 from threadweaver.evaluate.metrics import Evaluation
 from threadweaver.evaluate.modes import evaluate_modes
-from threadweaver.evaluate.rollouts import fitting
+from threadweaver.evaluate.rollouts import fingerprint, fitting
 from threadweaver.generate.engine import Engine
 from threadweaver.generate.load import load_engine
 from threadweaver.generate.options import EngineSettings
@@ -101,6 +102,7 @@ class Pipeline(Run[PipelineConfig]):
     def load(self) -> None:
         config = self.config
         self.task = load_task(config.task.name, **config.task.options)
+        ranks.on_first(self._check_task)
         self.held_out = self._problems("evaluate", "validation", config.evaluate.problems)
         self.stages: list[Stage] = ["sft", "self_train", "rl"]
         if config.self_train.skip:
@@ -114,6 +116,8 @@ class Pipeline(Run[PipelineConfig]):
 
     def work(self) -> int:
         """See `Run`; also the exit code of the stage that was stopped."""
+        if is_data_path(self.config.task.name):
+            ranks.on_first(lambda: write_json(self._task_file, {"problems": self._fingerprint()}))
         checkpoint = None
         for stage in self.stages:
             if checkpoint is not None:  # the first stage was prepared by load
@@ -138,6 +142,28 @@ class Pipeline(Run[PipelineConfig]):
             return self.task.problems(split, count, self.config.seed)
         except ValueError as error:
             raise ConfigError(f"{setting}.problems: {error}") from error
+
+    @property
+    def _task_file(self) -> Path:
+        return self.run_dir / "task.json"
+
+    def _fingerprint(self) -> str:
+        """Of all problems of the task, a data file."""
+        return fingerprint(
+            [*self.task.problems("train", None), *self.task.problems("validation", None)]
+        )
+
+    def _check_task(self) -> None:
+        """Raises ConfigError if the problems are not those that the run began with; older versions
+        did not write which."""
+        path = self._task_file
+        if not (path.exists() and has_begun(self.run_dir / "sft")):
+            return
+        if read_json(path, "problems")["problems"] != self._fingerprint():
+            raise ConfigError(
+                f"task: {self.config.task.name} is not what {self.run_dir} was begun with; resume "
+                "with the same problems or start another run"
+            )
 
     def _checkpoint(self, stage: Stage) -> Path:
         """That a finished stage ended with."""

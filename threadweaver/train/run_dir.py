@@ -23,6 +23,7 @@ import yaml
 from jsonargparse import Namespace
 from rich.console import Console
 
+from threadweaver.data import is_data_path
 from threadweaver.device import choose, find_device, resolve
 from threadweaver.json_file import read_object
 from threadweaver.lock import LOCK_FILE
@@ -256,7 +257,9 @@ def check_same_settings(
     free = [*config.free_on_resume, *unused]
     for name in [*ours, *sorted(saved.keys() - ours.keys())]:
         theirs = saved[name] if name in saved else _default(config, name, saved)
-        if ours.get(name) == theirs or is_free(name, free) or _is_same_place(config, name, theirs):
+        if ours.get(name) == theirs or is_free(name, free):
+            continue
+        if _is_same_place(config, name, theirs) or _are_data(name, ours.get(name), theirs):
             continue
         raise ConfigError(
             f"{name} is {ours.get(name)}, but {made} was made with {theirs}, and it reaches the "
@@ -274,6 +277,16 @@ def _is_same_place(config: RunConfig, name: str, theirs: Any) -> bool:
         return False
     parts = Path(inside).parts
     return Path(theirs).parts[-len(parts) :] == parts
+
+
+def _are_data(name: str, ours: Any, theirs: Any) -> bool:
+    """Whether both are paths of data, whose content counts: runs compare it themselves."""
+    if not (isinstance(ours, str) and isinstance(theirs, str)):
+        return False
+    # A folder that was moved is none any more.
+    return name == "sft.data" or (
+        name == "task.name" and is_data_path(ours) and (is_data_path(theirs) or "/" in theirs)
+    )
 
 
 def _default(config: RunConfig, name: str, saved: Collection[str]) -> Any:

@@ -88,7 +88,10 @@ class SelfTraining(Run[SelfTrainConfig]):
 
     def _what_is_there(self) -> tuple[bool, list[int]]:
         """Whether what SFT trains on is selected, which its settings may change until it begins;
-        and the chunks that are not rolled out."""
+        and the chunks that are not rolled out. Raises ConfigError if the first is of other
+        problems."""
+        if self._chunk_file(0).exists():
+            self._chunk(0)
         made = [self.run_dir / name for name in ("selection.json", "kept.jsonl")]
         is_selected = all(path.exists() for path in (*made, self._chunk_file(0)))
         is_selected = is_selected and has_begun(self.run_dir / "sft")

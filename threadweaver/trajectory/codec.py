@@ -7,7 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from threadweaver.trajectory.ids import token_ids
-from threadweaver.trajectory.prompt import Piece, Prompt, PromptFormat, TemplateConfig
+from threadweaver.trajectory.prompt import (
+    CONTROL,
+    Piece,
+    Prompt,
+    PromptFormat,
+    Rendered,
+    TemplateConfig,
+)
 from threadweaver.trajectory.tags import BLOCK_TAGS, TAGS, THREAD_HEADER
 
 if TYPE_CHECKING:
@@ -152,6 +159,18 @@ class Codec:
             ValueError: the chat template refuses the prompt.
         """
         return self._encode_pieces(self.prompts.pieces(prompt))
+
+    def check_markup(self, prompt: Prompt) -> None:
+        """Raises ValueError for a rendered prompt with a control token that is none here: another
+        model's template wrote it, and this model would read it letter by letter."""
+        if not isinstance(prompt, Rendered):
+            return
+        for control in CONTROL.findall(prompt):
+            if len(self._vocabulary.encode(control)) > 1:
+                raise ValueError(
+                    f"the prompt holds {control}, a control token of another model, which is mere "
+                    "text to this one: give the row's question and response in fields of their own"
+                )
 
     def encode_response(self, response: str) -> list[int]:
         """Ids of a response to train on, with one end token: the first that it ends in, or else

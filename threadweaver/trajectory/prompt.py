@@ -64,6 +64,7 @@ class PromptFormat:
 
     Attributes:
         header: what the template writes before the assistant's turn; '' without a template.
+        start: what the tokenizer itself puts before any text, such as its BOS token; '' for many.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class PromptFormat:
         self._not_tags = _any_of(set(controls) - set(TAGS))
         has_template = tokenizer is not None and bool(tokenizer.chat_template)
         self._tokenizer = tokenizer if has_template and config.use == "auto" else None
-        self.header = ""
+        self.header, self.start = "", "" if tokenizer is None else _start_of(tokenizer)
         if self._tokenizer is not None:
             turn = self._messages("question")
             whole, without = self._apply(turn), self._apply(turn, add_generation_prompt=False)
@@ -107,10 +108,10 @@ class PromptFormat:
         Raises:
             ValueError: the template refuses the prompt; says why.
         """
-        if isinstance(prompt, Rendered):
-            return [Piece(prompt)]
         if self._tokenizer is None:
             return self._plain(prompt)
+        if isinstance(prompt, Rendered):
+            return [Piece(prompt)]
         marks: dict[str, str] = {}
         messages = self._messages(prompt)
         contents = "".join(message["content"] for message in messages)
@@ -170,10 +171,15 @@ class PromptFormat:
             prompt = "\n\n".join(message["content"] for message in prompt)
         if self._config.use == "none":
             return [Piece(prompt)]
+        # Apart, as the tokenizer itself has it: what follows is encoded as a beginning of text.
+        start = [Piece(self.start)] if self.start else []
+        text = prompt.removeprefix(self.start)
+        if isinstance(prompt, Rendered):
+            return [*start, Piece(text)]
         # Without turns a prompt may itself open the thinking, as generation prompts do.
-        opened = _OPEN_THINK.search(prompt)
-        at = opened.start() if opened else len(prompt)
-        return [*self.literal(prompt[:at]), *([Piece(prompt[at:])] if opened else [])]
+        opened = _OPEN_THINK.search(text)
+        at = opened.start() if opened else len(text)
+        return [*start, *self.literal(text[:at]), *([Piece(text[at:])] if opened else [])]
 
     def _messages(self, prompt: Prompt) -> list[Message]:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
@@ -208,6 +214,17 @@ class PromptFormat:
             ) from error
         assert isinstance(text, str)  # not tokenized
         return text
+
+
+def _start_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a tokenizer puts before a text of its own accord."""
+    text = "a"
+    plain, whole = tokenizer.encode(text, add_special_tokens=False), tokenizer.encode(text)
+    places = range(len(whole) - len(plain) + 1)
+    at = next((i for i in places if whole[i : i + len(plain)] == plain), 0)
+    start = tokenizer.decode(whole[:at], clean_up_tokenization_spaces=False)
+    assert isinstance(start, str)  # a list comes back only for a batch
+    return start
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:

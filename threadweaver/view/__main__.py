@@ -21,7 +21,15 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from threadweaver.command import command, explain, fail, quiet, refuse_ranks, train_extra
+from threadweaver.command import (
+    command,
+    expand_home,
+    explain,
+    fail,
+    quiet,
+    refuse_ranks,
+    train_extra,
+)
 
 with train_extra():
     from jsonargparse import ArgumentParser, Namespace
@@ -45,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         given = parser.parse_args(arguments)
         options = given[given.subcommand]
+        expand_home(options, ("dir", "file", "model", "out"))
         _check(given.subcommand, options)
         check_out(options.out, options.overwrite)
         {"trajectory": _trajectory, "trie": _trie, "run": _run}[given.subcommand](options)

@@ -126,7 +126,8 @@ class Completions:
         names += [name for name in ("top_k", "min_p") if getattr(sampling, name)]
         return {
             **{name: body[name] for name in names},
-            "prompt": self.codec.decode(context),
+            # A server that encodes text puts the BOS token before it, as the tokenizer does.
+            "prompt": self.codec.decode(context).removeprefix(self.codec.prompts.start),
             "stop": [self.codec.decode([id]) for id in stop_ids],
             "include_stop_str_in_output": True,
         }
