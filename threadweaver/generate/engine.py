@@ -494,6 +494,7 @@ class Engine:
         if family.unfinished == 0:
             if family.stem:
                 self._scheduler.remove(family.stem)
+                family.stem = None  # which refers to the family
             del self._families[tuple(generation.prompt)]
         if not self.has_work:
             self._is_cast = False
