@@ -22,6 +22,6 @@ def test_nothing_is_held_of_an_answer_that_is_in_its_file(tmp_path: Path, monkey
     store = Store(tmp_path / "out", {})
     held = Held(monkeypatch)
     answer(store, problems, range(1, 13), engine, settings, 0, Console(quiet=True))
-    assert held.count == 12 and held.most <= 4
+    assert held.count >= 12 and held.most <= 4
     assert [answered(store, n, problems[n - 1]).response for n in (1, 12)] == RESPONSES
     store.close()
