@@ -145,8 +145,10 @@ def test_a_full_disk_is_told_once_and_what_it_does_not_take_does_not_count(begun
     log._file = Path("/dev/full").open("ab")  # noqa: SIM115
     for sample in (2, 3):
         log.add(Key("parallel", 3, sample), rollout, "", 3.0)
+    [key] = log.rows
+    again = log.rollout(key, rollout.prompt, SETTINGS, CODEC, 1024)
+    assert key == Key("parallel", 3, 1) and again.response == rollout.response
     log.close(remove=False)
-    assert list(log.rows) == [Key("parallel", 3, 1)]
     error = capsys.readouterr().err
     assert error.count("warning: ") == 1
     assert "r.jsonl.partial: No space left on device: it keeps no more responses" in error

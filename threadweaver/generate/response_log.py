@@ -140,9 +140,11 @@ class ResponseLog:
         Raises:
             LogError: the prompt is another one, or the line is damaged.
         """
-        self._file.seek(self.rows[key])
+        begin = self.rows[key]
         try:
-            row = json.loads(self._file.readline())
+            with self.path.open("rb") as file:  # the other holds what a full disk did not take
+                file.seek(begin)
+                row = json.loads(file.readline())
             weaver = settings.weaver(prompt, codec, length)
             recorded = {tuple(id): (reason, tokens) for id, reason, tokens in row["completions"]}
             completions = {}
@@ -153,7 +155,7 @@ class ResponseLog:
                 completions[request.id] = Completion(
                     request.id, request.context, tokens, [], [], reason
                 )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OSError) as error:
             raise LogError(
                 f"{self.path}: the response to problem {key.problem + 1}, sample {key.sample + 1} "
                 "cannot be made again; delete the file, or start afresh with --overwrite"
