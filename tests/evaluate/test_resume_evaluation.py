@@ -10,6 +10,7 @@ import pytest
 
 from tests.completions_server import Fault, serve
 from tests.evaluate.conftest import KNOWN, asking
+from tests.held import Held
 from tests.products import PROMPTS, RESPONSES
 from threadweaver.evaluate.__main__ import main
 from threadweaver.evaluate.metrics import pass_at
@@ -97,6 +98,21 @@ def test_a_resumed_evaluation_overwrites_no_other_file_unasked(
     assert solve(*short, "--json", str(other), "--overwrite") == 0
     assert "responses are there already" in capsys.readouterr().out
     assert json.loads(other.read_text())["parallel"]["resumed"] > 0
+
+
+def test_of_a_response_that_is_done_the_text_alone_is_held(solve, tmp_path, monkeypatch):
+    hot = ["--mode", "both", "--samples", "12", "--temperature", "2", "--max_tokens", "30"]
+    hot += ["--max_sequences", "4"]
+    with monkeypatch.context() as patch:
+        interrupt_after(250, patch)
+        held = Held(patch)
+        assert solve(*hot) == 130
+    kept = (tmp_path / "r.jsonl.partial").read_text().count("\n") - 1
+    assert kept > 24 and held.count > 2 * kept and held.most <= 8
+    with monkeypatch.context() as patch:
+        held = Held(patch)
+        assert solve(*hot) == 0
+    assert held.count > kept + 2 * (48 - kept) and held.most <= 8
 
 
 def test_files_that_are_there_are_not_overwritten_unasked(solve, tmp_path, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import re
+import weakref
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -306,6 +307,33 @@ def test_an_engine_that_is_stepped_keeps_nothing_of_what_is_done(fork_join_model
     serve(20)
     assert kept() == at_first
     assert engine.run() == []
+
+
+def test_run_keeps_nothing_of_what_another_takes(fork_join_model):
+    engine = Engine(fork_join_model, CODEC, num_pages=500, max_sequences=4)
+    settings = GenerationSettings(max_tokens=100, sampling=GREEDY)
+    waiting = [engine.add(ids(f"{n % 5}:"), settings, seed=n) for n in range(20)]
+    done: list[weakref.ref] = []
+    families: list[weakref.ref] = []
+    left: list[int] = []
+
+    def take(tokens: list) -> None:
+        left.append(sum(one() is not None for one in done))
+        for generation in [one for one in waiting if one.weaver.done]:
+            waiting.remove(generation)
+            # Of the lines of a response too, since those of a block refer to each other.
+            done.extend(map(weakref.ref, (generation, generation.weaver._main)))
+            families.append(weakref.ref(generation.family))
+
+    gc.disable()
+    try:
+        assert engine.run(take, keep=False) == []
+        assert not any(one() for one in (*done, *families))
+    finally:
+        gc.enable()
+    assert len(done) == 40 and set(left) == {0}
+    last = engine.add(ids("1:"), settings)
+    assert engine.run() == [last.rollout()]
 
 
 def test_run_returns_what_it_decodes_itself_and_each_only_once(fork_join_model):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.held import Held
 from tests.products import CODEC, PROMPTS, RESPONSES, product_model, save_product_model
 from threadweaver.data import DataError, load_examples, save_rows
 from threadweaver.generate import Engine, GenerationSettings
@@ -46,6 +50,45 @@ def test_a_response_is_made_again_as_it_was_decoded(begun, rollout):
     for made, decoded in zip(again.completions, rollout.completions, strict=True):
         assert (made.request, made.context) == (decoded.request, decoded.context)
         assert (made.tokens, made.reason) == (decoded.tokens, decoded.reason)
+
+
+def test_responses_are_read_while_others_are_added(begun, rollout):
+    log = ResponseLog(begun, WANTED)
+    keys = [Key("parallel", 3, 1), Key("sequential", 0, 0), Key("parallel", 4, 0)]
+    for number, key in enumerate(keys[1:], 2):
+        log.add(key, replace(rollout, decode_steps=number), "é" * number, number)
+        for earlier in keys[:number]:
+            again = log.rollout(earlier, rollout.prompt, SETTINGS, CODEC, 1024)
+            assert again.response == rollout.response
+            if earlier != keys[0]:
+                assert again.decode_steps == keys.index(earlier) + 1
+    rows = log.rows
+    assert list(rows) == keys and (log.elapsed("parallel"), log.elapsed("sequential")) == (3, 2)
+    log.close(remove=False)
+    again = ResponseLog(begun, WANTED)
+    assert again.rows == rows and again.elapsed("parallel") == 3
+    again.close(remove=False)
+
+
+def test_a_log_holds_less_of_a_response_than_its_tokens(tmp_path, rollout):
+    [first, *_] = rollout.completions
+    long = replace(rollout, completions=[replace(first, tokens=[7] * 2000)])
+    gc.collect()
+    tracemalloc.start()
+    try:
+        log = ResponseLog(tmp_path / "r.jsonl", WANTED)
+        for number in range(200):
+            log.add(Key("parallel", number, 0), long, "a" * 2000, 1.0)
+        written = tracemalloc.get_traced_memory()[0]
+        log.close(remove=False)
+        del log
+        tracemalloc.clear_traces()
+        again = ResponseLog(tmp_path / "r.jsonl", WANTED)
+        read = tracemalloc.get_traced_memory()[0]
+        assert len(again.rows) == 200 and max(written, read) < 200 * 1000
+        again.close(remove=False)
+    finally:
+        tracemalloc.stop()
 
 
 def test_what_was_written_when_it_was_killed_is_dropped_and_written_again(begun, rollout):
@@ -103,8 +146,10 @@ def test_a_full_disk_is_told_once_and_what_it_does_not_take_does_not_count(begun
     log._file = Path("/dev/full").open("ab")  # noqa: SIM115
     for sample in (2, 3):
         log.add(Key("parallel", 3, sample), rollout, "", 3.0)
+    [key] = log.rows
+    again = log.rollout(key, rollout.prompt, SETTINGS, CODEC, 1024)
+    assert key == Key("parallel", 3, 1) and again.response == rollout.response
     log.close(remove=False)
-    assert list(log.rows) == [Key("parallel", 3, 1)]
     error = capsys.readouterr().err
     assert error.count("warning: ") == 1
     assert "r.jsonl.partial: No space left on device: it keeps no more responses" in error
@@ -197,6 +242,25 @@ def test_a_file_that_was_begun_is_finished_and_comes_out_the_same(
         for name in ("out.jsonl", "whole.jsonl")
     ]
     assert texts[0] == texts[1]
+
+
+def test_of_a_response_that_is_done_the_row_alone_is_held(answer, tmp_path, monkeypatch, capsys):
+    def refuse(rows, path):
+        raise DataError(f"{path}: a reason")
+
+    many = ("--n", "10", "--max_tokens", "20", "--max_sequences", "4")
+    with monkeypatch.context() as patch:
+        patch.setattr("threadweaver.data.save_rows", refuse)
+        held = Held(patch)
+        assert answer(*many) == 2
+        assert held.count >= 2 * 30 and held.most <= 8
+    with monkeypatch.context() as patch:
+        held = Held(patch)
+        assert answer(*many) == 0
+        assert held.count >= 30 and held.most <= 2
+    assert "30 responses are there already" in capsys.readouterr().err
+    assert answer(*many, out="again.jsonl") == 0
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "again.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize(

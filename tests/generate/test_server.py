@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import pytest
 from tokenizers.processors import TemplateProcessing
@@ -104,6 +105,21 @@ def test_a_server_gives_token_for_token_what_the_engine_gives(server, dialect):
 def test_limits_end_a_response_as_in_the_engine(server, limits):
     there, here = by_both(engine_at(server)[0], **limits)
     assert there == here
+
+
+def test_a_run_keeps_nothing_of_what_another_takes(server):
+    engine, _ = engine_at(server, at_once=2)
+    settings = GenerationSettings(max_tokens=5, sampling=GREEDY)
+    waiting = [engine.add(ENCODED[0], settings, seed=n) for n in range(8)]
+    done, left = [], []
+
+    def take(_: list) -> None:
+        done.extend(weakref.ref(one) for one in waiting if one.weaver.done)
+        waiting[:] = [one for one in waiting if not one.weaver.done]
+        left.append(sum(one() is not None for one in done))
+
+    assert engine.run(take, keep=False) == [] and len(done) == 8
+    assert max(left) <= 3 and engine.run() == []
 
 
 def test_threads_are_asked_for_at_once_and_no_more_than_may_be(server):

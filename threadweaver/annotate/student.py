@@ -112,7 +112,7 @@ def answer(
         progress.decoded(total - engine.unfinished)
 
     with ResponsesProgress(console, "answering", total, engine) as progress:
-        engine.run(save)
+        engine.run(save, keep=False)
 
 
 def _save(store: Store, number: int, problem: Problem, answer: Answer) -> None:

@@ -228,10 +228,12 @@ def evaluate(
         NonFiniteLogits: from the engine.
     """
     ungraded = task.ungraded
-    grading = Grading(problems, samples, task, engine.codec)
-    known, before = (record.known(engine, problems), record.elapsed) if record else ({}, 0.0)
-    for number, rollout in known.items():
+    grading = Grading(problems, samples, task, engine.codec, settings)
+    known: set[int] = set()
+    before = record.elapsed if record else 0.0
+    for number, rollout in record.known(engine, problems) if record else ():
         grading.submit(number, rollout)
+        known.add(number)
     start, pace = time.perf_counter(), Pace(COLLECT_SECONDS)
 
     def elapsed() -> float:
@@ -248,7 +250,7 @@ def evaluate(
         on_progress(done)
 
     try:
-        rollouts = decode(
+        done = decode(
             engine,
             problems,
             settings,
@@ -259,9 +261,9 @@ def evaluate(
             on_progress=on_step,
             on_response=on_response,
         )
-        own = time.perf_counter() - start if len(rollouts) > len(known) else 0.0
-        graded = grading.finish(rollouts, settings, on_graded)
-        all_graded = of_all_ranks(graded, problems, samples, lambda: on_step(len(rollouts)))
+        own = time.perf_counter() - start if done > len(known) else 0.0
+        graded = grading.finish(on_graded)
+        all_graded = of_all_ranks(graded, problems, samples, lambda: on_step(done))
     finally:
         if record is not None:
             record.collect(elapsed())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from threadweaver.generate.decoder import Decoder
 from threadweaver.generate.response_log import Key, ResponseLog, response_row
@@ -29,28 +29,29 @@ class Record:
         self._sent = Messages(new_name("responses"))
         self.elapsed = log.elapsed(settings.mode) if log else 0.0
 
-    def known(self, decoder: Decoder, problems: Sequence[Problem]) -> dict[int, Rollout]:
-        """Those that are there, by number; on the first rank.
+    def known(self, decoder: Decoder, problems: Sequence[Problem]) -> Iterator[tuple[int, Rollout]]:
+        """Those that are there, with their numbers, one after another; on the first rank.
 
         Raises:
             LogError: one is not to be had again.
         """
-        found: dict[int, Rollout] = {}
         if self._log is None:
-            return found
+            return
         for i, problem in enumerate(problems):
             numbers = [i * self._samples + j for j in range(self._samples)]
             numbers = [number for number in numbers if self._key(number) in self._log.rows]
             prompt = decoder.codec.encode_prompt(problem.prompt) if numbers else []
             for number in numbers:
-                found[number] = self._log.rollout(
-                    self._key(number),
-                    prompt,
-                    self._settings,
-                    decoder.codec,
-                    decoder.context_length,
+                yield (
+                    number,
+                    self._log.rollout(
+                        self._key(number),
+                        prompt,
+                        self._settings,
+                        decoder.codec,
+                        decoder.context_length,
+                    ),
                 )
-        return found
 
     def add(self, number: int, rollout: Rollout, text: str, elapsed: float) -> None:
         """Keeps a response of this rank; see `ResponseLog.add`."""

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 from threadweaver import ranks
 from threadweaver.data.overlap import Text, text_of
 from threadweaver.evaluate.dealing import Dealing
-from threadweaver.evaluate.grade import Graded, Submitted, grade, submit
+from threadweaver.evaluate.grade import Graded, grade, submit
 from threadweaver.generate.decoder import Decoder, Decoding
 from threadweaver.generate.fitting import fitting_prompts
 from threadweaver.generate.rollout import Rollout
@@ -97,27 +96,28 @@ def decode(
     samples: int = 1,
     seed: Sequence[int] = (0,),
     at_once: int | None = None,
-    known: Mapping[int, Rollout] = {},
+    known: Collection[int] = (),
     on_progress: Callable[[int], None] = lambda done: None,
     on_response: Callable[[int, Rollout], object] = lambda number, rollout: None,
-) -> dict[int, Rollout]:
+) -> int:
     """Decodes `samples` responses to each problem, whatever the ranks in the same way. All ranks
     call it together, and each decodes all responses to the problems that it is dealt or takes.
 
     Args:
         at_once: problems that a rank decodes at the same time; None: as many as the engine takes.
-        known: responses that are there already, by their numbers in `queue`; of the first rank.
+        known: numbers in `queue` of responses that are there already; of the first rank.
         on_progress: gets the number of responses that are there, after every step.
-        on_response: gets each response that is decoded, and its number, when it is done.
+        on_response: gets each response that is decoded, and its number, when it is done; nothing
+            else keeps it.
 
     Returns:
-        What this rank decoded, and what it knew, by number.
+        How many this rank decoded, and knew.
 
     Raises:
         ValueError: as `queue`.
         NonFiniteLogits: from the engine.
     """
-    rollouts = dict(known)
+    done = len(known)
     there = ranks.from_first(set(known))
     # Of problems with a response that is not there.
     numbers = sorted({n // samples for n in range(len(problems) * samples) if n not in there})
@@ -134,24 +134,25 @@ def decode(
         decoding.update(added)
 
     def settle() -> None:
+        nonlocal done
         if engine.unfinished < len(decoding):
             for number in [n for n, one in decoding.items() if one.weaver.done]:
-                rollouts[number] = decoding.pop(number).rollout()
-                on_response(number, rollouts[number])
+                on_response(number, decoding.pop(number).rollout())
+                done += 1
 
     def on_step(_: list[Any]) -> None:
         settle()
         while at_once is None and engine.has_room and (number := dealing.take()) is not None:
             add([number])
-        on_progress(len(rollouts))
+        on_progress(done)
 
     part = dealing.start
     while part:
         add(part)
-        engine.run(on_step)
+        engine.run(on_step, keep=False)
         settle()
         part = dealing.take_up_to(most)
-    return rollouts
+    return done
 
 
 class Grading:
@@ -159,34 +160,45 @@ class Grading:
 
     Args:
         problems: of the responses; `samples` of the first, then of the second, and so on.
+        settings: that they are decoded with.
+        with_rollouts: whether rollouts are kept; else nothing of a response but its text.
     """
 
-    def __init__(self, problems: Sequence[Problem], samples: int, task: Task, codec: Codec):
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        samples: int,
+        task: Task,
+        codec: Codec,
+        settings: GenerationSettings,
+        with_rollouts: bool = False,
+    ):
         self._problems = [problem for problem in problems for _ in range(samples)]
-        self._task, self._codec = task, codec
-        self._submitted: dict[int, Submitted] = {}
+        self._task, self._codec, self._settings = task, codec, settings
+        self._with_rollouts = with_rollouts
+        self._graded: dict[int, Graded] = {}  # wrong until the verdict is there
+        self._verdicts: dict[int, Callable[[], bool]] = {}
 
     def submit(self, number: int, rollout: Rollout) -> str:
         """Takes a response, for `decode`; returns its text."""
         problem = self._problems[number]
         submitted = submit(problem, rollout.response, self._task, self._codec)
-        self._submitted[number] = submitted
+        self._verdicts[number] = submitted.is_correct
+        wrong = submitted._replace(is_correct=lambda: False)
+        graded = grade(problem, rollout, wrong, self._codec, self._settings)
+        self._graded[number] = graded if self._with_rollouts else replace(graded, rollout=None)
         return submitted.text
 
-    def finish(
-        self,
-        rollouts: Mapping[int, Rollout],
-        settings: GenerationSettings,
-        on_graded: Callable[[int], None],
-    ) -> dict[int, Graded]:
-        """The grades of these responses, by number, in order; `on_graded` gets the number of graded
-        ones after each."""
-        graded: dict[int, Graded] = {}
-        for number, rollout in sorted(rollouts.items(), key=itemgetter(0)):
-            problem, submitted = self._problems[number], self._submitted.pop(number)
-            graded[number] = grade(problem, rollout, submitted, self._codec, settings)
-            on_graded(len(graded))
-        return graded
+    def finish(self, on_graded: Callable[[int], None]) -> dict[int, Graded]:
+        """The responses and their grades, by number, in order; `on_graded` gets the number of
+        graded ones after each."""
+        finished: dict[int, Graded] = {}
+        for number in sorted(self._graded):
+            graded, correct = self._graded.pop(number), self._verdicts.pop(number)()
+            no_answer = graded.no_answer and not correct
+            finished[number] = replace(graded, correct=correct, no_answer=no_answer)
+            on_graded(len(finished))
+        return finished
 
 
 def of_all_ranks(
@@ -223,12 +235,17 @@ def roll_out(
     seed: Sequence[int] = (0,),
     on_progress: Callable[[int], None] = lambda done: None,
     on_graded: Callable[[int], None] = lambda count: None,
-    with_texts: bool = True,
+    with_rollouts: bool = False,
 ) -> list[Graded]:
     """Decodes and grades `samples` responses to each problem, in the order of `queue`. All ranks
-    call it together, and get all of it, by `of_all_ranks`."""
-    grading = Grading(problems, samples, task, engine.codec)
-    rollouts = decode(
+    call it together, and get all of it, by `of_all_ranks`.
+
+    Args:
+        with_rollouts: for training on them: those that this rank decodes have their rollouts, and
+            those of others no text.
+    """
+    grading = Grading(problems, samples, task, engine.codec, settings, with_rollouts)
+    done = decode(
         engine,
         problems,
         settings,
@@ -237,8 +254,10 @@ def roll_out(
         on_progress=on_progress,
         on_response=grading.submit,
     )
-    graded = grading.finish(rollouts, settings, on_graded)
-    return of_all_ranks(graded, problems, samples, lambda: on_progress(len(rollouts)), with_texts)
+    graded = grading.finish(on_graded)
+    return of_all_ranks(
+        graded, problems, samples, lambda: on_progress(done), with_texts=not with_rollouts
+    )
 
 
 def texts_of_problems(problems: Sequence[Problem]) -> Iterator[Text]:

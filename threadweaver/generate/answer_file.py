@@ -68,30 +68,30 @@ class AnswerFile:
             LogError, NonFiniteLogits.
         """
         engine = self._engine
-        rollouts: dict[Key, Rollout] = {}
+        rows: dict[Key, dict[str, Any]] = {}
         open: dict[Key, Generation] = {}
         for key, (_, ids) in self._keys():
             if key in log.rows:
-                rollouts[key] = log.rollout(
-                    key, ids, self._settings, engine.codec, engine.context_length
-                )
+                rollout = log.rollout(key, ids, self._settings, engine.codec, engine.context_length)
+                rows[key] = self._row(key, rollout, self._text(rollout))
             else:
                 seed = stream_key((self._seed, key.problem, key.sample))
                 open[key] = engine.add(ids, self._settings, seed)
-        count = len(rollouts) + len(open)
+        count = len(rows) + len(open)
         start = time.perf_counter() - log.elapsed(self._settings.mode)
         with ResponsesProgress(self._console, "answering", count, engine) as progress:
 
             def on_step(_: Sequence[Any]) -> None:
                 if engine.unfinished < len(open):
                     for key in [key for key, one in open.items() if one.weaver.done]:
-                        rollouts[key] = rollout = open.pop(key).rollout()
-                        elapsed = time.perf_counter() - start
-                        log.add(key, rollout, self._text(rollout), elapsed)
+                        rollout = open.pop(key).rollout()
+                        text = self._text(rollout)
+                        log.add(key, rollout, text, time.perf_counter() - start)
+                        rows[key] = self._row(key, rollout, text)
                 progress.decoded(count - engine.unfinished)
 
-            engine.run(on_step)
-        return [self._row(key, example, rollouts[key]) for key, (example, _) in self._keys()]
+            engine.run(on_step, keep=False)
+        return [rows[key] for key, _ in self._keys()]
 
     def _keys(self) -> Iterator[tuple[Key, tuple[Example, list[int]]]]:
         for number, prompt in self._prompts.items():
@@ -102,9 +102,10 @@ class AnswerFile:
         codec = self._engine.codec
         return codec.decode([id for id in rollout.response if id not in codec.end_ids])
 
-    def _row(self, key: Key, example: Example, rollout: Rollout) -> dict[str, Any]:
+    def _row(self, key: Key, rollout: Rollout, text: str) -> dict[str, Any]:
+        example, _ = self._prompts[key.problem]
         truth = example.ground_truth
-        row = trajectory_row(example.prompt, self._text(rollout), truth)
+        row = trajectory_row(example.prompt, text, truth)
         if truth is None:
             del row["reward_model"]
         return {

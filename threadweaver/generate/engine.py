@@ -123,7 +123,7 @@ class Engine:
         self._live: dict[int, Generation] = {}
         self._added: dict[int, Generation] = {}  # since the last run, by number
         self._done: list[int] = []  # of those
-        self._in_run = False  # whether `run` is to return what is done
+        self._keeps = False  # whether `run` is to return what is done
         self._count = 0
         self.decoded_tokens = 0
         self._is_cast = False  # whether the runner took the weights since it last had no work
@@ -238,8 +238,8 @@ class Engine:
     def step(self) -> list[Token]:
         """One forward pass: prefills and decodes what fits. Returns the tokens it decoded.
 
-        Without `run`, generations that it brings to their end are the caller's: the engine keeps
-        nothing of them, and a later `run` does not return them.
+        Unless `run` calls it, to return them, generations that it brings to their end are the
+        caller's: the engine keeps nothing of them, and a later `run` does not return them.
 
         Weights must not change while generations are unfinished: copies are made by the first step
         of a run.
@@ -272,7 +272,7 @@ class Engine:
         if (ahead := self._ahead) is not None and not any(s.is_open for s in ahead.sequences):
             self._runner.read(ahead)  # so that nothing runs on after the last step
             self._ahead = None
-        if not self._in_run:
+        if not self._keeps:
             for number in self._done:
                 del self._added[number]
             self._done.clear()
@@ -280,18 +280,26 @@ class Engine:
         self._orchestration += time.perf_counter() - start - (self._in_runner() - before)
         return tokens
 
-    def run(self, on_step: Callable[[list[Token]], None] | None = None) -> list[Rollout]:
+    def run(
+        self, on_step: Callable[[list[Token]], None] | None = None, *, keep: bool = True
+    ) -> list[Rollout]:
         """Decodes all generations that were added to their ends. Returns their rollouts in the
-        order of `add`, each only once and without those that a `step` came to the end of."""
-        self._in_run = True
+        order of `add`, each only once and without those that a `step` came to the end of.
+
+        Args:
+            on_step: gets the tokens of each step.
+            keep: false for who takes each generation when it is done: none is returned, and the
+                engine keeps nothing of it, as by `step`.
+        """
+        self._keeps = keep
         try:
             while self.has_work:
                 tokens = self.step()
                 if on_step is not None:
                     on_step(tokens)
         finally:
-            self._in_run = False
-        rollouts = [generation.rollout() for generation in self._added.values()]
+            self._keeps = False
+        rollouts = [generation.rollout() for generation in self._added.values()] if keep else []
         self._added.clear()
         self._done.clear()
         return rollouts
@@ -486,6 +494,7 @@ class Engine:
         if family.unfinished == 0:
             if family.stem:
                 self._scheduler.remove(family.stem)
+                family.stem = None  # which refers to the family
             del self._families[tuple(generation.prompt)]
         if not self.has_work:
             self._is_cast = False

@@ -8,6 +8,7 @@ all its requests, of which the state machine makes the same rollout again.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -43,7 +44,7 @@ class ResponseLog:
         restart: whether responses of other settings are to be given up.
 
     Attributes:
-        rows: the responses that are in the file, by key.
+        rows: where the line of each response begins in the file, by key.
 
     Raises:
         LogError: it holds responses of other settings, is in use, or is damaged.
@@ -52,7 +53,8 @@ class ResponseLog:
 
     def __init__(self, target: Path, settings: Mapping[str, Any], *, restart: bool = False):
         self.path = partial_of(target)
-        self.rows: dict[Key, dict[str, Any]] = {}
+        self.rows: dict[Key, int] = {}
+        self._elapsed: dict[str, float] = {}  # by mode
         self._failed = False  # the disk is full, say
         settings = json.loads(json.dumps({"version": VERSION, **settings}))
         try:
@@ -69,7 +71,7 @@ class ResponseLog:
             self._write({"settings": settings})
 
     def _read(self, settings: Mapping[str, Any], restart: bool) -> int:
-        """Takes the rows; returns how many bytes of the file are whole lines of these settings."""
+        """Finds the rows; returns how many bytes of the file are whole lines of these settings."""
         whole = 0
         self._file.seek(0)
         for number, line in enumerate(self._file, 1):
@@ -86,12 +88,13 @@ class ResponseLog:
                             "on with it, name another file, or start afresh with --overwrite"
                         )
                 else:
-                    self.rows[Key(*row["key"])] = row
+                    self._found(row, whole)
             except (KeyError, TypeError, ValueError) as error:
                 if isinstance(error, LogError):
                     raise
                 if restart:
                     self.rows.clear()
+                    self._elapsed.clear()
                     return 0
                 raise LogError(
                     f"{self.path}:{number}: damaged; delete the file, or start afresh with "
@@ -99,6 +102,12 @@ class ResponseLog:
                 ) from error
             whole += len(line)
         return whole
+
+    def _found(self, row: Mapping[str, Any], begin: int) -> None:
+        """Takes note of a row that is in the file."""
+        key = Key(*row["key"])
+        self._elapsed[key.mode] = max(self.elapsed(key.mode), row["elapsed"])
+        self.rows[key] = begin
 
     def add(self, key: Key, rollout: Rollout, text: str, elapsed: float) -> None:
         """Writes a response, unless it failed before, of which there was a warning.
@@ -112,14 +121,13 @@ class ResponseLog:
     def add_row(self, row: dict[str, Any], elapsed: float) -> None:
         """As `add`, for a `response_row`."""
         row = {**row, "elapsed": elapsed}
-        if self._write(row):
-            self.rows[Key(*row["key"])] = row
+        begin = self._write(row)
+        if begin is not None:
+            self._found(row, begin)
 
     def elapsed(self, mode: str) -> float:
         """Seconds of decoding in a mode, up to its last response."""
-        return max(
-            (row["elapsed"] for key, row in self.rows.items() if key.mode == mode), default=0
-        )
+        return self._elapsed.get(mode, 0)
 
     def rollout(
         self, key: Key, prompt: list[int], settings: GenerationSettings, codec: Codec, length: int
@@ -132,8 +140,11 @@ class ResponseLog:
         Raises:
             LogError: the prompt is another one, or the line is damaged.
         """
-        row = self.rows[key]
+        begin = self.rows[key]
         try:
+            with self.path.open("rb") as file:  # the other holds what a full disk did not take
+                file.seek(begin)
+                row = json.loads(file.readline())
             weaver = settings.weaver(prompt, codec, length)
             recorded = {tuple(id): (reason, tokens) for id, reason, tokens in row["completions"]}
             completions = {}
@@ -144,7 +155,7 @@ class ResponseLog:
                 completions[request.id] = Completion(
                     request.id, request.context, tokens, [], [], reason
                 )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OSError) as error:
             raise LogError(
                 f"{self.path}: the response to problem {key.problem + 1}, sample {key.sample + 1} "
                 "cannot be made again; delete the file, or start afresh with --overwrite"
@@ -165,13 +176,15 @@ class ResponseLog:
         with suppress(OSError):  # on a full disk
             self._file.close()
 
-    def _write(self, row: Mapping[str, Any]) -> bool:
-        """Returns whether it is in the file."""
+    def _write(self, row: Mapping[str, Any]) -> int | None:
+        """Returns where its line begins in the file; None: it is not there."""
         if self._failed:
-            return False
+            return None
         try:
+            begin = self._file.seek(0, os.SEEK_END)
             self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             self._file.flush()
+            return begin
         except OSError as error:
             self._failed = True
             print(
@@ -180,7 +193,7 @@ class ResponseLog:
                 file=sys.stderr,
                 flush=True,
             )
-        return not self._failed
+        return None
 
 
 def response_row(key: Key, rollout: Rollout, text: str) -> dict[str, Any]:

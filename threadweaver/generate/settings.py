@@ -12,7 +12,9 @@ from threadweaver.generate.weaver import Mode, Weaver
 from threadweaver.trajectory import Codec, PathLengths, path_lengths
 from threadweaver.trajectory.tags import MAX_OUTLINES
 
-MOST_RESPONSES = 1_000_000  # that are decoded together: each takes a few KB of bookkeeping
+# Responses that are decoded together: each takes a few KB until it begins, and of one that is done
+# its text is held.
+MOST_RESPONSES = 1_000_000
 MOST_SIZE = 2**31 - 1
 
 

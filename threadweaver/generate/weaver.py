@@ -304,6 +304,8 @@ class Weaver:
         line.context = line.context + self._newline
         for thread in block.threads:
             line.context += thread.context[start:]
+        # They refer to the block: without a cycle, what is done with is freed at once.
+        block.threads.clear()
         if block.is_last:
             line.context += [*self._newline, self._parallel_end]
             self._end(line)

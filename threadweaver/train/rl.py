@@ -248,7 +248,7 @@ class RLTrainer(PolicyTrainer):
                 seed=draws,
                 on_progress=progress.decoded,
                 on_graded=progress.graded,
-                with_texts=False,
+                with_rollouts=True,
             )
         self._decode_seconds += progress.seconds
         return graded

@@ -94,7 +94,9 @@ class ServerEngine:
         settings.weaver(ids, self.codec, self.context_length)
         return min(settings.max_tokens, self.context_length - len(ids))
 
-    def run(self, on_step: Callable[[list[Any]], None] | None = None) -> list[Rollout]:
+    def run(
+        self, on_step: Callable[[list[Any]], None] | None = None, *, keep: bool = True
+    ) -> list[Rollout]:
         """Decodes all generations that were added to their ends; see `Engine.run`.
 
         Args:
@@ -103,8 +105,17 @@ class ServerEngine:
         Raises:
             ServerError: the server fails, for good.
         """
+
+        def report(tokens: list[int]) -> None:
+            if not keep:
+                self._added.clear()
+            if on_step is not None:
+                on_step(tokens)
+
         if self._waiting:
-            asyncio.run(self._run(on_step or (lambda tokens: None)))
+            asyncio.run(self._run(report))
+        if not keep:
+            self._added.clear()
         rollouts = [generation.rollout() for generation in self._added]
         self._added.clear()
         return rollouts
