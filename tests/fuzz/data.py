@@ -64,17 +64,11 @@ NO_ANSWER: list[Any] = [
     *(float("inf"), [float("-inf")], ["1", float("nan")]),
 ]
 NO_MODEL: list[Any] = [3, "1", [], [1], True, {}, {"ground_truth": None}, {"style": "rule"}]
-ANSWERS: list[Any] = [
-    "1",
-    1,
-    -2.5,
-    10**4000,
-    ["1", "2"],
-    [1, 1],
-    "é☃",
-    "\\frac{1}{2}",
-    "x" * 20_000,
-]
+# Tasks of the fuzz compare whole numbers.
+WHOLE: list[Any] = ["1", 1, 10**4000, ["1", "2"], [1, 1], 7.0]
+ANSWERS: list[Any] = [*WHOLE, -2.5, ["1", "é☃"], "é☃", "\\frac{1}{2}", "x" * 20_000]
+# Of a problem these count as no response.
+NO_RESPONSE = ["", " \n\t", "\\boxed{1}<|im_start|>user"]
 
 
 def _field(rng: Random, rows: list[Row], folder: Path) -> Damaged:
@@ -86,9 +80,10 @@ def _field(rng: Random, rows: list[Row], folder: Path) -> Damaged:
         case 0:
             name, value = "question", rng.choice(NO_PROMPT)
         case 1:
-            name, value = "response", rng.choice([*NO_TEXT, "other", "\\boxed{1}<|im_start|>user"])
-            if value == "\\boxed{1}<|im_start|>user":
+            name, value = "response", rng.choice([*NO_TEXT, "other", NO_RESPONSE[-1]])
+            if value == NO_RESPONSE[-1]:
                 row["qwen_text"] = row["question"] + value
+            problems = "accept" if value in NO_RESPONSE else "refuse"
         case 2:
             name, value = "qwen_text", rng.choice([*NO_TEXT, "other", row["response"]])
         case 3:
@@ -98,7 +93,8 @@ def _field(rng: Random, rows: list[Row], folder: Path) -> Damaged:
             del row["reward_model"]
         case 5:
             name, value = "reward_model", {"ground_truth": rng.choice(ANSWERS)}
-            must = problems = "accept"
+            must = "accept"
+            problems = "accept" if value["ground_truth"] in WHOLE else "refuse"
         case 6:
             name = rng.choice(["extra", "id", "", "é", "data_source", "a b", "path"])
             value = rng.choice([None, 3, [], {}, True, "x", [[[1]]], {"a": {"b": None}}])
@@ -375,4 +371,5 @@ def _parquet(rng: Random, rows: list[Row], folder: Path) -> Damaged:
         at = rng.randrange(len(whole))
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1 :])
         must = None
-    return Damaged(f"parquet: {name}", str(path), must, must, count)
+    problems = "refuse" if name == "decimal" else must  # 1.50 is no whole number
+    return Damaged(f"parquet: {name}", str(path), must, problems, count)
