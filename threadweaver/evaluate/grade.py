@@ -28,7 +28,7 @@ class Graded:
     """A rollout and its grade.
 
     Attributes:
-        rollout: None if another rank decoded it.
+        rollout: None if another rank decoded it, or it is not asked for.
         counts: of it.
         response: its text, without the end token.
         correct: whether its answer is right, by the task.
