@@ -2,6 +2,7 @@
 
 import fcntl
 import functools
+import gc
 import importlib.util
 import itertools
 import os
@@ -102,6 +103,12 @@ def on_a_gpu():
 def _gpu_tests_share_the_machine(request):
     with on_a_gpu() if request.node.get_closest_marker("gpu") else nullcontext():
         yield
+
+
+def pytest_collection_finish():
+    """What is imported and collected stays: no garbage collection of a test need go through it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):
